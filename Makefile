@@ -1,0 +1,56 @@
+# `make imp` and `make test` set up a bare Linux machine: a virtual environment in .venv, then the job.
+# A second run starts at once.
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: imp test check bench science clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make imp      set up, then find winning tickets in LeNet-5: sparselth imp --model lenet5"
+	@echo "make test     set up, then run the tests"
+	@echo "make check    set up, then ruff and mypy"
+	@echo "make bench    set up, then the benchmarks"
+	@echo "make science  set up, then the tests that train for minutes"
+	@echo "make clean    remove .venv"
+
+imp: $(STAMP)
+	@echo "== sparselth imp --model lenet5 (stop with Ctrl-C; the next 'make imp' goes on)"
+	@$(BIN)/sparselth imp --model lenet5 --resume
+
+test: $(STAMP)
+	@echo "== pytest"
+	@$(BIN)/python -m pytest -q -m "not science"
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest bench --benchmark-only -q
+
+science: $(STAMP)
+	$(BIN)/python -m pytest -q -m science
+
+clean:
+	rm -rf $(VENV)
+
+# The interpreter: the first of these that runs, has venv, and is 3.11 to 3.13.
+$(STAMP): pyproject.toml setup.cfg
+	@set -e; \
+	for python in python3 python3.13 python3.12 python3.11; do \
+	  if $$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	      >/dev/null 2>&1; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "make: needs Python 3.11 to 3.13 with its venv module (Debian: apt install python3 python3-venv)" >&2; \
+	  exit 1; \
+	fi; \
+	echo "== setting up $(VENV) with $$($$found --version): torch and what else is needed, about 5.5 GB, 2 minutes"; \
+	[ -x $(BIN)/python ] || $$found -m venv $(VENV); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'; \
+	touch $(STAMP); \
+	echo "== set up"

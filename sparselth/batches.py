@@ -1,0 +1,111 @@
+"""The data set on the device, and batches from it without per-sample work.
+
+Images stay bytes; a batch is one gather, one cast into features-major floats and one scaling. Every
+replica has its own order, new each epoch, drawn from its own stream: the batch of a step is a function
+of (replica, step) alone, so a resumed run continues where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sparselth.config import Replica
+from sparselth.data import Images
+from sparselth.errors import UsageError
+from sparselth.streams import stream
+
+Chunk = tuple[Tensor, Tensor]  # images [1, K, B] fp32, labels [1, 1, B] int64
+
+
+class Resident:
+    """A data set as tensors on one device, with its split into training and validation images."""
+
+    def __init__(self, images: Images, device: str, chunk: int) -> None:
+        """`chunk`: images of one evaluation batch."""
+        self.images = torch.from_numpy(images.train_images).to(device)
+        self.labels = torch.from_numpy(images.train_labels).to(device)
+        self._test = torch.from_numpy(images.test_images), torch.from_numpy(images.test_labels)
+        self.device, self.chunk = device, chunk
+        pixels = self.images.shape[1] // len(images.spec.mean)
+        mean, std = (
+            torch.tensor(values).repeat_interleave(pixels)[:, None]
+            for values in (images.spec.mean, images.spec.std)
+        )
+        self.scale = (1 / (255 * std)).to(device)  # [K, 1]
+        self.shift = (-mean / std).to(device)
+        self.validation = lru_cache(maxsize=4)(self._validation)
+
+    @property
+    def n_validation(self) -> int:
+        """5,000 as in the paper, less for a small set."""
+        return min(5000, len(self.images) // 8)
+
+    @property
+    def n_train(self) -> int:
+        return len(self.images) - self.n_validation
+
+    def split(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Indices of the training and of the validation images; the same for every arm and level."""
+        order = torch.randperm(len(self.images), generator=stream(seed, "data", 0, "split"))
+        return order[self.n_validation :], order[: self.n_validation]
+
+    def _validation(self, seed: int) -> list[Chunk]:
+        """The validation images of a seed in evaluation batches."""
+        index = self.split(seed)[1].to(self.device)
+        return self._chunks(self.images[index], self.labels[index])
+
+    def test(self) -> list[Chunk]:
+        """The test images in evaluation batches."""
+        return self._chunks(*(t.to(self.device) for t in self._test))
+
+    def _chunks(self, images: Tensor, labels: Tensor) -> list[Chunk]:
+        return [
+            (torch.addcmul(self.shift, i.T.float(), self.scale)[None], y[None, None])
+            for i, y in zip(torch.split(images, self.chunk), torch.split(labels, self.chunk), strict=True)
+        ]
+
+
+class Batches:
+    """Training batches of R replicas: `at(step)` gives x [R, K, B] and labels [R, 1, B].
+
+    The images behind the last full batch of an epoch are left out of that epoch. Both tensors are
+    buffers that the next call overwrites.
+    """
+
+    def __init__(self, data: Resident, replicas: Sequence[Replica], batch: int) -> None:
+        if batch > data.n_train:
+            raise UsageError(f"--batch-size {batch}: expected at most the {data.n_train} training images")
+        r, k = len(replicas), data.images.shape[1]
+        self.data, self.replicas, self.batch = data, replicas, batch
+        self.steps_per_epoch = data.n_train // batch
+        self.split = [data.split(replica.seed)[0] for replica in replicas]
+        self.epoch = -1
+        self.order = torch.empty(0)
+        self.bytes = torch.empty(r * batch, k, dtype=torch.uint8, device=data.device)
+        self.x = torch.empty(r, k, batch, device=data.device)
+        self.y = torch.empty(r * batch, dtype=torch.int64, device=data.device)
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.order, self.epoch = self._draw(epoch), epoch
+        index = self.order[place].flatten()
+        r, k, b = self.x.shape
+        torch.index_select(self.data.images, 0, index, out=self.bytes)
+        torch.index_select(self.data.labels, 0, index, out=self.y)
+        self.x.copy_(self.bytes.view(r, b, k).mT)
+        torch.addcmul(self.data.shift, self.x, self.data.scale, out=self.x)
+        return self.x, self.y.view(r, 1, b)
+
+    def _draw(self, epoch: int) -> Tensor:
+        """Image indices of one epoch, [steps, R, B]."""
+        orders = []
+        for split, who in zip(self.split, self.replicas, strict=True):
+            generator = stream(who.seed, who.arm, who.level, f"order/{epoch}", who.draw)
+            order = split[torch.randperm(len(split), generator=generator)]
+            orders.append(order[: self.steps_per_epoch * self.batch].view(-1, self.batch))
+        return torch.stack(orders, 1).to(self.data.device)

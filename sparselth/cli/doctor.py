@@ -1,0 +1,118 @@
+"""`sparselth doctor`: what this machine has, what will be used, and what is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparselth.cli.options import data_dir, output
+from sparselth.errors import SparselthError
+
+
+@click.command()
+@data_dir
+@output
+def doctor(data_dir: Path | None, as_json: bool, quiet: bool, debug: bool) -> int:
+    """Say what this machine has and what will be used; exit code 3 when a check fails."""
+    from sparselth import machine
+
+    facts = machine.environment()
+    checks = [_torch(), _torchvision(), _training(), *_data(data_dir), _writable(Path("runs"))]
+    good = all(check["ok"] for check in checks)
+    if as_json:
+        print(
+            json.dumps(
+                {"schema": "sparselth.doctor/1", "ok": good, "environment": facts, "checks": checks}, indent=2
+            )
+        )
+        return 0 if good else 3
+    packages = ", ".join(f"{name} {v or 'missing'}" for name, v in facts["packages"].items())
+    print(f"sparselth    {facts['sparselth']}, commit {(facts['commit'] or 'unknown')[:12]}")
+    print(f"python       {facts['python']} on {facts['system']}")
+    print(f"packages     {packages}")
+    print(f"processor    {facts['cpu']}, {facts['cores']} cores for this process")
+    print(f"gpu          {facts['gpu'] or 'none that nvidia-smi knows'}")
+    for check in checks:
+        print(f"{check['name']:<13}{'ok' if check['ok'] else 'FAILED'}: {check['detail']}")
+    return 0 if good else 3
+
+
+def _check(name: str, ok: bool, detail: str) -> dict[str, Any]:
+    return {"name": name, "ok": ok, "detail": " ".join(detail.split())}
+
+
+def _torch() -> dict[str, Any]:
+    from sparselth import machine
+
+    try:
+        device, why = machine.choose_device("auto")
+    except (ImportError, OSError, RuntimeError) as error:
+        return _check(
+            "torch", False, f"cannot be imported ({error}); reinstall torch and torchvision together"
+        )
+    return _check("torch", True, f"--device auto is {device}, because {why}")
+
+
+def _torchvision() -> dict[str, Any]:
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, OSError, RuntimeError) as error:
+        return _check(
+            "torchvision",
+            False,
+            f"does not fit this torch ({error}); install torch and torchvision of one release from PyPI. "
+            "Only downloads need it",
+        )
+    return _check("torchvision", True, "imports")
+
+
+def _training() -> dict[str, Any]:
+    """Fifty steps of a small network on the digits inside the package."""
+    try:
+        import torch
+
+        from sparselth.batches import Resident
+        from sparselth.config import Replica
+        from sparselth.data import load
+        from sparselth.models import get_model
+        from sparselth.nn import init_weights
+        from sparselth.pruning import full_mask
+        from sparselth.streams import stream
+        from sparselth.train import State, fit
+
+        torch.set_num_threads(1)
+        model, who = get_model("lenet-300-100"), Replica(0, "ticket", 0)
+        recipe = model.recipes["short"].__class__(steps=50, lr=1.2e-3)
+        data = Resident(load("mnist5k", Path()), "cpu", 500)
+        state = State.start(init_weights(model, stream(0, "ticket", 0, "init"))[None], recipe)
+        fit(model, data, [who], state, full_mask(model)[None], recipe)
+        accuracy = state.evaluations[-1]["validation_accuracy"]
+    except (SparselthError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+        return _check("training", False, f"{type(error).__name__}: {error}")
+    detail = f"50 steps on mnist5k reach {100 * accuracy:.0f} % in {state.seconds:.2f} s on one thread"
+    return _check("training", accuracy > 0.5, detail)
+
+
+def _data(folder: Path | None) -> list[dict[str, Any]]:
+    from sparselth import data
+
+    found = []
+    for name in data.DATASETS:
+        try:
+            found.append(_check(name, True, str(data.load(name, data.data_dir(folder)).source)))
+        except data.MissingData:
+            found.append(_check(name, True, f"not in {data.data_dir(folder)}; downloaded when first used"))
+        except SparselthError as error:
+            found.append(_check(name, False, str(error)))
+    return found
+
+
+def _writable(folder: Path) -> dict[str, Any]:
+    place = folder if folder.exists() else Path()
+    ok = os.access(place, os.W_OK)
+    return _check("runs", ok, f"{place.resolve()} {'can' if ok else 'cannot'} be written to")

@@ -1,0 +1,119 @@
+"""`sparselth ls WHAT`: the names that flags take, and the runs on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparselth.cli.options import PATH, data_dir, output
+from sparselth.config import ARMS
+from sparselth.errors import SparselthError, unknown
+from sparselth.models import MODELS
+
+Listing = tuple[list[dict[str, Any]], list[str]]  # rows for JSON, lines for people
+
+
+@click.command()
+@click.argument("what", metavar="models|datasets|arms|runs")
+@data_dir
+@click.option(
+    "--out", type=PATH, default=Path("runs"), show_default=True, help="Folder whose runs are listed."
+)
+@output
+def ls(what: str, data_dir: Path | None, out: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+    """List models (with the weights of each layer), datasets, arms or runs."""
+    listings: dict[str, Callable[[], Listing]] = {
+        "models": _models,
+        "datasets": lambda: _datasets(data_dir),
+        "arms": _arms,
+        "runs": lambda: _runs(out),
+    }
+    if what not in listings:
+        raise unknown("list", what, listings)
+    rows, lines = listings[what]()
+    if as_json:
+        print(json.dumps({"schema": f"sparselth.ls-{what}/1", what: rows}, indent=2))
+    else:
+        print("\n".join(lines))
+
+
+def _models() -> Listing:
+    rows, lines = [], []
+    for model in MODELS.values():
+        weights = {spec.name: spec.numel for spec in model.weights}
+        biases = sum(spec.numel for spec in model.biases)
+        rows.append({"name": model.name, "prunable": model.prunable, "biases": biases, "weights": weights})
+        lines.append(
+            f"{model.name:<16}{model.prunable:>10,} prunable weights, {biases:,} biases; {model.source}"
+        )
+        for spec in model.weights:
+            shape = " x ".join(map(str, spec.shape))
+            lines.append(f"  {spec.name:<14}{spec.numel:>10,}  {shape}")
+        for name, recipe in model.recipes.items():
+            how = f"{recipe.optimizer} {recipe.lr:g}, {recipe.steps:,} steps of {recipe.batch_size}"
+            lines.append(f"  --recipe {name:<8}{how}")
+    return rows, lines
+
+
+def _datasets(folder: Path | None) -> Listing:
+    from sparselth import data
+
+    place = data.data_dir(folder)
+    rows, lines = [], []
+    for spec in data.DATASETS.values():
+        try:
+            source, there = data.load(spec.name, place).source, True
+        except data.MissingData:
+            source, there = f"not in {place}; downloaded when first used", False
+        except SparselthError as error:
+            source, there = str(error), False
+        shape = " x ".join(map(str, spec.shape))
+        rows.append(
+            {
+                "name": spec.name,
+                "train": spec.n_train,
+                "test": spec.n_test,
+                "found": there,
+                "source": str(source),
+            }
+        )
+        lines.append(f"{spec.name:<16}{spec.n_train:>7,} + {spec.n_test:>6,} images of {shape}; {source}")
+    return rows, lines
+
+
+def _arms() -> Listing:
+    return [{"name": name, "meaning": text} for name, text in ARMS.items()], [
+        f"{name:<16}{text}" for name, text in ARMS.items()
+    ]
+
+
+def _runs(out: Path) -> Listing:
+    from sparselth.runs import read
+
+    rows, lines = [], []
+    for file in sorted(out.glob("*/config.json")):
+        try:
+            record = read(file.parent)
+        except SparselthError as error:
+            lines.append(f"{file.parent}  {error}")
+            continue
+        config, total = record.config, len(record.config.replicas())
+        state = "finished" if record.complete else f"{len(record.points)} of {total} cells, --resume goes on"
+        rows.append(
+            {
+                "run": str(record.path),
+                "model": config.model,
+                "dataset": config.dataset,
+                "cells": total,
+                "finished": len(record.points),
+            }
+        )
+        lines.append(
+            f"{record.path}  {config.model} on {config.dataset}, {config.levels} levels, seeds "
+            f"{','.join(map(str, config.seeds))}, {config.recipe.steps:,} steps: {state}"
+        )
+    return rows, lines or [f"no runs in {out}; `sparselth imp` makes one"]

@@ -1,0 +1,103 @@
+"""`sparselth`: the group, and how errors leave it: one line and an exit code; tracebacks with --debug."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+from sparselth import __version__
+from sparselth.errors import Interrupted, SparselthError, UsageError
+
+COMMANDS = {
+    "imp": "Find winning tickets by iterative magnitude pruning, beside their controls.",
+    "show": "Print the table of a run again, or its JSON.",
+    "ls": "List models, datasets, arms or runs.",
+    "doctor": "Say what this machine has and what will be used.",
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module only when it is called, so that --help is quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = getattr(importlib.import_module(f"sparselth.cli.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            from sparselth.errors import unknown
+
+            raise unknown("command", args[0], COMMANDS)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sparselth")
+def cli() -> None:
+    """Lottery tickets on sparse kernels.
+
+    Does the sparse network still learn, is it really faster and smaller, can I use it?
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:] if args is None else args))
+
+
+def run(args: list[str]) -> int:
+    """Run the command line; the exit code."""
+    debug = "--debug" in args
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = cli.main(args, prog_name="sparselth", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted before anything was computed", 130)
+    except BrokenPipeError:
+        # The reader of a pipe left (`sparselth show RUN | head`).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except click.ClickException as error:
+        if debug:
+            raise
+        return _fail(error.format_message().replace("\n", " "), 2)
+    except Interrupted as error:
+        return _fail(str(error), 130)
+    except UsageError as error:
+        if debug:
+            raise
+        return _fail(str(error), 2)
+    except SparselthError as error:
+        if debug:
+            raise
+        return _fail(str(error), 1)
+    except Exception as error:
+        if debug:
+            raise
+        return _fail(f"{type(error).__name__}: {error} (a fault of sparselth; --debug shows where)", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"sparselth: {message}", file=sys.stderr)
+    return code
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,44 @@
+"""`sparselth show RUN`: the table or the JSON of a run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from sparselth.cli.options import PATH, output
+
+if TYPE_CHECKING:
+    from sparselth.runs import RunRecord
+
+
+@click.command()
+@click.argument("run", type=PATH)
+@output
+def show(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Print the table of the run in folder RUN, finished or not; --json prints its points."""
+    from sparselth.runs import read
+
+    report(read(run), as_json)
+
+
+def report(record: RunRecord, as_json: bool) -> None:
+    """The table, or the document that `imp --json` prints."""
+    if as_json:
+        from sparselth.report.stats import summary
+
+        document = {
+            "schema": "sparselth.imp/1",
+            "run": str(record.path),
+            "config": record.config.to_json(),
+            "complete": record.complete,
+            "points": record.points,
+            "summary": summary(record),
+        }
+        print(json.dumps(document, indent=2))
+    else:
+        from sparselth.report.tables import table
+
+        print(table(record))

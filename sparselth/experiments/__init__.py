@@ -1,0 +1,1 @@
+"""Experiments are functions: a frozen configuration in, a run folder out."""

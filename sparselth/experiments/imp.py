@@ -1,0 +1,214 @@
+"""Iterative magnitude pruning with rewinding, and the control arms (Frankle & Carbin 2019; 2020).
+
+    level 0   train the dense network; keep its weights of the rewind step
+    level k   prune the trained weights of the ticket at level k - 1, go back to the kept weights,
+              train what is left
+
+A control arm at level k needs nothing but the ticket at level k - 1, so it trains beside the ticket of
+level k. `ticket` and `random-mask` go on from the rewind step, with the learning rate of that step, a
+fresh optimizer and a data order of their own; arms with fresh weights train the full budget from step 0.
+One-shot pruning takes every level's mask from the dense network.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparselth import pruning
+from sparselth.batches import Resident
+from sparselth.config import FRESH, ImpConfig, Replica
+from sparselth.masks import pack, unpack
+from sparselth.models import Model, get_model
+from sparselth.nn import init_weights
+from sparselth.runs import (
+    Arrays,
+    cell_path,
+    checkpoint_path,
+    load_arrays,
+    save_arrays,
+)
+from sparselth.streams import stream
+from sparselth.train import State, fit, scores
+
+CHECKPOINT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A trained cell: its line, its evaluations, its seconds."""
+
+    who: Replica
+    cell: dict[str, Any]
+    evaluations: list[dict[str, Any]]
+    seconds: float
+
+
+def needs(config: ImpConfig, who: Replica) -> Replica | None:
+    """The cell that must be finished before `who` can start."""
+    if who.level == 0:
+        return None
+    return Replica(who.seed, "ticket", 0 if config.one_shot else who.level - 1)
+
+
+def train_cell(
+    config: ImpConfig,
+    run: Path,
+    data: Resident,
+    who: Replica,
+    on_evaluation: Callable[[State], None] = lambda state: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Finished | None:
+    """Train one cell and write its file; None when stopped, after a checkpoint was written.
+
+    Reads only files of finished cells and its own checkpoint, so it can run in any process.
+    """
+    model = get_model(config.model)
+    mask = find_mask(config, model, run, who)
+    continued = who.level > 0 and who.arm not in FRESH
+    start_step = config.rewind if continued else 0
+    checkpoint = checkpoint_path(run, who)
+    if checkpoint.exists():
+        state = _load_state(checkpoint, data.device)
+    else:
+        weights = start_weights(config, model, run, who)
+        weights[: model.mask_size] *= mask
+        state = State.start(weights[None].to(data.device), config.recipe, start_step)
+    saved = time.monotonic()
+
+    def evaluated(state: State) -> None:
+        nonlocal saved
+        on_evaluation(state)
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            _save_state(checkpoint, state)
+            saved = time.monotonic()
+
+    state = fit(
+        model,
+        data,
+        [who],
+        state,
+        mask[None].to(data.device),
+        config.recipe,
+        start_step=start_step,
+        keep_step=config.rewind if who.level == 0 else None,
+        on_evaluation=evaluated,
+        should_stop=should_stop,
+    )
+    if state.step < config.recipe.steps:
+        _save_state(checkpoint, state)
+        return None
+    at_early_stop, final = scores(model, data, state)
+    _save_cell(run, config, model, who, mask, state)
+    kept = pruning.kept(model, mask)
+    return Finished(
+        who,
+        {
+            "weights_remaining": sum(kept.values()) / model.prunable,
+            "kept": kept,
+            "early_stop_step": state.best_step[0],
+            "validation_loss_at_early_stop": state.best_loss[0],
+            "accuracy_at_early_stop": at_early_stop[0],
+            "final_accuracy": final[0],
+        },
+        state.evaluations,
+        state.seconds,
+    )
+
+
+def find_mask(config: ImpConfig, model: Model, run: Path, who: Replica) -> Tensor:
+    """The mask [M] of a cell, from the trained weights of the ticket it needs."""
+    source = needs(config, who)
+    if source is None:
+        return pruning.full_mask(model)
+    arrays, _ = load_arrays(cell_path(run, source))
+    before, weights = torch.zeros(model.mask_size, dtype=torch.bool), torch.zeros(model.mask_size)
+    for spec in model.weights:
+        span = slice(spec.offset, spec.offset + spec.numel)
+        bits = unpack(arrays[f"mask/{spec.name}"], spec.matrix[1])
+        before[span] = torch.from_numpy(bits).flatten()
+        weights[span][before[span]] = torch.from_numpy(arrays[f"kept/{spec.name}"])
+    rungs = pruning.ladder(model, who.level, config.rate, config.scope)
+    mask = pruning.prune(model, weights, before, rungs[who.level])
+    if who.arm.startswith("random-"):
+        mask = pruning.shuffle(model, mask, stream(who.seed, who.arm, who.level, "mask", who.draw))
+    return mask
+
+
+def start_weights(config: ImpConfig, model: Model, run: Path, who: Replica) -> Tensor:
+    """The weights [P] a cell starts from, before its mask."""
+    if who.arm in FRESH or who.level == 0:
+        return init_weights(model, stream(who.seed, who.arm, who.level, "init", who.draw))
+    arrays, _ = load_arrays(cell_path(run, Replica(who.seed, "ticket", 0)))
+    weights = torch.zeros(model.flat_size)
+    for spec in model.weights + model.biases:
+        values = torch.from_numpy(arrays[f"rewind/{spec.name}"])
+        weights[spec.offset : spec.offset + spec.numel] = values.flatten()
+    return weights
+
+
+def _save_cell(run: Path, config: ImpConfig, model: Model, who: Replica, mask: Tensor, state: State) -> None:
+    weights = state.weights[0].cpu()
+    arrays: Arrays = {}
+    for spec in model.weights:
+        span = slice(spec.offset, spec.offset + spec.numel)
+        arrays[f"mask/{spec.name}"] = pack(mask[span].view(spec.matrix).numpy())
+        arrays[f"kept/{spec.name}"] = weights[span][mask[span]].numpy()
+    for spec in model.biases:
+        arrays[f"bias/{spec.name}"] = weights[spec.offset : spec.offset + spec.numel].numpy()
+    if state.kept_weights is not None:
+        rewind = state.kept_weights[0].cpu()
+        for spec in model.weights + model.biases:
+            values = rewind[spec.offset : spec.offset + spec.numel].view(spec.shape)
+            arrays[f"rewind/{spec.name}"] = values.numpy()
+    header = {
+        "schema": "sparselth.cell/1",
+        "model": config.model,
+        "dataset": config.dataset,
+        "config": config.digest,
+        "cell": who.key,
+        "rewind_step": config.rewind,
+        "shapes": {spec.name: spec.shape for spec in model.weights},
+    }
+    save_arrays(cell_path(run, who), arrays, header)
+
+
+def _save_state(file: Path, state: State) -> None:
+    arrays: Arrays = {
+        "weights": state.weights.cpu().numpy(),
+        "best_weights": state.best_weights.cpu().numpy(),
+    }
+    arrays |= {f"moments/{i}": moment.cpu().numpy() for i, moment in enumerate(state.moments)}
+    if state.kept_weights is not None:
+        arrays["kept_weights"] = state.kept_weights.cpu().numpy()
+    header = {
+        "schema": "sparselth.checkpoint/1",
+        "step": state.step,
+        "best_loss": state.best_loss,
+        "best_step": state.best_step,
+        "evaluations": state.evaluations,
+        "seconds": state.seconds,
+    }
+    save_arrays(file, arrays, header)
+
+
+def _load_state(file: Path, device: str) -> State:
+    arrays, header = load_arrays(file)
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    return State(
+        header["step"],
+        tensors["weights"],
+        [tensors[name] for name in sorted(tensors) if name.startswith("moments/")],
+        tensors["best_weights"],
+        header["best_loss"],
+        header["best_step"],
+        tensors.get("kept_weights"),
+        header["evaluations"],
+        header["seconds"],
+    )

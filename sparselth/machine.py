@@ -1,0 +1,99 @@
+"""What this machine is: versions, processor, GPU, commit. Asks without importing torch where it can."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sparselth import __version__
+from sparselth.errors import SparselthError
+
+PACKAGES = ("torch", "torchvision", "triton", "numpy", "safetensors", "matplotlib", "click", "rich")
+
+
+def environment() -> dict[str, Any]:
+    """What a run's environment.json holds."""
+    return {
+        "schema": "sparselth.environment/1",
+        "sparselth": __version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": gpu_name(),
+    }
+
+
+def version(package: str) -> str | None:
+    """Installed version of a package, None without it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's name and the widest vectors it has."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in text.splitlines())}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    flags = fields.get("flags", "").split()
+    vectors = next(
+        (label for flag, label in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), None
+    )
+    return f"{name}, {vectors}" if vectors else name
+
+
+def gpu_name() -> str | None:
+    """Name and memory of the first CUDA device as the driver gives them, None without one."""
+    try:
+        out = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.splitlines()[0].strip() if out.strip() else None
+
+
+def commit() -> str | None:
+    """The git commit of the checkout this package runs from, "+" behind it when files are changed."""
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        if not git("ls-files", Path(__file__).name):  # a wheel inside somebody else's checkout
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def choose_device(wanted: str) -> tuple[str, str]:
+    """("cpu" or "cuda", why) for --device auto, cpu or cuda."""
+    if wanted == "cpu":
+        return "cpu", "asked for"
+    # The driver is asked without opening the device, so that workers can still be forked.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda", "asked for" if wanted == "cuda" else "a CUDA device was found"
+    if wanted == "cuda":
+        raise SparselthError(
+            "--device cuda: torch finds no CUDA device; `sparselth doctor` tells why, --device cpu works"
+        )
+    return "cpu", "torch finds no CUDA device"

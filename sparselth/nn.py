@@ -1,0 +1,251 @@
+"""Networks of R replicas with hand-written gradients, in plain torch.
+
+Activations are features-major, the batch innermost: [R, C, H, W, B] or [R, K, B]. What one weight
+touches is then contiguous, flattening is free, and convolution and pooling run over whole rows;
+LeNet-5 takes 2.4 times less per step than torch's NCHW path on a CPU. All parameters of a replica
+lie in one flat buffer [R, P] (`model.weights`, then `model.biases`), and so do the gradients: one
+mask multiplication and one optimizer call serve the network.
+"""
+
+from __future__ import annotations
+
+from math import prod, sqrt
+
+import torch
+from torch import Tensor
+
+from sparselth.models import Conv, Linear, MaxPool, Model, ReLU
+
+_relu_backward = torch.ops.aten.threshold_backward.grad_input  # the overload itself: 6 us less a call
+
+
+def init_weights(model: Model, generator: torch.Generator) -> Tensor:
+    """Gaussian Glorot weights, zero biases: one replica's flat buffer [P] (Glorot & Bengio 2010)."""
+    flat = torch.zeros(model.flat_size)
+    for spec in model.weights:
+        std = sqrt(2 / (spec.fan_in + spec.fan_out))
+        flat[spec.offset : spec.offset + spec.numel] = torch.randn(spec.numel, generator=generator) * std
+    return flat
+
+
+def views(model: Model, flat: Tensor) -> dict[str, Tensor]:
+    """Named views of a flat buffer [R, P]: weights as matrices [R, N, K], biases as [R, N, 1]."""
+    shapes = {s.name: (s, s.matrix) for s in model.weights} | {
+        s.name: (s, (s.numel, 1)) for s in model.biases
+    }
+    return {
+        name: flat[:, s.offset : s.offset + s.numel].view(-1, *shape) for name, (s, shape) in shapes.items()
+    }
+
+
+class Network:
+    """R replicas of `model` for batches of B; owns its activations, borrows weights and gradients.
+
+    `flat` and `grad` are [R, P]. `forward` takes [R, C*H*W, B] and returns logits [R, classes, B];
+    `backward` takes the gradient of the logits and writes every entry of the gradient's views.
+    The returned tensors are buffers that the next call overwrites.
+    """
+
+    def __init__(self, model: Model, flat: Tensor, batch: int, grad: Tensor | None = None) -> None:
+        replicas = flat.shape[0]
+        weight = views(model, flat)
+        slope = views(model, grad) if grad is not None else {}
+        names = iter(model.weights)
+        self.layers: list[_Linear | _Conv | _MaxPool | _ReLU] = []
+        self.input_shape = (replicas, *model.input, batch)
+        for i, (layer, before, after) in enumerate(
+            zip(model.layers, model.shapes, model.shapes[1:], strict=False)
+        ):
+            out = torch.zeros(replicas, *after, batch, dtype=flat.dtype, device=flat.device)
+            match layer:
+                case ReLU():
+                    self.layers.append(_ReLU())
+                    continue
+                case MaxPool(size):
+                    self.layers.append(_MaxPool(size, before, out, training=grad is not None))
+                    continue
+            name = next(names).name
+            bias = name.replace("weight", "bias")
+            args = (weight[name], weight[bias], slope.get(name), slope.get(bias), out, before, i == 0)
+            if isinstance(layer, Conv):
+                self.layers.append(_Conv(layer, *args))
+            elif isinstance(layer, Linear):
+                self.layers.append(_Linear(*args))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(self.input_shape)
+        for layer in self.layers:
+            x = layer.forward(x)
+        return x
+
+    def backward(self, dy: Tensor) -> None:
+        for layer in reversed(self.layers):
+            dy = layer.backward(dy)
+
+
+class _Linear:
+    """y = W x + b; dW = dy x^T, db = sum dy, dx = W^T dy."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        out: Tensor,
+        before: tuple[int, ...],
+        first: bool,
+    ) -> None:
+        self.weight, self.bias, self.dweight, self.dbias = weight, bias, dweight, dbias
+        self.y, self.first = out, first
+        self.shape = (out.shape[0], prod(before), out.shape[-1])
+        self.dx = out.new_empty(self.shape if dweight is not None and not first else 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.x = x.view(self.shape)
+        return torch.baddbmm(self.bias, self.weight, self.x, out=self.y)
+
+    def backward(self, dy: Tensor) -> Tensor:
+        assert self.dweight is not None
+        assert self.dbias is not None
+        torch.bmm(dy, self.x.mT, out=self.dweight)
+        torch.sum(dy, 2, keepdim=True, out=self.dbias)
+        return dy if self.first else torch.bmm(self.weight.mT, dy, out=self.dx)
+
+
+class _Conv:
+    """Convolution as k products, one for each row of the kernel.
+
+    x is copied k times, shifted along W only: [C * k, H * W' * B]. The rows that row i of the kernel
+    meets are a slice of that matrix, so the copies take a k-th of what im2col takes and stay in the cache.
+    """
+
+    def __init__(
+        self,
+        layer: Conv,
+        weight: Tensor,
+        bias: Tensor,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        out: Tensor,
+        before: tuple[int, ...],
+        first: bool,
+    ) -> None:
+        self.bias, self.dbias, self.y, self.first = bias, dbias, out, first
+        self.pad, k = layer.padding, layer.kernel
+        r, n, rows, columns, b = out.shape
+        c, h, w = before
+        high = h + 2 * self.pad
+        self.padded = out.new_zeros(r, c, high, w + 2 * self.pad, b)
+        self.inside = self.padded[:, :, self.pad : self.pad + h, self.pad : self.pad + w]
+        self.shape = (r, c, k, high, columns, b)
+        self.shifted = out.new_empty(self.shape)
+        self.slices = self._slices(self.shifted)
+        # the kernel's rows as matrices, and their gradients transposed, which is the faster product
+        self.weight = weight.view(r, n, c, k, k).permute(3, 0, 1, 2, 4)
+        self.kernel = out.new_empty(k, r, n, c * k)
+        if dweight is not None:
+            self.dweight = dweight.view(r, n, c, k, k).permute(3, 0, 2, 4, 1)
+            self.dkernel = out.new_empty(k, r, c * k, n)
+        if dweight is not None and not first:
+            self.dpadded = torch.empty_like(self.padded)
+            self.dshifted = torch.empty_like(self.shifted)
+            self.dslices = self._slices(self.dshifted)
+
+    def _slices(self, shifted: Tensor) -> list[Tensor]:
+        r, c, k, _, columns, b = self.shape
+        size = self.y.shape[2] * columns * b
+        matrix = shifted.view(r, c * k, -1)
+        return [matrix[:, :, i * columns * b : i * columns * b + size] for i in range(k)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pad:
+            self.inside.copy_(x)
+            x = self.padded
+        r, c, h, w, b = x.stride()
+        self.shifted.copy_(x.as_strided(self.shape, (r, c, w, h, w, b)))
+        self.kernel.view(self.weight.shape).copy_(self.weight)
+        y = self.y.flatten(2)
+        torch.baddbmm(self.bias, self.kernel[0], self.slices[0], out=y)
+        for kernel, rows in zip(self.kernel[1:], self.slices[1:], strict=True):
+            y.baddbmm_(kernel, rows)
+        return self.y
+
+    def backward(self, dy: Tensor) -> Tensor:
+        assert self.dbias is not None
+        dy = dy.view(self.y.shape).flatten(2)
+        for dkernel, rows in zip(self.dkernel, self.slices, strict=True):
+            torch.bmm(rows, dy.mT, out=dkernel)
+        self.dweight.copy_(self.dkernel.view(self.dweight.shape))
+        torch.sum(dy, 2, keepdim=True, out=self.dbias)
+        if self.first:
+            return dy
+        self.dshifted.zero_()
+        for kernel, drows in zip(self.kernel, self.dslices, strict=True):
+            drows.baddbmm_(kernel.mT, dy)
+        self.dpadded.zero_()
+        for j in range(self.shape[2]):
+            self.dpadded[:, :, :, j : j + self.shape[4]].add_(self.dshifted[:, :, j])
+        pad, (h, w) = self.pad, self.inside.shape[2:4]
+        return self.dpadded[:, :, pad : pad + h, pad : pad + w]
+
+
+class _MaxPool:
+    """Maximum over size x size pixels; the gradient goes to the first maximum in row order."""
+
+    def __init__(self, size: int, before: tuple[int, ...], out: Tensor, training: bool) -> None:
+        self.y, self.size = out, size
+        self.shape = (out.shape[0], *before, out.shape[-1])
+        self.dx = out.new_zeros(self.shape if training else 0)  # a rest behind the last window stays 0
+        self.rest = torch.empty_like(out) if training else out
+        self.hit = torch.empty_like(self.rest)
+
+    def _windows(self, x: Tensor) -> list[Tensor]:
+        s, (rows, columns) = self.size, self.y.shape[2:4]
+        return [x[:, :, i : rows * s : s, j : columns * s : s] for i in range(s) for j in range(s)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.x = x
+        first, *others = self._windows(x)
+        torch.maximum(first, others[0], out=self.y)
+        for other in others[1:]:
+            torch.maximum(self.y, other, out=self.y)
+        return self.y
+
+    def backward(self, dy: Tensor) -> Tensor:
+        # Float masks: bool ones cost three times as much here. Behind a ReLU y may have been cut to 0
+        # in place; dy is 0 there, so it does not matter where it goes.
+        rest = self.rest.copy_(dy.view(self.y.shape))
+        *windows, (_, dlast) = zip(self._windows(self.x), self._windows(self.dx), strict=True)
+        for x, dx in windows:
+            torch.eq(x, self.y, out=self.hit)
+            torch.mul(rest, self.hit, out=dx)
+            rest.sub_(dx)
+        dlast.copy_(rest)
+        return self.dx
+
+
+class _ReLU:
+    """max(x, 0), in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.y = x
+        return x.relu_()
+
+    def backward(self, dy: Tensor) -> Tensor:
+        dy = dy.view(self.y.shape)
+        return _relu_backward(dy, self.y, 0, grad_input=dy)  # type: ignore[no-any-return]
+
+
+def cross_entropy_grad(logits: Tensor, labels: Tensor) -> Tensor:
+    """Gradient of the mean cross-entropy: [R, classes, B] from logits and labels [R, 1, B]."""
+    grad = torch.softmax(logits, 1)
+    grad.scatter_add_(1, labels, grad.new_full((1,), -1.0).expand(labels.shape))
+    return grad.div_(logits.shape[2])
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy and number of right answers, each float64 [R]."""
+    loss = -torch.log_softmax(logits, 1).gather(1, labels).double().sum((1, 2))
+    right = (logits.argmax(1, keepdim=True) == labels).double().sum((1, 2))
+    return loss, right

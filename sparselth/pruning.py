@@ -1,0 +1,79 @@
+"""Which weights go: magnitude, by layer or over all layers, with exact counts.
+
+A mask is a bool vector [M], M = `model.mask_size`, in the order of the flat buffer. Of n surviving
+weights exactly round(rate * n) go, the smallest magnitudes first, equal ones by lowest index.
+"""
+
+from __future__ import annotations
+
+from math import floor
+
+import torch
+from torch import Tensor
+
+from sparselth.models import Model
+
+
+def full_mask(model: Model) -> Tensor:
+    """The mask of the dense network, bool [M]; the alignment gaps between tensors are False."""
+    mask = torch.zeros(model.mask_size, dtype=torch.bool)
+    for spec in model.weights:
+        mask[spec.offset : spec.offset + spec.numel] = True
+    return mask
+
+
+def kept(model: Model, mask: Tensor) -> dict[str, int]:
+    """Surviving weights of every weight tensor."""
+    return {s.name: int(mask[s.offset : s.offset + s.numel].sum()) for s in model.weights}
+
+
+def ladder(model: Model, levels: int, rate: float, scope: str) -> list[dict[str, int]]:
+    """Surviving weights at levels 0 to `levels`: by tensor for scope "layer", {"all": n} for "global".
+
+    The output layer goes at half the rate under "layer" (Frankle & Carbin 2019, Figure 2).
+    """
+    if scope == "global":
+        now, rates = {"all": model.prunable}, {"all": rate}
+    else:
+        now = {s.name: s.numel for s in model.weights}
+        rates = {s.name: rate / 2 if s.output else rate for s in model.weights}
+    found = [now]
+    for _ in range(levels):
+        now = {name: n - _rounded(rates[name] * n) for name, n in now.items()}
+        found.append(now)
+    return found
+
+
+def prune(model: Model, weights: Tensor, mask: Tensor, keep: dict[str, int]) -> Tensor:
+    """The mask [M] that keeps the `keep` largest magnitudes of `weights` [M] among those `mask` keeps.
+
+    `keep` is a rung of `ladder`; a rung above what `mask` keeps raises ValueError.
+    """
+    new = mask.clone()
+    spans = (
+        {"all": slice(0, model.mask_size)}
+        if "all" in keep
+        else {s.name: slice(s.offset, s.offset + s.numel) for s in model.weights}
+    )
+    for name, span in spans.items():
+        alive = mask[span].nonzero().squeeze(1)  # ascending, and the sort below is stable
+        going = len(alive) - keep[name]
+        if going < 0:
+            raise ValueError(f"{name}: cannot keep {keep[name]} of {len(alive)} weights")
+        order = torch.sort(weights[span][alive].abs(), stable=True).indices
+        new[span.start + alive[order[:going]]] = False
+    return new
+
+
+def shuffle(model: Model, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """The mask permuted within each weight tensor: the same counts in random places."""
+    new = mask.clone()
+    for spec in model.weights:
+        span = slice(spec.offset, spec.offset + spec.numel)
+        new[span] = mask[span][torch.randperm(spec.numel, generator=generator)]
+    return new
+
+
+def _rounded(x: float) -> int:
+    # 1e-9 so that a half such as 0.3 * 5 does not fall by the error of the product
+    return floor(x + 0.5 + 1e-9)

@@ -1,0 +1,292 @@
+"""The run folder: everything one run computed, in files that a kill cannot spoil.
+
+    config.json        what is run; another configuration is refused
+    environment.json   versions, processor, git commit, data checksum
+    cells.jsonl        one line per finished cell: kept weights, early stop, accuracies
+    evaluations.jsonl  one line per evaluation on the validation set
+    timings.jsonl      seconds per cell; the only measurements that differ from run to run
+    cells/KEY.safetensors        mask bits, the surviving trained weights, biases; level 0 adds the
+                                 weights of the rewind step, so that every ticket can be rebuilt
+    checkpoints/KEY.safetensors  a cell that is under way
+    figures/
+
+Whole files are written beside and renamed. Lines are appended, the one of cells.jsonl last: a cell
+without it has not happened, and what else it left is dropped when the folder is opened again. When
+the run is complete the lines are sorted, so that the files do not tell in which order cells ended.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from sparselth.config import ImpConfig, Replica
+from sparselth.errors import SparselthError
+from sparselth.masks import unpack
+from sparselth.models import get_model
+
+Arrays = dict[str, NDArray[Any]]
+LINES = ("evaluations.jsonl", "timings.jsonl", "cells.jsonl")  # in the order they are appended
+
+
+def replica(line: dict[str, Any]) -> Replica:
+    """Whom a line of the folder is about."""
+    return Replica(line["seed"], line["arm"], line["level"], line["draw"])
+
+
+def point(who: Replica, **values: Any) -> dict[str, Any]:
+    """A line about `who`."""
+    return {"seed": who.seed, "arm": who.arm, "level": who.level, "draw": who.draw, **values}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder as it was when read."""
+
+    path: Path
+    config: ImpConfig
+    points: list[dict[str, Any]]  # finished cells with their train_seconds, in the order of config.replicas()
+    evaluations: list[dict[str, Any]]  # of those cells, by step within a cell
+
+    @property
+    def complete(self) -> bool:
+        return len(self.points) == len(self.config.replicas())
+
+    def mask(self, seed: int, level: int, name: str) -> NDArray[np.bool_]:
+        """The ticket's mask of the weight tensor `name`, bool [N, K]."""
+        spec = next(s for s in get_model(self.config.model).weights if s.name == name)
+        arrays = _cell_file(cell_path(self.path, Replica(seed, "ticket", level)))
+        return unpack(arrays[f"mask/{name}"], spec.matrix[1])
+
+
+def read(path: Path) -> RunRecord:
+    """The run in `path`, finished or not; SparselthError when there is none or it cannot be read."""
+    config = read_config(path)
+    lines = {name: _read_lines(path / name) for name in LINES}
+    done = {replica(line) for line in lines["cells.jsonl"]}
+    seconds = {replica(line): line["train_seconds"] for line in lines["timings.jsonl"]}
+    points = [line | {"train_seconds": seconds.get(replica(line))} for line in lines["cells.jsonl"]]
+    order = {who: i for i, who in enumerate(config.replicas())}
+    return RunRecord(
+        path,
+        config,
+        sorted(points, key=lambda line: order[replica(line)]),
+        sorted(
+            (line for line in lines["evaluations.jsonl"] if replica(line) in done),
+            key=lambda line: (order[replica(line)], line["step"]),
+        ),
+    )
+
+
+def read_config(path: Path) -> ImpConfig:
+    """The configuration of the run in `path`."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise SparselthError(f"{path}: not a run folder (no config.json); `sparselth ls runs` lists runs")
+    try:
+        return ImpConfig.from_json(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SparselthError(f"{file}: cannot be read as a configuration ({error})") from error
+
+
+class RunFolder:
+    """A run folder that one process writes to; `open_run` gives it."""
+
+    def __init__(self, path: Path, config: ImpConfig) -> None:
+        self.path, self.config = path, config
+        self.finished = self._recover()
+
+    def add(
+        self, who: Replica, cell: dict[str, Any], evaluations: list[dict[str, Any]], seconds: float
+    ) -> None:
+        """Record a finished cell whose file is already written."""
+        for name, lines in zip(
+            LINES, (evaluations, [point(who, train_seconds=seconds)], [point(who, **cell)]), strict=True
+        ):
+            _append(self.path / name, lines)
+        self.finished.add(who)
+        checkpoint_path(self.path, who).unlink(missing_ok=True)
+
+    def complete(self) -> None:
+        """Sort the lines into the order of `config.replicas()`."""
+        order = {who: i for i, who in enumerate(self.config.replicas())}
+        for name in LINES:
+            lines = _read_lines(self.path / name)
+            lines.sort(key=lambda line: (order[replica(line)], line.get("step", 0)))
+            write_atomically(self.path / name, _dump_lines(lines))
+
+    def _recover(self) -> set[Replica]:
+        """The finished cells; lines of others, torn ones and left-over files go."""
+        planned = set(self.config.replicas())
+        lines = {name: _read_lines(self.path / name) for name in LINES}
+        done = {replica(line) for line in lines["cells.jsonl"]} & planned
+        done = {who for who in done if cell_path(self.path, who).is_file()}
+        timed = {replica(line) for line in lines["timings.jsonl"]}
+        done &= timed
+        for name in LINES:
+            text = _dump_lines([line for line in lines[name] if replica(line) in done])
+            file = self.path / name
+            if file.is_file() and file.read_bytes() != text:
+                write_atomically(file, text)
+        for folder in ("cells", "checkpoints"):
+            (self.path / folder).mkdir(exist_ok=True)
+            for rest in (self.path / folder).glob("*.tmp"):
+                rest.unlink(missing_ok=True)
+        return done
+
+
+@contextmanager
+def open_run(path: Path, config: ImpConfig, environment: dict[str, Any], resume: bool) -> Iterator[RunFolder]:
+    """Create the folder, or open one that this configuration began; locked until left.
+
+    Raises SparselthError, before anything is written, when the folder holds something else, a run of
+    another configuration, an unfinished run without `resume`, or a run that is under way.
+    """
+    fresh = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if not fresh:
+        if not path.is_dir():
+            raise SparselthError(f"{path}: expected a folder for the run, found a file; choose another --out")
+        theirs = read_config(path)
+        if theirs != config:
+            raise SparselthError(
+                f"{path}: holds a run with another {_difference(theirs, config)}; choose another --out"
+            )
+    with _errors_named(path):
+        path.mkdir(parents=True, exist_ok=True)
+        # closed only by the end of the process, because closing drops the lock
+        with (path / ".lock").open("w") as lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SparselthError(
+                    f"{path}: another process is running this run; wait for it or stop it"
+                ) from None
+            if fresh:
+                write_atomically(path / "environment.json", _dump(environment))
+                write_atomically(path / "config.json", _dump(config.to_json()))
+            folder = RunFolder(path, config)
+            missing = len(config.replicas()) - len(folder.finished)
+            if not fresh and missing and not resume:
+                raise SparselthError(
+                    f"{path}: unfinished, {missing} of {len(config.replicas())} cells are missing; "
+                    "add --resume to go on, or choose another --out"
+                )
+            yield folder
+
+
+def cell_path(run: Path, who: Replica) -> Path:
+    return run / "cells" / f"{who.key}.safetensors"
+
+
+def checkpoint_path(run: Path, who: Replica) -> Path:
+    return run / "checkpoints" / f"{who.key}.safetensors"
+
+
+def save_arrays(file: Path, arrays: Arrays, header: dict[str, Any]) -> None:
+    """Write arrays and a JSON header as safetensors, atomically; equal content gives equal bytes."""
+    text = json.dumps(header, sort_keys=True)
+    write_atomically(file, save(arrays, metadata={"sparselth": text}))
+
+
+def load_arrays(file: Path) -> tuple[Arrays, dict[str, Any]]:
+    """Arrays and header of a file that `save_arrays` wrote."""
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            header = json.loads((opened.metadata() or {})["sparselth"])
+            return {name: opened.get_tensor(name) for name in opened.keys()}, header  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise SparselthError(
+            f"{file}: cannot be read ({error}); delete it and continue the run with --resume"
+        ) from error
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write beside, flush to the disk, rename: the file is either the old one or the new one."""
+    beside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    with _errors_named(file):
+        try:
+            with beside.open("wb") as out:
+                out.write(content)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(beside, file)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+@lru_cache(maxsize=64)
+def _cell_file(file: Path) -> Arrays:
+    return load_arrays(file)[0]
+
+
+@contextmanager
+def _errors_named(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SparselthError(
+            f"cannot write {error.filename or file}: {error.strerror}; "
+            "what is finished is kept, mend this and continue with --resume, or choose another --out"
+        ) from error
+
+
+def _append(file: Path, lines: list[dict[str, Any]]) -> None:
+    with _errors_named(file), file.open("ab") as out:
+        end = out.tell()
+        try:
+            out.write(_dump_lines(lines))
+            out.flush()
+            os.fsync(out.fileno())
+        except OSError:
+            _cut(out, end)
+            raise
+
+
+def _cut(out: IO[bytes], end: int) -> None:
+    os.ftruncate(out.fileno(), end)
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that may be missing or end in a torn line."""
+    try:
+        content = file.read_bytes() if file.exists() else b""
+    except OSError as error:
+        raise SparselthError(f"cannot read {file}: {error.strerror}") from error
+    found = []
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise SparselthError(f"{file}: line {number} is not JSON ({error})") from error
+    return found
+
+
+def _dump(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()
+
+
+def _dump_lines(lines: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def _difference(theirs: ImpConfig, ours: ImpConfig) -> str:
+    """The first setting that differs, e.g. "levels (15 there, 10 here)"."""
+    a, b = theirs.to_json(), ours.to_json()
+    a |= a.pop("recipe")
+    b |= b.pop("recipe")
+    name = next(key for key in b if a[key] != b[key])
+    return f"{name} ({a[name]} there, {b[name]} here)"

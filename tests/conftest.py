@@ -1,0 +1,87 @@
+"""Shared by all tests: one thread, a small real data set, runs of a few seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from sparselth.batches import Resident
+from sparselth.cli.main import run
+from sparselth.data import load
+from sparselth.runs import RunRecord, read
+
+torch.set_num_threads(1)  # and so no thread pool that a forked worker would inherit
+settings.register_profile("default", deadline=None, derandomize=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def digits() -> Resident:
+    """The 5,000 digits inside the package, in evaluation batches of 250."""
+    return Resident(load("mnist5k", Path()), "cpu", 250)
+
+
+@pytest.fixture
+def imp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunRecord]:
+    """`imp("--levels", "2")`: a tiny run by the command line, read back; asserts exit code 0."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags: str, out: str = "run", steps: int = 100) -> RunRecord:
+        words = ["imp", "--model", "lenet-300-100", "--dataset", "mnist5k", "--quiet", "--out", out]
+        assert run([*words, "--steps", str(steps), *flags]) == 0
+        return read(Path(out))
+
+    return call
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`cli("ls", "models")`: (exit code, stdout, stderr) of a command in this process."""
+
+    def call(*args: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = run(list(args))
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a run that must not depend on when it was stopped: metrics, masks, weights."""
+    names = ("config.json", "cells.jsonl", "evaluations.jsonl")
+    files = [folder / name for name in names] + sorted((folder / "cells").iterdir())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.fixture
+def run_contents() -> Callable[[Path], dict[str, bytes]]:
+    return contents
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """The environment for subprocesses: this checkout's package, no data folder."""
+    here = Path(__file__).resolve().parents[1]
+    kept = {k: v for k, v in os.environ.items() if k != "SPARSELTH_DATA"}
+    return kept | {"PYTHONPATH": str(here)}
+
+
+@pytest.fixture
+def document(cli: Callable[..., tuple[int, str, str]]) -> Callable[..., dict[str, Any]]:
+    """The one JSON document a command prints on stdout."""
+
+    def call(*args: str) -> dict[str, Any]:
+        code, out, _ = cli(*args, "--json")
+        assert code == 0
+        parsed: dict[str, Any] = json.loads(out)
+        return parsed
+
+    return call

@@ -1,0 +1,157 @@
+"""Outputs and gradients of R replicas against autograd in float64, over models and shapes nobody chose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparselth.models import MODELS, Conv, Linear, MaxPool, Model, ReLU, get_model
+from sparselth.nn import Network, cross_entropy, cross_entropy_grad, init_weights, views
+from sparselth.streams import stream
+
+# relative RMS error against float64 that torch's own product has, times three
+BOUND = {torch.float32: 1.5e-6, torch.float64: 1e-13}
+
+
+def rms_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def reference(model: Model, flat: Tensor, x: Tensor) -> Tensor:
+    """Logits [R, classes, B] by torch.nn.functional, replica by replica, from x [R, K, B]."""
+    named = views(model, flat)
+    found = []
+    for r in range(flat.shape[0]):
+        h = x[r].T.reshape(-1, *model.input)
+        specs = iter(model.weights)
+        for layer in model.layers:
+            if isinstance(layer, MaxPool):
+                h = F.max_pool2d(h, layer.size)
+            elif isinstance(layer, ReLU):
+                h = h.relu()
+            else:
+                spec = next(specs)
+                weight = named[spec.name][r].reshape(spec.shape)
+                bias = named[spec.name.replace("weight", "bias")][r, :, 0]
+                if isinstance(layer, Conv):
+                    h = F.conv2d(h, weight, bias, padding=layer.padding)
+                else:
+                    h = F.linear(h.flatten(1), weight, bias)
+        found.append(h.T)
+    return torch.stack(found)
+
+
+def check(model: Model, replicas: int, batch: int, dtype: torch.dtype, seed: int, keep: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # on a grid, so that convolutions are exact in fp32 and no maximum of a pool is decided by rounding
+    flat = torch.randn(replicas, model.flat_size, generator=generator, dtype=torch.float64).mul(5).round() / 16
+    flat[:, : model.mask_size] *= torch.rand(replicas, model.mask_size, generator=generator) < keep
+    flat = flat.to(dtype)
+    x = torch.rand(replicas, model.shapes[0][0] * model.input[1] * model.input[2], batch, generator=generator)
+    x = x.mul(8).sub(4).clamp_min(0).round() / 4  # half of it black: equal values in a pooling window
+    y = torch.randint(model.classes, (replicas, 1, batch), generator=generator)
+    grad = torch.full_like(flat, float("nan"))  # every entry must be written
+    network = Network(model, flat, batch, grad)
+    logits = network.forward(x.to(dtype))
+    expected_flat = flat.double().clone().requires_grad_()
+    expected = reference(model, expected_flat, x.double())
+    assert rms_error(logits, expected.detach()) < BOUND[dtype]
+    network.backward(cross_entropy_grad(logits, y))
+    # each replica's own mean loss
+    loss = sum(F.cross_entropy(expected[r].T, y[r, 0]) for r in range(replicas))
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    assert expected_flat.grad is not None
+    slopes, expected_slopes = views(model, grad), views(model, expected_flat.grad)
+    for name, slope in slopes.items():
+        assert slope.isfinite().all(), name
+        assert rms_error(slope, expected_slopes[name]) < 20 * BOUND[dtype], name
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize(("replicas", "batch"), [(1, 1), (1, 60), (3, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_models_against_autograd(name: str, replicas: int, batch: int, dtype: torch.dtype) -> None:
+    check(get_model(name), replicas, batch, dtype, seed=0)
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> Model:
+    """Small convolutional networks with odd sizes, padding, pools with a rest, and pools before ReLU."""
+    channels, height, width = draw(st.integers(1, 3)), draw(st.integers(5, 11)), draw(st.integers(5, 11))
+    layers: list[Conv | MaxPool | ReLU | Linear] = []
+    size = min(height, width)
+    for _ in range(draw(st.integers(0, 2))):
+        kernel, padding = draw(st.sampled_from([1, 2, 3])), draw(st.integers(0, 2))
+        layers.append(Conv(draw(st.integers(1, 4)), kernel, padding))
+        size += 2 * padding - kernel + 1
+        order: list[MaxPool | ReLU] = [ReLU()]
+        if size >= 4:
+            order.insert(draw(st.integers(0, 1)), MaxPool(draw(st.sampled_from([2, 3]))))
+            size //= 3
+        layers += order
+        if size < 4:
+            break
+    if draw(st.booleans()):
+        layers += [Linear(draw(st.integers(1, 9))), ReLU()]
+    return Model("random", (channels, height, width), (*layers, Linear(10)), {}, "")
+
+
+@given(networks(), st.integers(1, 3), st.integers(1, 9), st.integers(0, 10**6), st.sampled_from([1.0, 0.5, 0.0]))
+def test_random_networks_against_autograd(
+    model: Model, replicas: int, batch: int, seed: int, keep: float
+) -> None:
+    check(model, replicas, batch, torch.float64, seed, keep)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_live_weight_gets_a_gradient(name: str) -> None:
+    # a peer compares `weight < EPS` without abs and freezes every negative weight
+    model = get_model(name)
+    flat = init_weights(model, stream(0, "ticket", 0, "init"))[None]
+    grad = torch.zeros_like(flat)
+    network = Network(model, flat, 64, grad)
+    x = torch.rand(1, 784, 64, generator=torch.Generator().manual_seed(0))
+    network.backward(cross_entropy_grad(network.forward(x), torch.arange(64).remainder(10)[None, None]))
+    for spec in model.weights:
+        slope = grad[0, spec.offset : spec.offset + spec.numel]
+        weight = flat[0, spec.offset : spec.offset + spec.numel]
+        positive, negative = ((slope[sign] != 0).double().mean() for sign in (weight > 0, weight < 0))
+        assert min(positive, negative) > 0.3, spec.name  # units that are dead at initialisation have none
+        assert abs(positive - negative) < 0.1, spec.name
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_glorot_law_and_zero_biases(name: str) -> None:
+    model = get_model(name)
+    flat = init_weights(model, stream(0, "ticket", 0, "init"))
+    for spec in model.weights:
+        values = flat[spec.offset : spec.offset + spec.numel].double()
+        std = (2 / (spec.fan_in + spec.fan_out)) ** 0.5
+        slack = 5 * std / spec.numel**0.5
+        assert abs(values.mean()) < slack
+        assert abs(values.std() - std) < slack
+    assert not flat[model.mask_size :].any()
+    assert not torch.equal(flat, init_weights(model, stream(1, "ticket", 0, "init")))
+
+
+def test_weight_counts() -> None:
+    assert get_model("lenet-300-100").prunable == 266_200
+    lenet5 = get_model("lenet5")
+    assert [spec.numel for spec in lenet5.weights] == [150, 2_400, 48_000, 10_080, 840]
+
+
+@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 8))
+def test_loss_and_right_answers(seed: int, replicas: int, batch: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(replicas, 10, batch, generator=generator) * 5
+    y = torch.randint(10, (replicas, 1, batch), generator=generator)
+    loss, right = cross_entropy(logits, y)
+    for r in range(replicas):
+        expected = F.cross_entropy(logits[r].T.double(), y[r, 0], reduction="sum")
+        assert float(loss[r]) == pytest.approx(float(expected), rel=1e-5)
+        assert int(right[r]) == int((logits[r].argmax(0) == y[r, 0]).sum())

@@ -1,0 +1,111 @@
+"""The house itself: packages, import arrows, a quick --help."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# kernels and plain data first; what stands to the right may import what stands to the left
+ORDER = [
+    "errors",
+    "kernels",
+    "config",
+    "streams",
+    "masks",
+    "models",
+    "nn",
+    "data",
+    "pruning",
+    "batches",
+    "train",
+    "runs",
+    "machine",
+    "experiments.imp",
+    "experiments.workers",
+    "report.stats",
+    "report.tables",
+    "report.figures",
+    "cli",
+]
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT / "sparselth").with_suffix("").parts
+    if parts[0] in ("cli", "kernels"):
+        return parts[0]
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imported(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sparselth"):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("sparselth.")}
+    return {name.removeprefix("sparselth.") for name in found}
+
+
+def place(name: str) -> int:
+    fits = [i for i, room in enumerate(ORDER) if name == room or name.startswith(room + ".")]
+    assert fits, f"{name} is in no room of ORDER"
+    return fits[0]
+
+
+def sources() -> list[Path]:
+    return [file for file in sorted((ROOT / "sparselth").rglob("*.py")) if "assets" not in file.parts]
+
+
+@pytest.mark.parametrize("file", sources(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_point_one_way(file: Path) -> None:
+    name = module_name(file)
+    if name in ("", "experiments", "report"):
+        assert not imported(file)
+        return
+    for other in imported(file):
+        if other not in ("sparselth.__version__", "__version__"):
+            assert place(other) <= place(name), f"{name} imports {other}"
+
+
+def test_kernels_import_nothing_of_the_package() -> None:
+    for file in (ROOT / "kernels").glob("*.py"):
+        assert not {name for name in imported(file) if not name.startswith("kernels")}
+
+
+def test_package_list_is_complete() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = set(config["options"]["packages"].split())
+    folders = {file.parent for file in (ROOT / "sparselth").rglob("__init__.py")}
+    found = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert listed == found | {"sparselth.kernels"}
+
+
+def test_kernels_folder_is_reached_by_the_link_and_shadows_nobody() -> None:
+    link = ROOT / "sparselth" / "kernels"
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / "kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["imp", "--help"], ["show", "--help"], ["ls", "--help"], ["doctor", "--help"], ["ls", "models"]],
+    ids=" ".join,
+)
+def test_help_imports_no_torch(words: list[str], environment: dict[str, str]) -> None:
+    code = (
+        "import sys; from sparselth.cli.main import run; code = run(sys.argv[1:]); "
+        "heavy = {'torch', 'numpy', 'matplotlib', 'rich'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
