@@ -1,6 +1,6 @@
 """The data set on the device, and batches from it without per-sample work.
 
-Images stay bytes; a batch is one gather, one cast into features-major floats and one scaling. Every
+Images stay bytes; a batch is one gather, one cast to floats and one scaling. Every
 replica has its own order, new each epoch, drawn from its own stream: the batch of a step is a function
 of (replica, step) alone, so a resumed run continues where it stopped.
 """
@@ -86,7 +86,7 @@ class Batches:
         self.epoch = -1
         self.order = torch.empty(0)
         self.bytes = torch.empty(r * batch, k, dtype=torch.uint8, device=data.device)
-        self.x = torch.empty(r, k, batch, device=data.device)
+        self.x = torch.empty(r, batch, k, device=data.device)
         self.y = torch.empty(r * batch, dtype=torch.int64, device=data.device)
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
@@ -94,12 +94,12 @@ class Batches:
         if epoch != self.epoch:
             self.order, self.epoch = self._draw(epoch), epoch
         index = self.order[place].flatten()
-        r, k, b = self.x.shape
+        r, b, k = self.x.shape
         torch.index_select(self.data.images, 0, index, out=self.bytes)
         torch.index_select(self.data.labels, 0, index, out=self.y)
-        self.x.copy_(self.bytes.view(r, b, k).mT)
-        torch.addcmul(self.data.shift, self.x, self.data.scale, out=self.x)
-        return self.x, self.y.view(r, 1, b)
+        self.x.copy_(self.bytes.view(r, b, k))
+        torch.addcmul(self.data.shift.mT, self.x, self.data.scale.mT, out=self.x)
+        return self.x.mT, self.y.view(r, 1, b)
 
     def _draw(self, epoch: int) -> Tensor:
         """Image indices of one epoch, [steps, R, B]."""

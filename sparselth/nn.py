@@ -1,6 +1,6 @@
 """Networks of R replicas with hand-written gradients, in plain torch.
 
-Activations are features-major, the batch innermost: [R, C, H, W, B] or [R, K, B]. What one weight
+Activations are features-major, the batch last: [R, C, H, W, B] or [R, K, B]. What one weight
 touches is then contiguous, flattening is free, and convolution and pooling run over whole rows;
 LeNet-5 takes 2.4 times less per step than torch's NCHW path on a CPU. All parameters of a replica
 lie in one flat buffer [R, P] (`model.weights`, then `model.biases`), and so do the gradients: one
@@ -56,7 +56,7 @@ class Network:
         for i, (layer, before, after) in enumerate(
             zip(model.layers, model.shapes, model.shapes[1:], strict=False)
         ):
-            out = torch.zeros(replicas, *after, batch, dtype=flat.dtype, device=flat.device)
+            out = _activation(flat, replicas, after, batch)
             match layer:
                 case ReLU():
                     self.layers.append(_ReLU())
@@ -83,6 +83,14 @@ class Network:
             dy = layer.backward(dy)
 
 
+def _activation(like: Tensor, replicas: int, shape: tuple[int, ...], batch: int) -> Tensor:
+    """Zeros [R, *shape, B]. A vector's are stored batch-major behind a transposed view: the products of
+    a fully connected layer run a fifth faster with 300 columns in a row than with 60."""
+    if len(shape) == 1:
+        return like.new_zeros(replicas, batch, *shape).mT
+    return like.new_zeros(replicas, *shape, batch)
+
+
 class _Linear:
     """y = W x + b; dW = dy x^T, db = sum dy, dx = W^T dy."""
 
@@ -99,7 +107,8 @@ class _Linear:
         self.weight, self.bias, self.dweight, self.dbias = weight, bias, dweight, dbias
         self.y, self.first = out, first
         self.shape = (out.shape[0], prod(before), out.shape[-1])
-        self.dx = out.new_empty(self.shape if dweight is not None and not first else 0)
+        if dweight is not None and not first:
+            self.dx = _activation(out, out.shape[0], before, out.shape[-1]).view(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         self.x = x.view(self.shape)
@@ -133,7 +142,7 @@ class _Conv:
     ) -> None:
         self.bias, self.dbias, self.y, self.first = bias, dbias, out, first
         self.pad, k = layer.padding, layer.kernel
-        r, n, rows, columns, b = out.shape
+        r, n, _, columns, b = out.shape
         c, h, w = before
         high = h + 2 * self.pad
         self.padded = out.new_zeros(r, c, high, w + 2 * self.pad, b)

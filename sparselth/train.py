@@ -21,7 +21,6 @@ from sparselth.kernels.masked_update import masked_adam, masked_sgd
 from sparselth.models import Conv, Model
 from sparselth.nn import Network, cross_entropy, cross_entropy_grad
 
-
 DIVERGED_LOSS = 1e6  # a network that knows nothing loses ln(classes)
 
 

@@ -48,7 +48,9 @@ def reference(model: Model, flat: Tensor, x: Tensor) -> Tensor:
 def check(model: Model, replicas: int, batch: int, dtype: torch.dtype, seed: int, keep: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(seed)
     # on a grid, so that convolutions are exact in fp32 and no maximum of a pool is decided by rounding
-    flat = torch.randn(replicas, model.flat_size, generator=generator, dtype=torch.float64).mul(5).round() / 16
+    flat = (
+        torch.randn(replicas, model.flat_size, generator=generator, dtype=torch.float64).mul(5).round() / 16
+    )
     flat[:, : model.mask_size] *= torch.rand(replicas, model.mask_size, generator=generator) < keep
     flat = flat.to(dtype)
     x = torch.rand(replicas, model.shapes[0][0] * model.input[1] * model.input[2], batch, generator=generator)
@@ -101,7 +103,9 @@ def networks(draw: st.DrawFn) -> Model:
     return Model("random", (channels, height, width), (*layers, Linear(10)), {}, "")
 
 
-@given(networks(), st.integers(1, 3), st.integers(1, 9), st.integers(0, 10**6), st.sampled_from([1.0, 0.5, 0.0]))
+@given(
+    networks(), st.integers(1, 3), st.integers(1, 9), st.integers(0, 10**6), st.sampled_from([1.0, 0.5, 0.0])
+)
 def test_random_networks_against_autograd(
     model: Model, replicas: int, batch: int, seed: int, keep: float
 ) -> None:

@@ -97,7 +97,14 @@ def test_kernels_folder_is_reached_by_the_link_and_shadows_nobody() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["imp", "--help"], ["show", "--help"], ["ls", "--help"], ["doctor", "--help"], ["ls", "models"]],
+    [
+        ["--help"],
+        ["imp", "--help"],
+        ["show", "--help"],
+        ["ls", "--help"],
+        ["doctor", "--help"],
+        ["ls", "models"],
+    ],
     ids=" ".join,
 )
 def test_help_imports_no_torch(words: list[str], environment: dict[str, str]) -> None:
@@ -106,6 +113,8 @@ def test_help_imports_no_torch(words: list[str], environment: dict[str, str]) ->
         "heavy = {'torch', 'numpy', 'matplotlib', 'rich'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout

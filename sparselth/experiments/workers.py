@@ -180,11 +180,11 @@ class Pool:
                             failure, self.stop.value = failure or value, True
         if failure:
             raise failure
-        if caught:
-            total = len(self.config.replicas())
+        finished, total = len(folder.finished), len(self.config.replicas())
+        if finished < total:
             raise Interrupted(
-                f"stopped by {caught[0]}; {len(folder.finished)} of {total} cells are finished and those under "
-                f"way are saved in {folder.path}; continue with --resume"
+                f"stopped by {caught[0]}; {finished} of {total} cells are finished and those under way are "
+                f"saved in {folder.path}; continue with --resume"
             )
         folder.complete()
 

@@ -31,7 +31,9 @@ def test_steps_are_the_formula(shape: tuple[int, int, int], weight_decay: float,
     count = torch.zeros(())
     for step in range(1, 6):
         grad = g * step
-        expected = list(adam_reference(*expected[:1], grad.double(), mask, *expected[1:], step, 1e-2, weight_decay))
+        expected = list(
+            adam_reference(*expected[:1], grad.double(), mask, *expected[1:], step, 1e-2, weight_decay)
+        )
         count.fill_(step)
         masked_adam(w, grad.clone(), mask, (a, b), count, 1e-2, weight_decay)
         for found, right in zip((w, a, b), expected, strict=True):

@@ -1,0 +1,81 @@
+"""Interleaved timing for all benchmarks: every rival in every round, medians and spread, one table each."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from sparselth import machine
+
+TABLES: list[str] = []
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call over the rounds."""
+
+    median: float
+    low: float  # first quartile
+    high: float  # third quartile
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def interleaved(benchmark: Any) -> Callable[..., dict[str, Timing]]:
+    """`interleaved({name: (function, calls)}, rounds)`: all functions in turn, `calls` times a round each.
+
+    pytest-benchmark times the whole round; the table and `extra_info` hold the rivals.
+    """
+
+    def measure(rivals: dict[str, tuple[Callable[[], object], int]], rounds: int) -> dict[str, Timing]:
+        seconds: dict[str, list[float]] = {name: [] for name in rivals}
+
+        def one_round() -> None:
+            for name, (function, calls) in rivals.items():
+                began = time.perf_counter()
+                for _ in range(calls):
+                    function()
+                seconds[name].append((time.perf_counter() - began) / calls)
+
+        benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=1)
+        found = {}
+        for name, values in seconds.items():
+            low, median, high = statistics.quantiles(values[1:], n=4)
+            found[name] = Timing(median, low, high)
+            benchmark.extra_info[name] = {"median_s": median, "q1_s": low, "q3_s": high}
+        return found
+
+    return measure
+
+
+@pytest.fixture
+def show() -> Callable[[str], None]:
+    """Print a table behind the session's results."""
+    return TABLES.append
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if TABLES:
+        facts = machine.environment()
+        packages = facts["packages"]
+        terminalreporter.write_sep("=", "comparisons")
+        terminalreporter.write_line(
+            f"{facts['cpu']}, {facts['cores']} cores, torch {packages['torch']}, one thread, "
+            f"commit {(facts['commit'] or 'unknown')[:12]}"
+        )
+        for table in TABLES:
+            terminalreporter.write_line("\n" + table)
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    machine_info["sparselth"] = machine.environment()
