@@ -21,6 +21,6 @@ class Interrupted(SparselthError):
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """The error for a name outside its list, with the nearest name when there is one."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
     return UsageError(f"unknown {kind} {name!r}: {hint}")

@@ -86,9 +86,9 @@ def test_pruned_weights_never_come_back() -> None:
 
 
 def test_rung_above_the_mask_is_refused() -> None:
+    mask = pruning.full_mask(LENET)
+    mask[:1000] = False
     with pytest.raises(ValueError, match="cannot keep 266200 of 265200"):
-        mask = pruning.full_mask(LENET)
-        mask[:1000] = False
         pruning.prune(LENET, torch.randn(LENET.mask_size), mask, {"all": 266_200})
 
 

@@ -1,0 +1,5 @@
+"""`python -m sparselth`."""
+
+from sparselth.cli.main import main
+
+main()
