@@ -20,7 +20,7 @@ Imp = Callable[..., RunRecord]
 
 USAGE = {
     "--model lenet6": "unknown model 'lenet6': did you mean 'lenet5'?",
-    "--model resnet1001": "unknown model 'resnet1001': choose from lenet-300-100, lenet5",
+    "--model vgg": "unknown model 'vgg': choose from lenet-300-100, lenet5",
     "--levels 0": "--levels 0: expected 1 or more",
     "--rate 1.5": "--rate 1.5: expected a number between 0 and 1",
     "--rate 0": "--rate 0: expected a number between 0 and 1",
@@ -199,7 +199,7 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
 def test_divergence_names_the_replica_and_keeps_the_run(cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    flags = "imp --quiet --model lenet5 --dataset mnist5k --steps 100 --seeds 4 --arms ticket --levels 1 --lr 1e6"
+    flags = "imp --quiet --model lenet5 --dataset mnist5k --steps 100 --seeds 4 --arms ticket --lr 1e6"
     code, _, err = cli(*flags.split(), "--out", str(out))
     assert code == 1
     assert "seed 4 ticket level 0: training diverged before step 100" in one_line(err)
