@@ -1,0 +1,55 @@
+"""Triton, or a stand-in that lets kernel files be imported where Triton is missing.
+
+INTERPRET: kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1, set before import).
+HAS_TRITON: kernels can be launched at all, in the interpreter or on a CUDA device.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+
+    class _Missing:
+        """Stands for any name of Triton; `jit` hands the function back, calling anything else fails."""
+
+        def __getattr__(self, name: str) -> Any:
+            return _Missing()
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            if len(args) == 1 and callable(args[0]):
+                return args[0]
+            return _Missing()
+
+    triton = tl = _Missing()
+    HAS_TRITON = False
+
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aot:
+    """One configuration a kernel ships with, for the compile gate (tests/kernels/test_compile.py).
+
+    A kernel file lists them as AOT. `signature` gives the Triton type of every argument that is no
+    constant ("*fp32", "*u8", "i32", ...); `aligned` names those that are multiples of 16.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+    max_registers: int
+    narrow: int = 0  # global loads and stores of less than 16 bytes that are meant
+
+
+__all__ = ["HAS_TRITON", "INTERPRET", "Aot", "tl", "triton"]
