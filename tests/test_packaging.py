@@ -33,6 +33,7 @@ ORDER = [
     "report.tables",
     "report.figures",
     "cli",
+    "__main__",
 ]
 
 

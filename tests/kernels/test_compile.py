@@ -1,4 +1,4 @@
-"""The compile gate: every kernel, in every configuration it ships with, for sm_80 and sm_90, no GPU needed."""
+"""The compile gate: every kernel, in every configuration it ships with, for sm_80 and sm_90; no GPU."""
 
 from __future__ import annotations
 
