@@ -109,6 +109,18 @@ class RunFolder:
         self.path, self.config = path, config
         self.finished = self._recover()
 
+    def begun_elsewhere(self, environment: dict[str, Any]) -> str | None:
+        """What differs from the machine that began the run and may change bits, or None."""
+        try:
+            theirs = json.loads((self.path / "environment.json").read_text())
+            pairs = {
+                "torch": (theirs["packages"]["torch"], environment["packages"]["torch"]),
+                "processor": (theirs["cpu"], environment["cpu"]),
+            }
+        except (OSError, ValueError, KeyError, TypeError):
+            return "environment.json cannot be read"
+        return "; ".join(f"{k} {a} there, {b} here" for k, (a, b) in pairs.items() if a != b) or None
+
     def add(
         self, who: Replica, cell: dict[str, Any], evaluations: list[dict[str, Any]], seconds: float
     ) -> None:

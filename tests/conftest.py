@@ -12,6 +12,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of a kernel
+
 from sparselth.batches import Resident
 from sparselth.cli.main import run
 from sparselth.data import load

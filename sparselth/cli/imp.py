@@ -151,6 +151,10 @@ def imp(ctx: click.Context, /, **flags: Any) -> None:
             _plan(config, images, path, device, why, workers, price, set())
         return
     with open_run(path, config, environment, flags["resume"]) as folder:
+        if other := folder.begun_elsewhere(environment):
+            _say(
+                f"note: {path} was begun on another machine ({other}); new cells may differ in the last bits"
+            )
         if len(folder.finished) < len(config.replicas()):
             from sparselth.cli.progress import progress
 

@@ -69,7 +69,7 @@ def run(args: list[str]) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted before anything was computed", 130)
+        return _fail("interrupted; what is finished is kept, continue with --resume", 130)
     except BrokenPipeError:
         # The reader of a pipe left (`sparselth show RUN | head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

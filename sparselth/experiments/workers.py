@@ -212,10 +212,10 @@ def _work(
     connection: Connection, stop: Any, parent: int, config: ImpConfig, images: Images, run: Path
 ) -> None:
     """A worker's life: receive a cell, train it, report."""
-    torch.set_num_threads(1)
     # A signal to the whole group must not end a worker before it has saved.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
 
     def orphaned() -> bool:
         return os.getppid() != parent

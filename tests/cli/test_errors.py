@@ -236,3 +236,14 @@ def test_torchvision_of_another_release_is_one_line(environment: dict[str, str],
     assert done.returncode == 1
     assert "torchvision" in one_line(done.stderr)
     assert not (tmp_path / "runs").exists()
+
+
+def test_resuming_on_another_machine_is_said(cli: Cli, imp: Imp) -> None:
+    record = imp("--levels", "1", "--seeds", "0", "--arms", "ticket")
+    file = record.path / "environment.json"
+    facts = json.loads(file.read_text())
+    facts["packages"]["torch"] = "2.11.0"
+    file.write_text(json.dumps(facts))
+    code, _, err = cli("imp", "--quiet", "--resume", "--out", str(record.path))
+    assert code == 0
+    assert "begun on another machine (torch 2.11.0 there, " in err
