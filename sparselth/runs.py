@@ -209,8 +209,7 @@ def checkpoint_path(run: Path, who: Replica) -> Path:
 
 def save_arrays(file: Path, arrays: Arrays, header: dict[str, Any]) -> None:
     """Write arrays and a JSON header as safetensors, atomically; equal content gives equal bytes."""
-    text = json.dumps(header, sort_keys=True)
-    write_atomically(file, save(arrays, metadata={"sparselth": text}))
+    write_atomically(file, save(arrays, metadata={"sparselth": json.dumps(header)}))
 
 
 def load_arrays(file: Path) -> tuple[Arrays, dict[str, Any]]:

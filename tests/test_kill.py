@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from sparselth.cli.main import main
+from sparselth.runs import load_arrays
 
 FLAGS = (
     "imp --model lenet-300-100 --dataset mnist5k --levels 2 --steps 250 --rewind 50 --quiet --resume --out"
@@ -34,6 +35,11 @@ def complete(folder: Path) -> None:
     process = launch(folder)
     process.join(120)
     assert process.exitcode == 0
+
+
+def finished_cells(folder: Path) -> int:
+    file = folder / "cells.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +81,22 @@ def test_sigkill_at_twenty_random_moments(
 def test_a_signal_saves_and_exits_130(
     number: signal.Signals, undisturbed: tuple[Path, float], tmp_path: Path, run_contents: Contents
 ) -> None:
-    folder = tmp_path / "run"
-    process = launch(folder)
-    while not (folder / "cells.jsonl").exists():  # the first cell is finished, others are under way
-        time.sleep(0.01)
-    assert process.pid is not None
-    os.kill(process.pid, number)
-    process.join(30)
-    assert process.exitcode == 130
-    assert list((folder / "checkpoints").glob("*.safetensors"))
-    complete(folder)
+    folder, moments, saved = tmp_path / "run", random.Random(number), []
+    while True:
+        before, process = finished_cells(folder), launch(folder)
+        while process.is_alive() and finished_cells(folder) < before + 3:
+            time.sleep(0.01)
+        process.join(moments.uniform(0, 0.4))  # of the third of a second that a cell takes
+        if not process.is_alive():
+            break
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        process.join(30)
+        assert process.exitcode in (130, 0)
+        saved += [load_arrays(file)[1] for file in (folder / "checkpoints").glob("*.safetensors")]
+    assert process.exitcode == 0
     assert run_contents(folder) == run_contents(undisturbed[0])
+    assert any(header["evaluations"] for header in saved)  # cells were cut after their first evaluation
 
 
 def test_a_dead_worker_is_named_and_the_run_goes_on_later(

@@ -88,10 +88,11 @@ class Lines(_Progress):
     def finished(self, worker: int, done: Finished) -> None:
         super().finished(worker, done)
         cell = done.cell
+        speed = self.speed or self.config.recipe.steps / done.seconds
         self._say(
             f"[{self.count}/{self.total}] {done.who}, {100 * cell['weights_remaining']:.1f} % left: "
             f"test {100 * cell['accuracy_at_early_stop']:.2f} % at step {cell['early_stop_step']:,}, "
-            f"{100 * cell['final_accuracy']:.2f} % at the end; {self.speed:,.0f} steps/s, {self.left} to go"
+            f"{100 * cell['final_accuracy']:.2f} % at the end; {speed:,.0f} steps/s, {self.left} to go"
         )
 
     def tick(self) -> None:

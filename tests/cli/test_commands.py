@@ -42,7 +42,8 @@ def test_imp_prints_plan_lines_table_and_places(
     assert code == 0
     for word in ("model ", "levels ", "arms ", "training ", "device ", "price ", "folder "):
         assert f"\n{word}" in err
-    assert "[3/3] seed 0 reinit level 1, 80.0 % left: test " in err
+    assert "] seed 0 reinit level 1, 80.0 % left: test " in err
+    assert "\n[3/3] seed 0 " in err
     assert "steps/s" in err
     assert "to go" in err
     (folder,) = (tmp_path / "runs").iterdir()
