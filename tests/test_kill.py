@@ -84,7 +84,7 @@ def test_a_signal_saves_and_exits_130(
     folder, moments, saved = tmp_path / "run", random.Random(number), []
     while True:
         before, process = finished_cells(folder), launch(folder)
-        while process.is_alive() and finished_cells(folder) < before + 3:
+        while process.is_alive() and finished_cells(folder) < before + 2:
             time.sleep(0.01)
         process.join(moments.uniform(0, 0.4))  # of the third of a second that a cell takes
         if not process.is_alive():
