@@ -167,15 +167,23 @@ def imp(ctx: click.Context, /, **flags: Any) -> None:
         else:
             say(f"{path}: all {len(folder.finished)} cells are finished; nothing to compute")
         record = read(path)
-        from sparselth.report.figures import draw
+        if not _drawn(path):
+            from sparselth.report.figures import draw
 
-        figures = draw(record, path / "figures")
+            draw(record, path / "figures")
     from sparselth.cli.show import report
 
     report(record, flags["as_json"])
     if not flags["as_json"]:
-        print(f"\nfigures  {path / 'figures'}: {', '.join(f.name for f in figures if f.suffix == '.png')}")
+        figures = sorted((path / "figures").glob("*.png"))
+        print(f"\nfigures  {path / 'figures'}: {', '.join(file.name for file in figures)}")
         print(f"run      {path}")
+
+
+def _drawn(path: Path) -> bool:
+    """Whether the figures, of which this one is drawn last, are younger than the cells."""
+    last = path / "figures" / "pixels.svg"
+    return last.exists() and last.stat().st_mtime_ns > (path / "cells.jsonl").stat().st_mtime_ns
 
 
 def _inherit(flags: dict[str, Any], given: set[str]) -> None:

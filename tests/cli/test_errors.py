@@ -25,7 +25,7 @@ USAGE = {
     "--rate 1.5": "--rate 1.5: expected a number between 0 and 1",
     "--rate 0": "--rate 0: expected a number between 0 and 1",
     "--rate nan": "--rate nan: expected a number between 0 and 1",
-    "--steps 1000 --rewind 1000": "--rewind 1000: expected a step from 0 to 999, because training ends at step 1000",
+    "--steps 1000 --rewind 1000": "--rewind 1000: expected a step from 0 to 999, because training ends",
     "--steps 1000 --rewind -1": "--rewind -1: expected a step from 0 to 999",
     "--seeds a-b": "'a-b': expected numbers such as 3, 0-4 or 0,2,5",
     "--seeds 4-0": "'4-0': 4-0 counts down",
