@@ -32,13 +32,13 @@ def doctor(data_dir: Path | None, as_json: bool, quiet: bool, debug: bool) -> in
         )
         return 0 if good else 3
     packages = ", ".join(f"{name} {v or 'missing'}" for name, v in facts["packages"].items())
-    print(f"sparselth    {facts['sparselth']}, commit {(facts['commit'] or 'unknown')[:12]}")
-    print(f"python       {facts['python']} on {facts['system']}")
-    print(f"packages     {packages}")
-    print(f"processor    {facts['cpu']}, {facts['cores']} cores for this process")
-    print(f"gpu          {facts['gpu'] or 'none that nvidia-smi knows'}")
+    print(f"sparselth      {facts['sparselth']}, commit {(facts['commit'] or 'unknown')[:12]}")
+    print(f"python         {facts['python']} on {facts['system']}")
+    print(f"packages       {packages}")
+    print(f"processor      {facts['cpu']}, {facts['cores']} cores for this process")
+    print(f"gpu            {facts['gpu'] or 'none that nvidia-smi knows'}")
     for check in checks:
-        print(f"{check['name']:<13}{'ok' if check['ok'] else 'FAILED'}: {check['detail']}")
+        print(f"{check['name']:<15}{'ok' if check['ok'] else 'FAILED'}: {check['detail']}")
     return 0 if good else 3
 
 
