@@ -281,12 +281,17 @@ def test_workers_can_be_spawned(
 
 @pytest.mark.science
 def test_tickets_beat_their_controls(imp: Imp) -> None:
-    """The claim of the 2019 paper, small: at a fifth of the weights, on 3,500 digits, on every seed."""
+    """The claim of the 2019 paper, small: at a fifth of the weights, on 3,500 digits."""
     record = imp("--levels", "7", "--seeds", "0-2", steps=1500)
     at = {(p["arm"], p["level"], p["seed"]): p for p in record.points}
+    # 1,000 test images: one seed's accuracy is good to 0.7 pp, so dense is compared in the mean
+    gains = [
+        at["ticket", 7, seed]["accuracy_at_early_stop"] - at["ticket", 0, seed]["accuracy_at_early_stop"]
+        for seed in range(3)
+    ]
+    assert sum(gains) / 3 > -0.002
     for seed in range(3):
-        ticket, dense = at["ticket", 7, seed], at["ticket", 0, seed]
-        assert ticket["accuracy_at_early_stop"] > dense["accuracy_at_early_stop"] - 0.005
+        ticket = at["ticket", 7, seed]
         for arm in ("reinit", "random-mask"):
             assert ticket["accuracy_at_early_stop"] > at[arm, 7, seed]["accuracy_at_early_stop"]
             assert ticket["early_stop_step"] < at[arm, 7, seed]["early_stop_step"]
