@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: imp test check bench science clean
+.PHONY: imp test check bench science properties clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make check    set up, then ruff and mypy"
 	@echo "make bench    set up, then the benchmarks"
 	@echo "make science  set up, then the tests that train for minutes"
+	@echo "make properties  set up, then the kernels' property tests with 2,000 cases each"
 	@echo "make clean    remove .venv"
 
 imp: $(STAMP)
@@ -34,6 +35,9 @@ bench: $(STAMP)
 
 science: $(STAMP)
 	$(BIN)/python -m pytest -q -m science
+
+properties: $(STAMP)
+	SPARSELTH_CASES=2000 $(BIN)/python -m pytest -q tests/kernels tests/test_optim.py
 
 clean:
 	rm -rf $(VENV)

@@ -1,26 +1,45 @@
-r"""Masked optimizer steps over the flat buffers of R replicas.
+r"""Masked optimizer steps over the flat buffers of R replicas, and over lists of tensors in one launch.
 
-    g <- m * g;  then SGD with momentum or Adam on (w, g), in place
+    g <- m ? g : 0;  then SGD with momentum, Adam or AdamW on (w, g), in place
 
-| name   | shape  | dtype |                                        Floor, fp32, dense lanes, bytes a weight:
-| w, g   | [R, P] | fp32  |  weights and biases, their gradients     SGD 4 * 5 = 20, Adam 4 * 7 = 28,
-| mask   | [R, M] | fp32  |  0 or 1 for the first M <= P entries     the mask 4 more
-| a, b   | [R, P] | fp32  |  momentum; first and second moment
+| name   | shape            | dtype |                              Floor, fp32, dense lanes, bytes a weight:
+| w, g   | [R, P]           | fp32  |  weights, their gradients      SGD 4 * 5 = 20, Adam 4 * 7 = 28,
+| mask   | [R, M]           | fp32  |  0 or 1 for the first M <= P   the mask 4 more, packed 1/8 more;
+| mask   | [R, ceil(P / 8)] | uint8 |  for lists: packed bits        about 6 and 14 FLOPs
+| a, b   | [R, P]           | fp32  |  momentum; the two moments
+| lr     | [R]              | fp64  |  for lists: on the device, so that a CUDA graph can hold the launch
+| step   | [R]              | fp32  |  for lists: one of each tensor, likewise; counts from 1
 
 Zeros live in the weights: where the mask is 0 and w, a, b start at 0 they stay exactly 0, because a
-masked gradient leaves every moment at 0 and weight decay multiplies a weight of 0. The steps are those
-of `torch.optim.SGD` and `torch.optim.Adam` on the masked gradient, to the bit, since torch's own fused
-kernels take them.
+masked gradient leaves every moment at 0 and weight decay multiplies a weight of 0. On a CPU the steps are
+those of `torch.optim` on the masked gradient, to the bit, since torch's own fused kernels take them.
+
+The Triton kernel rounds as those do: the same order, fused multiply-adds where they have them, IEEE division
+and square root, step sizes in fp64, contraction off. So it too gives torch's bits for the CPU, but for beta1
+of 0.5 and less, for subnormal numbers, and for the last P % 16 weights of a tensor, which torch computes
+partly in fp64: there 2 ulp of the largest term. (Interpreters before Triton 3.9 round a fused multiply-add
+twice: also 2 ulp. On a GPU the bits were not compared yet; torch's own CUDA kernels round in another order.)
+Eight weights whose mask byte is 0, one 32-byte sector of each array, are neither read nor written. Adam takes
+about 75 instructions a weight: by count, an H200 waits for memory down to some 5 % of weights kept, and below
+that for instructions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparselth.kernels._triton import Aot, tl, triton
+from sparselth.kernels.bitmask import count, unpack, use_triton
+
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+BLOCK, NARROW, WARPS = 1024, 256, 4  # weights of a round, and of a round of single weights
+FEW = 1 << 20  # weights up to which a program takes one round, so that they fill the device
 
 
 def sgd_reference(
@@ -99,3 +118,415 @@ def masked_adam(
         amsgrad=False,
         maximize=False,
     )
+
+
+@triton.jit
+def _block(
+    w_ptr,
+    g_ptr,
+    a_ptr,
+    b_ptr,
+    touched,
+    live,
+    beta1,
+    beta2,
+    rest1,
+    rest2,
+    eps,
+    decay,
+    rate,
+    root,
+    MOMENTS: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+):
+    """Load, update and store one block; the order of operations is that of torch's CPU kernels."""
+    w = tl.load(w_ptr, mask=touched, other=0.0)
+    g = tl.load(g_ptr, mask=touched, other=0.0)
+    if DECOUPLED:
+        w = w * decay
+    else:
+        g = tl.fma(w, decay, g)
+    if MOMENTS == 2:
+        a = tl.load(a_ptr, mask=touched, other=0.0)
+        b = tl.load(b_ptr, mask=touched, other=0.0)
+        a = tl.fma(g - a, rest1, a)
+        b = tl.fma(g * rest2, g, b * beta2)
+        tl.store(b_ptr, tl.where(live, b, 0.0), mask=touched)
+        # IEEE roots and quotients of 0 take a slow path, and one lane takes its warp along
+        up, down = tl.where(live, a * rate, 1.0), tl.where(live, b, 1.0)
+        w = w + tl.div_rn(up, tl.div_rn(tl.sqrt_rn(down), root) + eps)
+    else:
+        a = g
+        if MOMENTS == 1:
+            a = tl.load(a_ptr, mask=touched, other=0.0) * beta1 + g
+            g = tl.fma(a, beta1, g) if NESTEROV else a
+        w = tl.fma(g, rate, w)
+    if MOMENTS > 0:
+        tl.store(a_ptr, tl.where(live, a, 0.0), mask=touched)
+    # a gradient of NaN or infinity stays in its own lane, and here it ends
+    tl.store(w_ptr, tl.where(live, w, 0.0), mask=touched)
+
+
+@triton.jit
+def _update_kernel(
+    table_ptr,
+    chunk_ptr,
+    beta1,
+    beta2,
+    rest1,
+    rest2,
+    eps,
+    weight_decay: tl.float64,
+    log_beta1: tl.float64,
+    log_beta2: tl.float64,
+    MOMENTS: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    """One chunk of one replica of one tensor: `_tables` says which and where everything lies."""
+    chunk_ptr += 4 * tl.program_id(0).to(tl.int64)
+    row_ptr = table_ptr + 8 * tl.load(chunk_ptr)
+    r = tl.load(chunk_ptr + 1)
+    i = tl.load(chunk_ptr + 2)
+    end = tl.load(chunk_ptr + 3)
+    p = tl.load(row_ptr + 7)
+    w_at = tl.load(row_ptr) + 4 * r * p
+    g_at = tl.load(row_ptr + 1) + 4 * r * p
+    a_at = tl.load(row_ptr + 2)
+    b_at = tl.load(row_ptr + 3)
+    a_at += tl.where(a_at == 0, 0, 4 * r * p)
+    b_at += tl.where(b_at == 0, 0, 4 * r * p)
+    bits_at = tl.load(row_ptr + 4)
+    bits_ptr = (bits_at + r * tl.cdiv(p, 8)).to(tl.pointer_type(tl.uint8))
+    masked_end = tl.where(bits_at == 0, 0, end)  # without a mask no byte is read
+
+    lr = tl.load(tl.load(row_ptr + 6).to(tl.pointer_type(tl.float64)) + r)
+    rate, root = -lr, lr
+    if MOMENTS == 2:
+        step = tl.load(tl.load(row_ptr + 5).to(tl.pointer_type(tl.float32)) + r).to(tl.float64)
+        rate = rate / (1.0 - tl.exp(step * log_beta1))
+        root = tl.sqrt(1.0 - tl.exp(step * log_beta2))
+    rate, root = rate.to(tl.float32), root.to(tl.float32)
+    decay = (1.0 - lr * weight_decay).to(tl.float32) if DECOUPLED else tl.cast(weight_decay, tl.float32)
+
+    # where all four pointers allow it 8 weights, a byte of the mask, at a time; then what is left
+    aligned = ((w_at | g_at | a_at | b_at) & 15) == 0
+    whole = tl.where(aligned, end - (end - i) % 8, i)
+    offs_byte = tl.arange(0, BLOCK // 8)
+    offs_bit = tl.arange(0, 8)
+    offs = 8 * offs_byte[:, None] + offs_bit[None, :]  # [BLOCK / 8, 8]
+    while i < whole:
+        inside = i + 8 * offs_byte < whole
+        read = i + 8 * offs_byte < tl.minimum(whole, masked_end)
+        byte = tl.load(bits_ptr + i // 8 + offs_byte, mask=read, other=255).to(tl.int32)
+        touched = (inside & (byte != 0))[:, None]
+        live = (byte[:, None] >> offs_bit[None, :]) & 1 != 0
+        _block(
+            tl.multiple_of((w_at + 4 * i).to(tl.pointer_type(tl.float32)), 16) + offs,
+            tl.multiple_of((g_at + 4 * i).to(tl.pointer_type(tl.float32)), 16) + offs,
+            tl.multiple_of((a_at + 4 * i).to(tl.pointer_type(tl.float32)), 16) + offs,
+            tl.multiple_of((b_at + 4 * i).to(tl.pointer_type(tl.float32)), 16) + offs,
+            touched,
+            live,
+            beta1,
+            beta2,
+            rest1,
+            rest2,
+            eps,
+            decay,
+            rate,
+            root,
+            MOMENTS,
+            NESTEROV,
+            DECOUPLED,
+        )
+        i += BLOCK
+    i = whole
+    offs = tl.arange(0, NARROW)
+    while i < end:
+        inside = i + offs < end
+        byte = tl.load(bits_ptr + (i + offs) // 8, mask=i + offs < masked_end, other=255).to(tl.int32)
+        touched = inside & (byte != 0)
+        live = (byte >> ((i + offs) % 8).to(tl.int32)) & 1 != 0
+        _block(
+            (w_at + 4 * i).to(tl.pointer_type(tl.float32)) + offs,
+            (g_at + 4 * i).to(tl.pointer_type(tl.float32)) + offs,
+            (a_at + 4 * i).to(tl.pointer_type(tl.float32)) + offs,
+            (b_at + 4 * i).to(tl.pointer_type(tl.float32)) + offs,
+            touched,
+            live,
+            beta1,
+            beta2,
+            rest1,
+            rest2,
+            eps,
+            decay,
+            rate,
+            root,
+            MOMENTS,
+            NESTEROV,
+            DECOUPLED,
+        )
+        i += NARROW
+
+
+Column = Sequence[Tensor | None] | None
+Lists = tuple[Sequence[Tensor], Column, Column, Column, Column, Column]  # w, g, a, b, masks, steps
+Row = tuple[Any, ...]
+Tables = tuple[Tensor, Tensor]
+
+_TABLES: dict[tuple[int, ...], Tables] = {}
+_CAPTURED: dict[tuple[int, ...], Tables] = {}  # a CUDA graph reads its tables for as long as it lives
+
+
+@torch.no_grad()
+def masked_sgd_many(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    buffers: Sequence[Tensor] | None,
+    lr: Tensor,
+    *,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    kernels: str = "auto",
+) -> None:
+    """One SGD step in place over a list of tensors, each of R replicas one after another.
+
+    `weights`, `grads` and `buffers` are fp32 [R, ...], dense and laid out alike; a mask is None or the
+    packed bits of a tensor of P weights a replica, in the order of memory; `lr` is fp64 [R]. Buffers
+    start at 0; without momentum they are None. On CUDA all of it is one launch. To capture it into a CUDA
+    graph, take a step with the same tensors first.
+    """
+    if (buffers is None) != (momentum == 0):
+        raise ValueError(f"expected buffers if and only if there is momentum, got momentum {momentum}")
+    lists: Lists = (weights, grads, buffers, None, masks, None)
+    if use_triton(kernels, lr):
+        hyper = (momentum, 0.0, 0.0, 0.0, 0.0, weight_decay, 0.0, 0.0)
+        _launch(lists, lr, hyper, MOMENTS=0 if buffers is None else 1, NESTEROV=nesterov, DECOUPLED=False)
+        return
+    for (w, g, a, *_), rate in _replicas(lists, lr):
+        torch._fused_sgd_(
+            [w],
+            [g],
+            [] if a is None else [a],
+            weight_decay=weight_decay,
+            momentum=momentum,
+            lr=rate,
+            dampening=0.0,
+            nesterov=nesterov,
+            maximize=False,
+            is_first_step=False,
+        )
+
+
+@torch.no_grad()
+def masked_adam_many(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    moments: tuple[Sequence[Tensor], Sequence[Tensor]],
+    steps: Sequence[Tensor],
+    lr: Tensor,
+    *,
+    betas: tuple[float, float] = (BETA1, BETA2),
+    eps: float = EPS,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    kernels: str = "auto",
+) -> None:
+    """One Adam step in place over a list of tensors, AdamW's where `decoupled`; see `masked_sgd_many`.
+
+    `moments` are laid out as `weights`; `steps` hold one fp32 [R] for each tensor.
+    """
+    lists: Lists = (weights, grads, *moments, masks, steps)
+    if use_triton(kernels, lr):
+        logs = [math.log(beta) if beta > 0 else -math.inf for beta in betas]
+        hyper = (*betas, 1 - betas[0], 1 - betas[1], eps, weight_decay, *logs)
+        _launch(lists, lr, hyper, MOMENTS=2, NESTEROV=False, DECOUPLED=decoupled)
+        return
+    update = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    for (w, g, a, b, _, step), rate in _replicas(lists, lr):
+        update(
+            [w],
+            [g],
+            [a],
+            [b],
+            [],
+            [step],
+            lr=rate,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def floor(weights: Sequence[Tensor], masks: Sequence[Tensor | None], moments: int) -> dict[str, int]:
+    """Least bytes and FLOPs of a step over a list; `moments` is 1 for SGD with momentum, 2 for Adam."""
+    lanes = live = read = 0
+    for w, bits in zip(weights, masks, strict=True):
+        lanes += w.numel() if bits is None else 8 * int(bits.count_nonzero())
+        live += w.numel() if bits is None else int(count(bits))
+        read += 0 if bits is None else bits.numel()
+    return {"bytes": 4 * (3 + 2 * moments) * lanes + read, "flops": (14 if moments == 2 else 6) * live}
+
+
+def _replicas(lists: Lists, lr: Tensor) -> Iterator[tuple[Row, float]]:
+    """Every replica of every tensor as vectors, its gradient masked, and its learning rate."""
+    rates = lr.tolist()
+    for row in _rows(lists, lr):
+        p = row[0].numel() // len(rates)
+        *laid, bits, step = row
+        flat: list[Any] = [None if t is None else t.as_strided((len(rates), p), (p, 1)) for t in laid]
+        for r, rate in enumerate(rates):
+            cut: list[Any] = [None if t is None else t[r] for t in flat]
+            if bits is not None:
+                cut[1] = torch.where(unpack(bits[r], p), cut[1], 0.0)
+            yield (*cut, None, None if step is None else step.view(-1)[r]), rate
+
+
+def _rows(lists: Lists, lr: Tensor) -> list[Row]:
+    """One row for each tensor, checked."""
+    lengths = [len(column) for column in lists if column is not None]
+    if len(set(lengths)) != 1:
+        raise ValueError(f"expected lists of equal lengths, got {lengths}")
+    if lr.dtype != torch.float64 or lr.ndim != 1 or not lr.is_contiguous() or not len(lr):
+        raise ValueError(f"expected lr as fp64 [R], got {_said(lr)}")
+    r = len(lr)
+    columns = [[None] * lengths[0] if column is None else column for column in lists]
+    rows: list[Row] = list(zip(*columns, strict=True))
+    for w, g, a, b, mask, step in rows:
+        if w.dtype != torch.float32 or w.device != lr.device or not is_dense(w):
+            raise ValueError(f"expected weights as dense fp32 on {lr.device}, got {_said(w)}")
+        if r != 1 and (w.ndim == 0 or len(w) != r or not w.is_contiguous()):
+            raise ValueError(f"expected weights [{r}, ...], contiguous, got {_said(w)}")
+        for name, t in (("gradient", g), ("moment", a), ("moment", b)):
+            if t is not None and not alike(t, w):
+                raise ValueError(f"expected the {name} as its weights, {_said(w)}, got {_said(t)}")
+        bits = (r, -(-w.numel() // (8 * r)))
+        if mask is not None and (mask.dtype != torch.uint8 or mask.shape != bits or not mask.is_contiguous()):
+            raise ValueError(f"expected a mask as uint8 {list(bits)}, got {_said(mask)}")
+        if step is not None and (
+            step.dtype != torch.float32 or step.numel() != r or not step.is_contiguous()
+        ):
+            raise ValueError(f"expected a step as fp32 [{r}], got {_said(step)}")
+        for t in (mask, step):
+            if t is not None and t.device != w.device:
+                raise ValueError(f"expected masks and steps on {w.device}, got {_said(t)}")
+    return rows
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether a tensor's numbers fill one piece of memory, in whatever order of axes."""
+    return t.stride() == torch.empty_like(t, device="meta").stride()
+
+
+def alike(t: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same dtype, device and shape and lie in memory in the same order."""
+    return (t.dtype, t.device, t.shape) == (other.dtype, other.device, other.shape) and (
+        t.stride() == other.stride()
+        or all(n == 1 or i == j for n, i, j in zip(t.shape, t.stride(), other.stride(), strict=True))
+    )
+
+
+def _said(t: Tensor) -> str:
+    return f"{t.dtype} {list(t.shape)}, strides {list(t.stride())}, on {t.device}"
+
+
+def _launch(lists: Lists, lr: Tensor, hyper: tuple[float, ...], **constants: int) -> None:
+    columns = [column for column in lists if column is not None]
+    key = (
+        lr.numel(),
+        lr.data_ptr(),
+        *(w.numel() for w in lists[0]),
+        *(0 if t is None else t.data_ptr() for column in columns for t in column),
+    )
+    capturing = lr.is_cuda and torch.cuda.is_current_stream_capturing()
+    tables = _TABLES.get(key)
+    if tables is None:
+        if capturing:
+            raise ValueError(
+                "expected a step with the same tensors, gradients too, before a CUDA graph captures it"
+            )
+        if len(_TABLES) >= 64:  # gradients that never come back to the same place
+            _TABLES.clear()
+        tables = _TABLES[key] = _tables(lists, lr)
+    if capturing:
+        _CAPTURED[key] = tables
+    table, chunks = tables
+    if len(chunks):
+        with torch.cuda.device_of(lr):
+            _update_kernel[(len(chunks),)](
+                table,
+                chunks,
+                *hyper,
+                **constants,
+                BLOCK=BLOCK,
+                NARROW=NARROW,
+                num_warps=WARPS,
+                num_stages=1,
+                enable_fp_fusion=False,
+            )
+    torch.autograd.graph.increment_version(lists[0])
+
+
+def _tables(lists: Lists, lr: Tensor) -> Tables:
+    """Addresses [T, 8] of w, g, a, b, mask, step, lr, and the weights of a replica; then the chunks."""
+    rows, r = _rows(lists, lr), len(lr)
+    table = [
+        [*(0 if t is None else t.data_ptr() for t in row), lr.data_ptr(), row[0].numel() // r] for row in rows
+    ]
+    sizes = tuple(row[0].numel() // r for row in rows)
+    return torch.tensor(table, dtype=torch.int64).to(lr.device), _chunks(sizes, r, lr.device)
+
+
+@lru_cache(maxsize=16)
+def _chunks(sizes: tuple[int, ...], replicas: int, device: torch.device) -> Tensor:
+    """One program's work a row, [C, 4]: tensor, replica, first weight, last + 1."""
+    chunk = BLOCK if replicas * sum(sizes) <= FEW else 4 * BLOCK
+    rows = [
+        (t, r, i, min(i + chunk, p))
+        for t, p in enumerate(sizes)
+        for r in range(replicas)
+        for i in range(0, p, chunk)
+    ]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 4).to(device)
+
+
+_SIGNATURE = (
+    {"table_ptr": "*i64", "chunk_ptr": "*i64"}
+    | dict.fromkeys(("beta1", "beta2", "rest1", "rest2", "eps"), "fp32")
+    | dict.fromkeys(("weight_decay", "log_beta1", "log_beta2"), "fp64")
+)
+AOT = [
+    Aot(
+        kernel=_update_kernel,
+        signature=_SIGNATURE,
+        constants={
+            "MOMENTS": moments,
+            "NESTEROV": nesterov,
+            "DECOUPLED": decoupled,
+            "BLOCK": BLOCK,
+            "NARROW": NARROW,
+        },
+        aligned=("table_ptr", "chunk_ptr"),
+        num_warps=WARPS,
+        num_stages=1,
+        max_registers=80,
+        narrow=(21, 25, 31)[moments],  # the tables, bytes of mask, and rounds of single weights
+    )
+    for moments, nesterov, decoupled in (
+        (0, False, False),
+        (1, False, False),
+        (1, True, False),
+        (2, False, False),
+        (2, False, True),
+    )
+]

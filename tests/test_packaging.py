@@ -21,6 +21,7 @@ ORDER = [
     "masks",
     "models",
     "nn",
+    "optim",
     "data",
     "pruning",
     "batches",

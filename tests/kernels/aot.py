@@ -48,7 +48,7 @@ def examine(aot: Any, capability: int) -> dict[str, Any]:
             ).stdout
             for flag in ("--dump-resource-usage", "-sass")
         )
-    accesses = re.findall(r"\b(?:LDG|STG|LDGSTS|RED|ATOMG)(?:\.[\w.]+)?", code)
+    accesses = re.findall(r"\b(?:LDGSTS|LDG|STG|RED|ATOMG)\b(?:\.[\w.]+)?", code)
     return {
         "kernel": aot.kernel.__name__,
         "constants": {name: str(value) for name, value in aot.constants.items()},

@@ -1,15 +1,34 @@
-"""Against the formula in float64, against torch.optim to the bit, and what pruned weights may never do."""
+"""Against the formula in float64, against torch to the bit, and what pruned weights may never do."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparselth.kernels.masked_update import adam_reference, masked_adam, masked_sgd, sgd_reference
+from sparselth.kernels import masked_update
+from sparselth.kernels._triton import INTERPRET
+from sparselth.kernels.bitmask import pack, unpack
+from sparselth.kernels.masked_update import (
+    adam_reference,
+    floor,
+    masked_adam,
+    masked_adam_many,
+    masked_sgd,
+    masked_sgd_many,
+    sgd_reference,
+)
 
+CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
 SHAPES = [(1, 1, 1), (1, 37, 30), (3, 64, 64), (2, 131, 127)]  # R, P, M
 
 
@@ -89,3 +108,267 @@ def test_pruned_weights_and_their_moments_stay_exactly_zero(
         assert not t[:, :40][mask == 0].any()
     assert w[:, :40][mask == 1].all()
     assert w[:, 40:].all()  # biases live
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "adam": {"betas": (0.9, 0.999)},
+    "adamw": {"betas": (0.8, 0.99), "eps": 1e-6, "decoupled": True},
+}
+DEVICE = "cpu" if INTERPRET else "cuda"
+on_triton = pytest.mark.skipif(
+    not INTERPRET and not torch.cuda.is_available(), reason="neither Triton's interpreter nor a CUDA device"
+)
+
+
+def rounds_once() -> bool:
+    """Whether fused multiply-adds are fused in this interpreter (Triton 3.9), and the bits so torch's."""
+    if not INTERPRET:
+        return False
+    from triton._C.libtriton import interpreter
+
+    return hasattr(interpreter, "fma_fp32")
+
+
+class State:
+    """A list of tensors with everything a step needs; unmasked where a place in `keeps` is None."""
+
+    def __init__(self, rule: str, lists: dict[str, list[Any]], lr: Tensor, weight_decay: float) -> None:
+        self.rule, self.lists, self.lr, self.weight_decay = rule, lists, lr, weight_decay
+
+    @staticmethod
+    def make(
+        rule: str, r: int, shapes: list[tuple[int, ...]], keeps: list[float | None], seed: int, step: int = 7
+    ) -> State:
+        """Pruned weights and moments 0, their gradients NaN; half of the live moments 0 too."""
+        draw = torch.Generator().manual_seed(seed)
+        lists: dict[str, list[Any]] = {name: [] for name in ("w", "g", "a", "b", "mask", "step")}
+        for shape, keep in zip(shapes, keeps, strict=True):
+            p = int(torch.tensor(shape).prod())
+            live = torch.rand(r, p, generator=draw) < (1 if keep is None else keep)
+            warm = live & (torch.rand(r, p, generator=draw) < 0.5)
+            w, g, a, b = torch.randn(4, r, p, generator=draw)
+            for name, t in (
+                ("w", w.where(live, 0)),
+                ("g", g.where(live, torch.nan)),
+                ("a", a.where(warm, 0)),
+                ("b", (b * b).where(warm, 0)),
+            ):
+                lists[name].append(t.view((r, *shape) if r > 1 else shape))
+            bits = pack(live) if p else torch.empty(r, 0, dtype=torch.uint8)
+            lists["mask"].append(None if keep is None else bits)
+            lists["step"].append(torch.full((r,), float(step)))
+        lr = 10 ** (-3 * torch.rand(r, generator=draw, dtype=torch.float64))
+        return State(rule, lists, lr, 0.01)
+
+    def to(self, device: str, shift: int = 0) -> State:
+        """A copy; with `shift` the floats begin that many bytes behind a 16-byte boundary."""
+
+        def copy(t: Tensor | None) -> Tensor | None:
+            if t is None or not shift or t.dtype != torch.float32:
+                return t if t is None else t.to(device, copy=True)
+            place = torch.empty(t.numel() + 4, device=device)[shift // 4 :].as_strided(t.shape, t.stride())
+            return place.copy_(t)
+
+        lists = {name: [copy(t) for t in ts] for name, ts in self.lists.items()}
+        return State(self.rule, lists, self.lr.to(device), self.weight_decay)
+
+    def step(self, kernels: str) -> None:
+        x, options = self.lists, RULES[self.rule] | {"weight_decay": self.weight_decay, "kernels": kernels}
+        if self.rule.startswith("adam"):
+            masked_adam_many(x["w"], x["g"], x["mask"], (x["a"], x["b"]), x["step"], self.lr, **options)
+        else:
+            buffers = x["a"] if "momentum" in options else None
+            masked_sgd_many(x["w"], x["g"], x["mask"], buffers, self.lr, **options)
+
+    def same(self, right: State, before: State) -> None:
+        """To the bit but for what fills no vector register: that to 2 ulp of the largest term."""
+        for name in ("w", "a", "b"):
+            for i, (found, wanted) in enumerate(zip(self.lists[name], right.lists[name], strict=True)):
+                mask, r = self.lists["mask"][i], len(self.lr)
+                found, wanted, old, g = (
+                    t.cpu().as_strided((r, t.numel() // r), (t.numel() // r, 1))
+                    for t in (found, wanted, before.lists[name][i], before.lists["g"][i])
+                )
+                p = wanted.shape[1]
+                if mask is not None:
+                    live = unpack(mask.cpu(), p)
+                    assert not found[~live].any(), f"{name}[{i}]: a pruned weight woke"
+                    assert not found[~live].signbit().any()
+                    found, wanted, old, g = (t.where(live, 0) for t in (found, wanted, old, g))
+                if rounds_once():
+                    whole = p - p % 16
+                    assert torch.equal(found[:, :whole], wanted[:, :whole]), f"{name}[{i}]"
+                size = (
+                    old.abs()
+                    + wanted.abs()
+                    + (self.lr.max().item() if name == "w" else 1) * g.abs().clamp_min(1)
+                )
+                assert ((found - wanted).abs() <= 2**-22 * size).all(), f"{name}[{i}]"
+
+
+def compare(state: State, shift: int = 0) -> None:
+    """One Triton step beside torch's."""
+    ours, theirs = state.to(DEVICE, shift), state.to("cpu")
+    ours.step("triton")
+    theirs.step("reference")
+    ours.same(theirs, state)
+
+
+@on_triton
+@pytest.mark.parametrize("replicas", [1, 3])
+@pytest.mark.parametrize("rule", RULES)
+def test_triton_step_has_torchs_bits(rule: str, replicas: int) -> None:
+    shapes = [(1,), (37,), (48, 33), (64,), (7, 16), (11,), (0,)]
+    keeps = [None, 0.3, 0.05, None, 0.0, 1.0, 0.5]
+    compare(State.make(rule, replicas, shapes, keeps, 0))
+
+
+@on_triton
+@given(
+    rule=st.sampled_from(sorted(RULES)),
+    replicas=st.integers(1, 3),
+    sizes=st.lists(
+        st.tuples(st.integers(0, 70), st.sampled_from([None, 0.0, 0.1, 0.5, 1.0])), min_size=1, max_size=3
+    ),
+    step=st.sampled_from([1, 2, 10, 1000, 100_000]),
+    shift=st.sampled_from([0, 4, 8, 12]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=CASES)
+def test_triton_steps_have_torchs_bits(
+    rule: str, replicas: int, sizes: list[tuple[int, float | None]], step: int, shift: int, seed: int
+) -> None:
+    shapes = [(size,) for size, _ in sizes]
+    compare(State.make(rule, replicas, shapes, [keep for _, keep in sizes], seed, step), shift)
+
+
+@on_triton
+@pytest.mark.parametrize("rule", RULES)
+def test_triton_step_takes_any_order_of_axes(rule: str) -> None:
+    state = State.make(rule, 1, [(8, 3, 4), (16, 8)], [0.4, None], 0)
+    for name in ("w", "g", "a", "b"):
+        # the mask is in the order of memory, and so are these
+        state.lists[name] = [t.transpose(0, 1) for t in state.lists[name]]
+    compare(state)
+
+
+@on_triton
+@pytest.mark.parametrize("rule", RULES)
+def test_triton_leaves_pruned_weights_and_moments_at_zero(rule: str) -> None:
+    state = State.make(rule, 2, [(41,), (16,)], [0.3, 0.5], 0).to(DEVICE)
+    for step in range(1, 51):
+        for g, mask, count in zip(state.lists["g"], state.lists["mask"], state.lists["step"], strict=True):
+            live = unpack(mask, g.shape[1])
+            g.copy_(torch.randn(g.shape).to(DEVICE).where(live, [torch.nan, torch.inf, -1e30][step % 3]))
+            count.fill_(step)
+        state.step("triton")
+    for name in ("w", "a", "b"):
+        for t, mask in zip(state.lists[name], state.lists["mask"], strict=True):
+            assert t.isfinite().all()
+            assert not t[~unpack(mask, t.shape[1])].any()
+
+
+@on_triton
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("shift", [0, 4])
+def test_triton_does_not_touch_eight_pruned_weights_in_a_row(rule: str, shift: int) -> None:
+    bits = torch.tensor([[0, 1, 0, 254]], dtype=torch.uint8)
+    live = unpack(bits, 32)
+    eights = live.view(4, 8).any(1).repeat_interleave(8)
+    state = State.make(rule, 1, [(32,)], [1.0], 0)
+    state.lists["mask"] = [bits]
+    for name in ("w", "g", "a", "b"):
+        state.lists[name][0][~eights] = torch.nan
+    state = state.to(DEVICE, shift)
+    state.step("triton")
+    for name in ("w", "a", "b"):
+        t = state.lists[name][0].cpu()
+        assert t[~eights].isnan().all()
+        assert t[live[0]].isfinite().all()
+
+
+@on_triton
+def test_replicas_do_not_see_each_other() -> None:
+    together = State.make("adam", 3, [(40,), (9,)], [0.5, None], 0)
+    alone = State(
+        "adam",
+        {n: [t if t is None else t[1:2].clone() for t in ts] for n, ts in together.lists.items()},
+        together.lr[1:2],
+        0.01,
+    )
+    ours, one = together.to(DEVICE), alone.to(DEVICE)
+    ours.step("triton")
+    one.step("triton")
+    for name in ("w", "a", "b"):
+        for t, u in zip(ours.lists[name], one.lists[name], strict=True):
+            assert torch.equal(t[1:2], u)
+
+
+@on_triton
+def test_tables_are_made_once_for_the_same_tensors() -> None:
+    state = State.make("adam", 1, [(40,)], [0.5], 0).to(DEVICE)
+    state.step("triton")
+    known = list(masked_update._TABLES)
+    state.step("triton")
+    assert list(masked_update._TABLES) == known
+    state.lists["g"] = [torch.zeros(40, device=DEVICE)]
+    state.step("triton")
+    assert len(masked_update._TABLES) == len(known) + 1
+
+
+def broken(**lists: list[Any]) -> State:
+    state = State.make("adam", 2, [(8,), (24,)], [0.5, None], 0)
+    return State("adam", state.lists | lists, state.lr, 0.01)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "triton"] if INTERPRET else ["reference"])
+@pytest.mark.parametrize(
+    ("lists", "says"),
+    [
+        ({"w": [torch.zeros(2, 8)]}, "equal lengths"),
+        ({"w": [torch.zeros(2, 8).double(), torch.zeros(2, 24)]}, "dense fp32"),
+        ({"w": [torch.zeros(2, 16)[:, ::2], torch.zeros(2, 24)]}, "dense fp32"),
+        ({"w": [torch.zeros(8, 2).T, torch.zeros(2, 24)]}, "contiguous"),
+        ({"w": [torch.zeros(16), torch.zeros(2, 24)]}, "weights \\[2, ...\\]"),
+        ({"g": [torch.zeros(2, 8), torch.zeros(24, 2).T]}, "the gradient as its weights"),
+        ({"b": [torch.zeros(2, 8), torch.zeros(2, 23)]}, "the moment as its weights"),
+        ({"mask": [torch.zeros(2, 2, dtype=torch.uint8), None]}, "mask as uint8 \\[2, 1\\]"),
+        ({"mask": [torch.zeros(2, 1), None]}, "mask as uint8"),
+        ({"step": [torch.zeros(2), torch.zeros(1)]}, "step as fp32 \\[2\\]"),
+    ],
+)
+def test_refuses_what_does_not_fit(lists: dict[str, list[Any]], says: str, kernels: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        broken(**lists).step(kernels)
+
+
+def test_refuses_a_learning_rate_of_another_kind_and_unknown_kernels() -> None:
+    state = broken()
+    state.lr = state.lr.float()
+    with pytest.raises(ValueError, match="lr as fp64"):
+        state.step("reference")
+    with pytest.raises(ValueError, match="kernels"):
+        broken().step("cuda")
+    with pytest.raises(ValueError, match="buffers"):
+        masked_sgd_many([], [], [], None, state.lr.double(), momentum=0.9)
+
+
+def test_floor_counts_live_sectors() -> None:
+    bits = torch.tensor([[0, 1, 255, 0]], dtype=torch.uint8)
+    weights = [torch.zeros(1, 32), torch.zeros(1, 10)]
+    assert floor(weights, [bits, None], 2) == {"bytes": 28 * (16 + 10) + 4, "flops": 14 * (9 + 10)}
+    assert floor(weights, [None, None], 1) == {"bytes": 20 * 42, "flops": 6 * 42}
+
+
+def test_every_access_to_weights_and_moments_is_wide(environment: dict[str, str]) -> None:
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(Path(__file__).with_name("aot.py")), "masked_update"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for facts in json.loads(done.stdout):
+        moments = int(facts["constants"]["MOMENTS"])
+        # 8 weights a thread: two accesses of 16 bytes for each load of w, g, a, b and store of w, a, b
+        assert facts["wide"] == 2 * (3 + 2 * moments), facts

@@ -1,0 +1,265 @@
+r"""Masks as bits: pack, unpack, count, compare.
+
+    bits[..., i] = sum_j (mask[..., 8 i + j] != 0) << j        j = 0 to 7; bits behind K are 0
+    count(bits) = number of ones,  hamming(a, b) = count(a ^ b)
+
+| name | shape             | dtype          |        Floor, s = itemsize, P = weights:
+| mask | [..., K]          | any; 0 = gone  |          pack    P s + P / 8 bytes
+| bits | [..., ceil(K / 8)]| uint8          |          unpack  P / 8 + P bytes (bool)
+|                                                     count   P / 8 bytes, hamming P / 4
+
+And, or and xor of two masks are torch's own `a & b`, `a | b`, `a ^ b`, which leave the bits behind K at 0
+(`~a` does not). The layout is that of `sparselth.masks`, which packs numpy arrays for files.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparselth.kernels._triton import HAS_TRITON, INTERPRET, Aot, tl, triton
+
+BLOCK = 1024  # bytes of bits a program packs or unpacks
+COUNT_BLOCK = 4096  # elements a program counts
+MAGIC = 0x0102040810204080  # times eight bytes of 0 or 1: their bits, packed, in the highest byte
+
+
+def use_triton(kernels: str, tensor: Tensor) -> bool:
+    """Whether "auto", "triton" or "reference" means Triton for this tensor."""
+    if kernels not in ("auto", "triton", "reference"):
+        raise ValueError(f'expected kernels "auto", "triton" or "reference", got "{kernels}"')
+    if kernels == "triton" and not tensor.is_cuda and not INTERPRET:
+        raise ValueError(f"Triton on a {tensor.device.type} tensor needs TRITON_INTERPRET=1 before import")
+    return kernels == "triton" or (kernels == "auto" and tensor.is_cuda and HAS_TRITON)
+
+
+def reference_pack(mask: Tensor) -> Tensor:
+    kept = mask.bool().contiguous()
+    if mask.shape[-1] % 8:
+        kept = torch.nn.functional.pad(kept, (0, -mask.shape[-1] % 8))
+    return (kept.view(torch.int64) * MAGIC).view(torch.uint8)[..., 7::8].contiguous()
+
+
+def reference_unpack(bits: Tensor, k: int) -> Tensor:
+    places = torch.arange(8, device=bits.device)
+    table = (torch.arange(256, device=bits.device)[:, None] >> places & 1).bool().view(torch.int64)
+    eights = table[:, 0].index_select(0, bits.flatten().int())
+    return eights.view(torch.bool).view(*bits.shape[:-1], 8 * bits.shape[-1])[..., :k].contiguous()
+
+
+def reference_count(bits: Tensor, other: Tensor | None, rows: bool) -> Tensor:
+    x = bits if other is None else bits ^ other
+    x = x - (x >> 1 & 0x55)
+    x = (x & 0x33) + (x >> 2 & 0x33)
+    x = x + (x >> 4) & 0x0F
+    return x.sum(-1) if rows else x.sum()
+
+
+@triton.jit
+def popcount(x):
+    """Ones of every uint32, without libdevice, which the interpreter lacks."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return (x * 0x01010101) >> 24
+
+
+@triton.jit
+def _places(start, n_bytes, K, BLOCK: tl.constexpr, RAGGED: tl.constexpr):
+    """Where the weights of bytes `start` to `start + BLOCK` lie, and which of them exist: [8 * BLOCK]."""
+    offs = 8 * start + tl.arange(0, 8 * BLOCK)
+    inside = offs < 8 * n_bytes
+    if RAGGED:
+        row_bytes = (K + 7) // 8
+        row = offs // (8 * row_bytes)
+        column = offs - row * (8 * row_bytes)
+        return row * K + column, inside & (column < K)
+    return offs, inside
+
+
+@triton.jit
+def _pack_kernel(mask_ptr, bits_ptr, n_bytes, K, BLOCK: tl.constexpr, RAGGED: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offs_mask, inside = _places(start, n_bytes, K, BLOCK, RAGGED)
+    kept = tl.load(mask_ptr + offs_mask, mask=inside, other=0) != 0
+    eights = tl.reshape(kept.to(tl.int32), (BLOCK, 8))
+    byte = tl.sum(eights << tl.arange(0, 8)[None, :], axis=1)
+    offs = start + tl.arange(0, BLOCK)
+    tl.store(bits_ptr + offs, byte.to(tl.uint8), mask=offs < n_bytes)
+
+
+@triton.jit
+def _unpack_kernel(bits_ptr, mask_ptr, n_bytes, K, BLOCK: tl.constexpr, RAGGED: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offs = start + tl.arange(0, BLOCK)
+    byte = tl.load(bits_ptr + offs, mask=offs < n_bytes, other=0)
+    eights = (byte.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
+    offs_mask, inside = _places(start, n_bytes, K, BLOCK, RAGGED)
+    tl.store(mask_ptr + offs_mask, tl.reshape(eights.to(tl.uint8), (8 * BLOCK,)), mask=inside)
+
+
+@triton.jit
+def _count_kernel(a_ptr, b_ptr, out_ptr, W, BLOCK: tl.constexpr, XOR: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(a_ptr + row * W + offs, mask=offs < W, other=0)
+    if XOR:
+        x = x ^ tl.load(b_ptr + row * W + offs, mask=offs < W, other=0)
+    ones = tl.sum(popcount(x.to(tl.uint32)).to(tl.int32))
+    tl.atomic_add(out_ptr + row, ones.to(tl.int64), sem="relaxed")
+
+
+def launch_pack(mask: Tensor, *, kernels: str = "auto") -> Tensor:
+    """Mask [..., K] to bits [..., ceil(K / 8)]."""
+    if mask.ndim == 0:
+        raise ValueError("expected a mask [..., K], got a scalar")
+    if not use_triton(kernels, mask):
+        return reference_pack(mask)
+    k = mask.shape[-1]
+    bits = torch.empty(*mask.shape[:-1], -(-k // 8), dtype=torch.uint8, device=mask.device)
+    if bits.numel():
+        mask = mask.contiguous()
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        grid = (triton.cdiv(bits.numel(), BLOCK),)
+        _pack_kernel[grid](mask, bits, bits.numel(), k, BLOCK=BLOCK, RAGGED=k % 8 != 0, num_warps=4)
+    return bits
+
+
+def launch_unpack(bits: Tensor, k: int, *, kernels: str = "auto") -> Tensor:
+    """Bits [..., ceil(k / 8)] to a bool mask [..., k]."""
+    _check_bits(bits)
+    if bits.shape[-1] != -(-k // 8):
+        raise ValueError(f"expected {-(-k // 8)} bytes a row for {k} weights, got {bits.shape[-1]}")
+    if not use_triton(kernels, bits):
+        return reference_unpack(bits, k)
+    mask = torch.empty(*bits.shape[:-1], k, dtype=torch.bool, device=bits.device)
+    if mask.numel():
+        bits = bits.contiguous()
+        grid = (triton.cdiv(bits.numel(), BLOCK),)
+        _unpack_kernel[grid](
+            bits, mask.view(torch.uint8), bits.numel(), k, BLOCK=BLOCK, RAGGED=k % 8 != 0, num_warps=4
+        )
+    return mask
+
+
+def launch_count(bits: Tensor, other: Tensor | None, rows: bool, *, kernels: str = "auto") -> Tensor:
+    """Ones of `bits`, or of `bits ^ other`: int64, of every row of bytes or of the whole tensor."""
+    _check_bits(bits)
+    if other is not None:
+        _check_bits(other)
+        if other.shape != bits.shape or other.device != bits.device:
+            raise ValueError(
+                f"expected two masks alike, got {tuple(bits.shape)} on {bits.device} "
+                f"and {tuple(other.shape)} on {other.device}"
+            )
+    if not use_triton(kernels, bits):
+        return reference_count(bits, other, rows)
+    shape = bits.shape[:-1] if rows else bits.shape[:0]
+    out = torch.zeros(shape, dtype=torch.int64, device=bits.device)
+    if bits.numel():
+        a, b = (_words(x, rows) for x in (bits, bits if other is None else other))
+        if a.dtype != b.dtype:
+            a, b = a.view(torch.uint8), b.view(torch.uint8)
+        grid = (out.numel(), triton.cdiv(a.shape[-1], COUNT_BLOCK))
+        _count_kernel[grid](a, b, out, a.shape[-1], BLOCK=COUNT_BLOCK, XOR=other is not None, num_warps=4)
+    return out
+
+
+def _words(bits: Tensor, rows: bool) -> Tensor:
+    """Four bytes at a time where rows and address allow it."""
+    bits = bits.contiguous() if rows else bits.contiguous().flatten()
+    fit = bits.shape[-1] % 4 == 0 and bits.storage_offset() % 4 == 0
+    return bits.view(torch.int32) if fit else bits
+
+
+def _check_bits(bits: Tensor) -> None:
+    if bits.ndim == 0 or bits.dtype != torch.uint8:
+        raise ValueError(f"expected packed bits, uint8 [..., bytes], got {bits.dtype} {tuple(bits.shape)}")
+
+
+@torch.library.custom_op("sparselth::pack", mutates_args=())
+def pack(mask: Tensor) -> Tensor:
+    """Mask [..., K], whatever is not 0 is kept, to uint8 bits [..., ceil(K / 8)]."""
+    return launch_pack(mask)
+
+
+@pack.register_fake
+def _(mask: Tensor) -> Tensor:
+    return mask.new_empty((*mask.shape[:-1], -(-mask.shape[-1] // 8)), dtype=torch.uint8)
+
+
+@torch.library.custom_op("sparselth::unpack", mutates_args=())
+def unpack(bits: Tensor, k: int) -> Tensor:
+    """Bits [..., ceil(k / 8)] to a bool mask [..., k]."""
+    return launch_unpack(bits, k)
+
+
+@unpack.register_fake
+def _(bits: Tensor, k: int) -> Tensor:
+    return bits.new_empty((*bits.shape[:-1], k), dtype=torch.bool)
+
+
+@torch.library.custom_op("sparselth::count", mutates_args=())
+def count(bits: Tensor, rows: bool = False) -> Tensor:
+    """Ones, int64: of the whole tensor (0-dim), or of every row [...]."""
+    return launch_count(bits, None, rows)
+
+
+@count.register_fake
+def _(bits: Tensor, rows: bool = False) -> Tensor:
+    return bits.new_empty(bits.shape[:-1] if rows else (), dtype=torch.int64)
+
+
+@torch.library.custom_op("sparselth::hamming", mutates_args=())
+def hamming(a: Tensor, b: Tensor, rows: bool = False) -> Tensor:
+    """Places where two masks differ, int64: of the whole tensor (0-dim), or of every row [...]."""
+    return launch_count(a, b, rows)
+
+
+@hamming.register_fake
+def _(a: Tensor, b: Tensor, rows: bool = False) -> Tensor:
+    return a.new_empty(a.shape[:-1] if rows else (), dtype=torch.int64)
+
+
+def floor(op: str, weights: int, itemsize: int = 1) -> dict[str, int]:
+    """Least traffic of "pack" (of elements of `itemsize` bytes), "unpack", "count" or "hamming"."""
+    bits = -(-weights // 8)
+    moved = {"pack": weights * itemsize + bits, "unpack": bits + weights, "count": bits, "hamming": 2 * bits}
+    return {"bytes": moved[op], "flops": 0}
+
+
+_SIZES = {"n_bytes": "i64", "K": "i64"}
+AOT = [
+    Aot(
+        kernel=_pack_kernel,
+        signature={"mask_ptr": pointer, "bits_ptr": "*u8", **_SIZES},
+        constants={"BLOCK": BLOCK, "RAGGED": False},
+        aligned=("mask_ptr", "bits_ptr", "n_bytes", "K"),
+        num_warps=4,
+        num_stages=1,
+        max_registers=96,
+        narrow=1,  # 8 bytes of bits a thread
+    )
+    for pointer in ("*fp32", "*u8")
+] + [
+    Aot(
+        kernel=_unpack_kernel,
+        signature={"bits_ptr": "*u8", "mask_ptr": "*u8", **_SIZES},
+        constants={"BLOCK": BLOCK, "RAGGED": False},
+        aligned=("bits_ptr", "mask_ptr", "n_bytes", "K"),
+        num_warps=4,
+        num_stages=1,
+        max_registers=64,
+        narrow=1,
+    ),
+    Aot(
+        kernel=_count_kernel,
+        signature={"a_ptr": "*i32", "b_ptr": "*i32", "out_ptr": "*i64", "W": "i64"},
+        constants={"BLOCK": COUNT_BLOCK, "XOR": True},
+        aligned=("a_ptr", "b_ptr", "out_ptr", "W"),
+        num_warps=4,
+        num_stages=1,
+        max_registers=96,
+        narrow=3,  # the atomic
+    ),
+]

@@ -1,0 +1,303 @@
+"""Against the formula in float64; pruned weights may hold anything and their gradients are exactly 0."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparselth.kernels import masked_linear as module
+from sparselth.kernels.bitmask import reference_pack
+from sparselth.kernels.masked_linear import floor, masked_linear
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
+RTOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # 3 times torch's own
+NAN, INF = float("nan"), float("inf")
+SHAPES = [(1, 1, 1, 1), (2, 33, 20, 47), (1, 7, 65, 130), (3, 5, 10, 84)]  # R, B, N, K
+GRADS = ("y", "dx", "dw", "db", "ds")
+
+
+def randn(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def keep_bits(keep: Tensor) -> Tensor:
+    return reference_pack(keep).to(DEVICE)
+
+
+def strided(t: Tensor, layout: str) -> Tensor:
+    """The same values [R, A, B] with other strides."""
+    if layout == "transposed":
+        return t.mT.contiguous().mT
+    if layout == "sliced":
+        wide = t.new_full((t.shape[0], t.shape[1], 2 * t.shape[2] + 3), NAN)
+        wide[:, :, 3::2] = t
+        return wide[:, :, 3::2]
+    if layout == "replicas inside":
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+    return t
+
+
+def products(x: Tensor, w: Tensor, mask: Tensor, bias: Tensor, dy: Tensor, kernels: str) -> dict[str, Tensor]:
+    """y and all gradients, through autograd."""
+    leaves = [t.detach().requires_grad_() for t in (x, w, bias, torch.empty_like(w))]
+    x, w, bias, scores = leaves
+    y = masked_linear(x, w, mask, bias, scores, kernels)
+    return dict(zip(GRADS, (y.detach(), *torch.autograd.grad(y, leaves, dy)), strict=True))
+
+
+def expected(x: Tensor, w: Tensor, keep: Tensor, bias: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    x, w, bias, dy = (t.double() for t in (x, w, bias, dy))
+    kept, dense = torch.where(keep, w, 0), dy.mT @ x
+    return {
+        "y": x @ kept.mT + bias[:, None],
+        "dx": dy @ kept,
+        "dw": dense * keep,
+        "db": dy.sum(1),
+        "ds": dense * w,
+    }
+
+
+def assert_close(
+    found: dict[str, Tensor],
+    right: dict[str, Tensor],
+    names: tuple[str, ...] = GRADS,
+    scale: dict[str, Tensor] | None = None,
+) -> None:
+    """Relative RMS error; `scale` is the formula on absolute values, for sums that may cancel."""
+    for name in names:
+        a, b = found[name], right[name]
+        assert a.shape == b.shape, name
+        error, size = (a.double() - b).norm(), (scale or right)[name].norm()
+        assert error <= RTOL[a.dtype] * size, f"{name}: {error:.1e} of {size:.1e}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poison() -> Iterator[None]:
+    """What a launcher allocates is full of NaN."""
+    new_empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *size: int, **kwargs: object) -> Tensor:
+        t = new_empty(self, *size, **kwargs)  # type: ignore[call-overload]
+        return t.fill_(NAN) if t.is_floating_point() else t  # type: ignore[no-any-return]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", poisoned)
+        yield
+
+
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+@pytest.mark.parametrize("dtype", RTOL, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "R{}-B{}-N{}-K{}".format(*s))
+def test_all_products_are_the_formula(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, kernels: str
+) -> None:
+    r, b, n, k = shape
+    g = torch.Generator().manual_seed(0)
+    x, w, bias, dy = (randn(g, dtype, *s) for s in ((r, b, k), (r, n, k), (r, n), (r, b, n)))
+    keep = torch.rand(r, n, k, generator=g) < 0.3
+    keep[:, 0], keep[:, -1] = False, True  # an empty row and a full one
+    bits = keep_bits(keep)
+    keep = keep.to(DEVICE)
+    right = expected(x, w, keep, bias, dy)
+    assert_close(products(x, w, bits, bias, dy, kernels), right)
+    # pruned weights are never read, or never felt; the gradient of the scores feels them
+    found = products(x, torch.where(keep, w, NAN), bits, bias, dy, kernels)
+    assert_close(found, right, GRADS[:4])
+    assert not found["dw"][~keep].any()
+    assert found["ds"].isnan().equal(~keep)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_empty_and_full_masks(kept: bool, kernels: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w, bias, dy = (randn(g, torch.float32, *s) for s in ((2, 9, 21), (2, 17, 21), (2, 17), (2, 9, 17)))
+    keep = torch.full((2, 17, 21), kept)
+    found = products(x, w, keep_bits(keep), bias, dy, kernels)
+    assert_close(found, expected(x, w, keep.to(DEVICE), bias, dy))
+    if not kept:
+        assert found["y"].equal(bias[:, None].expand_as(found["y"]))
+        assert not found["dx"].any()
+        assert not found["dw"].any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_gradient_of_pruned_weights_is_0_whatever_x_and_dy_hold(value: float, kernels: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w, dy = (randn(g, torch.float32, *s) for s in ((1, 20, 40), (1, 34, 40), (1, 20, 34)))
+    x[0, 3, 5] = dy[0, 7, 11] = value
+    keep = torch.rand(1, 34, 40, generator=g) < 0.5
+    y = masked_linear(x, w.requires_grad_(), keep_bits(keep), kernels=kernels)
+    (dw,) = torch.autograd.grad(y, w, dy)
+    assert not dw[~keep.to(DEVICE)].any()
+    assert not dw[0, 11].isfinite()[keep[0, 11].to(DEVICE)].any()
+    assert dw[0, :11, :5].isfinite().all()
+
+
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "replicas inside"])
+def test_strides_do_not_matter(layout: str, kernels: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w, bias, dy = (randn(g, torch.float32, *s) for s in ((2, 18, 35), (2, 12, 35), (2, 12), (2, 18, 12)))
+    keep = torch.rand(2, 12, 35, generator=g) < 0.5
+    bits = keep_bits(keep)
+    right = products(x, w, bits, bias, dy, kernels)
+    wide = torch.zeros(2, 12, 11, dtype=torch.uint8, device=DEVICE)  # rows of the mask further apart
+    wide[:, :, :5] = bits
+    found = products(
+        strided(x, layout), strided(w, layout), wide[:, :, :5], bias, strided(dy, layout), kernels
+    )
+    for name in GRADS:
+        assert torch.allclose(found[name], right[name], rtol=1e-5, atol=1e-5), name
+    # a gradient broadcast over the batch, as `y.sum().backward()` gives
+    same = dy[:, :1].expand_as(dy)
+    assert_close(products(x, w, bits, bias, same, kernels), expected(x, w, keep.to(DEVICE), bias, same))
+
+
+def test_a_replica_is_the_same_bits_whoever_sits_beside_it() -> None:
+    assert module._choose("half", 4096, 512)[0] is module.TILES["half"][0]
+    assert module._choose("ieee", 300, 60)[0] is module.TILES["ieee"][1]  # whatever R
+    g = torch.Generator().manual_seed(0)
+    x, w, bias, dy = (randn(g, torch.float32, *s) for s in ((3, 9, 40), (3, 33, 40), (3, 33), (3, 9, 33)))
+    bits = keep_bits(torch.rand(3, 33, 40, generator=g) < 0.5)
+    together = products(x, w, bits, bias, dy, "triton")
+    for r in range(3):
+        alone = products(*(t[r : r + 1] for t in (x, w, bits, bias, dy)), "triton")
+        for name in GRADS:
+            assert alone[name][0].equal(together[name][r]), name
+
+
+def test_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGE_FROM", 1)
+    g = torch.Generator().manual_seed(0)
+    for n, k in ((128, 128), (130, 75)):
+        x, w, bias, dy = (randn(g, torch.float16, *s) for s in ((1, 70, k), (1, n, k), (1, n), (1, 70, n)))
+        keep = torch.rand(1, n, k, generator=g) < 0.5
+        found = products(x, w, keep_bits(keep), bias, dy, "triton")
+        assert_close(found, expected(x, w, keep.to(DEVICE), bias, dy))
+
+
+@settings(max_examples=CASES)
+@given(
+    st.tuples(st.integers(1, 2), st.integers(1, 34), st.integers(1, 34), st.integers(1, 34)),
+    st.sampled_from(list(RTOL)),
+    st.floats(0, 1),
+    st.sampled_from(["contiguous", "transposed"]),
+    st.sampled_from(["triton", "reference"]),
+    st.integers(0, 10**6),
+)
+def test_any_shape(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    density: float,
+    layout: str,
+    kernels: str,
+    seed: int,
+) -> None:
+    r, b, n, k = shape
+    g = torch.Generator().manual_seed(seed)
+    x, w, bias, dy = (randn(g, dtype, *s) for s in ((r, b, k), (r, n, k), (r, n), (r, b, n)))
+    keep = torch.rand(r, n, k, generator=g) < density
+    bits = keep_bits(keep)
+    keep = keep.to(DEVICE)
+    right = expected(x, w, keep, bias, dy)
+    scale = expected(x.abs(), w.abs(), keep, bias.abs(), dy.abs())
+    w = torch.where(keep, w, NAN)
+    found = products(strided(x, layout), w, bits, bias, strided(dy, layout), kernels)
+    assert_close(found, right, GRADS[:4], scale)
+    assert found["ds"].isnan().equal(~keep)
+
+
+def test_scores_in_fp32_under_autocast_and_no_bias() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w, scores = (randn(g, torch.float32, *s) for s in ((2, 6, 30), (2, 12, 30), (2, 12, 30)))
+    bits = keep_bits(scores.cpu() > 0)
+    scores.requires_grad_()
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast(DEVICE, dtype):
+            y = masked_linear(x, w, bits, scores=scores)
+        assert y.dtype == dtype
+        (ds,) = torch.autograd.grad(y.sum(), scores)
+        assert ds.dtype == torch.float32
+        right = x.double().sum(1, keepdim=True) * w.double()
+        assert (ds - right).norm() <= 3 * RTOL[dtype] * right.norm()
+
+
+def test_gradients_by_finite_differences() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w, bias = (
+        torch.randn(s, generator=g, dtype=torch.double).requires_grad_()
+        for s in ((2, 3, 9), (2, 4, 9), (2, 4))
+    )
+    bits = reference_pack(torch.rand(2, 4, 9, generator=g) < 0.5)
+    assert torch.autograd.gradcheck(lambda x, w, b: masked_linear(x, w, bits, b), (x, w, bias))
+
+
+def test_what_does_not_fit_is_said() -> None:
+    x, w, bits = torch.ones(2, 3, 9), torch.ones(2, 4, 9), torch.zeros(2, 4, 2, dtype=torch.uint8)
+    for args, words in (
+        ((x[0], w, bits), r"expected x\[R, B, K\] and w\[R, N, K\]"),
+        ((x[:, :0], w, bits), "none empty"),
+        ((x, w[:1], bits), r"expected w\[2, 4, 9\]"),
+        ((x, w, bits[..., :1]), r"expected mask\[2, 4, 2\]"),
+        ((x, w, bits, torch.ones(2, 3)), r"expected bias\[2, 4\]; got .*bias torch.float32\[2, 3\]"),
+        ((x, w, bits, None, w.mT), r"expected scores\[2, 4, 9\]"),
+        ((x, w, bits.bool()), "expected a uint8 mask"),
+        ((x, w.half(), bits), "of one dtype"),
+        ((x, w, bits.to("meta")), "expected all on one device; got .*on meta"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            masked_linear(*args)
+    with pytest.raises(ValueError, match=r"got torch\.float64"):
+        masked_linear(*(t.to(DEVICE) for t in (x.double(), w.double(), bits)), kernels="triton")
+    with pytest.raises(ValueError, match="cuda"):
+        masked_linear(x, w, bits, kernels="cuda")
+
+
+def test_floor() -> None:
+    found = floor(2, 60, 300, 784, 4)
+    assert found == {
+        "bytes": 2 * (4 * (60 * 784 + 300 * 784 + 60 * 300) + 300 * 98),
+        "flops": 4 * 60 * 300 * 784,
+    }
+
+
+OPCHECK = """
+import torch
+from torch.library import opcheck
+from sparselth.kernels.masked_linear import _ds, _dw, _dx, _forward, masked_linear
+
+torch.manual_seed(0)
+shapes = (2, 5, 12), (2, 7, 12), (2, 7), (2, 7, 12)
+x, w, bias, scores = (torch.randn(shape, requires_grad=True) for shape in shapes)
+mask, dy = torch.randint(0, 16, (2, 7, 2), dtype=torch.uint8), torch.randn(2, 5, 7)
+opcheck(_forward, (x, w, mask, bias, scores, "auto"))
+opcheck(_forward, (x.mT.contiguous().mT, w, mask, None, None, "auto"))
+x, w = x.detach(), w.detach()
+opcheck(_dx, (dy, w, mask, "auto"))
+opcheck(_dw, (dy, x, mask, "auto"))
+opcheck(_ds, (dy, x, w, "auto"))
+try:
+    masked_linear(x, w, mask, kernels="triton")
+except ValueError as e:
+    assert "TRITON_INTERPRET=1" in str(e)
+else:
+    raise AssertionError("Triton on a CPU without the interpreter")
+"""
+
+
+def test_opcheck(environment: dict[str, str]) -> None:
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", OPCHECK], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
