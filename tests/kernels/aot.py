@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -67,4 +68,10 @@ def examine(aot: Any, capability: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     module = importlib.import_module(f"sparselth.kernels.{sys.argv[1]}")
-    print(json.dumps([examine(aot, capability) for aot in module.AOT for capability in (80, 90)], indent=1))
+    cases = [(aot, capability) for aot in module.AOT for capability in (80, 90)]
+
+    def one(i: int) -> dict[str, Any]:
+        return examine(*cases[i])
+
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        print(json.dumps(pool.map(one, range(len(cases)), chunksize=1), indent=1))
