@@ -4,8 +4,9 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+NATIVE_TESTS := native csr_linear sparse_conv2d step_parts
 
-.PHONY: imp test check bench science properties clean
+.PHONY: imp test check bench science properties sanitize clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +16,7 @@ help:
 	@echo "make bench    set up, then the benchmarks"
 	@echo "make science  set up, then the tests that train for minutes"
 	@echo "make properties  set up, then the kernels' property tests with 2,000 cases each"
+	@echo "make sanitize set up, then the native kernels' tests under the address and undefined-behaviour sanitizers"
 	@echo "make clean    remove .venv"
 
 imp: $(STAMP)
@@ -38,6 +40,16 @@ science: $(STAMP)
 
 properties: $(STAMP)
 	SPARSELTH_CASES=2000 $(BIN)/python -m pytest -q tests/kernels tests/test_optim.py
+
+# All levels, AVX-512 made of AVX2's vectors, in a library of its own.
+sanitize: $(STAMP)
+	mkdir -p build
+	$(CC) -std=gnu11 -O1 -g -fPIC -shared -fno-omit-frame-pointer -ffp-contract=fast -Wall -Wextra -Wno-psabi \
+	  -fsanitize=address,undefined -fno-sanitize-recover=all -DALL_LEVELS -fopenmp \
+	  kernels/native/native.c -o build/native_sanitized.so
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  SPARSELTH_NATIVE_LIB=$(CURDIR)/build/native_sanitized.so \
+	  $(BIN)/python -m pytest -q $(wildcard $(NATIVE_TESTS:%=tests/kernels/test_%.py))
 
 clean:
 	rm -rf $(VENV)

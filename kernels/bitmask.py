@@ -14,6 +14,8 @@ And, or and xor of two masks are torch's own `a & b`, `a | b`, `a ^ b`, which le
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,11 +35,21 @@ def use_triton(kernels: str, tensor: Tensor) -> bool:
     return kernels == "triton" or (kernels == "auto" and tensor.is_cuda and HAS_TRITON)
 
 
+def is_ragged(k: int) -> bool:
+    """Whether rows of k bits end within a byte."""
+    if k % 8 and k > 2**30:  # places counts them in 32 bits
+        raise ValueError(f"expected rows of 8 x weights, or of at most 2**30, got {k}")
+    return k % 8 != 0
+
+
 def reference_pack(mask: Tensor) -> Tensor:
+    width = -(-mask.shape[-1] // 8)
     kept = mask.bool().contiguous()
-    if mask.shape[-1] % 8:
-        kept = torch.nn.functional.pad(kept, (0, -mask.shape[-1] % 8))
-    return (kept.view(torch.int64) * MAGIC).view(torch.uint8)[..., 7::8].contiguous()
+    if mask.shape[-1] % 8 or kept.storage_offset() % 8:
+        kept = mask.new_zeros((*mask.shape[:-1], 8 * width), dtype=torch.bool)
+        kept[..., : mask.shape[-1]] = mask
+    eights = kept.view(-1).view(torch.int64) * MAGIC
+    return eights.view(torch.uint8)[7::8].clone().view(*mask.shape[:-1], width)
 
 
 def reference_unpack(bits: Tensor, k: int) -> Tensor:
@@ -65,24 +77,28 @@ def popcount(x):
 
 
 @triton.jit
-def _places(start, n_bytes, K, BLOCK: tl.constexpr, RAGGED: tl.constexpr):
+def places(start, n_bytes, K, BLOCK: tl.constexpr, RAGGED: tl.constexpr):
     """Where the weights of bytes `start` to `start + BLOCK` lie, and which of them exist: [8 * BLOCK]."""
-    offs = 8 * start + tl.arange(0, 8 * BLOCK)
-    inside = offs < 8 * n_bytes
+    local = tl.arange(0, 8 * BLOCK)
+    inside = local < 8 * (n_bytes - start)  # int64: 8 * n_bytes may not fit 32 bits
     if RAGGED:
-        row_bytes = (K + 7) // 8
-        row = offs // (8 * row_bytes)
-        column = offs - row * (8 * row_bytes)
-        return row * K + column, inside & (column < K)
-    return offs, inside
+        row_bits = (K + 7) // 8 * 8
+        row = 8 * start // row_bits
+        column = local + (8 * start - row * row_bits).to(tl.int32)
+        down = column // row_bits  # rows further down; a division in 64 bits takes far more registers
+        column -= down * row_bits
+        return 8 * start - row * (row_bits - K) + (local - down * (row_bits - K)), inside & (column < K)
+    return 8 * start + local, inside
 
 
 @triton.jit
 def _pack_kernel(mask_ptr, bits_ptr, n_bytes, K, BLOCK: tl.constexpr, RAGGED: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    offs_mask, inside = _places(start, n_bytes, K, BLOCK, RAGGED)
-    kept = tl.load(mask_ptr + offs_mask, mask=inside, other=0) != 0
-    eights = tl.reshape(kept.to(tl.int32), (BLOCK, 8))
+    offs_mask, inside = places(start, n_bytes, K, BLOCK, RAGGED)
+    value = tl.load(mask_ptr + offs_mask, mask=inside, other=0)
+    if value.dtype == tl.bfloat16:  # the interpreter compares its bit patterns, and -0.0 has one
+        value = value.to(tl.float32)
+    eights = tl.reshape((value != 0).to(tl.int32), (BLOCK, 8))
     byte = tl.sum(eights << tl.arange(0, 8)[None, :], axis=1)
     offs = start + tl.arange(0, BLOCK)
     tl.store(bits_ptr + offs, byte.to(tl.uint8), mask=offs < n_bytes)
@@ -94,7 +110,7 @@ def _unpack_kernel(bits_ptr, mask_ptr, n_bytes, K, BLOCK: tl.constexpr, RAGGED: 
     offs = start + tl.arange(0, BLOCK)
     byte = tl.load(bits_ptr + offs, mask=offs < n_bytes, other=0)
     eights = (byte.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
-    offs_mask, inside = _places(start, n_bytes, K, BLOCK, RAGGED)
+    offs_mask, inside = places(start, n_bytes, K, BLOCK, RAGGED)
     tl.store(mask_ptr + offs_mask, tl.reshape(eights.to(tl.uint8), (8 * BLOCK,)), mask=inside)
 
 
@@ -120,9 +136,15 @@ def launch_pack(mask: Tensor, *, kernels: str = "auto") -> Tensor:
     if bits.numel():
         mask = mask.contiguous()
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        grid = (triton.cdiv(bits.numel(), BLOCK),)
-        _pack_kernel[grid](mask, bits, bits.numel(), k, BLOCK=BLOCK, RAGGED=k % 8 != 0, num_warps=4)
+        tile = _tile(k)
+        with torch.cuda.device_of(mask):
+            _pack_kernel[(triton.cdiv(bits.numel(), tile["BLOCK"]),)](mask, bits, bits.numel(), k, **tile)
     return bits
+
+
+def _tile(k: int) -> dict[str, int]:
+    ragged = is_ragged(k)  # which takes registers: a full block would spill
+    return {"BLOCK": BLOCK // 4 if ragged else BLOCK, "RAGGED": ragged, "num_warps": 4}
 
 
 def launch_unpack(bits: Tensor, k: int, *, kernels: str = "auto") -> Tensor:
@@ -135,10 +157,9 @@ def launch_unpack(bits: Tensor, k: int, *, kernels: str = "auto") -> Tensor:
     mask = torch.empty(*bits.shape[:-1], k, dtype=torch.bool, device=bits.device)
     if mask.numel():
         bits = bits.contiguous()
-        grid = (triton.cdiv(bits.numel(), BLOCK),)
-        _unpack_kernel[grid](
-            bits, mask.view(torch.uint8), bits.numel(), k, BLOCK=BLOCK, RAGGED=k % 8 != 0, num_warps=4
-        )
+        tile, values = _tile(k), mask.view(torch.uint8)
+        with torch.cuda.device_of(bits):
+            _unpack_kernel[(triton.cdiv(bits.numel(), tile["BLOCK"]),)](bits, values, bits.numel(), k, **tile)
     return mask
 
 
@@ -161,7 +182,8 @@ def launch_count(bits: Tensor, other: Tensor | None, rows: bool, *, kernels: str
         if a.dtype != b.dtype:
             a, b = a.view(torch.uint8), b.view(torch.uint8)
         grid = (out.numel(), triton.cdiv(a.shape[-1], COUNT_BLOCK))
-        _count_kernel[grid](a, b, out, a.shape[-1], BLOCK=COUNT_BLOCK, XOR=other is not None, num_warps=4)
+        with torch.cuda.device_of(bits):
+            _count_kernel[grid](a, b, out, a.shape[-1], BLOCK=COUNT_BLOCK, XOR=other is not None, num_warps=4)
     return out
 
 
@@ -229,29 +251,28 @@ def floor(op: str, weights: int, itemsize: int = 1) -> dict[str, int]:
 
 
 _SIZES = {"n_bytes": "i64", "K": "i64"}
-AOT = [
-    Aot(
-        kernel=_pack_kernel,
-        signature={"mask_ptr": pointer, "bits_ptr": "*u8", **_SIZES},
-        constants={"BLOCK": BLOCK, "RAGGED": False},
-        aligned=("mask_ptr", "bits_ptr", "n_bytes", "K"),
+
+
+def _aot(kernel: Any, mask: str, ragged: bool, registers: int) -> Aot:
+    aligned = ("mask_ptr", "bits_ptr") if ragged else ("mask_ptr", "bits_ptr", "n_bytes", "K")
+    return Aot(
+        kernel=kernel,
+        signature={"mask_ptr": mask, "bits_ptr": "*u8", **_SIZES},
+        constants={"BLOCK": BLOCK // 4 if ragged else BLOCK, "RAGGED": ragged},
+        aligned=aligned,
         num_warps=4,
         num_stages=1,
-        max_registers=96,
-        narrow=1,  # 8 bytes of bits a thread
+        max_registers=registers,
+        narrow=18 if ragged else 1,  # 8 bytes of bits a thread; in ragged rows single weights
     )
-    for pointer in ("*fp32", "*u8")
-] + [
-    Aot(
-        kernel=_unpack_kernel,
-        signature={"bits_ptr": "*u8", "mask_ptr": "*u8", **_SIZES},
-        constants={"BLOCK": BLOCK, "RAGGED": False},
-        aligned=("bits_ptr", "mask_ptr", "n_bytes", "K"),
-        num_warps=4,
-        num_stages=1,
-        max_registers=64,
-        narrow=1,
-    ),
+
+
+AOT = [
+    _aot(_pack_kernel, "*fp32", ragged=False, registers=96),
+    _aot(_pack_kernel, "*u8", ragged=False, registers=96),
+    _aot(_pack_kernel, "*u8", ragged=True, registers=160),
+    _aot(_unpack_kernel, "*u8", ragged=False, registers=64),
+    _aot(_unpack_kernel, "*u8", ragged=True, registers=160),
     Aot(
         kernel=_count_kernel,
         signature={"a_ptr": "*i32", "b_ptr": "*i32", "out_ptr": "*i64", "W": "i64"},

@@ -10,15 +10,20 @@ r"""Masked optimizer steps over the flat buffers of R replicas, and over lists o
 | lr     | [R]              | fp64  |  for lists: on the device, so that a CUDA graph can hold the launch
 | step   | [R]              | fp32  |  for lists: one of each tensor, likewise; counts from 1
 
+On a CPU `bind_masked_sgd` and `bind_masked_adam` take the native kernel (native/masked_update.inc) on w, g,
+a, b [R, P] with packed bits, or on vectors [P] that hold the kept weights alone, without a mask.
+
 Zeros live in the weights: where the mask is 0 and w, a, b start at 0 they stay exactly 0, because a
 masked gradient leaves every moment at 0 and weight decay multiplies a weight of 0. On a CPU the steps are
-those of `torch.optim` on the masked gradient, to the bit, since torch's own fused kernels take them.
+those of `torch.optim` on the masked gradient, to the bit, where torch's own fused kernels take them.
 
-The Triton kernel rounds as those do: the same order, fused multiply-adds where they have them, IEEE division
-and square root, step sizes in fp64, contraction off. So it too gives torch's bits for the CPU, but for beta1
-of 0.5 and less, for subnormal numbers, and for the last P % 16 weights of a tensor, which torch computes
-partly in fp64: there 2 ulp of the largest term. (Interpreters before Triton 3.9 round a fused multiply-add
-twice: also 2 ulp. On a GPU the bits were not compared yet; torch's own CUDA kernels round in another order.)
+The Triton and the native kernel round as those do: the same order, fused multiply-adds where they have them,
+IEEE division and square root, step sizes in fp64, contraction off. So they too give torch's bits for the CPU,
+but for beta1 of 0.5 and less, for subnormal numbers, and for the last P % 16 weights of a tensor, which torch
+computes partly in fp64: there 2 ulp of the largest term. A weight's bits do not depend on its place, so that
+native steps with and without the pruned weights agree. (Interpreters before Triton 3.9, and the native
+level "plain", round a fused multiply-add twice: also 2 ulp. On a GPU the bits were not compared yet; torch's
+own CUDA kernels round in another order.)
 Eight weights whose mask byte is 0, one 32-byte sector of each array, are neither read nor written. Adam takes
 about 75 instructions a weight: by count, an H200 waits for memory down to some 5 % of weights kept, and below
 that for instructions.
@@ -26,20 +31,23 @@ that for instructions.
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparselth.kernels import _native
 from sparselth.kernels._triton import Aot, tl, triton
 from sparselth.kernels.bitmask import count, unpack, use_triton
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 BLOCK, NARROW, WARPS = 1024, 256, 4  # weights of a round, and of a round of single weights
 FEW = 1 << 20  # weights up to which a program takes one round, so that they fill the device
+MANY = 1 << 16  # weights from which on a second CPU thread pays
 
 
 def sgd_reference(
@@ -118,6 +126,156 @@ def masked_adam(
         amsgrad=False,
         maximize=False,
     )
+
+
+Step = Callable[[int, float], None]  # of the optimizer's own step, from 1, and the learning rate
+
+
+def bind_masked_sgd(
+    w: Tensor,
+    g: Tensor,
+    a: Tensor | None,
+    bits: Tensor | None = None,
+    *,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    kernels: str = "auto",
+) -> Step:
+    """A function that takes one SGD step on fixed CPU tensors, in place; g stays as it is.
+
+    `a` starts at 0; without momentum it is None.
+    """
+    if (a is None) != (momentum == 0):
+        raise ValueError(
+            f"expected a momentum buffer if and only if there is momentum, got momentum {momentum}"
+        )
+    if _native.use_native(kernels):
+        moments = 0 if a is None else 1
+        call, s = _bind(w, g, a, None, bits, moments=moments, nesterov=nesterov)
+        s.beta1, s.decay = momentum, weight_decay
+
+        def run(step: int, lr: float) -> None:
+            s.rate = -lr
+            call()
+
+        return run
+    live = _live(w, g, a, None, bits)
+
+    def run_torch(step: int, lr: float) -> None:
+        torch._fused_sgd_(
+            [w],
+            [g if live is None else torch.where(live, g, 0.0)],
+            [] if a is None else [a],
+            weight_decay=weight_decay,
+            momentum=momentum,
+            lr=lr,
+            dampening=0.0,
+            nesterov=nesterov,
+            maximize=False,
+            is_first_step=False,
+        )
+
+    return run_torch
+
+
+def bind_masked_adam(
+    w: Tensor,
+    g: Tensor,
+    moments: tuple[Tensor, Tensor],
+    bits: Tensor | None = None,
+    *,
+    betas: tuple[float, float] = (BETA1, BETA2),
+    eps: float = EPS,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    kernels: str = "auto",
+) -> Step:
+    """A function that takes one Adam step, AdamW's where `decoupled`, on fixed CPU tensors, in place.
+
+    g stays as it is; both moments start at 0.
+    """
+    a, b = moments
+    beta1, beta2 = betas
+    if _native.use_native(kernels):
+        call, s = _bind(w, g, a, b, bits, moments=2, decoupled=decoupled)
+        s.rest1, s.rest2, s.beta2, s.eps, s.decay = 1 - beta1, 1 - beta2, beta2, eps, weight_decay
+
+        def run(step: int, lr: float) -> None:
+            s.rate = -lr / (1 - beta1**step)
+            s.root = math.sqrt(1 - beta2**step)
+            if decoupled:
+                s.decay = 1 - lr * weight_decay
+            call()
+
+        return run
+    live, count = _live(w, g, a, b, bits), torch.zeros(())
+    update = torch._fused_adamw_ if decoupled else torch._fused_adam_
+
+    def run_torch(step: int, lr: float) -> None:
+        update(
+            [w],
+            [g if live is None else torch.where(live, g, 0.0)],
+            [a],
+            [b],
+            [],
+            [count.fill_(step)],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    return run_torch
+
+
+class _Update(ctypes.Structure):  # struct masked_update
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("w", "g", "a", "b", "bits")],
+        *[(name, ctypes.c_int64) for name in ("replicas", "size")],
+        *[
+            (name, ctypes.c_float)
+            for name in ("beta1", "beta2", "rest1", "rest2", "eps", "decay", "rate", "root")
+        ],
+        *[(name, ctypes.c_int32) for name in ("moments", "nesterov", "decoupled", "threads")],
+    ]
+
+
+def _bind(
+    w: Tensor, g: Tensor, a: Tensor | None, b: Tensor | None, bits: Tensor | None, **options: int
+) -> tuple[Callable[[], None], _Update]:
+    _check_flat(w, g, a, b, bits)
+    s = _Update(
+        **{name: _native.address(t) for name, t in zip("wgab", (w, g, a, b), strict=True)},
+        bits=_native.address(bits),
+        replicas=len(w) if w.dim() == 2 else 1,
+        size=w.shape[-1],
+        threads=_native.threads() if w.numel() >= MANY else 1,
+        **options,
+    )
+    return _native.bind("masked_update", s, w, g, a, b, bits), s
+
+
+def _live(w: Tensor, g: Tensor, a: Tensor | None, b: Tensor | None, bits: Tensor | None) -> Tensor | None:
+    _check_flat(w, g, a, b, bits)
+    return None if bits is None else unpack(bits, w.shape[-1])
+
+
+def _check_flat(w: Tensor, g: Tensor, a: Tensor | None, b: Tensor | None, bits: Tensor | None) -> None:
+    for name, t in (("weights", w), ("gradient", g), ("moment", a), ("moment", b)):
+        fits = t is None or (t.is_cpu and t.dtype == torch.float32 and t.shape == w.shape)
+        if t is not None and not (fits and t.is_contiguous() and t.dim() in (1, 2)):
+            raise ValueError(
+                f"expected the {name} as contiguous fp32 {list(w.shape)} on a CPU, got {_said(t)}"
+            )
+    shape = (*w.shape[:-1], -(-w.shape[-1] // 8))
+    if bits is not None and (
+        not bits.is_cpu or bits.dtype != torch.uint8 or bits.shape != shape or not bits.is_contiguous()
+    ):
+        raise ValueError(f"expected a mask as uint8 {list(shape)} on a CPU, got {_said(bits)}")
 
 
 @triton.jit

@@ -48,6 +48,10 @@ class Resident:
     def n_train(self) -> int:
         return len(self.images) - self.n_validation
 
+    @property
+    def n_test(self) -> int:
+        return len(self._test[0])
+
     def split(self, seed: int) -> tuple[Tensor, Tensor]:
         """Indices of the training and of the validation images; the same for every arm and level."""
         order = torch.randperm(len(self.images), generator=stream(seed, "data", 0, "split"))
@@ -89,11 +93,15 @@ class Batches:
         self.x = torch.empty(r, batch, k, device=data.device)
         self.y = torch.empty(r * batch, dtype=torch.int64, device=data.device)
 
-    def at(self, step: int) -> tuple[Tensor, Tensor]:
+    def index(self, step: int) -> Tensor:
+        """Image indices of the batches of a step, [R * B]."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.order, self.epoch = self._draw(epoch), epoch
-        index = self.order[place].flatten()
+        return self.order[place].flatten()
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        index = self.index(step)
         r, b, k = self.x.shape
         torch.index_select(self.data.images, 0, index, out=self.bytes)
         torch.index_select(self.data.labels, 0, index, out=self.y)

@@ -22,6 +22,7 @@ FRESH = ("reinit", "random-reinit")  # arms that draw new weights, and may do so
 
 OPTIMIZERS = ("adam", "sgd")
 SCOPES = ("layer", "global")
+KERNELS = ("auto", "native", "torch", "triton", "reference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,7 @@ class ImpConfig:
     rewind: int
     reinits: int
     device: Literal["cpu", "cuda"]
+    kernels: str
     recipe: Recipe
 
     def to_json(self) -> dict[str, Any]:
@@ -144,6 +146,8 @@ class ImpConfig:
             raise unknown("optimizer", recipe.optimizer, OPTIMIZERS)
         if self.scope not in SCOPES:
             raise unknown("scope", self.scope, SCOPES)
+        if self.kernels not in KERNELS:
+            raise unknown("kernels", self.kernels, KERNELS)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise UsageError(f"--seeds {_list(self.seeds)}: expected different numbers from 0 on")
         for arm in self.arms:

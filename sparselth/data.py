@@ -1,7 +1,9 @@
 """Whole data sets as numpy arrays, read from files whose every byte is checked.
 
 The layout on disk is torchvision's, so a folder that torchvision filled works. `mnist5k` lies inside
-the package and needs neither a folder nor a network. Importing this module does not import torch.
+the package and needs neither a folder nor a network. CIFAR-10 comes as pickles, which are code: they
+are never unpickled here, but cut at the offsets that their checksums vouch for. Importing this module
+does not import torch.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,13 +47,50 @@ class IdxFile:
     dims: tuple[int, ...]
     sha256: str  # of the uncompressed file
 
+    @property
+    def magic(self) -> bytes:
+        return bytes((0, 0, 8, len(self.dims)))  # 8 stands for unsigned bytes
+
+    @property
+    def header(self) -> int:
+        return 4 + 4 * len(self.dims)
+
+    @property
+    def size(self) -> int:
+        return self.header + prod(self.dims)
+
+    def arrays(self, data: bytes) -> tuple[NDArray[np.uint8], ...]:
+        return (np.frombuffer(data, np.uint8, offset=self.header).reshape(self.dims),)
+
+
+@dataclass(frozen=True)
+class CifarFile:
+    """A pickle of n labels, each a byte behind its opcode, and of the pixels of n images in one piece.
+
+    The labels stand in groups of 1,000, with two opcodes between one group and the next.
+    """
+
+    name: str
+    dims: tuple[int, int]  # [n, C * H * W]
+    size: int
+    offsets: tuple[int, int]  # of the first label's opcode, of the first pixel
+    sha256: str
+    magic: ClassVar[bytes] = bytes((0x80, 2))  # a pickle of protocol 2
+
+    def arrays(self, data: bytes) -> tuple[NDArray[np.uint8], ...]:
+        whole = np.frombuffer(data, np.uint8)
+        labels, pixels = self.offsets
+        i = np.arange(self.dims[0])
+        images = whole[pixels : pixels + prod(self.dims)].reshape(self.dims)
+        return images, whole[labels + 1 + 2 * i + 2 * (i // 1000)]
+
 
 @dataclass(frozen=True)
 class DatasetSpec:
     """A data set: what its images are, and the files that hold it.
 
-    The files are training images, training labels, test images, test labels; or images and labels
-    alone, of which the last n_test / classes images of each class are the test images.
+    The files hold images and labels by turns, at the end those of the test; or images and labels once,
+    of which the last n_test / classes images of each class are the test images.
     """
 
     name: str
@@ -64,7 +103,7 @@ class DatasetSpec:
     n_test: int
     licence: str
     folder: str  # below the data folder
-    files: tuple[IdxFile, ...]
+    files: tuple[IdxFile | CifarFile, ...]
     torchvision: str | None  # the class that downloads it; None: inside the package
 
     @property
@@ -111,6 +150,14 @@ def _like_mnist(
         torchvision=torchvision,
     )
 
+
+_CIFAR10 = (  # bytes and sha256 of the five training files
+    (31_035_704, "54636561a3ce25bd3e19253c6b0d8538147b0ae398331ac4a2d86c6d987368cd"),
+    (31_035_320, "766b2cef9fbc745cf056b3152224f7cf77163b330ea9a15f9392beb8b89bc5a8"),
+    (31_035_999, "0f00d98ebfb30b3ec0ad19f9756dc2630b89003e10525f5e148445e82aa6a1f9"),
+    (31_035_696, "3f7bb240661948b8f4d53e36ec720d8306f5668bd0071dcb4e6c947f78e9682b"),
+    (31_035_623, "d91802434d8376bbaeeadf58a737e3a1b12ac839077e931237e0dcd43adcb154"),
+)
 
 DATASETS: dict[str, DatasetSpec] = {
     "mnist": _like_mnist(
@@ -166,6 +213,32 @@ DATASETS: dict[str, DatasetSpec] = {
         ),
         torchvision=None,
     ),
+    "cifar10": DatasetSpec(
+        name="cifar10",
+        title="CIFAR-10",
+        shape=(3, 32, 32),
+        classes=10,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        n_train=50_000,
+        n_test=10_000,
+        licence="no licence stated; Krizhevsky 2009",
+        folder="cifar-10-batches-py",
+        files=(
+            *(
+                CifarFile(f"data_batch_{i}", (10_000, 3072), size, (60, 20_218), sha256)
+                for i, (size, sha256) in enumerate(_CIFAR10, 1)
+            ),
+            CifarFile(
+                "test_batch",
+                (10_000, 3072),
+                31_035_526,
+                (59, 20_217),
+                "f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831",
+            ),
+        ),
+        torchvision="CIFAR10",
+    ),
 }
 
 
@@ -203,7 +276,11 @@ def load(name: str, folder: Path) -> Images:
             "delete it to have it downloaded again, or pass --data-dir with a folder that has a good one"
         )
     paths = [_find(root / file.name, missing) for file in spec.files]  # all there before one is read
-    arrays = [_read(path, file, damaged) for path, file in zip(paths, spec.files, strict=True)]
+    arrays = [
+        array
+        for path, file in zip(paths, spec.files, strict=True)
+        for array in file.arrays(_read(path, file, damaged))
+    ]
 
     images = [array.reshape(len(array), -1) for array in arrays[::2]]
     labels = [array.astype(np.int64) for array in arrays[1::2]]
@@ -213,7 +290,15 @@ def load(name: str, folder: Path) -> Images:
             test[np.flatnonzero(labels[0] == label)[-(spec.n_test // spec.classes) :]] = True
         images = [images[0][~test], images[0][test]]
         labels = [labels[0][~test], labels[0][test]]
-    return Images(spec, images[0], labels[0], images[1], labels[1], spec.digest, source)
+    return Images(
+        spec,
+        np.concatenate(images[:-1]),  # a copy even of one array: those of a file are read-only
+        np.concatenate(labels[:-1]),
+        images[-1].copy(),
+        labels[-1],
+        spec.digest,
+        source,
+    )
 
 
 def fetch(name: str, folder: Path) -> None:
@@ -251,14 +336,17 @@ def fetch(name: str, folder: Path) -> None:
                 path.rmdir()
 
 
-def resolve(name: str | None, folder_flag: Path | None, note: Callable[[str], None]) -> Images:
+def resolve(
+    name: str | None, folder_flag: Path | None, note: Callable[[str], None], default: str = DEFAULT
+) -> Images:
     """The data set a command works on: read, or downloaded and read.
 
     `name` and `folder_flag` are --dataset and --data-dir, None where the user gave none. Without a
-    name it is MNIST; if that is neither there nor to be downloaded it is mnist5k, and `note` is called
-    with one line that says so. Files that are there but damaged are an error in every case.
+    name it is `default`; if that is neither there nor to be downloaded it is mnist5k, where images of
+    its shape are wanted, and `note` is called with one line that says so. Files that are there but
+    damaged are an error in every case.
     """
-    spec = get_dataset(DEFAULT if name is None else name)
+    spec = get_dataset(default if name is None else name)
     if spec.torchvision is None:
         return load(spec.name, ASSETS)
     folder = data_dir(folder_flag)
@@ -273,9 +361,9 @@ def resolve(name: str | None, folder_flag: Path | None, note: Callable[[str], No
     try:
         fetch(spec.name, folder)
     except SparselthError as error:
-        if name is not None:
-            raise
         spare = DATASETS[FALLBACK]
+        if name is not None or spec.shape != spare.shape:
+            raise
         note(
             f"NOT using {spec.title}, but {FALLBACK}: {spare.n_train:,} training and {spare.n_test:,} test "
             f"images that come with sparselth, so expect lower accuracies ({error})"
@@ -286,9 +374,10 @@ def resolve(name: str | None, folder_flag: Path | None, note: Callable[[str], No
 
 def _how_to_get(spec: DatasetSpec, folder: Path) -> str:
     names = ", ".join(file.name for file in spec.files)
+    spare = f", or use --dataset {FALLBACK}" if spec.shape == DATASETS[FALLBACK].shape else ""
     return (
         f"put {names} into {folder.absolute() / spec.folder}, "
-        f"or pass --data-dir with a folder that holds {spec.folder}, or use --dataset {FALLBACK}"
+        f"or pass --data-dir with a folder that holds {spec.folder}{spare}"
     )
 
 
@@ -313,11 +402,9 @@ def _find(path: Path, remedy: str) -> Path:
     raise MissingData(f"{path}: no such file; {remedy}")
 
 
-def _read(path: Path, file: IdxFile, remedy: str) -> NDArray[np.uint8]:
-    """The array in an IDX file, [*dims], checked to the last bit."""
-    magic = bytes((0, 0, 8, len(file.dims)))  # 8 stands for unsigned bytes
-    header = 4 + 4 * len(file.dims)
-    size = header + prod(file.dims)
+def _read(path: Path, file: IdxFile | CifarFile, remedy: str) -> bytes:
+    """The bytes of a file, uncompressed and checked to the last bit."""
+    size, magic = file.size, file.magic
     try:
         with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw as stream:
             data = stream.read(size + 1)
@@ -328,12 +415,12 @@ def _read(path: Path, file: IdxFile, remedy: str) -> NDArray[np.uint8]:
     if len(data) != size:
         found = f"{len(data):,}" if len(data) < size else "more"
         problem = f"expected {size:,} bytes uncompressed, found {found}"
-    elif data[:4] != magic:
-        problem = f"expected the magic number 0x{magic.hex()}, found 0x{data[:4].hex()}"
+    elif not data.startswith(magic):
+        problem = f"expected the magic number 0x{magic.hex()}, found 0x{data[: len(magic)].hex()}"
     elif (digest := hashlib.sha256(data).hexdigest()) != file.sha256:
         problem = f"expected sha256 {file.sha256}, found {digest}"
     else:
-        return np.frombuffer(data, np.uint8, offset=header).reshape(file.dims).copy()
+        return data
     raise SparselthError(f"{path}: {problem}; {remedy}")
 
 

@@ -9,13 +9,16 @@ mask multiplication and one optimizer call serve the network.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod, sqrt
 
 import torch
 from torch import Tensor
 
+from sparselth.kernels import masked_conv2d, masked_linear  # noqa: F401  they register the ops
 from sparselth.models import Conv, Linear, MaxPool, Model, ReLU
 
+_ops = torch.ops.sparselth
 _relu_backward = torch.ops.aten.threshold_backward.grad_input  # the overload itself: 6 us less a call
 
 
@@ -44,33 +47,51 @@ class Network:
     `flat` and `grad` are [R, P]. `forward` takes [R, C*H*W, B] and returns logits [R, classes, B];
     `backward` takes the gradient of the logits and writes every entry of the gradient's views.
     The returned tensors are buffers that the next call overwrites.
+
+    With `bits`, the packed masks of the weights by name ([R, N, ceil(K / 8)]), `linear` and `conv` say
+    what those layers go through: "torch", "triton", or "auto" for a convolution that measures.
     """
 
-    def __init__(self, model: Model, flat: Tensor, batch: int, grad: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        flat: Tensor,
+        batch: int,
+        grad: Tensor | None = None,
+        bits: Mapping[str, Tensor] | None = None,
+        linear: str = "torch",
+        conv: str = "torch",
+    ) -> None:
         replicas = flat.shape[0]
         weight = views(model, flat)
         slope = views(model, grad) if grad is not None else {}
         names = iter(model.weights)
-        self.layers: list[_Linear | _Conv | _MaxPool | _ReLU] = []
+        self.layers: list[DenseLinear | DenseConv | MaskedLinear | MaskedConv | DensePool | DenseReLU] = []
         self.input_shape = (replicas, *model.input, batch)
         for i, (layer, before, after) in enumerate(
             zip(model.layers, model.shapes, model.shapes[1:], strict=False)
         ):
-            out = _activation(flat, replicas, after, batch)
+            out = activation(flat, replicas, after, batch)
             match layer:
                 case ReLU():
-                    self.layers.append(_ReLU())
+                    self.layers.append(DenseReLU())
                     continue
                 case MaxPool(size):
-                    self.layers.append(_MaxPool(size, before, out, training=grad is not None))
+                    self.layers.append(DensePool(size, before, out, training=grad is not None))
                     continue
             name = next(names).name
             bias = name.replace("weight", "bias")
             args = (weight[name], weight[bias], slope.get(name), slope.get(bias), out, before, i == 0)
             if isinstance(layer, Conv):
-                self.layers.append(_Conv(layer, *args))
+                if bits is not None and conv != "torch":
+                    self.layers.append(MaskedConv(layer, *args, bits[name], conv))
+                else:
+                    self.layers.append(DenseConv(layer, *args))
             elif isinstance(layer, Linear):
-                self.layers.append(_Linear(*args))
+                if bits is not None and linear != "torch":
+                    self.layers.append(MaskedLinear(*args, bits[name], linear))
+                else:
+                    self.layers.append(DenseLinear(*args))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.view(self.input_shape)
@@ -83,7 +104,7 @@ class Network:
             dy = layer.backward(dy)
 
 
-def _activation(like: Tensor, replicas: int, shape: tuple[int, ...], batch: int) -> Tensor:
+def activation(like: Tensor, replicas: int, shape: tuple[int, ...], batch: int) -> Tensor:
     """Zeros [R, *shape, B]. A vector's are stored batch-major behind a transposed view: the products of
     a fully connected layer run a fifth faster with 300 columns in a row than with 60."""
     if len(shape) == 1:
@@ -91,7 +112,7 @@ def _activation(like: Tensor, replicas: int, shape: tuple[int, ...], batch: int)
     return like.new_zeros(replicas, *shape, batch)
 
 
-class _Linear:
+class DenseLinear:
     """y = W x + b; dW = dy x^T, db = sum dy, dx = W^T dy."""
 
     def __init__(
@@ -108,10 +129,10 @@ class _Linear:
         self.y, self.first = out, first
         self.shape = (out.shape[0], prod(before), out.shape[-1])
         if dweight is not None and not first:
-            self.dx = _activation(out, out.shape[0], before, out.shape[-1]).view(self.shape)
+            self.dx = activation(out, out.shape[0], before, out.shape[-1]).view(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.x = x.view(self.shape)
+        self.x = x.reshape(self.shape)
         return torch.baddbmm(self.bias, self.weight, self.x, out=self.y)
 
     def backward(self, dy: Tensor) -> Tensor:
@@ -122,7 +143,7 @@ class _Linear:
         return dy if self.first else torch.bmm(self.weight.mT, dy, out=self.dx)
 
 
-class _Conv:
+class DenseConv:
     """Convolution as k products, one for each row of the kernel.
 
     x is copied k times, shifted along W only: [C * k, H * W' * B]. The rows that row i of the kernel
@@ -158,6 +179,7 @@ class _Conv:
             self.dkernel = out.new_empty(k, r, c * k, n)
         if dweight is not None and not first:
             self.dpadded = torch.empty_like(self.padded)
+            self.dx = self.dpadded[:, :, self.pad : self.pad + h, self.pad : self.pad + w]
             self.dshifted = torch.empty_like(self.shifted)
             self.dslices = self._slices(self.dshifted)
 
@@ -181,12 +203,12 @@ class _Conv:
         return self.y
 
     def backward(self, dy: Tensor) -> Tensor:
-        assert self.dbias is not None
         dy = dy.view(self.y.shape).flatten(2)
+        if self.dbias is not None:
+            torch.sum(dy, 2, keepdim=True, out=self.dbias)
         for dkernel, rows in zip(self.dkernel, self.slices, strict=True):
             torch.bmm(rows, dy.mT, out=dkernel)
         self.dweight.copy_(self.dkernel.view(self.dweight.shape))
-        torch.sum(dy, 2, keepdim=True, out=self.dbias)
         if self.first:
             return dy
         self.dshifted.zero_()
@@ -195,11 +217,86 @@ class _Conv:
         self.dpadded.zero_()
         for j in range(self.shape[2]):
             self.dpadded[:, :, :, j : j + self.shape[4]].add_(self.dshifted[:, :, j])
-        pad, (h, w) = self.pad, self.inside.shape[2:4]
-        return self.dpadded[:, :, pad : pad + h, pad : pad + w]
+        return self.dx
 
 
-class _MaxPool:
+class MaskedLinear:
+    """`DenseLinear` through the masked kernels, which take the batch first."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        out: Tensor,
+        before: tuple[int, ...],
+        first: bool,
+        bits: Tensor,
+        kernels: str,
+    ) -> None:
+        self.weight, self.bias, self.dweight, self.dbias = weight, bias[:, :, 0], dweight, dbias
+        self.bits, self.kernels, self.first = bits, kernels, first
+        self.shape = (out.shape[0], prod(before), out.shape[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.x = x.reshape(self.shape).mT
+        y = _ops.masked_linear(self.x, self.weight, self.bits, self.bias, None, self.kernels)
+        return y.mT  # type: ignore[no-any-return]
+
+    def backward(self, dy: Tensor) -> Tensor:
+        assert self.dweight is not None
+        assert self.dbias is not None
+        self.dweight.copy_(_ops.masked_linear_dw(dy.mT, self.x, self.bits, self.kernels))
+        torch.sum(dy, 2, keepdim=True, out=self.dbias)
+        if self.first:
+            return dy
+        return _ops.masked_linear_dx(dy.mT, self.weight, self.bits, self.kernels).mT  # type: ignore[no-any-return]
+
+
+class MaskedConv:
+    """`DenseConv` through the masked kernels, which take [R, B, C, H, W] in any order of memory."""
+
+    def __init__(
+        self,
+        layer: Conv,
+        weight: Tensor,
+        bias: Tensor,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        out: Tensor,
+        before: tuple[int, ...],
+        first: bool,
+        bits: Tensor,
+        kernels: str,
+    ) -> None:
+        shape = (*weight.shape[:2], before[0], layer.kernel, layer.kernel)
+        self.weight, self.bias = weight.view(shape), bias[:, :, 0]
+        self.dweight, self.dbias = None if dweight is None else dweight.view(shape), dbias
+        self.bits, self.first, self.size = bits, first, before[1:]
+        self.y_shape = out.shape
+        kernel = [layer.kernel] * 2
+        self.rest = masked_conv2d.geometry(kernel, 1, layer.padding, 1), kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.x = x.permute(0, 4, 1, 2, 3)
+        y = masked_conv2d.forward(self.x, self.weight, self.bits, self.bias, *self.rest)
+        return y.permute(0, 2, 3, 4, 1)
+
+    def backward(self, dy: Tensor) -> Tensor:
+        assert self.dweight is not None
+        assert self.dbias is not None
+        dy = dy.view(self.y_shape)
+        torch.sum(dy, (2, 3, 4), out=self.dbias.squeeze(2))
+        dy = dy.permute(0, 4, 1, 2, 3)
+        self.dweight.copy_(masked_conv2d.wgrad(dy, self.x, self.bits, *self.rest))
+        if self.first:
+            return dy
+        dx = masked_conv2d.dgrad(dy, self.weight, self.bits, (self.size[0], self.size[1]), *self.rest)
+        return dx.permute(0, 2, 3, 4, 1)
+
+
+class DensePool:
     """Maximum over size x size pixels; the gradient goes to the first maximum in row order."""
 
     def __init__(self, size: int, before: tuple[int, ...], out: Tensor, training: bool) -> None:
@@ -234,7 +331,7 @@ class _MaxPool:
         return self.dx
 
 
-class _ReLU:
+class DenseReLU:
     """max(x, 0), in place."""
 
     def forward(self, x: Tensor) -> Tensor:

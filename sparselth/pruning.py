@@ -11,6 +11,7 @@ from math import floor
 import torch
 from torch import Tensor
 
+from sparselth.kernels import bitmask
 from sparselth.models import Model
 
 
@@ -22,6 +23,14 @@ def full_mask(model: Model) -> Tensor:
     return mask
 
 
+def packed(model: Model, masks: Tensor) -> dict[str, Tensor]:
+    """The bits of masks [R, M] by weight tensor, uint8 [R, N, ceil(K / 8)]."""
+    return {
+        s.name: bitmask.pack(masks[:, s.offset : s.offset + s.numel].view(-1, *s.matrix))
+        for s in model.weights
+    }
+
+
 def kept(model: Model, mask: Tensor) -> dict[str, int]:
     """Surviving weights of every weight tensor."""
     return {s.name: int(mask[s.offset : s.offset + s.numel].sum()) for s in model.weights}
@@ -30,13 +39,14 @@ def kept(model: Model, mask: Tensor) -> dict[str, int]:
 def ladder(model: Model, levels: int, rate: float, scope: str) -> list[dict[str, int]]:
     """Surviving weights at levels 0 to `levels`: by tensor for scope "layer", {"all": n} for "global".
 
-    The output layer goes at half the rate under "layer" (Frankle & Carbin 2019, Figure 2).
+    Under "layer" the output layer goes at half the rate, and the convolutions of conv2 to conv6 at half or
+    three quarters of it (Frankle & Carbin 2019, Figure 2).
     """
     if scope == "global":
         now, rates = {"all": model.prunable}, {"all": rate}
     else:
         now = {s.name: s.numel for s in model.weights}
-        rates = {s.name: rate / 2 if s.output else rate for s in model.weights}
+        rates = {s.name: rate * s.rate_scale for s in model.weights}
     found = [now]
     for _ in range(levels):
         now = {name: n - _rounded(rates[name] * n) for name, n in now.items()}

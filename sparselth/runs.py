@@ -58,7 +58,7 @@ class RunRecord:
 
     path: Path
     config: ImpConfig
-    points: list[dict[str, Any]]  # finished cells with their train_seconds, in the order of config.replicas()
+    points: list[dict[str, Any]]  # finished cells with their timings, in the order of config.replicas()
     evaluations: list[dict[str, Any]]  # of those cells, by step within a cell
 
     @property
@@ -77,8 +77,9 @@ def read(path: Path) -> RunRecord:
     config = read_config(path)
     lines = {name: _read_lines(path / name) for name in LINES}
     done = {replica(line) for line in lines["cells.jsonl"]}
-    seconds = {replica(line): line["train_seconds"] for line in lines["timings.jsonl"]}
-    points = [line | {"train_seconds": seconds.get(replica(line))} for line in lines["cells.jsonl"]]
+    timings = {replica(line): line for line in lines["timings.jsonl"]}
+    untimed = dict.fromkeys(("train_seconds", "step_seconds"))
+    points = [line | timings.get(replica(line), untimed) for line in lines["cells.jsonl"]]
     order = {who: i for i, who in enumerate(config.replicas())}
     return RunRecord(
         path,
@@ -121,12 +122,27 @@ class RunFolder:
             return "environment.json cannot be read"
         return "; ".join(f"{k} {a} there, {b} here" for k, (a, b) in pairs.items() if a != b) or None
 
+    @property
+    def break_even(self) -> dict[str, float]:
+        """Below which density which layer is compressed: what the machine that began the run measured."""
+        try:
+            environment = json.loads((self.path / "environment.json").read_text())
+            return {str(name): float(share) for name, share in environment["break_even"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SparselthError(
+                f"{self.path / 'environment.json'}: cannot be read ({error}); begin the run in another --out"
+            ) from error
+
     def add(
-        self, who: Replica, cell: dict[str, Any], evaluations: list[dict[str, Any]], seconds: float
+        self,
+        who: Replica,
+        cell: dict[str, Any],
+        evaluations: list[dict[str, Any]],
+        timings: dict[str, float],
     ) -> None:
         """Record a finished cell whose file is already written."""
         for name, lines in zip(
-            LINES, (evaluations, [point(who, train_seconds=seconds)], [point(who, **cell)]), strict=True
+            LINES, (evaluations, [point(who, **timings)], [point(who, **cell)]), strict=True
         ):
             _append(self.path / name, lines)
         self.finished.add(who)

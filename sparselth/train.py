@@ -7,17 +7,23 @@ full budget and keeps a copy of the best weights so far (Frankle & Carbin 2019, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from sparselth import pruning
 from sparselth.batches import Batches, Chunk, Resident
+from sparselth.compressed import CompressedEvaluator, CompressedSteps
 from sparselth.config import Recipe, Replica
+from sparselth.dispatch import Paths, choose
 from sparselth.errors import SparselthError
-from sparselth.kernels.masked_update import masked_adam, masked_sgd
+from sparselth.kernels import bitmask
+from sparselth.kernels.masked_update import masked_adam, masked_adam_many, masked_sgd, masked_sgd_many
+from sparselth.layout import Layout
 from sparselth.models import Conv, Model
 from sparselth.nn import Network, cross_entropy, cross_entropy_grad
 
@@ -30,7 +36,10 @@ class Diverged(SparselthError):
 
 @dataclass
 class State:
-    """A fit at one step: all that is needed to go on to the same bits. P = `model.flat_size`."""
+    """A fit at one step: all that is needed to go on to the same bits. P = `model.flat_size`.
+
+    While `layout` is set, training goes on in the compressed domain and the tensors are [1, layout.size].
+    """
 
     step: int
     weights: Tensor  # [R, P]
@@ -41,6 +50,9 @@ class State:
     kept_weights: Tensor | None = None  # [R, P] at `keep_step`
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    step_seconds: float = 0.0  # of `seconds`, those that steps took
+    bytes: int = 0  # weights, gradients, optimizer state, masks and indices while training
+    layout: Layout | None = None
 
     @staticmethod
     def start(weights: Tensor, recipe: Recipe, step: int = 0) -> State:
@@ -48,6 +60,30 @@ class State:
         r = weights.shape[0]
         moments = [torch.zeros_like(weights) for _ in range(2 if recipe.optimizer == "adam" else 1)]
         return State(step, weights.clone(), moments, weights.clone(), [float("inf")] * r, [step] * r)
+
+    def enter(self, layout: Layout) -> None:
+        """Compress every tensor, in place."""
+        layout.leave_out(self.weights)
+        self._convert(layout.compress, layout.compress)
+        self.layout = layout
+
+    def leave(self) -> None:
+        """Expand every tensor, in place."""
+        if (layout := self.layout) is not None:
+            self._convert(layout.expand, partial(layout.expand, weights=False))
+            self.layout = None
+
+    def expanded(self) -> State:
+        """This state with its tensors [R, P]."""
+        found = replace(self)
+        found.leave()
+        return found
+
+    def _convert(self, weights: Callable[[Tensor], Tensor], moments: Callable[[Tensor], Tensor]) -> None:
+        self.weights, self.best_weights = weights(self.weights), weights(self.best_weights)
+        self.moments = [moments(moment) for moment in self.moments]
+        if self.kept_weights is not None:
+            self.kept_weights = weights(self.kept_weights)
 
 
 def evaluation_batch(model: Model) -> int:
@@ -89,6 +125,8 @@ def fit(
     *,
     start_step: int = 0,
     keep_step: int | None = None,
+    kernels: str = "auto",
+    break_even: Mapping[str, float] | None = None,
     on_evaluation: Callable[[State], None] = lambda state: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> State:
@@ -96,22 +134,111 @@ def fit(
 
     `mask` is bool [R, M]; weights it prunes must be 0 in `state` and stay 0. `start_step` is the step the
     optimizer started at (its own count begins there; the learning rate is that of the true step);
-    weights are copied to `state.kept_weights` when `keep_step` is reached. When `should_stop` returns
-    True the state is returned as it is, before its last step. Raises Diverged.
+    weights are copied to `state.kept_weights` when `keep_step` is reached. `kernels` is what
+    `sparselth.dispatch` chooses by; a single replica's layers with a smaller share of survivors than
+    `break_even`, by name, are trained in the compressed domain where there are kernels for it. When
+    `should_stop` returns True the state is returned as it is, before its last step. Raises Diverged.
     """
-    weights, moments = state.weights, state.moments
-    grad = torch.zeros_like(weights)
-    network = Network(model, weights, recipe.batch_size, grad)
-    batches = Batches(data, replicas, recipe.batch_size)
-    evaluator = Evaluator(model, weights)
-    live = None if all(row.sum() == model.prunable for row in mask) else mask.to(weights)
-    count = torch.zeros((), device=weights.device)
-    began = time.perf_counter() - state.seconds
+    paths = choose(kernels, state.weights.device.type)
+    if compressed := _compressed(model, mask, break_even or {}, paths):
+        state.enter(Layout(model, mask[0], compressed, decays=recipe.weight_decay > 0))
+    try:
+        _fit(
+            model,
+            data,
+            replicas,
+            state,
+            mask,
+            recipe,
+            start_step,
+            keep_step,
+            paths,
+            on_evaluation,
+            should_stop,
+        )
+    finally:
+        state.leave()
+    return state
+
+
+def _compressed(model: Model, mask: Tensor, break_even: Mapping[str, float], paths: Paths) -> frozenset[str]:
+    """The layers that are trained in the compressed domain."""
+    if len(mask) > 1 or paths.csr_linear.takes not in ("native", "torch"):
+        return frozenset()
+    kept = pruning.kept(model, mask[0])
+    return frozenset(s.name for s in model.weights if kept[s.name] < break_even.get(s.name, 0.0) * s.numel)
+
+
+class Steps(Protocol):
+    """What computes gradients and evaluates, dense or compressed."""
+
+    grad: Tensor
+    index_bytes: int  # memory of masks and indices
+
+    def gradients(self, step: int) -> None:
+        """Forward and backward on the batch of a step."""
+
+    def measure(self, chunks: Sequence[Chunk]) -> tuple[list[float], list[float]]:
+        """Mean cross-entropy and accuracy, each a list of R."""
+
+
+class _Dense:
+    """R replicas through `Network`."""
+
+    def __init__(
+        self,
+        model: Model,
+        state: State,
+        data: Resident,
+        replicas: Sequence[Replica],
+        mask: Tensor,
+        recipe: Recipe,
+        paths: Paths,
+    ) -> None:
+        self.grad = torch.zeros_like(state.weights)
+        linear, conv = paths.masked_linear.takes, paths.masked_conv2d.takes
+        bits = pruning.packed(model, mask) if (linear, conv) != ("torch", "torch") else {}
+        self.index_bytes = sum(t.numel() for t in bits.values())
+        self.network = Network(model, state.weights, recipe.batch_size, self.grad, bits, linear, conv)
+        self.batches = Batches(data, replicas, recipe.batch_size)
+        self.measure = Evaluator(model, state.weights).measure
+
+    def gradients(self, step: int) -> None:
+        x, y = self.batches.at(step)
+        self.network.backward(cross_entropy_grad(self.network.forward(x), y))
+
+
+def _fit(
+    model: Model,
+    data: Resident,
+    replicas: Sequence[Replica],
+    state: State,
+    mask: Tensor,
+    recipe: Recipe,
+    start_step: int,
+    keep_step: int | None,
+    paths: Paths,
+    on_evaluation: Callable[[State], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    steps: Steps
+    if state.layout is None:
+        steps = _Dense(model, state, data, replicas, mask, recipe, paths)
+    else:
+        steps = CompressedSteps(
+            model, state.layout, state.weights, data, replicas[0], recipe, paths.csr_linear.takes
+        )
+        mask = state.layout.mask(mask[0])
+    dense = bool((mask.sum(1) == (model.prunable if state.layout is None else mask.shape[1])).all())
+    update = _updater(state, steps.grad, None if dense else mask, recipe, paths)
+    buffers = (state.weights, steps.grad, *state.moments)
+    state.bytes = sum(4 * t.numel() for t in buffers) + steps.index_bytes
+    began, training = time.perf_counter() - state.seconds, time.perf_counter()
 
     def validate() -> None:
         # replicas of one seed share their validation images
         for seed in dict.fromkeys(who.seed for who in replicas):
-            losses, accuracies = evaluator.measure(data.validation(seed))
+            losses, accuracies = steps.measure(data.validation(seed))
             for r, who in enumerate(replicas):
                 if who.seed != seed:
                     continue
@@ -129,7 +256,7 @@ def fit(
                 )
                 if losses[r] < state.best_loss[r]:
                     state.best_loss[r], state.best_step[r] = losses[r], state.step
-                    state.best_weights[r] = weights[r]
+                    state.best_weights[r] = state.weights[r]
         state.seconds = time.perf_counter() - began
         on_evaluation(state)
 
@@ -137,20 +264,61 @@ def fit(
         if should_stop():
             break
         if state.step == keep_step:
-            state.kept_weights = weights.clone()
-        x, y = batches.at(state.step)
-        network.backward(cross_entropy_grad(network.forward(x), y))
-        lr = recipe.lr_at(state.step)
-        if recipe.optimizer == "adam":
-            count.fill_(state.step - start_step + 1)
-            masked_adam(weights, grad, live, moments, count, lr, recipe.weight_decay)
-        else:
-            masked_sgd(weights, grad, live, moments[0], lr, recipe.momentum, recipe.weight_decay)
+            state.kept_weights = state.weights.clone()
+        steps.gradients(state.step)
+        update(state.step - start_step + 1, recipe.lr_at(state.step))
         state.step += 1
         if state.step % recipe.eval_every == 0 or state.step == recipe.steps:
+            state.step_seconds += time.perf_counter() - training
             validate()
+            training = time.perf_counter()
+    state.step_seconds += time.perf_counter() - training
     state.seconds = time.perf_counter() - began
-    return state
+
+
+def _updater(
+    state: State, grad: Tensor, mask: Tensor | None, recipe: Recipe, paths: Paths
+) -> Callable[[int, float], None]:
+    """The masked update, as a function of the optimizer's own step, from 1, and the learning rate."""
+    weights, moments = state.weights, state.moments
+    adam, momentum, decay = recipe.optimizer == "adam", recipe.momentum, recipe.weight_decay
+    if paths.masked_update.takes == "triton":
+        r = len(weights)
+        count = torch.zeros(r, device=weights.device)
+        rate = torch.zeros(r, dtype=torch.float64, device=weights.device)
+        lists = [weights], [grad], [None if mask is None else _bits(mask, weights)]
+
+        def launch(step: int, lr: float) -> None:
+            rate.fill_(lr)
+            if adam:
+                count.fill_(step)
+                first, second = ([moment] for moment in moments)
+                masked_adam_many(*lists, (first, second), [count], rate, weight_decay=decay, kernels="triton")
+            else:
+                buffers = moments if momentum else None
+                masked_sgd_many(
+                    *lists, buffers, rate, momentum=momentum, weight_decay=decay, kernels="triton"
+                )
+
+        return launch
+    live = None if mask is None else mask.to(weights)
+    count = torch.zeros((), device=weights.device)
+
+    def update(step: int, lr: float) -> None:
+        if adam:
+            masked_adam(weights, grad, live, moments, count.fill_(step), lr, decay)
+        else:
+            masked_sgd(weights, grad, live, moments[0], lr, momentum, decay)
+
+    return update
+
+
+def _bits(mask: Tensor, weights: Tensor) -> Tensor:
+    """The packed mask of a whole buffer: what follows the weights is not pruned."""
+    every = torch.ones(weights.shape, dtype=torch.bool, device=weights.device)
+    every[:, : mask.shape[1]] = mask
+    found: Tensor = bitmask.pack(every)
+    return found
 
 
 def _check_finite(who: Replica, state: State, r: int, loss: float) -> None:
@@ -162,10 +330,26 @@ def _check_finite(who: Replica, state: State, r: int, loss: float) -> None:
     )
 
 
-def scores(model: Model, data: Resident, state: State) -> tuple[list[float], list[float]]:
-    """Test accuracy of R replicas at early stop and at the end."""
-    chunks = data.test()
-    return (
-        Evaluator(model, state.best_weights).measure(chunks)[1],
-        Evaluator(model, state.weights).measure(chunks)[1],
-    )
+def scores(
+    model: Model,
+    data: Resident,
+    state: State,
+    mask: Tensor | None = None,
+    kernels: str = "auto",
+    break_even: Mapping[str, float] | None = None,
+) -> tuple[list[float], list[float]]:
+    """Test accuracy of R replicas at early stop and at the end; the rest as in `fit`."""
+    chunks, both = data.test(), [state.best_weights, state.weights]
+    if torch.equal(*both):
+        both = both[:1]
+    paths = choose(kernels, state.weights.device.type)
+    if mask is not None and (compressed := _compressed(model, mask, break_even or {}, paths)):
+        layout = Layout(model, mask[0], compressed)
+        evaluators = (
+            CompressedEvaluator(model, layout, layout.compress(weights), paths.csr_linear.takes)
+            for weights in both
+        )
+        found = [evaluator.measure(chunks)[1] for evaluator in evaluators]
+    else:
+        found = [Evaluator(model, weights).measure(chunks)[1] for weights in both]
+    return found[0], found[-1]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import lzma
 import os
+import pickle
 import socket
 import struct
 import subprocess
@@ -12,16 +14,17 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sparselth import data
-from sparselth.data import DATASETS, IdxFile, MissingData, data_dir, fetch, load, resolve
+from sparselth.data import DATASETS, CifarFile, IdxFile, MissingData, data_dir, fetch, load, resolve
 from sparselth.errors import SparselthError, UsageError
 
-RAW = Path("MNIST", "raw")
+RAW, PICKLES = Path("MNIST", "raw"), Path("cifar-10-batches-py")
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
@@ -34,7 +37,7 @@ def arrays() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     found: dict[str, np.ndarray] = {}
     for part, n in (("train", 20), ("t10k", 10)):
-        found[f"{part}-images-idx3-ubyte"] = rng.integers(0, 256, (n, 4, 4), dtype=np.uint8)
+        found[f"{part}-images-idx3-ubyte"] = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
         found[f"{part}-labels-idx1-ubyte"] = rng.integers(0, 10, n, dtype=np.uint8)
     return found
 
@@ -47,7 +50,7 @@ def tiny(arrays: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> dict
         IdxFile(name, arrays[name].shape, hashlib.sha256(content).hexdigest())
         for name, content in files.items()
     )
-    spec = replace(DATASETS["mnist"], shape=(1, 4, 4), n_train=20, n_test=10, files=specs)
+    spec = replace(DATASETS["mnist"], n_train=20, n_test=10, files=specs)
     monkeypatch.setitem(DATASETS, "mnist", spec)
     monkeypatch.delenv("SPARSELTH_DATA", raising=False)
     return files
@@ -71,16 +74,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fake_torchvision(monkeypatch: pytest.MonkeyPatch, download: Callable[[Path], None]) -> None:
-    """Let `download` stand in for torchvision.datasets.MNIST; it gets the root folder."""
+    """Let `download` stand in for the classes of torchvision.datasets; it gets the root folder."""
 
-    def mnist(root: str, **flags: bool) -> None:
+    def dataset(root: str, **flags: bool) -> None:
         assert flags == {"download": True}
         print("Downloading")
         assert socket.getdefaulttimeout() == data.TIMEOUT
         download(Path(root))
 
     package, datasets = types.ModuleType("torchvision"), types.ModuleType("torchvision.datasets")
-    datasets.MNIST = mnist  # type: ignore[attr-defined]
+    datasets.MNIST = datasets.CIFAR10 = dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torchvision", package)
     monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
 
@@ -118,9 +121,9 @@ def test_load(folder: Path, tiny: dict[str, bytes], arrays: dict[str, np.ndarray
         if form == "gz":
             (folder / RAW / name).unlink()
     got = load("mnist", folder)
-    np.testing.assert_array_equal(got.train_images, arrays[IMAGES].reshape(20, 16))
+    np.testing.assert_array_equal(got.train_images, arrays[IMAGES].reshape(20, 784))
     np.testing.assert_array_equal(got.train_labels, arrays[LABELS])
-    np.testing.assert_array_equal(got.test_images, arrays["t10k-images-idx3-ubyte"].reshape(10, 16))
+    np.testing.assert_array_equal(got.test_images, arrays["t10k-images-idx3-ubyte"].reshape(10, 784))
     np.testing.assert_array_equal(got.test_labels, arrays["t10k-labels-idx1-ubyte"])
     assert got.train_images.dtype == np.uint8
     assert got.train_labels.dtype == np.int64
@@ -139,9 +142,9 @@ def test_missing(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda b: b[:-5], "expected 336 bytes uncompressed, found 331"),
-        (lambda b: b"", "expected 336 bytes uncompressed, found 0"),
-        (lambda b: b + b"\0", "expected 336 bytes uncompressed, found more"),
+        (lambda b: b[:-5], "expected 15,696 bytes uncompressed, found 15,691"),
+        (lambda b: b"", "expected 15,696 bytes uncompressed, found 0"),
+        (lambda b: b + b"\0", "expected 15,696 bytes uncompressed, found more"),
         (lambda b: b"\0\0\x0d\3" + b[4:], "expected the magic number 0x00000803, found 0x00000d03"),
         (lambda b: b[:100] + bytes([b[100] ^ 1]) + b[101:], "expected sha256"),
     ],
@@ -190,6 +193,77 @@ def test_unreadable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Path, "open", refuse)  # not chmod, which does not bind root
     failure(lambda: load("mnist", folder), f"{folder / RAW / IMAGES}: Permission denied")
+
+
+@pytest.fixture
+def cifar(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[np.ndarray, np.ndarray, bytes]]:
+    """Images, labels and file of each part of a tiny set that stands in for CIFAR-10."""
+    rng = np.random.default_rng(0)
+    head = b"\x80\x02cos\nabort\n)R]("  # unpickling this would end the process
+    found, specs = {}, []
+    for name, n in (("data_batch_1", 1003), ("data_batch_2", 7), ("test_batch", 5)):
+        images = rng.integers(0, 256, (n, 12), dtype=np.uint8)
+        labels = rng.integers(0, 10, n, dtype=np.uint8)
+        opcodes = [b"".join(b"K" + bytes([y]) for y in labels[i : i + 1000]) for i in range(0, n, 1000)]
+        before = head + b"e(".join(opcodes) + b"eU\x04dataT"
+        content = before + images.tobytes() + b"u."
+        offsets, digest = (len(head), len(before)), hashlib.sha256(content).hexdigest()
+        specs.append(CifarFile(name, images.shape, len(content), offsets, digest))
+        found[name] = images, labels, content
+    monkeypatch.setitem(DATASETS, "cifar10", replace(DATASETS["cifar10"], files=tuple(specs)))
+    monkeypatch.delenv("SPARSELTH_DATA", raising=False)
+    return found
+
+
+@pytest.fixture
+def cifar_folder(cifar: dict[str, tuple[np.ndarray, np.ndarray, bytes]], tmp_path: Path) -> Path:
+    (tmp_path / PICKLES).mkdir()
+    for name, (_, _, content) in cifar.items():
+        (tmp_path / PICKLES / name).write_bytes(content)
+    return tmp_path
+
+
+def test_pickles_are_cut_not_unpickled(
+    cifar: dict[str, tuple[np.ndarray, np.ndarray, bytes]], cifar_folder: Path
+) -> None:
+    got = load("cifar10", cifar_folder)
+    (images, labels, _), (more_images, more_labels, _), (test_images, test_labels, _) = cifar.values()
+    np.testing.assert_array_equal(got.train_images, np.concatenate([images, more_images]))
+    np.testing.assert_array_equal(got.train_labels, np.concatenate([labels, more_labels]))
+    np.testing.assert_array_equal(got.test_images, test_images)
+    np.testing.assert_array_equal(got.test_labels, test_labels)
+    for array, kind in (
+        (got.train_images, np.uint8),
+        (got.train_labels, np.int64),
+        (got.test_images, np.uint8),
+        (got.test_labels, np.int64),
+    ):
+        assert array.dtype == kind
+        assert array.flags.writeable
+    assert got.source == str(cifar_folder / PICKLES)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda b: b[:-1], "bytes uncompressed, found "),
+        (lambda b: b + b"\0", "bytes uncompressed, found more"),
+        (lambda b: b"\x80\x04" + b[2:], "expected the magic number 0x8002, found 0x8004"),
+        (lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:], "expected sha256"),
+    ],
+    ids=["truncated", "trailing byte", "protocol", "flipped bit"],
+)
+def test_damaged_pickle(cifar_folder: Path, damage: Callable[[bytes], bytes], said: str) -> None:
+    path = cifar_folder / PICKLES / "data_batch_2"
+    path.write_bytes(damage(path.read_bytes()))
+    failure(lambda: load("cifar10", cifar_folder), f"{path}: expected", said, "delete it")
+
+
+def test_missing_pickle(cifar_folder: Path) -> None:
+    path = cifar_folder / PICKLES / "test_batch"
+    path.unlink()
+    message = failure(lambda: load("cifar10", cifar_folder), path, "no such file", kind=MissingData)
+    assert "mnist5k" not in message  # its images have another shape
 
 
 def test_unknown_name(tmp_path: Path) -> None:
@@ -292,6 +366,24 @@ def test_fall_back_is_loud_and_only_without_a_name(
         assert part in said
 
 
+def test_cifar10_is_downloaded_and_nothing_stands_in_for_it(
+    cifar: dict[str, tuple[np.ndarray, np.ndarray, bytes]], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(root: Path) -> None:
+        (root / PICKLES).mkdir()
+        (root / "cifar-10-python.tar.gz").touch()
+        for name, (_, _, content) in cifar.items():
+            (root / PICKLES / name).write_bytes(content)
+
+    fake_torchvision(monkeypatch, unreachable)
+    for name in (None, "cifar10"):
+        call = partial(resolve, name, None, pytest.fail, default="cifar10")
+        failure(call, "cannot download CIFAR-10", cache / PICKLES, "timed out")
+    fake_torchvision(monkeypatch, download)
+    assert resolve(None, None, pytest.fail, default="cifar10").spec.name == "cifar10"
+    assert [path.name for path in cache.iterdir()] == [str(PICKLES)]
+
+
 @pytest.mark.parametrize("name", [None, "mnist"])
 def test_damaged_files_are_never_replaced(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str | None
@@ -370,6 +462,48 @@ def test_real_files(name: str) -> None:
     mean = counts @ values
     assert mean == pytest.approx(got.spec.mean[0], abs=5e-5)
     assert np.sqrt(counts @ (values - mean) ** 2) == pytest.approx(got.spec.std[0], abs=5e-5)
+
+
+@pytest.fixture(scope="session")
+def cifar10_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with the real CIFAR-10; unpacked first where its files lie packed with xz, one by one."""
+    if not os.environ.get("SPARSELTH_DATA"):
+        pytest.skip("SPARSELTH_DATA does not name a folder with the real data sets")
+    place = data_dir(None)
+    if (place / PICKLES).exists():
+        return place
+    names = [file.name for file in DATASETS["cifar10"].files]
+    for first in place.glob(f"*/{names[0]}.xz"):
+        unpacked = tmp_path_factory.mktemp("data")
+        (unpacked / PICKLES).mkdir()
+        for name in names:
+            with lzma.open(first.with_name(f"{name}.xz")) as packed:
+                (unpacked / PICKLES / name).write_bytes(packed.read())
+        return unpacked
+    pytest.skip(f"{place} does not hold CIFAR-10")
+
+
+def test_real_cifar10(cifar10_folder: Path) -> None:
+    got = load("cifar10", cifar10_folder)
+    assert got.train_images.shape == (50_000, 3072)
+    assert got.test_images.shape == (10_000, 3072)
+    assert np.bincount(got.train_labels).tolist() == [5000] * 10
+    assert np.bincount(got.test_labels).tolist() == [1000] * 10
+    values = np.arange(256) / 255
+    planes = got.train_images.reshape(-1, 3, 1024)
+    for channel in range(3):
+        counts = np.bincount(planes[:, channel].reshape(-1), minlength=256) / (50_000 * 1024)
+        mean = counts @ values
+        assert mean == pytest.approx(got.spec.mean[channel], abs=5e-5)
+        assert np.sqrt(counts @ (values - mean) ** 2) == pytest.approx(got.spec.std[channel], abs=5e-5)
+    images = np.concatenate([got.train_images, got.test_images])
+    labels = np.concatenate([got.train_labels, got.test_labels])
+    for i, file in enumerate(
+        got.spec.files
+    ):  # as pickle reads them; load has found them to be the right ones
+        theirs = pickle.loads((cifar10_folder / PICKLES / file.name).read_bytes(), encoding="latin1")
+        np.testing.assert_array_equal(images[10_000 * i : 10_000 * (i + 1)], theirs["data"])
+        assert labels[10_000 * i : 10_000 * (i + 1)].tolist() == theirs["labels"]
 
 
 def test_import_is_light() -> None:

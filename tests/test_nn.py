@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,7 +121,7 @@ def test_every_live_weight_gets_a_gradient(name: str) -> None:
     flat = init_weights(model, stream(0, "ticket", 0, "init"))[None]
     grad = torch.zeros_like(flat)
     network = Network(model, flat, 64, grad)
-    x = torch.rand(1, 784, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(1, prod(model.input), 64, generator=torch.Generator().manual_seed(0))
     network.backward(cross_entropy_grad(network.forward(x), torch.arange(64).remainder(10)[None, None]))
     for spec in model.weights:
         slope = grad[0, spec.offset : spec.offset + spec.numel]

@@ -40,7 +40,7 @@ def weights_of(model: Model, seed: int, ties: bool) -> torch.Tensor:
 
 
 @given(
-    model=st.sampled_from(sorted(MODELS)),
+    model=st.sampled_from([name for name in sorted(MODELS) if MODELS[name].prunable < 300_000]),
     seed=st.integers(0, 10**6),
     rate=st.floats(0.01, 0.9),
     scope=st.sampled_from(["layer", "global"]),

@@ -52,7 +52,7 @@ def fake(
     net = get_model(model)
     config = ImpConfig(
         model=model, dataset="mnist", seeds=seeds, arms=arms, levels=levels, rate=0.2, scope="layer",
-        one_shot=False, rewind=0, reinits=reinits, device="cpu", recipe=net.recipes["short"],
+        one_shot=False, rewind=0, reinits=reinits, device="cpu", kernels="auto", recipe=net.recipes["short"],
     )  # fmt: skip
     rng = np.random.default_rng(7)
     points, evaluations = [], []
@@ -79,7 +79,8 @@ def fake(
                     points.append(cell | {
                         "weights_remaining": share, "kept": kept, "early_stop_step": stop,
                         "accuracy_at_early_stop": final, "final_accuracy": final - 0.0005,
-                        "train_seconds": 3.0,
+                        "train_seconds": 3.0, "step_seconds": 0.001 * max(0.1, share),
+                        "state_bytes": int(4e6 * share), "dense_state_bytes": int(4e6),
                     })  # fmt: skip
                     for step in range(0, steps + 1, 100):
                         grown = (
@@ -310,7 +311,8 @@ def records():
 @pytest.mark.parametrize("name", ["full", "one", "unfinished", "dense", "draws", "same"])
 def test_figures_are_drawn(name, records, tmp_path):
     paths = figures.draw(records[name], tmp_path / "figures")
-    names = ("accuracy", "early_stop", "curves", "first_layer", "pixels")
+    cost = ("cost",) * (name != "dense")  # one level is no comparison
+    names = ("accuracy", "early_stop", "curves", "first_layer", *cost, "pixels")
     assert [p.name for p in paths] == [f"{n}.{kind}" for n in names for kind in ("png", "svg")]
     assert sorted(paths) == sorted((tmp_path / "figures").iterdir())
     for path in paths:

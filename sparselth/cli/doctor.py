@@ -24,10 +24,18 @@ def doctor(data_dir: Path | None, as_json: bool, quiet: bool, debug: bool) -> in
     facts = machine.environment()
     checks = [_torch(), _torchvision(), _training(), *_data(data_dir), _writable(Path("runs"))]
     good = all(check["ok"] for check in checks)
+    kernels = _kernels()
     if as_json:
         print(
             json.dumps(
-                {"schema": "sparselth.doctor/1", "ok": good, "environment": facts, "checks": checks}, indent=2
+                {
+                    "schema": "sparselth.doctor/1",
+                    "ok": good,
+                    "environment": facts,
+                    "checks": checks,
+                    "kernels": kernels,
+                },
+                indent=2,
             )
         )
         return 0 if good else 3
@@ -39,6 +47,9 @@ def doctor(data_dir: Path | None, as_json: bool, quiet: bool, debug: bool) -> in
     print(f"gpu            {facts['gpu'] or 'none that nvidia-smi knows'}")
     for check in checks:
         print(f"{check['name']:<15}{'ok' if check['ok'] else 'FAILED'}: {check['detail']}")
+    print("\nWhat the ops of a training step take here (--kernels auto):")
+    for row in kernels:
+        print(f"  {row['op']:<21}{row['takes']:<8}{row['why']}")
     return 0 if good else 3
 
 
@@ -56,6 +67,17 @@ def _torch() -> dict[str, Any]:
             "torch", False, f"cannot be imported ({error}); reinstall torch and torchvision together"
         )
     return _check("torch", True, f"--device auto is {device}, because {why}")
+
+
+def _kernels() -> list[dict[str, str]]:
+    """The path of every op under --kernels auto; empty where torch does not work."""
+    try:
+        from sparselth import dispatch, machine
+
+        paths = dispatch.choose("auto", machine.choose_device("auto")[0])
+    except (ImportError, OSError, RuntimeError):
+        return []
+    return [{"op": op, "takes": path.takes, "why": path.why} for op, path in vars(paths).items()]
 
 
 def _torchvision() -> dict[str, Any]:

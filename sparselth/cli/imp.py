@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparselth.cli.options import PATH, Names, Numbers, data_dir, output
-from sparselth.config import OPTIMIZERS, SCOPES, ImpConfig, Recipe
+from sparselth.config import KERNELS, OPTIMIZERS, SCOPES, ImpConfig, Recipe
 from sparselth.errors import UsageError
 from sparselth.models import get_model
 
 if TYPE_CHECKING:
-    from sparselth.data import Images
+    from sparselth.data import DatasetSpec, Images
     from sparselth.experiments.workers import Price
 
 
 @click.command()
 @click.option("--model", default="lenet5", show_default=True, help="The network; see `sparselth ls models`.")
-@click.option("--dataset", help="The data set; see `sparselth ls datasets`.  [default: mnist]")
+@click.option("--dataset", help="The data set; see `sparselth ls datasets`.  [default: the model's]")
 @data_dir
 @click.option(
     "--seeds", type=Numbers(), default="0-1", show_default=True, help="One network each: 3, 0-4 or 0,2,5."
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     type=click.Choice(SCOPES),
     default="layer",
     show_default=True,
-    help="Rank weights within each layer, the output layer at half the rate; or all together.",
+    help="Rank weights within each layer, at the paper's rates; or all together.",
 )
 @click.option("--one-shot", is_flag=True, help="Prune the dense network straight to every level.")
 @click.option(
@@ -71,12 +71,12 @@ if TYPE_CHECKING:
     type=click.Choice(["short", "paper"]),
     default="short",
     show_default=True,
-    help="How each network is trained: within minutes, or as in the 2019 paper (50,000 steps).",
+    help="How each network is trained: within minutes, or as in the 2019 paper.",
 )
 @click.option("--steps", type=int, help="Training steps of every network.  [default: the recipe's]")
 @click.option("--batch-size", type=int, help="Images per step.  [default: the recipe's, 60]")
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="[default: the recipe's, adam]")
-@click.option("--lr", type=float, help="Learning rate.  [default: the recipe's, 0.0012]")
+@click.option("--lr", type=float, help="Learning rate.  [default: the recipe's]")
 @click.option("--momentum", type=float, help="Of sgd.  [default: 0.9]")
 @click.option("--weight-decay", type=float, help="L2 penalty in the gradient.  [default: 0]")
 @click.option("--warmup", type=int, help="Steps over which the learning rate rises to --lr.  [default: 0]")
@@ -89,6 +89,13 @@ if TYPE_CHECKING:
     default="auto",
     show_default=True,
     help="Where to train.",
+)
+@click.option(
+    "--kernels",
+    type=click.Choice(KERNELS),
+    default="auto",
+    show_default=True,
+    help="What the steps run on: the fastest here, our Triton kernels, or dense torch as the reference.",
 )
 @click.option(
     "--workers", type=int, help="Worker processes on a CPU, one thread each.  [default: one per core]"
@@ -114,7 +121,8 @@ def imp(ctx: click.Context, /, **flags: Any) -> None:
         name for name in flags if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
     }
     _inherit(flags, given)
-    config = _configure(flags, dataset=flags["dataset"] or "mnist", device="cpu")
+    default = get_model(flags["model"]).dataset
+    config = _configure(flags, dataset=flags["dataset"] or default, device="cpu")
     config.check()  # before torch and data take their seconds
     workers = flags["workers"]
     if workers is not None and workers < 1:
@@ -122,24 +130,28 @@ def imp(ctx: click.Context, /, **flags: Any) -> None:
     say = _silent if flags["quiet"] else _say
 
     say("loading torch and the data ...")
-    from sparselth import data, machine
+    from sparselth import data, dispatch, machine
     from sparselth.experiments.workers import Pool, available_workers
     from sparselth.runs import open_run, read
 
-    images = data.resolve(flags["dataset"], flags["data_dir"], _say)
+    _check_shapes(config.model, data.get_dataset(config.dataset))  # before it is downloaded
+    images = data.resolve(flags["dataset"], flags["data_dir"], _say, default)
+    _check_shapes(config.model, images.spec)
     device, why = machine.choose_device(flags["device"])
     config = _configure(flags, dataset=images.spec.name, device=device)
-    if images.spec.shape != get_model(config.model).input:
-        raise UsageError(
-            f"--model {config.model} takes images of {_shape(get_model(config.model).input)}, "
-            f"{config.dataset} has {_shape(images.spec.shape)}"
-        )
+    paths = dispatch.choose(config.kernels, device)
     path = flags["out"] or Path("runs") / f"{config.model}-{config.dataset}-{config.digest}"
     workers = 1 if device == "cuda" else workers or available_workers(device)
     environment = machine.environment() | {"dataset": config.dataset, "data_sha256": images.digest}
+    environment["break_even"] = {}
+    if paths.csr_linear.takes != "none":
+        from sparselth.break_even import break_even
+
+        model, batch = get_model(config.model), config.recipe.batch_size
+        environment["break_even"] = break_even(model, batch, paths.csr_linear.takes)
 
     if flags["dry_run"]:
-        with Pool(config, images, path, 1) as pool:
+        with Pool(config, images, path, 1, environment["break_even"]) as pool:
             price = pool.price()
         if flags["as_json"]:
             seconds = price.run_seconds(config, set(), workers)
@@ -158,7 +170,7 @@ def imp(ctx: click.Context, /, **flags: Any) -> None:
         if len(folder.finished) < len(config.replicas()):
             from sparselth.cli.progress import progress
 
-            with Pool(config, images, path, workers) as pool:
+            with Pool(config, images, path, workers, folder.break_even) as pool:
                 price = pool.price()
                 if not flags["quiet"]:
                     _plan(config, images, path, device, why, workers, price, folder.finished)
@@ -178,6 +190,15 @@ def imp(ctx: click.Context, /, **flags: Any) -> None:
         figures = sorted((path / "figures").glob("*.png"))
         print(f"\nfigures  {path / 'figures'}: {', '.join(file.name for file in figures)}")
         print(f"run      {path}")
+
+
+def _check_shapes(model: str, dataset: DatasetSpec) -> None:
+    expected = get_model(model)
+    if dataset.shape != expected.input:
+        raise UsageError(
+            f"--model {model} takes images of {_shape(expected.input)}, {dataset.name} has "
+            f"{_shape(dataset.shape)}; use --dataset {expected.dataset}"
+        )
 
 
 def _drawn(path: Path) -> bool:
@@ -204,7 +225,7 @@ def _configure(flags: dict[str, Any], dataset: str, device: str) -> ImpConfig:
     recipe: Recipe = model.recipes[flags["recipe"]]
     names = ("steps", "lr", "batch_size", "optimizer", "momentum", "weight_decay", "warmup", "lr_drops")
     recipe = replace(recipe, **{name: flags[name] for name in names if flags[name] is not None})
-    same = ("seeds", "arms", "levels", "rate", "scope", "one_shot", "rewind", "reinits")
+    same = ("seeds", "arms", "levels", "rate", "scope", "one_shot", "rewind", "reinits", "kernels")
     return ImpConfig(
         model=model.name,
         dataset=dataset,
@@ -237,8 +258,14 @@ def _plan(
     if len(shown) < len(rungs):
         steps.insert(4, "...")
     how = "one-shot" if config.one_shot else "iterative"
-    scope = "by layer, the output layer at half the rate" if config.scope == "layer" else "over all layers"
+    scales = sorted({s.rate_scale for s in model.weights if not s.output} - {1.0})
+    slower = "".join(f", convolutions at {scale:g} of it" for scale in scales)
+    scope = f"by layer, the output layer at half the rate{slower}"
+    if config.scope == "global":
+        scope = "over all layers"
     cells = len(config.replicas())
+    first, *_, last = price.step_seconds
+    step = f"{1e3 * first:.2f} ms a step" + (f", {1e3 * last:.2f} at the last level" if last < first else "")
     rate = f"lr {recipe.lr:g}" + (f", warm-up {recipe.warmup:,}" if recipe.warmup else "")
     rate += f", a tenth from {', '.join(f'{s:,}' for s in recipe.lr_drops)}" if recipe.lr_drops else ""
     place = f"{workers} workers, one thread each" if device == "cpu" else "one worker"
@@ -254,7 +281,7 @@ def _plan(
         "training": f"{recipe.steps:,} steps of {recipe.batch_size} with {recipe.optimizer}, {rate}"
         + (f"; rewind to step {config.rewind:,}" if config.rewind else ""),
         "device": f"{device} ({why}), {place}",
-        "price": f"about {duration(seconds)} ({1e3 * price.step_seconds:.2f} ms a step), "
+        "price": f"about {duration(seconds)} ({step}), "
         f"{workers * price.worker_bytes / 1e9 + 0.2:.1f} GB of memory",
         "folder": str(path),
     }

@@ -46,10 +46,20 @@ def _models() -> Listing:
     for model in MODELS.values():
         weights = {spec.name: spec.numel for spec in model.weights}
         biases = sum(spec.numel for spec in model.biases)
-        rows.append({"name": model.name, "prunable": model.prunable, "biases": biases, "weights": weights})
+        rows.append(
+            {
+                "name": model.name,
+                "input": model.input,
+                "dataset": model.dataset,
+                "prunable": model.prunable,
+                "biases": biases,
+                "weights": weights,
+            }
+        )
         lines.append(
             f"{model.name:<16}{model.prunable:>10,} prunable weights, {biases:,} biases; {model.source}"
         )
+        lines.append(f"  images of {' x '.join(map(str, model.input))}, as in {model.dataset}")
         for spec in model.weights:
             shape = " x ".join(map(str, spec.shape))
             lines.append(f"  {spec.name:<14}{spec.numel:>10,}  {shape}")

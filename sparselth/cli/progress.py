@@ -88,7 +88,7 @@ class Lines(_Progress):
     def finished(self, worker: int, done: Finished) -> None:
         super().finished(worker, done)
         cell = done.cell
-        speed = self.speed or self.config.recipe.steps / done.seconds
+        speed = self.speed or self.config.recipe.steps / done.timings["train_seconds"]
         self._say(
             f"[{self.count}/{self.total}] {done.who}, {100 * cell['weights_remaining']:.1f} % left: "
             f"test {100 * cell['accuracy_at_early_stop']:.2f} % at step {cell['early_stop_step']:,}, "

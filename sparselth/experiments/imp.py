@@ -13,7 +13,7 @@ One-shot pruning takes every level's mask from the dense network.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,12 @@ CHECKPOINT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Finished:
-    """A trained cell: its line, its evaluations, its seconds."""
+    """A trained cell: its line, its evaluations, what it took."""
 
     who: Replica
     cell: dict[str, Any]
     evaluations: list[dict[str, Any]]
-    seconds: float
+    timings: dict[str, float]  # train_seconds in all; step_seconds of one step
 
 
 def needs(config: ImpConfig, who: Replica) -> Replica | None:
@@ -62,6 +62,7 @@ def train_cell(
     run: Path,
     data: Resident,
     who: Replica,
+    break_even: Mapping[str, float],
     on_evaluation: Callable[[State], None] = lambda state: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Finished | None:
@@ -86,7 +87,7 @@ def train_cell(
         nonlocal saved
         on_evaluation(state)
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
-            _save_state(checkpoint, state)
+            _save_state(checkpoint, state.expanded())
             saved = time.monotonic()
 
     state = fit(
@@ -98,13 +99,15 @@ def train_cell(
         config.recipe,
         start_step=start_step,
         keep_step=config.rewind if who.level == 0 else None,
+        kernels=config.kernels,
+        break_even=break_even,
         on_evaluation=evaluated,
         should_stop=should_stop,
     )
     if state.step < config.recipe.steps:
         _save_state(checkpoint, state)
         return None
-    at_early_stop, final = scores(model, data, state)
+    at_early_stop, final = scores(model, data, state, mask[None], config.kernels, break_even)
     _save_cell(run, config, model, who, mask, state)
     kept = pruning.kept(model, mask)
     return Finished(
@@ -116,9 +119,14 @@ def train_cell(
             "validation_loss_at_early_stop": state.best_loss[0],
             "accuracy_at_early_stop": at_early_stop[0],
             "final_accuracy": final[0],
+            "state_bytes": state.bytes,
+            "dense_state_bytes": 4 * model.flat_size * (2 + len(state.moments)),
         },
         state.evaluations,
-        state.seconds,
+        {
+            "train_seconds": state.seconds,
+            "step_seconds": state.step_seconds / (config.recipe.steps - start_step),
+        },
     )
 
 
@@ -194,6 +202,7 @@ def _save_state(file: Path, state: State) -> None:
         "best_step": state.best_step,
         "evaluations": state.evaluations,
         "seconds": state.seconds,
+        "step_seconds": state.step_seconds,
     }
     save_arrays(file, arrays, header)
 
@@ -211,4 +220,5 @@ def _load_state(file: Path, device: str) -> State:
         tensors.get("kept_weights"),
         header["evaluations"],
         header["seconds"],
+        header["step_seconds"],
     )

@@ -13,13 +13,14 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from sparselth.batches import Resident
@@ -29,7 +30,7 @@ from sparselth.errors import Interrupted, SparselthError
 from sparselth.experiments.imp import Finished, needs, train_cell
 from sparselth.models import get_model
 from sparselth.nn import init_weights
-from sparselth.pruning import full_mask
+from sparselth.pruning import full_mask, ladder, prune
 from sparselth.runs import RunFolder
 from sparselth.streams import stream
 from sparselth.train import Evaluator, State, evaluation_batch, fit
@@ -50,8 +51,8 @@ class Watcher(Protocol):
 class Price:
     """What one cell costs on this machine, measured on a few steps."""
 
-    step_seconds: float
-    validation_seconds: float
+    step_seconds: tuple[float, ...]  # by level
+    validation_seconds: float  # of the dense network, as is test_seconds
     test_seconds: float
     worker_bytes: int
 
@@ -60,7 +61,9 @@ class Price:
         continued = who.level > 0 and who.arm in ("ticket", "random-mask")
         steps = recipe.steps - (config.rewind if continued else 0)
         evaluations = -(-steps // recipe.eval_every)
-        return steps * self.step_seconds + evaluations * self.validation_seconds + 2 * self.test_seconds
+        step, dense = self.step_seconds[who.level], self.step_seconds[0]
+        images = evaluations * self.validation_seconds + 2 * self.test_seconds
+        return steps * step + images * step / dense
 
     def run_seconds(self, config: ImpConfig, finished: set[Replica], workers: int) -> float:
         """When the last cell ends, by going through the schedule."""
@@ -98,7 +101,9 @@ class Agenda:
 class Pool:
     """The worker processes of one run; use it as a context."""
 
-    def __init__(self, config: ImpConfig, images: Images, run: Path, workers: int) -> None:
+    def __init__(
+        self, config: ImpConfig, images: Images, run: Path, workers: int, break_even: Mapping[str, float]
+    ) -> None:
         self.config = config
         context: Any = multiprocessing.get_context("fork" if config.device == "cpu" else "spawn")
         self.stop = context.Value("b", False, lock=False)
@@ -107,7 +112,9 @@ class Pool:
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_work, args=(theirs, self.stop, os.getpid(), config, images, run), daemon=True
+                target=_work,
+                args=(theirs, self.stop, os.getpid(), config, images, run, break_even),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -172,7 +179,7 @@ class Pool:
                             del busy[worker]
                         case "finished":
                             del busy[worker]
-                            folder.add(value.who, value.cell, value.evaluations, value.seconds)
+                            folder.add(value.who, value.cell, value.evaluations, value.timings)
                             agenda.finished(value.who)
                             watcher.finished(worker, value)
                         case "failed":
@@ -209,7 +216,13 @@ def available_workers(device: str) -> int:
 
 
 def _work(
-    connection: Connection, stop: Any, parent: int, config: ImpConfig, images: Images, run: Path
+    connection: Connection,
+    stop: Any,
+    parent: int,
+    config: ImpConfig,
+    images: Images,
+    run: Path,
+    break_even: Mapping[str, float],
 ) -> None:
     """A worker's life: receive a cell, train it, report."""
     # A signal to the whole group must not end a worker before it has saved.
@@ -235,7 +248,7 @@ def _work(
             if data is None:
                 data = Resident(images, config.device, evaluation_batch(get_model(config.model)))
             if task == "price":
-                connection.send(("priced", _price(config, data)))
+                connection.send(("priced", _price(config, data, break_even)))
                 continue
 
             before = (time.perf_counter(), -1)
@@ -250,7 +263,7 @@ def _work(
                 accuracy = state.evaluations[-1]["validation_accuracy"]
                 connection.send(("evaluated", (state.step, accuracy, speed)))
 
-            result = train_cell(config, run, data, task, on_evaluation, should_stop)
+            result = train_cell(config, run, data, task, break_even, on_evaluation, should_stop)
             connection.send(("finished", result) if result else ("stopped", None))
         except (BrokenPipeError, EOFError, ConnectionResetError):
             os._exit(1)  # the parent is gone
@@ -262,33 +275,62 @@ def _work(
             connection.send(("failed", report))
 
 
-def _price(config: ImpConfig, data: Resident) -> Price:
-    """Time a few steps of the dense network and one evaluation; nothing of it is kept."""
+def _price(config: ImpConfig, data: Resident, break_even: Mapping[str, float]) -> Price:
+    """Time a few steps of the dense network and, where sparse is cheaper, of sparse ones, and an evaluation.
+
+    Nothing of it is kept.
+    """
     model = get_model(config.model)
     who = Replica(config.seeds[0], "ticket", 0)
-    weights = init_weights(model, stream(who.seed, "price", 0, "init"))[None].to(config.device)
-    mask = full_mask(model)[None].to(config.device)
+    weights = init_weights(model, stream(who.seed, "price", 0, "init"))
     recipe = replace(config.recipe, steps=10**9, eval_every=10**9, lr_drops=())
-    state = State.start(weights, recipe)
-    stops = iter([False] * 10)
-    fit(model, data, [who], state, mask, recipe, should_stop=lambda: next(stops, True))
-    began, steps = time.perf_counter(), 0
+    rungs = ladder(model, config.levels, config.rate, config.scope)
+    shares = [sum(rung.values()) / model.prunable for rung in rungs]
 
-    def enough() -> bool:
-        nonlocal steps
-        steps += 1
-        return time.perf_counter() - began > 0.3
+    def some_steps(level: int, limit: int) -> float:
+        """Seconds a step, over `limit` steps or 0.3 s, whichever is first."""
+        mask = prune(model, weights[: model.mask_size], full_mask(model), rungs[level])
+        start = weights.clone()
+        start[: model.mask_size] *= mask
+        mask, state = mask[None].to(config.device), State.start(start[None].to(config.device), recipe)
+        began, steps = time.perf_counter(), 0
 
-    fit(model, data, [who], state, mask, recipe, should_stop=enough)
-    step_seconds = (time.perf_counter() - began) / max(steps - 1, 1)
+        def enough() -> bool:
+            nonlocal steps
+            steps += 1
+            return steps > limit or time.perf_counter() - began > 0.3
+
+        kernels = config.kernels
+        fit(
+            model,
+            data,
+            [who],
+            state,
+            mask,
+            recipe,
+            kernels=kernels,
+            break_even=break_even,
+            should_stop=enough,
+        )
+        return state.step_seconds / max(state.step, 1)
+
+    some_steps(0, 10)  # warm up
+    levels = sorted({0, config.levels // 2, config.levels} if break_even else {0})
+    measured = [some_steps(level, 10**9) for level in levels]
+    # from sparse to dense, as np.interp wants its points
+    step_seconds = np.interp(shares, [shares[level] for level in levels[::-1]], measured[::-1])
     chunks = data.validation(who.seed)[:5]
-    evaluator = Evaluator(model, weights)
+    evaluator = Evaluator(model, weights[None].to(config.device))
     evaluator.measure(chunks)
     began = time.perf_counter()
     evaluator.measure(chunks)
     image_seconds = (time.perf_counter() - began) / sum(x.shape[2] for x, _ in chunks)
-    n_test = sum(x.shape[2] for x, _ in data.test())
-    return Price(step_seconds, image_seconds * data.n_validation, image_seconds * n_test, _resident_bytes())
+    return Price(
+        tuple(step_seconds.tolist()),
+        image_seconds * data.n_validation,
+        image_seconds * data.n_test,
+        _resident_bytes(),
+    )
 
 
 def _resident_bytes() -> int:

@@ -79,6 +79,7 @@ def draw(record: RunRecord, folder: Path) -> list[Path]:
         "early_stop": _early_stop,
         "curves": _curves,
         "first_layer": _first_layer,
+        "cost": _cost,
         "pixels": _pixels,
     }
     written = []
@@ -133,6 +134,46 @@ def _early_stop(record: RunRecord) -> Figure:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
     if not all(all(p["kept"].values()) for p in record.points):
         _remark(axes, "with an empty layer: not drawn")
+    return fig
+
+
+def _cost(record: RunRecord) -> Figure | None:
+    """Seconds a step and bytes of state of each level's ticket, as shares of dense."""
+    fig = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+    axes = fig.add_subplot()
+    remaining = weights_remaining(record)
+    lines = {
+        "seconds a step": ("step_seconds", "step_seconds"),
+        "bytes of state": ("state_bytes", "dense_state_bytes"),
+    }
+    drawn = []
+    for (label, (field, dense)), (colour, marker) in zip(lines.items(), LOOK.values(), strict=False):
+        whole = per_seed(record, "ticket", 0, dense)
+        rows = []
+        for level, share in remaining.items():
+            values = per_seed(record, "ticket", level, field)
+            ratios = [value / whole[seed] for seed, value in values.items() if seed in whole]
+            if ratios:
+                rows.append((100 * share, mean_interval(ratios)[0], min(ratios), max(ratios)))
+        if len(rows) < 2:
+            return None
+        x, mean, low, high = np.array(rows).T
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(x, mean, color=colour, marker=marker, label=label)
+        drawn += [*low, *high]
+    x = [100 * share for share in remaining.values()]
+    axes.plot(
+        x, np.array(x) / 100, color="black", linestyle=(0, (4, 3)), linewidth=0.7, label="weights", zorder=1
+    )
+    axes.set_yscale("log")
+    axes.set_ylim(min([*drawn, 0.1]) * 0.8, max([*drawn, 1.0]) * 1.25)
+    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if tick >= axes.get_ylim()[0]]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylabel("share of dense")
+    _level_axis(axes, x)
+    axes.set_xlabel("weights remaining (%)")
+    _head(fig, record, axes)
     return fig
 
 

@@ -28,6 +28,8 @@ MISSING = "–"
 def table(record: RunRecord) -> str:
     """The whole report as text, without a newline at its end."""
     parts = [_title(record), _rows(record), _fill(_legend(record)), _fill(RULE)]
+    if costs := _costs(record):
+        parts.append(costs)
     if closing := _closing(record):
         parts.append(_fill(closing, indent=""))
     return "\n\n".join(parts)
@@ -124,6 +126,31 @@ def _legend(record: RunRecord) -> str:
             "train for more steps before trusting how steps compare."
         )
     return "\n".join(lines)
+
+
+def _costs(record: RunRecord) -> str:
+    """What training the ticket of each level costs, beside dense; empty until a level was timed."""
+    rows = [
+        (level, share, mean_interval(seconds)[0], mean_interval(held)[0])
+        for level, share in weights_remaining(record).items()
+        if (seconds := [*per_seed(record, "ticket", level, "step_seconds").values()])
+        and (held := [*per_seed(record, "ticket", level, "state_bytes").values()])
+    ]
+    if not rows or rows[0][0] != 0:
+        return ""
+    _, _, dense_seconds, _ = rows[0]
+    dense_bytes = mean_interval(per_seed(record, "ticket", 0, "dense_state_bytes").values())[0]
+    lines = ["level  weights %   s per 1,000 steps  of dense   state in KB  of dense"]
+    for level, share, step, bytes_ in rows:
+        lines.append(
+            f"{level:>5}  {percent(share):>9}   {1e3 * step:>17.3f}  {step / dense_seconds:>8.2f}"
+            f"   {bytes_ / 1e3:>11,.0f}  {bytes_ / dense_bytes:>8.3f}"
+        )
+    legend = (
+        "What a level costs, training its ticket: steps without evaluations, on one thread of a CPU; and the "
+        "weights, gradients, optimizer state, masks and indices, beside those of dense without a mask."
+    )
+    return "\n".join([_fill(legend), *lines])
 
 
 def _closing(record: RunRecord) -> str:

@@ -6,20 +6,23 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparselth.kernels import masked_update
+from sparselth.kernels import _native, masked_update
 from sparselth.kernels._triton import INTERPRET
 from sparselth.kernels.bitmask import pack, unpack
 from sparselth.kernels.masked_update import (
     adam_reference,
+    bind_masked_adam,
+    bind_masked_sgd,
     floor,
     masked_adam,
     masked_adam_many,
@@ -372,3 +375,137 @@ def test_every_access_to_weights_and_moments_is_wide(environment: dict[str, str]
         moments = int(facts["constants"]["MOMENTS"])
         # 8 weights a thread: two accesses of 16 bytes for each load of w, g, a, b and store of w, a, b
         assert facts["wide"] == 2 * (3 + 2 * moments), facts
+
+
+# ---- the native kernel, bound to vectors on a CPU ----
+
+LEVELS = _native.levels()
+
+
+@pytest.fixture
+def native_level() -> Iterator[Callable[[str], None]]:
+    yield _native.choose
+    if _native.LEVEL:
+        _native.choose(_native.LEVEL)
+
+
+def bound(rule: str, kernels: str, state: list[Tensor], bits: Tensor | None, weight_decay: float) -> Any:
+    """A bound step on [w, g, a, b]."""
+    w, g, a, b = state
+    options = RULES[rule] | {"weight_decay": weight_decay, "kernels": kernels}
+    if rule.startswith("adam"):
+        return bind_masked_adam(w, g, (a, b), bits, **options)
+    return bind_masked_sgd(w, g, a if "momentum" in options else None, bits, **options)
+
+
+def five_steps(step: Any, g: Tensor, live: Tensor, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    for i in range(1, 6):
+        g.copy_(torch.randn(live.shape, generator=draw).where(live, torch.nan)[..., : g.shape[-1]])
+        step(i, 0.01 / i)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("rule", RULES)
+@given(
+    st.integers(1, 3),
+    st.integers(0, 150),
+    st.sampled_from([None, 0.0, 0.02, 0.3, 1.0]),
+    st.sampled_from([0.0, 0.01]),
+    st.integers(0, 3),
+    st.integers(0, 10**6),
+)
+@settings(max_examples=CASES, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_native_steps_have_torchs_bits(
+    native_level: Any,
+    level: str,
+    rule: str,
+    r: int,
+    p: int,
+    keep: float | None,
+    weight_decay: float,
+    offset: int,
+    seed: int,
+) -> None:
+    native_level(level)
+    draw = torch.Generator().manual_seed(seed)
+    live = torch.rand(r, p, generator=draw) < (1 if keep is None else keep)
+    bits = pack(live) if keep is not None and p else None
+    w = torch.randn(r, p, generator=draw).where(live, 0)
+    zeros = torch.zeros(r, p)
+    ours = [torch.full((r * p + offset + 9,), 7.0) for _ in range(4)]
+    views = [t[offset : offset + r * p].view(r, p) for t in ours]
+    theirs = [t.clone() for t in (w, zeros, zeros, zeros)]
+    for view, t in zip(views, theirs, strict=True):
+        view.copy_(t)
+    for kernels, state in (("native", views), ("torch", theirs)):
+        five_steps(bound(rule, kernels, state, bits, weight_decay), state[1], live, seed)
+    # torch takes what fills no vector of the flattened tensor in fp64
+    whole = r * p - r * p % 16
+    names = ["w", "a", "b"] if rule.startswith("adam") else ["w", "a"]
+    for name, found, right in zip(names, views[:1] + views[2:], theirs[:1] + theirs[2:], strict=False):
+        if level != "plain":
+            assert found.flatten()[:whole].equal(right.flatten()[:whole]), name
+        torch.testing.assert_close(found, right, rtol=2e-6, atol=1e-7, msg=name)
+        assert not found[~live].any()
+    for t in ours:
+        assert (t[:offset] == 7).all()
+        assert (t[offset + r * p :] == 7).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("rule", RULES)
+def test_native_weights_alone_are_those_under_a_mask(native_level: Any, level: str, rule: str) -> None:
+    native_level(level)
+    draw = torch.Generator().manual_seed(0)
+    live = torch.rand(1, 1000, generator=draw) < 0.1
+    dense = [torch.randn(1, 1000, generator=draw).where(live, 0), *(torch.zeros(1, 1000) for _ in range(3))]
+    alone = [t[live] for t in dense]
+    steps = bound(rule, "native", dense, pack(live), 0.01), bound(rule, "native", alone, None, 0.01)
+    for i in range(1, 20):
+        dense[1].copy_(torch.randn(1, 1000, generator=draw))
+        alone[1].copy_(dense[1][live])
+        for step in steps:
+            step(i, 0.01)
+    for x, y in zip(dense, alone, strict=True):
+        assert x[live].equal(y)
+        assert x is dense[1] or not x[~live].any()
+
+
+@pytest.mark.skipif(not LEVELS, reason=f"native kernels: {_native.WHY}")
+def test_native_steps_do_not_depend_on_threads_nor_touch_dead_bytes() -> None:
+    p, before = 1 << 17, torch.get_num_threads()
+    draw = torch.Generator().manual_seed(0)
+    live = torch.rand(1, p, generator=draw) < 0.03
+    eights = live.view(-1, 8).any(1).repeat_interleave(8).view(1, p)
+    start = [torch.randn(1, p, generator=draw).where(live, 0).where(eights, torch.nan) for _ in range(3)]
+    start.append(start[2].abs())
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        state = [t.clone() for t in start]
+        bound("adam", "native", state, pack(live), 0.01)(3, 0.01)
+        results.append(state)
+    torch.set_num_threads(before)
+    for one, many in zip(*results, strict=True):
+        assert one[eights].equal(many[eights])
+        assert one[eights].isfinite().all()
+        if (_native.LEVEL or "") != "avx512":  # that level takes two bytes at a time
+            assert one[~eights].isnan().all()
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"] if LEVELS else ["torch"])
+def test_bound_steps_refuse_what_does_not_fit(kernels: str) -> None:
+    t = torch.zeros(2, 12)
+    for wrong in (t.double(), torch.zeros(2, 11), torch.zeros(12, 2).T, torch.zeros(24)):
+        with pytest.raises(ValueError, match="expected the"):
+            bind_masked_adam(t, wrong, (t, t), kernels=kernels)
+        with pytest.raises(ValueError, match="expected the"):
+            bind_masked_sgd(t, t, wrong, momentum=0.9, kernels=kernels)
+    for bits in (torch.zeros(2, 1, dtype=torch.uint8), torch.zeros(2, 2), torch.zeros(4, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="mask as uint8 \\[2, 2\\]"):
+            bind_masked_sgd(t, t, None, bits, kernels=kernels)
+    with pytest.raises(ValueError, match="buffer if and only if"):
+        bind_masked_sgd(t, t, t, kernels=kernels)
+    with pytest.raises(ValueError, match="kernels"):
+        bind_masked_sgd(t, t, None, kernels="triton")

@@ -1,0 +1,190 @@
+"""What the checks of all ops share: cases, inputs, poisoned memory, and the comparison with float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+GUARD = 256  # elements before and behind every tensor of a check
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
+UNIT = {"bf16": 2**-8, "fp16": 2**-11, "tf32": 2**-11, "ieee": 2**-24}  # half a unit in the last place
+NAN, INF = float("nan"), float("inf")
+
+
+class Wrong(Exception):
+    """A check that failed; its text says what, and by how much."""
+
+
+class Skip(Exception):
+    """A case that this machine has too little memory for."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One check or one benchmark: a failure takes the times from its part of the op."""
+
+    name: str
+    part: str
+    run: Callable[[], dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where the cases run. `size`: "tiny" in the interpreter, else "quick" or "full"."""
+
+    device: str
+    size: str
+    anchors: dict[str, Any] = field(default_factory=dict)
+
+    def pick(self, tiny: Any, quick: Any, full: Any) -> Any:
+        return {"tiny": tiny, "quick": quick, "full": full}[self.size]
+
+    def generator(self, seed: int) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def floor(self, least: Mapping[str, int], part: str) -> float | None:
+        """Seconds that the measured copy bandwidth and matrix rate leave at best."""
+        if not self.anchors:
+            return None
+        rate = self.anchors["flops_per_s"].get(part, self.anchors["flops_per_s"]["ieee"])
+        return float(max(least["bytes"] / self.anchors["copy_bytes_per_s"], least["flops"] / rate))
+
+
+@contextmanager
+def precision(part: str) -> Iterator[None]:
+    """fp32 products in TF32 or not, torch's and ours."""
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = [s.fp32_precision for s in settings]
+    try:
+        for s in settings:
+            s.fp32_precision = "tf32" if part == "tf32" else "ieee"
+        yield
+    finally:
+        for s, value in zip(settings, before, strict=True):
+            s.fp32_precision = value
+
+
+def fill(t: Tensor) -> Tensor:
+    """NaN, or for integers what no correct index or count looks like."""
+    if t.is_floating_point():
+        return t.fill_(NAN)
+    return t.fill_(0x55555555 if t.itemsize >= 4 else 0x55)
+
+
+@contextmanager
+def poisoned(guard: int = GUARD) -> Iterator[None]:
+    """Whatever is allocated inside is full of NaN, and nothing may write in front of it or behind it."""
+    kept: list[Tensor] = []
+    plain = torch.empty
+
+    def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            t = allocate(*args, **kwargs)
+            if not t.numel() or t.device.type == "meta":
+                return t
+            if not guard:
+                return fill(t)
+            wide = fill(plain(t.numel() + 2 * guard, dtype=t.dtype, device=t.device))
+            kept.append(wide)
+            return wide.as_strided(t.shape, t.stride(), guard)
+
+        return call
+
+    with (
+        mock.patch.object(torch, "empty", poison(torch.empty)),
+        mock.patch.object(torch, "empty_like", poison(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", poison(Tensor.new_empty)),
+    ):
+        yield
+    for wide in kept:
+        edges = torch.cat([wide[:guard], wide[-guard:]])
+        if not same_bits(edges, fill(plain(2 * guard, dtype=wide.dtype, device=wide.device))):
+            raise Wrong(f"wrote outside a tensor of {wide.numel() - 2 * guard} {wide.dtype}")
+
+
+def surrounded(t: Tensor, shift: int = 0) -> Tensor:
+    """A copy with NaN (bytes: 255) before and behind it, `shift` elements off the 16-byte grid."""
+    wide = torch.empty(t.numel() + 2 * GUARD + shift, dtype=t.dtype, device=t.device)
+    wide.fill_(255 if t.dtype == torch.uint8 else NAN)
+    place = wide[GUARD + shift : GUARD + shift + t.numel()].view(t.shape)
+    return place.copy_(t)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """NaN are equal to themselves here, and 0.0 and -0.0 are not."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+
+
+def must_repeat(first: Mapping[str, Tensor], second: Mapping[str, Tensor], why: str = "a second run") -> None:
+    for name, t in first.items():
+        if not same_bits(t, second[name]):
+            raise Wrong(f"{name}: {why} gave other bits")
+
+
+def compare(
+    found: Mapping[str, Tensor],
+    right: Mapping[str, Tensor],
+    torchs: Mapping[str, Tensor],
+    part: str,
+    terms: Mapping[str, int],
+    absolute: Mapping[str, Tensor] | None = None,
+) -> dict[str, float]:
+    """Relative RMS errors against float64; Wrong beyond 3 times torch's own at the same dtype.
+
+    Torch may be lucky, so at least half a rounding of the result counts as its own, and what a sum of that
+    many terms in fp32 loses in any order. `absolute` is the formula on absolute values: of results that
+    cancel it gives the size they could have had.
+    """
+    errors = {}
+    for name, r in right.items():
+        f, t = found[name], torchs[name]
+        if f.shape != r.shape:
+            raise Wrong(f"{name}: shape {list(f.shape)} instead of {list(r.shape)}")
+        size = float(r.double().norm())
+        if absolute is not None:
+            size = max(size, float(absolute[name].double().norm()) / terms[name] ** 0.5)
+        size = size or 1.0
+        error, own = (float((x.double() - r).norm()) / size for x in (f, t))
+        walk = 0.2 * UNIT["ieee"] * terms[name] ** 0.5
+        allowed = 3 * max(own, UNIT[part] / 2, walk)
+        if not error <= allowed:
+            raise Wrong(f"{name}: error {error:.2e}, torch's own {own:.2e}, allowed {allowed:.2e}")
+        errors[name] = error
+    return errors
+
+
+def must_be_zero(t: Tensor, where: Tensor, what: str) -> None:
+    if int(t[where].count_nonzero()):
+        raise Wrong(f"{what}: {int(t[where].count_nonzero())} of {int(where.sum())} are not 0")
+
+
+def need_memory(here: Here, gib: float) -> None:
+    """Skip where a CUDA device has less than that free."""
+    if here.device == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0] / 2**30
+        if free < gib:
+            raise Skip(f"needs {gib:.0f} GiB, {free:.0f} are free")
+
+
+def graphed(run: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
+    """`calls` calls as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    return graph

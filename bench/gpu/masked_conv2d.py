@@ -1,0 +1,377 @@
+"""masked_conv2d: y, dx, dw, db against float64; cuDNN as the rival, channels-last and not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu.common import (
+    DTYPES,
+    INF,
+    NAN,
+    Case,
+    Here,
+    Wrong,
+    compare,
+    graphed,
+    must_be_zero,
+    must_repeat,
+    need_memory,
+    poisoned,
+    precision,
+    surrounded,
+)
+from gpu.timing import rows
+from sparselth.kernels import masked_conv2d as op
+from sparselth.kernels.bitmask import reference_pack
+from sparselth.kernels.masked_conv2d import floor, masked_conv2d
+
+LAYOUTS = ("contiguous", "channels-last", "batch last", "off the grid")
+NAMES = ("y", "dx", "dw", "db")
+
+
+class Setup(NamedTuple):
+    r: int
+    b: int
+    c: int
+    size: tuple[int, int]
+    n: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    keep: float | str = 0.3  # "channels": the upper half is pruned; "rows": every second filter
+
+    def __str__(self) -> str:
+        h, w, p = *self.size, self.keep
+        text = f"R{self.r} B{self.b} C{self.c} {h}x{w} N{self.n} {self.kernel[0]}x{self.kernel[1]}"
+        rest = zip(("stride", "padding", "dilation"), self[6:9], ((1, 1), (0, 0), (1, 1)), strict=True)
+        changed = [f"{name} {v[0]},{v[1]}" for name, v, usual in rest if v != usual]
+        return ", ".join([text, *changed, f"kept {p}"])
+
+
+TINY = [
+    Setup(1, 1, 1, (1, 1), 1, (1, 1), keep=1.0),
+    Setup(2, 2, 3, (5, 7), 5, (3, 3), padding=(1, 1)),
+    Setup(1, 1, 64, (3, 4), 32, (3, 3), padding=(1, 1), keep="channels"),
+]
+SMALL = TINY + [
+    Setup(1, 60, 1, (28, 28), 6, (5, 5), padding=(2, 2)),  # LeNet-5
+    Setup(1, 60, 6, (14, 14), 16, (5, 5)),
+    Setup(1, 2, 5, (9, 8), 7, (3, 3), stride=(2, 2), padding=(1, 1)),
+    Setup(1, 2, 32, (6, 5), 17, (3, 3), (2, 1), (1, 2), (1, 2)),
+    Setup(2, 1, 4, (5, 6), 3, (3, 2), stride=(3, 3), padding=(4, 4)),  # more padding than kernel
+    Setup(1, 1, 32, (4, 3), 70, (1, 1), keep=0.02),
+    Setup(1, 1, 33, (2, 3), 13, (1, 3), stride=(2, 2), padding=(0, 1), keep="rows"),
+    Setup(1, 1, 7, (4, 4), 3, (2, 2), keep=0.0),
+]
+LARGE = [
+    Setup(2, 8, 128, (14, 14), 256, (3, 3), stride=(2, 2), padding=(1, 1), keep=0.1),
+    Setup(1, 8, 256, (14, 14), 256, (1, 1), keep="rows"),
+    Setup(1, 16, 64, (33, 31), 130, (3, 3), padding=(1, 1), keep="channels"),
+]
+LAYERS = [  # what is timed; --quick takes the first
+    Setup(1, 60, 64, (32, 32), 64, (3, 3), padding=(1, 1), keep=0.1),  # Conv-4, second
+    Setup(1, 60, 256, (14, 14), 256, (3, 3), padding=(1, 1), keep=0.1),
+    Setup(1, 60, 256, (14, 14), 256, (3, 3), padding=(1, 1), keep="channels"),
+    Setup(10, 60, 1, (28, 28), 6, (5, 5), padding=(2, 2), keep=0.2),  # LeNet-5, first
+]
+
+
+class Problem(NamedTuple):
+    x: Tensor
+    w: Tensor
+    mask: Tensor
+    bias: Tensor
+    dy: Tensor
+    keep: Tensor  # bool, as w
+    rest: tuple[tuple[int, int], ...]
+
+
+def problem(here: Here, part: str, s: Setup, seed: int = 0) -> Problem:
+    g, shape, rest = here.generator(seed), (s.r, s.n, s.c, *s.kernel), (s.stride, s.padding, s.dilation)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=g, device=here.device).to(DTYPES[part])
+
+    if s.keep == "rows":
+        keep = (torch.arange(s.n, device=here.device) % 2 == 0)[None, :, None, None, None].expand(shape)
+    elif s.keep == "channels":
+        keep = (torch.arange(s.c, device=here.device) < s.c // 2)[None, None, :, None, None].expand(shape)
+    else:
+        keep = torch.rand(shape, generator=g, device=here.device) < s.keep
+    mask = reference_pack(keep.flatten(2))
+    p, q = op.geometry(s.kernel, *rest).out(*s.size)
+    x, w, bias = normal(s.r, s.b, s.c, *s.size), normal(*shape), normal(s.r, s.n)
+    return Problem(x, w, mask, bias, normal(s.r, s.b, s.n, p, q), keep, rest)
+
+
+def ours(p: Problem) -> dict[str, Tensor]:
+    x, w, bias = (t.detach().requires_grad_() for t in (p.x, p.w, p.bias))
+    y = masked_conv2d(x, w, p.mask, bias, *p.rest, kernels="triton")
+    grads = torch.autograd.grad(y, (x, w, bias), p.dy)
+    return dict(zip(NAMES, (y.detach(), *grads), strict=True))
+
+
+def formula(p: Problem, dtype: torch.dtype, absolute: bool = False) -> dict[str, Tensor]:
+    """Replica by replica, which knows nothing of bits, tiles and groups."""
+    x, w, bias, dy = (t.to(dtype).abs() if absolute else t.to(dtype) for t in (p.x, p.w, p.bias, p.dy))
+    x, w, bias = (t.detach().requires_grad_() for t in (x, torch.where(p.keep, w, 0), bias))
+    y = torch.stack([F.conv2d(*layer, *p.rest) for layer in zip(x, w, bias, strict=True)])
+    dx, dw, db = torch.autograd.grad(y, (x, w, bias), dy)
+    return {"y": y.detach(), "dx": dx, "dw": torch.where(p.keep, dw, 0), "db": db}
+
+
+def terms(p: Problem) -> dict[str, int]:
+    taps, pixels = p.w[0, 0, 0].numel(), p.dy.shape[1] * p.dy[0, 0, 0].numel()
+    return {"y": p.w[0, 0].numel(), "dx": p.w.shape[1] * taps, "dw": pixels, "db": pixels}
+
+
+def layed(t: Tensor, layout: str) -> Tensor:
+    """The same numbers [R, B, C, H, W] elsewhere or in another order of memory."""
+    if layout == "channels-last":
+        return surrounded(t.permute(0, 1, 3, 4, 2).contiguous()).permute(0, 1, 4, 2, 3)
+    if layout == "batch last":
+        return t.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+    return surrounded(t, shift=1 if layout == "off the grid" else 0)
+
+
+def check(here: Here, part: str, s: Setup, layout: str = "channels-last", seed: int = 0) -> dict[str, float]:
+    """All four against float64, twice; NaN in pruned weights and in everything that is allocated."""
+    p = problem(here, part, s, seed)
+    right, torchs = formula(p, torch.double), formula(p, DTYPES[part])
+    absolute = formula(p, torch.double, absolute=True)
+    placed = p._replace(x=layed(p.x, layout), dy=layed(p.dy, layout), mask=surrounded(p.mask))
+    holes = placed._replace(w=surrounded(torch.where(p.keep, p.w, NAN)))
+    with poisoned():
+        found = ours(holes)
+        errors = compare(found, right, torchs, part, terms(p), absolute)
+        again = ours(placed)
+    must_repeat(again, found, "NaN in pruned weights")
+    must_be_zero(found["dw"], ~p.keep, "dw of pruned weights")
+    return errors
+
+
+def extreme(here: Here, part: str, value: float) -> None:
+    p = problem(here, part, Setup(2, 2, 3, (4, 5), 4, (3, 3), padding=(1, 1)))
+    p.x[:, 0, 1, 2, 2] = value
+    p.dy[1, 1, 2, 0, 3] = value
+    dw = ours(p)["dw"]
+    must_be_zero(dw, ~p.keep, "dw of pruned weights")
+    if dw[1, 2].isfinite()[p.keep[1, 2]].all():
+        raise Wrong(f"{value} in dy does not reach dw")
+
+
+def no_weights(here: Here, part: str) -> None:
+    p = problem(here, part, Setup(2, 2, 5, (4, 4), 3, (3, 3), keep=0.0))
+    with poisoned():
+        found = ours(p)
+    if not torch.equal(found["y"], p.bias[:, None, :, None, None].expand_as(found["y"])):
+        raise Wrong("y is not the bias")
+    for name in ("dx", "dw"):
+        must_be_zero(found[name], torch.ones_like(found[name], dtype=torch.bool), name)
+
+
+def alone(here: Here, part: str) -> None:
+    p = problem(here, part, Setup(2, 2, 2, (17, 17), 3, (2, 1)))
+    together = ours(p)
+    for r in range(2):
+        single = ours(Problem(*(t[r : r + 1] for t in p[:6]), p.rest))  # type: ignore[union-attr]
+        must_repeat(single, {name: t[r : r + 1] for name, t in together.items()}, "company")
+
+
+def replayed(here: Here, part: str) -> None:
+    p = problem(here, part, LARGE[0])
+    eager = ours(p)
+    kept: dict[str, Tensor] = {}
+    graph = graphed(lambda: kept.update(ours(p)), 1)
+    for t in kept.values():
+        t.fill_(NAN)
+    graph.replay()
+    must_repeat(kept, eager, "a CUDA graph")
+
+
+def chosen_by_auto(here: Here, part: str) -> None:
+    """`auto` times both ways and is right with either."""
+    p = problem(here, part, SMALL[4])
+    x, w = p.x.detach().requires_grad_(), p.w.detach().requires_grad_()
+    y = masked_conv2d(x, w, p.mask, p.bias, *p.rest)
+    dx, dw = torch.autograd.grad(y, (x, w), p.dy)
+    right, torchs = formula(p, torch.double), formula(p, DTYPES[part])
+    found = {"y": y.detach(), "dx": dx, "dw": dw}
+    compare(found, {name: right[name] for name in found}, torchs, part, terms(p))
+
+
+def random_setup(draw: random.Random, most: int) -> Setup:
+    while True:
+        pairs = [
+            (draw.randint(low, high), draw.randint(low, high))
+            for low, high in ((1, 3), (1, 3), (0, 4), (1, 2))
+        ]
+        kernel, stride, padding, dilation = pairs
+        size = draw.randint(1, most), draw.randint(1, most)
+        keep = draw.choice([0.0, 0.1, 0.5, 1.0, "rows", "channels"])
+        c, n = draw.choice([1, 3, draw.randint(1, 4 * most), 2 * most]), draw.randint(1, 4 * most)
+        s = Setup(draw.randint(1, 2), draw.randint(1, 3), c, size, n, kernel, stride, padding, dilation, keep)
+        if min(op.geometry(kernel, stride, padding, dilation).out(*size)) > 0:
+            return s
+
+
+def checks(part: str, here: Here) -> Iterator[Case]:
+    draw = random.Random(0)
+
+    def case(name: str, run: Any, *args: Any, **kwargs: Any) -> Case:
+        def guarded() -> Any:
+            with precision(part):
+                return run(here, part, *args, **kwargs)
+
+        return Case(name, part, guarded)
+
+    for s in here.pick(TINY, SMALL + LARGE, SMALL + LARGE):
+        yield case(str(s), check, s)
+    for layout in LAYOUTS:
+        if layout != "channels-last":
+            s = Setup(2, 2, 4, (3, 4), 6, (3, 3), padding=(1, 1))
+            yield case(f"{s}, {layout}", check, s, layout)
+    yield case("no weights", no_weights)
+    for value in (NAN, INF):
+        yield case(f"{value} in x and dy", extreme, value)
+    yield case("replicas alone and together", alone)
+    for i in range(here.pick(2, 4, 16)):
+        s, layout = random_setup(draw, here.pick(4, 16, 16)), draw.choice(LAYOUTS)
+        yield case(f"random {i}: {s}, {layout}", check, s, layout, i)
+    if here.size != "tiny":
+        yield case("in a CUDA graph", replayed)
+        yield case("auto", chosen_by_auto)
+        for s in chosen(here, part):
+            yield case(f"benchmark's {s}", check, s)
+
+
+# Offsets beyond 2^31
+
+
+def apart(here: Here, part: str) -> None:
+    """Replicas of x, w and dy 2^31 elements apart."""
+    need_memory(here, 10)
+    gap = here.pick(2**13, 0, 2**31) + 16
+    small = problem(here, part, Setup(2, 2, 16, (6, 5), 24, (3, 3), padding=(1, 1)))
+    flat = torch.full((gap + 2**13,), NAN, dtype=small.x.dtype, device=here.device)
+    views, start = [], 0
+    for t in (small.x, small.dy, small.w):
+        t = t if t is small.w else t.permute(0, 1, 3, 4, 2)
+        view = flat[start:].as_strided(t.shape, (gap, *t.contiguous().stride()[1:])).copy_(t)
+        views.append(view if t is small.w else view.permute(0, 1, 4, 2, 3))
+        start += -(-t[0].numel() // 16) * 16
+    x, dy, w = views
+    must_repeat(ours(small._replace(x=x, dy=dy, w=w)), ours(small), "distance")
+
+
+def vast(here: Here, part: str) -> None:
+    """More than 2^31 numbers in y, fewer in y[r]; the last images are those of a small problem."""
+    need_memory(here, 32)
+    size, batch = here.pick(8, 0, 512), here.pick(2, 0, 64)
+    p = problem(here, part, Setup(3, batch, 8, (size, size), 44, (1, 1)))
+    last = p._replace(x=p.x[:, -1:], dy=p.dy[:, -1:])
+    right = formula(last, torch.double)
+    g = op.geometry((1, 1), *p.rest)
+    found = {
+        "y": op.forward(p.x, p.w, p.mask, p.bias, g, "triton")[:, -1:],
+        "dx": op.dgrad(p.dy, p.w, p.mask, p.x.shape[3:], g, "triton")[:, -1:],
+    }
+    dw = op.wgrad(p.dy, p.x, p.mask, g, "triton")
+    halves = [op.wgrad(p.dy[:, i::2], p.x[:, i::2], p.mask, g, "triton").double() for i in range(2)]
+    compare(found, {n: right[n] for n in found}, formula(last, DTYPES[part]), part, terms(last))
+    if not (dw.double() - sum(halves)).norm() <= 3e-2 * dw.double().norm():
+        raise Wrong("dw of all images is not the sum of two halves")
+
+
+def refused(here: Here, part: str) -> None:
+    """More than 2^31 numbers within a replica are refused, not computed wrong."""
+    x = torch.zeros(1, 1, 1, 1, 1, device=here.device, dtype=DTYPES[part]).expand(1, 2**15, 1, 2**8, 2**8)
+    w = torch.zeros(1, 1, 1, 1, 1, device=here.device, dtype=DTYPES[part])
+    mask = torch.ones(1, 1, 1, dtype=torch.uint8, device=here.device)
+    try:
+        masked_conv2d(x, w, mask, kernels="triton")
+    except ValueError as error:
+        if "2^31" not in str(error):
+            raise
+        return
+    raise Wrong("2^31 numbers in x[r] were not refused")
+
+
+def large(part: str, here: Here) -> Iterator[Case]:
+    yield Case("replicas 2^31 apart", part, partial(apart, here, part))
+    yield Case("beyond 2^31 numbers in y", part, partial(vast, here, part))
+    yield Case("beyond 2^31 numbers in a replica", part, partial(refused, here, part))
+
+
+# Benchmarks
+
+
+def chosen(here: Here, part: str) -> list[Setup]:
+    if here.size == "full":
+        return LAYERS if part in ("bf16", "ieee") else LAYERS[:2]
+    return here.pick([TINY[1]], LAYERS[:1] if part == "bf16" else [], None)
+
+
+def benchmark(here: Here, part: str, s: Setup, which: str) -> dict[str, Any]:
+    p = problem(here, part, s)
+    g, groups = op.geometry(s.kernel, *p.rest), s.r
+    x, dy = (layed(t, "channels-last") for t in (p.x, p.dy))
+    factor = p.keep.to(p.w.dtype)
+    masked = (p.w * factor).flatten(0, 1)
+
+    def fold(t: Tensor, layout: torch.memory_format) -> Tensor:
+        return t.movedim(0, 1).flatten(1, 2).contiguous(memory_format=layout)
+
+    def backward(x: Tensor, dy: Tensor, w: Tensor, which: str) -> Tensor:
+        wanted = [which == "dx", which == "dw", False]
+        grads = torch.ops.aten.convolution_backward(
+            dy, x, w, None, s.stride, s.padding, s.dilation, False, (0, 0), groups, wanted
+        )
+        return grads[0 if which == "dx" else 1]  # type: ignore[no-any-return]
+
+    run: dict[str, Any] = {
+        "y": lambda: op.forward(x, p.w, p.mask, p.bias, g, "triton"),
+        "dx": lambda: op.dgrad(dy, p.w, p.mask, p.x.shape[3:], g, "triton"),
+        "dw": lambda: op.wgrad(dy, x, p.mask, g, "triton"),
+    }
+    rivals = {"triton": run[which]}
+    layouts = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
+    for name, layout in layouts.items():
+        folded = fold(p.x, layout), fold(p.dy, layout)
+        kinds = {"w * m before": masked.contiguous(memory_format=layout)}
+        if name == "channels-last":
+            kinds["w * m each time"] = None
+        for kind, w in kinds.items():
+
+            def vendor(w: Tensor | None = w, folded: tuple[Tensor, Tensor] = folded) -> Tensor:
+                a, b = folded
+                w = (p.w * factor).flatten(0, 1) if w is None else w
+                if which == "y":
+                    return F.conv2d(a, w, p.bias.flatten(), s.stride, s.padding, s.dilation, groups)
+                return backward(a, b, w, which)
+
+            rivals[f"cuDNN {name}, {kind}"] = vendor
+    with precision(part):
+        right, torchs = formula(p, torch.double)[which], formula(p, DTYPES[part])[which]
+        compare({which: run[which]()}, {which: right}, {which: torchs}, part, terms(p))
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        try:
+            least = floor(p.x, p.w, p.mask, *p.rest)
+            timed = rows(here, f"{which} {s}", least, part, "triton", rivals)
+        finally:
+            torch.backends.cudnn.benchmark = before
+    return {"times": timed, "figures": {}}
+
+
+def benchmarks(part: str, here: Here) -> Iterator[Case]:
+    for s in chosen(here, part):
+        for which in NAMES[:3]:
+            yield Case(f"{which} {s}", part, partial(benchmark, here, part, s, which))

@@ -1,0 +1,383 @@
+"""masked_linear: y, dx, dw, db, ds against float64; every byte of mask; cuBLAS as the rival."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu.common import (
+    DTYPES,
+    INF,
+    NAN,
+    Case,
+    Here,
+    Wrong,
+    compare,
+    graphed,
+    must_be_zero,
+    must_repeat,
+    need_memory,
+    poisoned,
+    precision,
+    surrounded,
+)
+from gpu.timing import median, ratio, rows
+from sparselth.kernels.bitmask import reference_pack
+from sparselth.kernels.masked_linear import floor, masked_linear
+
+Shape = tuple[int, int, int, int]  # R, B, N, K
+LAYOUTS = ("contiguous", "transposed", "sliced", "replicas inside", "off the grid")
+TINY: list[Shape] = [(1, 1, 1, 1), (2, 33, 20, 47), (1, 7, 65, 130)]
+SMALL: list[Shape] = TINY + [(3, 5, 10, 84), (1, 60, 300, 784), (2, 128, 128, 128), (1, 1, 257, 31)]
+LARGE: list[Shape] = [(1, 1024, 1024, 1024), (1, 1100, 1030, 1027), (2, 300, 2100, 777)]  # the large tiles
+GRADS = ("y", "dx", "dw", "db", "ds")
+OPS = torch.ops.sparselth
+
+WORKLOADS: dict[str, list[Shape]] = {  # the first is what --quick times
+    "bf16": [(1, 512, 4096, 4096), (1, 64, 4096, 4096), (20, 60, 300, 784)],
+    "fp16": [(1, 512, 4096, 4096)],
+    "tf32": [(1, 512, 4096, 4096), (20, 60, 300, 784)],
+    "ieee": [(20, 60, 300, 784), (1, 60, 300, 784), (100, 60, 300, 784), (1, 512, 1024, 1024)],
+}
+
+
+class Problem(NamedTuple):
+    x: Tensor
+    w: Tensor
+    mask: Tensor
+    bias: Tensor
+    dy: Tensor
+    keep: Tensor  # bool [R, N, K]
+
+
+def problem(here: Here, part: str, shape: Shape, density: float = 0.5, seed: int = 0) -> Problem:
+    """With an empty and a full row, where there are so many."""
+    r, b, n, k = shape
+    g = here.generator(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=g, device=here.device).to(DTYPES[part])
+
+    keep = torch.rand(r, n, k, generator=g, device=here.device) < density
+    if n > 2 and 0 < density < 1:
+        keep[:, 0], keep[:, -1] = False, True
+    x, w, bias, dy = normal(r, b, k), normal(r, n, k), normal(r, n), normal(r, b, n)
+    return Problem(x, w, reference_pack(keep), bias, dy, keep)
+
+
+def ours(p: Problem) -> dict[str, Tensor]:
+    """y and all gradients, through autograd."""
+    leaves = [t.detach().requires_grad_() for t in (p.x, p.w, p.bias, torch.zeros_like(p.w))]
+    x, w, bias, scores = leaves
+    y = masked_linear(x, w, p.mask, bias, scores, "triton")
+    return dict(zip(GRADS, (y.detach(), *torch.autograd.grad(y, leaves, p.dy)), strict=True))
+
+
+def formula(p: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
+    x, w, bias, dy = (t.to(dtype) for t in (p.x, p.w, p.bias, p.dy))
+    kept, dense = torch.where(p.keep, w, 0), dy.mT @ x
+    return {
+        "y": torch.baddbmm(bias[:, None], x, kept.mT),
+        "dx": dy @ kept,
+        "dw": torch.where(p.keep, dense, 0),
+        "db": dy.sum(1),
+        "ds": dense * w,
+    }
+
+
+def layed(t: Tensor, layout: str) -> Tensor:
+    """The same numbers [R, A, B] elsewhere or in another order of memory."""
+    if layout == "transposed":
+        return t.mT.contiguous().mT
+    if layout == "sliced":
+        wide = t.new_full((t.shape[0], t.shape[1], 2 * t.shape[2] + 3), NAN)
+        wide[:, :, 3::2] = t
+        return wide[:, :, 3::2]
+    if layout == "replicas inside":
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+    return surrounded(t, shift=1 if layout == "off the grid" else 0)
+
+
+def check(
+    here: Here, part: str, shape: Shape, density: float = 0.5, layout: str = "contiguous", seed: int = 0
+) -> dict[str, float]:
+    """All five against float64, twice; NaN in pruned weights and in everything that is allocated."""
+    p = problem(here, part, shape, density, seed)
+    _, b, n, k = shape
+    absolute = formula(
+        Problem(*(t.abs() for t in p[:2]), p.mask, p.bias.abs(), p.dy.abs(), p.keep), torch.double
+    )
+    right, torchs = formula(p, torch.double), formula(p, DTYPES[part])
+    terms = {"y": k, "dx": n, "dw": b, "db": b, "ds": b}
+    x, w, dy = (layed(t, layout) for t in (p.x, p.w, p.dy))
+    p = Problem(x, w, surrounded(p.mask), p.bias, dy, p.keep)
+    holes = p._replace(w=layed(torch.where(p.keep, p.w, NAN), layout))
+    with poisoned():
+        found = ours(p)
+        errors = compare(found, right, torchs, part, terms, absolute)
+        again = ours(holes)
+    if not again.pop("ds").isnan().equal(~p.keep):
+        raise Wrong("ds is not NaN exactly where the weights are")
+    must_repeat(again, found, "NaN in pruned weights")
+    must_be_zero(found["dw"], ~p.keep, "dw of pruned weights")
+    return errors
+
+
+def every_byte(here: Here, part: str, n: int, k: int) -> None:
+    """Every byte of mask at every place: products with the identity are the masked weights, exactly."""
+    g = here.generator(0)
+    places = torch.arange(n, device=here.device)[:, None] + 37 * torch.arange(k // 8, device=here.device)
+    bits = places.to(torch.uint8)[None]
+    keep = ((bits[..., None] >> torch.arange(8, device=here.device)) & 1).bool().view(1, n, k)
+    w = torch.randn(1, n, k, generator=g, device=here.device).to(DTYPES[part])
+    if part == "tf32":
+        w = w.half().float()  # what TF32 holds exactly
+    right, dtype = torch.where(keep, w, 0), w.dtype
+    rubbish = torch.full_like(w, NAN)
+    rubbish[..., ::2] = INF
+    holes = torch.where(keep, w, rubbish)
+    one_k, one_n = (torch.eye(size, device=here.device, dtype=dtype)[None] for size in (k, n))
+    found = {
+        "y": masked_linear(one_k, holes, bits, kernels="triton").mT,
+        "dx": OPS.masked_linear_dx(one_n, holes, bits, "triton"),
+        "dw": OPS.masked_linear_dw(right.mT.contiguous(), one_k, torch.full_like(bits, 255), "triton"),
+        "dw masked": OPS.masked_linear_dw(w.mT.contiguous(), one_k, bits, "triton"),
+    }
+    for name, t in found.items():
+        if not torch.equal(t, right):
+            wrong = (t != right)[0].nonzero()
+            raise Wrong(f"{name}: {len(wrong)} of {n * k} differ, first at n, k = {wrong[0].tolist()}")
+
+
+def extreme(here: Here, part: str, value: float) -> None:
+    """dw of pruned weights is 0 whatever x and dy hold, and what is kept feels it."""
+    p = problem(here, part, (1, 20, 34, 40))
+    p.x[0, 3, 5] = p.dy[0, 7, 11] = value
+    dw = ours(p)["dw"]
+    must_be_zero(dw, ~p.keep, "dw of pruned weights")
+    if dw[0, 11].isfinite()[p.keep[0, 11]].any() or not dw[0, :11, :5].isfinite().all():
+        raise Wrong(f"{value} in dy does not reach exactly its row of dw")
+
+
+def no_weights(here: Here, part: str) -> None:
+    p = problem(here, part, (2, 9, 17, 21), density=0.0)
+    with poisoned():
+        found = ours(p)
+    if not torch.equal(found["y"], p.bias[:, None].expand_as(found["y"])):
+        raise Wrong("y is not the bias")
+    for name in ("dx", "dw"):
+        must_be_zero(found[name], torch.ones_like(found[name], dtype=torch.bool), name)
+
+
+def alone(here: Here, part: str) -> None:
+    """A replica has the same bits whoever sits beside it."""
+    p = problem(here, part, (3, 33, 65, 40))
+    together = ours(p)
+    for r in range(3):
+        single = ours(Problem(*(t[r : r + 1] for t in p)))
+        must_repeat(single, {name: t[r : r + 1] for name, t in together.items()}, "company")
+
+
+def replayed(here: Here, part: str) -> None:
+    p = problem(here, part, (2, 60, 300, 84))
+    eager = ours(p)
+    kept: dict[str, Tensor] = {}
+    graph = graphed(lambda: kept.update(ours(p)), 1)
+    for t in kept.values():
+        t.fill_(NAN)
+    graph.replay()
+    must_repeat(kept, eager, "a CUDA graph")
+
+
+def checks(part: str, here: Here) -> Iterator[Case]:
+    shapes = here.pick(TINY, SMALL + LARGE[:2], SMALL + LARGE)
+    draw = random.Random(0)
+
+    def case(name: str, run: Any, *args: Any, **kwargs: Any) -> Case:
+        def guarded() -> Any:
+            with precision(part):
+                return run(here, part, *args, **kwargs)
+
+        return Case(name, part, guarded)
+
+    for shape in shapes:
+        yield case(said(shape), check, shape)
+    for layout in LAYOUTS[1:]:
+        yield case(f"{said((2, 18, 12, 35))}, {layout}", check, (2, 18, 12, 35), layout=layout)
+    for density in (0.02, 1.0):
+        yield case(f"{said((2, 9, 17, 21))}, {density:.0%} kept", check, (2, 9, 17, 21), density)
+    yield case("no weights", no_weights)
+    for n, k in here.pick([(32, 64)], [(256, 128), (1024, 1024)], [(256, 128), (1024, 1024), (1031, 1000)]):
+        yield case(f"every byte of mask, {n} x {k}", every_byte, n, k)
+    for value in (NAN, INF):
+        yield case(f"{value} in x and dy", extreme, value)
+    yield case("replicas alone and together", alone)
+    for i in range(here.pick(3, 8, 40)):
+        shape = draw.randint(1, 3), *(draw.randint(1, here.pick(34, 200, 300)) for _ in range(3))
+        density, layout = draw.random(), draw.choice(LAYOUTS)
+        name = f"random {i}: {said(shape)}, {density:.0%} kept, {layout}"
+        yield case(name, check, shape, density, layout, seed=i)
+    if here.size != "tiny":
+        yield case("in a CUDA graph", replayed)
+        for shape in chosen(here, part):
+            yield case(f"benchmark's {said(shape)}", verify, shape)
+
+
+def said(shape: Shape) -> str:
+    return "R{} B{} N{} K{}".format(*shape)
+
+
+def chosen(here: Here, part: str) -> list[Shape]:
+    return here.pick([(2, 6, 10, 20)], WORKLOADS[part][: part in ("bf16", "ieee")], WORKLOADS[part])
+
+
+# Offsets beyond 2^31
+
+
+def apart(here: Here, part: str) -> None:
+    """Replicas that lie 2^31 elements apart, in x, w, dy and in the mask."""
+    need_memory(here, 12)
+    gap = here.pick(2**12, 0, 2**31) + 16
+    small = problem(here, part, (2, 18, 24, 40))
+
+    def spread(*tensors: Tensor) -> list[Tensor]:
+        flat = torch.empty(gap + 4096, dtype=tensors[0].dtype, device=here.device)
+        flat.fill_(255 if flat.dtype == torch.uint8 else NAN)
+        views, start = [], 0
+        for t in tensors:
+            views.append(flat[start:].as_strided(t.shape, (gap, *t.stride()[1:])).copy_(t))
+            start += -(-t[0].numel() // 16) * 16
+        return views
+
+    x, w, dy = spread(small.x, small.w, small.dy)
+    (mask,) = spread(small.mask)
+    must_repeat(ours(Problem(x, w, mask, small.bias, dy, small.keep)), ours(small), "distance")
+
+
+def vast(here: Here, part: str, shape: Shape) -> None:
+    """A tensor of more than 2^31 elements: the last rows and columns are those of the small problem there."""
+    need_memory(here, 24)
+    r, b, n, k = shape
+    g, dtype = here.generator(0), DTYPES[part]
+    x, w, dy = (
+        torch.empty(r, rows, columns, dtype=dtype, device=here.device).uniform_(-1, 1, generator=g)
+        for rows, columns in ((b, k), (n, k), (b, n))
+    )
+    bits = torch.randint(0, 256, (r, n, -(-k // 8)), generator=g, device=here.device, dtype=torch.uint8)
+    if k % 8:
+        bits[..., -1] &= (1 << k % 8) - 1
+    ends_b, ends_n, ends_k = (
+        torch.tensor([0, size // 2, size - 1], device=here.device) for size in (b, n, k)
+    )
+
+    def keep(rows: Tensor | slice, columns: Tensor) -> Tensor:
+        return (bits[:, rows][..., columns // 8] >> (columns % 8).to(torch.uint8) & 1).bool()
+
+    def near(name: str, found: Tensor, right: Tensor, terms: int) -> None:
+        error, size = float((found.double() - right).norm()), float(right.norm())
+        if not error <= (3e-2 if size else 0) * max(size, terms**0.5 / 9):
+            raise Wrong(f"{name}: error {error:.2e} of {size:.2e} at the ends")
+
+    y = masked_linear(x, w, bits, kernels="triton")[:, ends_b][..., ends_n]
+    kept = torch.where(keep(ends_n, torch.arange(k, device=here.device)), w[:, ends_n], 0).double()
+    near("y", y, x[:, ends_b].double() @ kept.mT, k)
+    dx = OPS.masked_linear_dx(dy, w, bits, "triton")[:, ends_b][..., ends_k]
+    kept = torch.where(keep(slice(None), ends_k), w[..., ends_k], 0).double()
+    near("dx", dx, dy[:, ends_b].double() @ kept, n)
+    dense = dy[..., ends_n].double().mT @ x[..., ends_k].double()
+    dw = OPS.masked_linear_dw(dy, x, bits, "triton")[:, ends_n][..., ends_k]
+    near("dw", dw, torch.where(keep(ends_n, ends_k), dense, 0), b)
+    ds = OPS.masked_linear_ds(dy, x, w, "triton")[:, ends_n][..., ends_k]
+    near("ds", ds, dense * w[:, ends_n][..., ends_k].double(), b)
+
+
+def far_rows(here: Here, part: str) -> None:
+    """Rows so long that offsets within one tile pass 2^31: w [1, 160, 40] with a stride of 2^24 + 16."""
+    need_memory(here, 8)
+    small, stride = problem(here, part, (1, 18, 160, 40)), here.pick(2**8, 0, 2**24) + 16
+    flat = torch.empty(159 * stride + 40, dtype=small.w.dtype, device=here.device)
+    w = flat.as_strided((1, 160, 40), (0, stride, 1)).copy_(small.w)
+    must_repeat(ours(small._replace(w=w)), ours(small), "distance")
+
+
+def large(part: str, here: Here) -> Iterator[Case]:
+    if part == "far rows":
+        yield Case("w with rows 2^24 apart", part, partial(far_rows, here, "bf16"))
+        return
+    yield Case("replicas 2^31 apart", part, partial(apart, here, part))
+    for shape in here.pick(
+        [(1, 8, 37, 44), (1, 37, 19, 16)], [], [(1, 16, 65537, 32780), (1, 131075, 16389, 16)]
+    ):
+        yield Case(f"{said(shape)}: beyond 2^31 within a tensor", part, partial(vast, here, part, shape))
+
+
+# Benchmarks
+
+
+def verify(here: Here, part: str, shape: Shape) -> dict[str, float]:
+    """One of the benchmark's problems against float64, without the poison."""
+    p, (_, b, n, k) = problem(here, part, shape), shape
+    with precision(part):
+        torchs, found = formula(p, DTYPES[part]), ours(p)
+    return compare(
+        found, formula(p, torch.double), torchs, part, {"y": k, "dx": n, "dw": b, "db": b, "ds": b}
+    )
+
+
+def benchmark(here: Here, part: str, shape: Shape, which: str) -> dict[str, Any]:
+    verify(here, part, shape)
+    p = problem(here, part, shape)
+    x, w, mask, bias, dy, keep = p
+    m, wm = keep.to(w.dtype), w * keep
+    one = shape[0] == 1
+
+    def linear(w: Tensor) -> Tensor:
+        return F.linear(x[0], w[0], bias[0])[None] if one else torch.baddbmm(bias[:, None], x, w.mT)
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return (a[0] @ b[0])[None] if one else a @ b
+
+    rivals = {
+        "y": {
+            "triton": lambda: masked_linear(x, w, mask, bias, kernels="triton"),
+            "w * m before": lambda: linear(wm),
+            "w * m each time": lambda: linear(w * m),
+        },
+        "dx": {
+            "triton": lambda: OPS.masked_linear_dx(dy, w, mask, "triton"),
+            "w * m before": lambda: product(dy, wm),
+            "w * m each time": lambda: product(dy, w * m),
+        },
+        "dw": {
+            "triton": lambda: OPS.masked_linear_dw(dy, x, mask, "triton"),
+            "no mask": lambda: product(dy.mT, x),
+            "mask after": lambda: product(dy.mT, x) * m,
+        },
+        "ds": {
+            "triton": lambda: OPS.masked_linear_ds(dy, x, w, "triton"),
+            "times w after": lambda: product(dy.mT, x) * w,
+        },
+    }[which]
+    least = floor(*shape, w.element_size())
+    if which == "ds":  # reads w instead of the mask
+        least["bytes"] += w.numel() * w.element_size() - mask.numel()
+    with precision(part):
+        timed = rows(here, f"{which} {said(shape)}", least, part, "triton", rivals)
+    figures = {}
+    if (part, shape, which) == ("bf16", (1, 512, 4096, 4096), "y"):
+        figures["of cuBLAS on w * m"] = ratio(
+            median(timed, "triton", "graph"), median(timed, "w * m before", "graph")
+        )
+    return {"times": timed, "figures": figures}
+
+
+def benchmarks(part: str, here: Here) -> Iterator[Case]:
+    for shape in chosen(here, part):
+        for which in ("y", "dx", "dw", "ds"):
+            yield Case(f"{which} {said(shape)}", part, partial(benchmark, here, part, shape, which))

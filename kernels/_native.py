@@ -1,0 +1,86 @@
+"""The native CPU kernels (kernels/native), loaded with ctypes; torch does their work where they are missing.
+
+LIB: the library, or None. WHY: one line that says what was loaded, or why nothing was. LEVEL: "avx512",
+"avx2", "plain", or None without a library.
+
+SPARSELTH_NATIVE = auto | off | plain | avx2 | avx512 chooses the level; auto, the default, is the highest.
+SPARSELTH_NATIVE_LIB = PATH loads another build of the library, for sanitizers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from functools import partial
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch  # first: its OpenMP runtime is the one the library then finds
+
+LEVELS = ("plain", "avx2", "avx512")
+
+
+def _load() -> tuple[ctypes.CDLL | None, str, str | None]:
+    wanted = os.environ.get("SPARSELTH_NATIVE", "auto")
+    if wanted == "off":
+        return None, "off by SPARSELTH_NATIVE", None
+    if wanted not in ("auto", *LEVELS):
+        return None, f"SPARSELTH_NATIVE is {wanted!r}, not auto, off, plain, avx2 or avx512", None
+    beside = [Path(__file__).with_name("_native_lib" + suffix) for suffix in EXTENSION_SUFFIXES]
+    if chosen := os.environ.get("SPARSELTH_NATIVE_LIB"):
+        beside = [Path(chosen)]
+    path = next((path for path in beside if path.exists()), None)
+    if path is None:
+        return None, f"not built: no {beside[0].name} (python setup.py build_ext --inplace)", None
+    try:
+        lib = ctypes.CDLL(str(path))
+        highest = lib.sparselth_level()
+    except (OSError, AttributeError) as error:
+        return None, f"{path.name} cannot be used: {error}", None
+    level = highest if wanted == "auto" else LEVELS.index(wanted)
+    if not lib.sparselth_choose(level):
+        return None, f"SPARSELTH_NATIVE is {wanted}, but this machine goes up to {LEVELS[highest]}", None
+    return lib, f"{path.name}, {LEVELS[level]}", LEVELS[level]
+
+
+LIB, WHY, LEVEL = _load()
+
+
+def levels() -> tuple[str, ...]:
+    """The levels this machine can run, () without a library."""
+    return LEVELS[: LIB.sparselth_level() + 1] if LIB else ()
+
+
+def choose(level: str) -> None:
+    """Let all kernels work at this level from now on; for tests."""
+    if LIB is None or not LIB.sparselth_choose(LEVELS.index(level)):
+        raise ValueError(f"level {level} on a machine that has {levels()}")
+
+
+def bind(entry: str, arguments: ctypes.Structure, *alive: object) -> Callable[[], None]:
+    """A function that calls `sparselth_<entry>(&arguments)`; `alive` lives as long as it does."""
+    assert LIB is not None, WHY
+    arguments.alive = alive
+    function = getattr(LIB, f"sparselth_{entry}")
+    function.restype = None
+    return partial(function, ctypes.byref(arguments))
+
+
+def use_native(kernels: str) -> bool:
+    """Whether the C kernels run: "native" where they must, "auto" where they can."""
+    if kernels == "native" and LIB is None:
+        raise ValueError(f'kernels="native", but the native kernels are missing: {WHY}')
+    if kernels not in ("auto", "native", "torch", "reference"):
+        raise ValueError(f"kernels is {kernels!r}, not auto, native, torch or reference")
+    return kernels == "native" or (kernels == "auto" and LIB is not None)
+
+
+def address(t: torch.Tensor | None) -> int | None:
+    """What goes into a pointer field of the arguments."""
+    return None if t is None else t.data_ptr()
+
+
+def threads() -> int:
+    """Threads for a call: torch's."""
+    return torch.get_num_threads()

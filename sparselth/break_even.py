@@ -1,0 +1,145 @@
+"""Below which share of survivors a layer is trained faster compressed than dense, on this machine.
+
+Measured once for each layer shape, processor and library, on one thread, and kept in the user's cache
+folder. A compressed layer's time is a straight line in its density: two random masks give the line, and
+break-even is where it meets 95 % of the dense layer's time, update included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparselth import nn
+from sparselth.compressed import COLUMNS, Ends, Product, make_index
+from sparselth.kernels.masked_update import masked_adam
+from sparselth.kernels.step_parts import Call
+from sparselth.machine import cpu_name
+from sparselth.models import Conv, Layer, Model, TensorSpec
+from sparselth.runs import write_atomically
+
+MARGIN = 0.95
+DENSITIES = 0.05, 0.35
+ROUNDS, SECONDS = 5, 0.1  # rounds of all, interleaved, until the time is up
+
+
+def break_even(model: Model, batch: int, kernels: str) -> dict[str, float]:
+    """Break-even density of every weight tensor for "native" or "torch" kernels; 0 where dense is best.
+
+    What the cache does not hold is measured now: a second or two for a small network.
+    """
+    file = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sparselth" / "break_even.json"
+    known: dict[str, float] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(file.read_text())
+    found, before = {}, len(known)
+    for spec, layer, shape in model.producers:
+        first = spec is model.weights[0]
+        key = f"{layer} {'first ' * first}on {list(shape)}, batch {batch}, {kernels}"
+        key += f", {cpu_name()}, torch {torch.__version__}"
+        if key not in known:
+            known[key] = round(_measure(spec, layer, shape, batch, first, kernels), 3)
+        found[spec.name] = known[key]
+    if len(known) > before:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, (json.dumps(known, indent=1, sort_keys=True) + "\n").encode())
+    return found
+
+
+def _measure(
+    spec: TensorSpec, layer: Layer, before: tuple[int, ...], batch: int, first: bool, kernels: str
+) -> float:
+    """One layer's break-even density."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        calls = [_dense(spec, layer, before, batch, first)]
+        calls += [_compressed(spec, layer, before, batch, first, kernels, share) for share in DENSITIES]
+        dense, sparse, denser = _seconds(calls)
+    finally:
+        torch.set_num_threads(threads)
+    slope = max(denser - sparse, 1e-9) / (DENSITIES[1] - DENSITIES[0])
+    return min(1.0, max(0.0, DENSITIES[0] + (MARGIN * dense - sparse) / slope))
+
+
+def _seconds(calls: list[Call]) -> list[float]:
+    """The least seconds of each, all in turn."""
+    best = [float("inf")] * len(calls)
+    began, rounds = time.perf_counter(), 0
+    while rounds < ROUNDS or time.perf_counter() - began < SECONDS:
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - start)
+        rounds += 1
+    return best
+
+
+def _dense(spec: TensorSpec, layer: Layer, before: tuple[int, ...], batch: int, first: bool) -> Call:
+    """Forward, backward and masked update of a dense layer, as `sparselth.nn` has it."""
+    after = _after(layer, before)
+    weights, grad = _random(1, *spec.matrix), torch.zeros(1, *spec.matrix)
+    bias, dbias = torch.zeros(2, 1, spec.shape[0], 1)
+    y = nn.activation(weights, 1, after, batch)
+    x, dy = nn.activation(weights, 1, before, batch).normal_(), torch.randn_like(y)
+    args = (weights, bias, grad, dbias, y, before, first)
+    product = nn.DenseConv(layer, *args) if isinstance(layer, Conv) else nn.DenseLinear(*args)
+    update = _update(weights, grad, torch.ones(1, spec.numel))
+
+    def run() -> None:
+        product.forward(x)
+        product.backward(dy)
+        update()
+
+    return run
+
+
+def _compressed(
+    spec: TensorSpec,
+    layer: Layer,
+    before: tuple[int, ...],
+    batch: int,
+    first: bool,
+    kernels: str,
+    density: float,
+) -> Call:
+    """The same of a compressed layer under a random mask."""
+    mask = torch.rand(spec.matrix, generator=torch.Generator().manual_seed(0)) < density
+    index = make_index(spec, layer, before, mask, first)
+    after, columns = _after(layer, before), -(-batch // COLUMNS) * COLUMNS
+    weights, grad = _random(1, index.kept), torch.zeros(1, index.kept)
+    x, y = _random(prod(before), columns), torch.zeros(prod(after), columns)
+    ends = Ends(x, y, None if first else torch.zeros_like(x), torch.randn_like(y))
+    product = Product(layer, spec, before, after, weights[0], grad[0], index, kernels)
+    calls = product.forward(ends, torch.zeros(spec.shape[0]), relu=False) + product.backward(ends)
+    update = _update(weights, grad, None)
+
+    def run() -> None:
+        for call in calls:
+            call()
+        update()
+
+    return run
+
+
+def _after(layer: Layer, before: tuple[int, ...]) -> tuple[int, ...]:
+    c, h, w = (*before, 1, 1)[:3]
+    return Model("", (c, h, w), (layer,), {}, "").shapes[1]
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _update(weights: Tensor, grad: Tensor, mask: Tensor | None) -> Call:
+    w, g = weights.view(1, -1), grad.view(1, -1)
+    moments = [torch.zeros_like(w), torch.zeros_like(w)]
+    step = torch.ones(())
+    return lambda: masked_adam(w, g, mask, moments, step, 1e-4, 0.0)

@@ -1,0 +1,110 @@
+"""--kernels: what it chooses, what it refuses, and that every choice trains the same network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from sparselth import dispatch, pruning
+from sparselth.batches import Resident
+from sparselth.config import Recipe, Replica
+from sparselth.errors import UsageError
+from sparselth.models import get_model
+from sparselth.nn import init_weights
+from sparselth.runs import RunRecord
+from sparselth.streams import stream
+from sparselth.train import State, fit
+
+ADAM = Recipe(steps=2, lr=1.2e-3, batch_size=3, eval_every=2, weight_decay=1e-3)
+SGD = replace(ADAM, optimizer="sgd", lr=0.05)
+TICKET = Replica(0, "ticket", 1)
+
+
+def trained(name: str, data: Resident, recipe: Recipe, kernels: str) -> tuple[State, torch.Tensor]:
+    model = get_model(name)
+    weights = init_weights(model, stream(0, "ticket", 0, "init"))
+    rung = pruning.ladder(model, 1, 0.7, "layer")[1]
+    mask = pruning.prune(model, weights[: model.mask_size], pruning.full_mask(model), rung)
+    weights[: model.mask_size] *= mask
+    state = State.start(weights[None], recipe)
+    return fit(model, data, [TICKET], state, mask[None], recipe, kernels=kernels), mask
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("lenet-300-100", SGD), ("lenet5", ADAM)], ids=["lenet-300-100-sgd", "lenet5-adam"]
+)
+def test_triton_trains_what_the_reference_trains(name: str, recipe: Recipe, digits: Resident) -> None:
+    (ours, mask), (reference, _) = (trained(name, digits, recipe, k) for k in ("triton", "reference"))
+    for found, expected in zip(
+        (ours.weights, *ours.moments), (reference.weights, *reference.moments), strict=True
+    ):
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+        assert not found[0, : len(mask)][~mask].any()
+    assert ours.best_loss == pytest.approx(reference.best_loss, rel=1e-5)
+
+
+def test_imp_through_triton_gives_the_numbers_of_the_reference(imp: Callable[..., RunRecord]) -> None:
+    flags = "--model lenet5 --levels 1 --seeds 0 --arms ticket --batch-size 1 --workers 1"
+    ours, reference = (
+        imp(*flags.split(" "), "--kernels", kernels, out=kernels, steps=1)
+        for kernels in ("triton", "reference")
+    )
+    for found, expected in zip(ours.points, reference.points, strict=True):
+        assert found["kept"] == expected["kept"]
+        for key in ("validation_loss_at_early_stop", "final_accuracy"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-5), key
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_reference_is_dense_torch(device: str) -> None:
+    paths = vars(dispatch.choose("reference", device))
+    assert {path.takes for path in paths.values()} == {"torch", "none"}
+    assert all(path.why for path in paths.values())
+
+
+@pytest.mark.parametrize(("kernels", "built"), [("auto", True), ("auto", False), ("torch", True)])
+def test_a_cpu_trains_sparse_layers_compressed(
+    kernels: str, built: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not built:
+        monkeypatch.setattr(dispatch._native, "LIB", None)
+    elif dispatch._native.LIB is None:
+        pytest.skip(dispatch._native.WHY)
+    paths = dispatch.choose(kernels, "cpu")
+    native = built and kernels == "auto"
+    assert paths.csr_linear.takes == ("native" if native else "torch")
+    assert paths.sparse_conv2d.takes == ("native" if native else "none")
+    assert paths.masked_linear.takes == "torch"
+
+
+def test_native_kernels_that_were_not_built_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch._native, "LIB", None)
+    monkeypatch.setattr(dispatch._native, "WHY", "not built: no compiler")
+    with pytest.raises(UsageError, match="not built: no compiler"):
+        dispatch.choose("native", "cpu")
+
+
+def test_cuda_takes_triton_where_it_is_faster() -> None:
+    paths = dispatch.choose("auto", "cuda")
+    assert paths.masked_linear.takes == "torch"  # the zeros lie in the weights
+    assert paths.masked_conv2d.takes == "auto"
+    assert {paths.masked_update.takes, paths.magnitude_threshold.takes, paths.bitmask.takes} == {"triton"}
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("HAS_TRITON", "Triton is not installed"), ("INTERPRET", "TRITON_INTERPRET=1")]
+)
+def test_triton_that_cannot_run_is_refused_in_one_line(
+    name: str, hint: str, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(dispatch, name, False)
+    with pytest.raises(UsageError, match=hint):
+        dispatch.choose("triton", "cpu")
+    code, out, err = cli("imp", "--dataset", "mnist5k", "--kernels", "triton", "--device", "cpu", "-q")
+    assert (code, out) == (2, "")
+    assert hint in err
+    assert len(err.strip().splitlines()) == 1
