@@ -55,7 +55,7 @@ clean:
 	rm -rf $(VENV)
 
 # The interpreter: the first of these that runs, has venv, and is 3.11 to 3.13.
-$(STAMP): pyproject.toml setup.cfg
+$(STAMP): pyproject.toml setup.cfg setup.py $(wildcard kernels/native/*)
 	@set -e; \
 	for python in python3 python3.13 python3.12 python3.11; do \
 	  if $$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \

@@ -39,14 +39,16 @@ ROOT = Path(__file__).resolve().parents[1]
 class Op:
     parts: tuple[str, ...]  # each is checked in a process of its own and loses its times alone
     large: dict[str, int]  # which parts meet offsets beyond 2^31, and the GiB they need
+    tiny: tuple[str, ...]  # which parts the interpreter sees
 
 
+FLOATS = ("bf16", "fp16", "tf32", "ieee")
 OPS = {  # the order of benchmarks, should time run out
-    "masked_linear": Op(("bf16", "fp16", "tf32", "ieee"), {"bf16": 24, "far rows": 8}),
-    "masked_update": Op(("adam", "sgd"), {"sgd": 29}),
-    "magnitude_threshold": Op(("fp32", "fp16", "bf16"), {"fp32": 20, "fp16": 16}),
-    "masked_conv2d": Op(("bf16", "fp16", "tf32", "ieee"), {"bf16": 32}),
-    "bitmask": Op(("bits",), {"bits": 12}),
+    "masked_linear": Op(FLOATS, {"bf16": 24, "far rows": 8}, ("bf16", "ieee")),
+    "masked_update": Op(("adam", "sgd"), {"sgd": 29}, ("adam", "sgd")),
+    "magnitude_threshold": Op(("fp32", "fp16", "bf16"), {"fp32": 20, "fp16": 16}, ("fp32", "bf16")),
+    "masked_conv2d": Op(FLOATS, {"bf16": 32}, ("bf16", "ieee")),
+    "bitmask": Op(("bits",), {"bits": 12}, ("bits",)),
 }
 
 
@@ -78,14 +80,14 @@ LIMITS = {"device": 60, "checks": 200, "large": 150, "benchmarks": 150}  # secon
 class Job:
     """Cases of an op in a process of their own."""
 
-    kinds: list[str]  # "checks", "large", "benchmarks"; or "device" alone
     op: str
-    parts: list[str]
+    cases: list[tuple[str, str]]  # (kind, part); kinds are "checks", "large" and "benchmarks"
+    limit: float  # seconds
     gib: int = SMALL
     events: list[dict[str, Any]] = field(default_factory=list)  # how its cases went
 
     def __str__(self) -> str:
-        return " ".join([self.op, *self.parts, *self.kinds])
+        return " ".join([self.op, *dict.fromkeys(word for case in self.cases for word in case)])
 
 
 class Process:
@@ -120,7 +122,8 @@ class Process:
         self.job.events += [event for event in said if not {"plan", "begin"} & set(event)]
         if plan is None:
             if code != 0:
-                self.lost("start", self.job.parts or [""], self.why(code))
+                parts = dict.fromkeys(part for _, part in self.job.cases)
+                self.lost("start", [*parts], self.why(code))
             return True
         if code == 0:
             return True
@@ -178,7 +181,7 @@ class Check:
     def run(self) -> int:
         with tempfile.TemporaryDirectory() as name:
             self.folder = Path(name)
-            device = Job(["device"], "device", [])
+            device = Job("device", [("device", "")], LIMITS["device"])
             self.work([device])
             found = {key: value for event in device.events for key, value in event.items()}
             if found.get("missing", "") is not None:
@@ -193,7 +196,8 @@ class Check:
                 good = [part for part in OPS[op].parts if part not in self.failed(op)]
                 self.data["clocks"].append(clocks(f"before {op}"))
                 if good and self.size != "tiny":
-                    self.work([Job(["benchmarks"], op, good)])
+                    cases = [("benchmarks", part) for part in good]
+                    self.work([Job(op, cases, LIMITS["benchmarks"])])
             self.data["clocks"].append(clocks("at the end"))
         self.data["seconds"] = round(time.monotonic() - self.began, 1)
         self.save()
@@ -201,16 +205,18 @@ class Check:
         return 3 if verdict(self.data) else 0
 
     def checking(self) -> list[Job]:
-        """The checks, large ones first; in the interpreter a process for each op, and benchmarks untimed."""
+        """The checks, large ones first; in the interpreter a process for each op, benchmarks untimed."""
         jobs = []
-        for op in self.ops:
-            parts, large = OPS[op].parts, OPS[op].large
+        for name in self.ops:
+            op = OPS[name]
             if self.size == "tiny":
-                jobs.append(Job(["checks", "large", "benchmarks"], op, list(dict.fromkeys([*parts, *large]))))
+                kinds = {"checks": op.tiny, "large": op.large, "benchmarks": op.tiny}
+                cases = [(kind, part) for kind, parts in kinds.items() for part in parts]
+                jobs.append(Job(name, cases, SECONDS["tiny"]))
                 continue
-            jobs += [Job(["checks"], op, [part]) for part in parts]
+            jobs += [Job(name, [("checks", part)], LIMITS["checks"]) for part in op.parts]
             if self.size == "full":
-                jobs += [Job(["large"], op, [part], gib) for part, gib in large.items()]
+                jobs += [Job(name, [("large", part)], LIMITS["large"], gib) for part, gib in op.large.items()]
         return sorted(jobs, key=lambda job: -job.gib)
 
     def failed(self, op: str) -> set[str]:
@@ -248,11 +254,11 @@ class Check:
 
     def left(self, job: Job) -> float:
         """Seconds until a job must have ended."""
-        share = CHECKS_END if job.kinds in (["checks"], ["large"]) else 1
+        share = CHECKS_END if job.cases[0][0] in ("checks", "large") and self.size != "tiny" else 1
         return share * SECONDS[self.size] - (time.monotonic() - self.began)
 
     def command(self, job: Job) -> list[str]:
-        call = {"kinds": job.kinds, "op": job.op, "parts": job.parts, "size": self.size}
+        call = {"op": job.op, "wanted": job.cases, "size": self.size}
         call["anchors"] = self.data["anchors"]
         return [sys.executable, __file__, "--work", json.dumps(call)]
 
@@ -272,7 +278,7 @@ class Check:
             ]
             if not timed:
                 self.data["checks"].append({"op": job.op, **event, "found": found})
-        if job.kinds == ["device"]:
+        if job.op == "device":
             return
         bad = [event for event in job.events if not event["ok"]]
         self.progress(f"{job}: {len(job.events)} cases, {len(bad)} failed, {seconds:.0f} s")

@@ -40,10 +40,10 @@ from torch import Tensor
 
 from sparselth.kernels._triton import Aot, tl, triton
 from sparselth.kernels.bitmask import (
+    is_ragged,
     launch_count,
     places,
     popcount,
-    is_ragged,
     reference_pack,
     reference_unpack,
     use_triton,

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import time
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from sparselth import nn
 from sparselth.compressed import COLUMNS, Ends, Product, make_index
-from sparselth.kernels.masked_update import masked_adam
+from sparselth.kernels.masked_update import bind_masked_adam
 from sparselth.kernels.step_parts import Call
 from sparselth.machine import cpu_name
 from sparselth.models import Conv, Layer, Model, TensorSpec
@@ -60,7 +61,7 @@ def _measure(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        calls = [_dense(spec, layer, before, batch, first)]
+        calls = [_dense(spec, layer, before, batch, first, kernels)]
         calls += [_compressed(spec, layer, before, batch, first, kernels, share) for share in DENSITIES]
         dense, sparse, denser = _seconds(calls)
     finally:
@@ -82,7 +83,9 @@ def _seconds(calls: list[Call]) -> list[float]:
     return best
 
 
-def _dense(spec: TensorSpec, layer: Layer, before: tuple[int, ...], batch: int, first: bool) -> Call:
+def _dense(
+    spec: TensorSpec, layer: Layer, before: tuple[int, ...], batch: int, first: bool, kernels: str
+) -> Call:
     """Forward, backward and masked update of a dense layer, as `sparselth.nn` has it."""
     after = _after(layer, before)
     weights, grad = _random(1, *spec.matrix), torch.zeros(1, *spec.matrix)
@@ -91,7 +94,8 @@ def _dense(spec: TensorSpec, layer: Layer, before: tuple[int, ...], batch: int, 
     x, dy = nn.activation(weights, 1, before, batch).normal_(), torch.randn_like(y)
     args = (weights, bias, grad, dbias, y, before, first)
     product = nn.DenseConv(layer, *args) if isinstance(layer, Conv) else nn.DenseLinear(*args)
-    update = _update(weights, grad, torch.ones(1, spec.numel))
+    bits = torch.full((1, -(-spec.numel // 8)), 255, dtype=torch.uint8)
+    update = _update(weights, grad, bits, kernels)
 
     def run() -> None:
         product.forward(x)
@@ -119,7 +123,7 @@ def _compressed(
     ends = Ends(x, y, None if first else torch.zeros_like(x), torch.randn_like(y))
     product = Product(layer, spec, before, after, weights[0], grad[0], index, kernels)
     calls = product.forward(ends, torch.zeros(spec.shape[0]), relu=False) + product.backward(ends)
-    update = _update(weights, grad, None)
+    update = _update(weights, grad, None, kernels)
 
     def run() -> None:
         for call in calls:
@@ -138,8 +142,7 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _update(weights: Tensor, grad: Tensor, mask: Tensor | None) -> Call:
+def _update(weights: Tensor, grad: Tensor, bits: Tensor | None, kernels: str) -> Call:
     w, g = weights.view(1, -1), grad.view(1, -1)
-    moments = [torch.zeros_like(w), torch.zeros_like(w)]
-    step = torch.ones(())
-    return lambda: masked_adam(w, g, mask, moments, step, 1e-4, 0.0)
+    moments = torch.zeros_like(w), torch.zeros_like(w)
+    return partial(bind_masked_adam(w, g, moments, bits, kernels=kernels), 1, 1e-4)

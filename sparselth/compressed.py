@@ -176,7 +176,7 @@ class Chain:
                 dbias = None
             else:
                 if dx is not None and dbias is not None:
-                    backwards.append([bind_relu_backward(dx, None, dbias, kernels)])
+                    backwards.append([bind_relu_backward(dx.view(*before, -1), None, dbias, kernels)])
                 spec, _, _ = next(producers)
                 bias = model.biases[model.weights.index(spec)]
                 dbias = None if grad is None else layout.view(grad, bias)
@@ -194,7 +194,8 @@ class Chain:
                 forward = product.forward(ends, layout.view(weights, bias), relu)
                 backward = product.backward(ends) if grad is not None else []
                 if relu and dy is not None:
-                    backward.insert(0, bind_relu_backward(dy, y, dbias, kernels))
+                    shape = *after, columns
+                    backward.insert(0, bind_relu_backward(dy.view(shape), y.view(shape), dbias, kernels))
                     dbias = None
             forwards += forward
             backwards.append(backward)

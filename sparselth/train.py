@@ -22,9 +22,17 @@ from sparselth.config import Recipe, Replica
 from sparselth.dispatch import Paths, choose
 from sparselth.errors import SparselthError
 from sparselth.kernels import bitmask
-from sparselth.kernels.masked_update import masked_adam, masked_adam_many, masked_sgd, masked_sgd_many
+from sparselth.kernels.masked_update import (
+    Step,
+    bind_masked_adam,
+    bind_masked_sgd,
+    masked_adam,
+    masked_adam_many,
+    masked_sgd,
+    masked_sgd_many,
+)
 from sparselth.layout import Layout
-from sparselth.models import Conv, Model
+from sparselth.models import Conv, MaxPool, Model
 from sparselth.nn import Network, cross_entropy, cross_entropy_grad
 
 DIVERGED_LOSS = 1e6  # a network that knows nothing loses ln(classes)
@@ -163,7 +171,8 @@ def fit(
 
 def _compressed(model: Model, mask: Tensor, break_even: Mapping[str, float], paths: Paths) -> frozenset[str]:
     """The layers that are trained in the compressed domain."""
-    if len(mask) > 1 or paths.csr_linear.takes not in ("native", "torch"):
+    pools = {layer.size for layer in model.layers if isinstance(layer, MaxPool)}
+    if len(mask) > 1 or not pools <= {2} or paths.csr_linear.takes not in ("native", "torch"):
         return frozenset()
     kept = pruning.kept(model, mask[0])
     return frozenset(s.name for s in model.weights if kept[s.name] < break_even.get(s.name, 0.0) * s.numel)
@@ -230,9 +239,9 @@ def _fit(
         )
         mask = state.layout.mask(mask[0])
     dense = bool((mask.sum(1) == (model.prunable if state.layout is None else mask.shape[1])).all())
-    update = _updater(state, steps.grad, None if dense else mask, recipe, paths)
+    update, mask_bytes = _updater(state, steps.grad, None if dense else mask, recipe, paths)
     buffers = (state.weights, steps.grad, *state.moments)
-    state.bytes = sum(4 * t.numel() for t in buffers) + steps.index_bytes
+    state.bytes = sum(4 * t.numel() for t in buffers) + steps.index_bytes + mask_bytes
     began, training = time.perf_counter() - state.seconds, time.perf_counter()
 
     def validate() -> None:
@@ -278,39 +287,49 @@ def _fit(
 
 def _updater(
     state: State, grad: Tensor, mask: Tensor | None, recipe: Recipe, paths: Paths
-) -> Callable[[int, float], None]:
-    """The masked update, as a function of the optimizer's own step, from 1, and the learning rate."""
+) -> tuple[Step, int]:
+    """The masked update, as a function of the optimizer's own step, from 1, and the learning rate.
+
+    Beside it the bytes of its mask; `mask` None means that nothing is pruned.
+    """
     weights, moments = state.weights, state.moments
     adam, momentum, decay = recipe.optimizer == "adam", recipe.momentum, recipe.weight_decay
-    if paths.masked_update.takes == "triton":
-        r = len(weights)
-        count = torch.zeros(r, device=weights.device)
-        rate = torch.zeros(r, dtype=torch.float64, device=weights.device)
-        lists = [weights], [grad], [None if mask is None else _bits(mask, weights)]
+    takes = paths.masked_update.takes
+    if takes == "torch":
+        live = None if mask is None else mask.to(weights)
+        count = torch.zeros((), device=weights.device)
 
-        def launch(step: int, lr: float) -> None:
-            rate.fill_(lr)
+        def update(step: int, lr: float) -> None:
             if adam:
-                count.fill_(step)
-                first, second = ([moment] for moment in moments)
-                masked_adam_many(*lists, (first, second), [count], rate, weight_decay=decay, kernels="triton")
+                masked_adam(weights, grad, live, moments, count.fill_(step), lr, decay)
             else:
-                buffers = moments if momentum else None
-                masked_sgd_many(
-                    *lists, buffers, rate, momentum=momentum, weight_decay=decay, kernels="triton"
-                )
+                masked_sgd(weights, grad, live, moments[0], lr, momentum, decay)
 
-        return launch
-    live = None if mask is None else mask.to(weights)
-    count = torch.zeros((), device=weights.device)
-
-    def update(step: int, lr: float) -> None:
+        return update, 0 if live is None else 4 * live.numel()
+    bits = None if mask is None else _bits(mask, weights)
+    size = 0 if bits is None else bits.numel()
+    buffers = moments if adam or momentum else []
+    if takes == "native":
         if adam:
-            masked_adam(weights, grad, live, moments, count.fill_(step), lr, decay)
-        else:
-            masked_sgd(weights, grad, live, moments[0], lr, momentum, decay)
+            first, second = moments
+            return bind_masked_adam(weights, grad, (first, second), bits, weight_decay=decay), size
+        buffer = buffers[0] if buffers else None
+        return bind_masked_sgd(weights, grad, buffer, bits, momentum=momentum, weight_decay=decay), size
+    counts = torch.zeros(len(weights), device=weights.device)
+    rates = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
+    lists = [weights], [grad], [bits]
 
-    return update
+    def launch(step: int, lr: float) -> None:
+        rates.fill_(lr)
+        if adam:
+            both = [moments[0]], [moments[1]]
+            masked_adam_many(*lists, both, [counts.fill_(step)], rates, weight_decay=decay, kernels="triton")
+        else:
+            masked_sgd_many(
+                *lists, buffers or None, rates, momentum=momentum, weight_decay=decay, kernels="triton"
+            )
+
+    return launch, size
 
 
 def _bits(mask: Tensor, weights: Tensor) -> Tensor:

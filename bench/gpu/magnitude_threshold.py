@@ -125,7 +125,9 @@ def all_counts(here: Here, part: str) -> None:
 
 def missed(here: Here, part: str) -> None:
     """A bracket too narrow for its rank: it must be noticed and widened."""
-    p = problem(here, part, Setup([(60, 1000), (3, 7)], 2, 10**6, 0.9, seed=1))
+    p = problem(
+        here, part, Setup([here.pick((12, 64), (60, 1000), (60, 1000)), (3, 7)], 2, 10**6, 0.9, seed=1)
+    )
     with mock.patch.object(module, "SIGMAS", 0.001, create=True):
         agree(p, run(p), by_sort(p))
 

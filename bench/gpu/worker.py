@@ -21,16 +21,17 @@ from gpu.common import Case, Here, Skip, Wrong
 
 
 def work(
-    kinds: list[str],
     op: str,
-    parts: list[str],
+    wanted: list[tuple[str, str]],
     first: int,
     size: str,
     anchors: dict[str, Any],
     events: Path,
 ) -> None:
-    """`kinds`: "checks", "large", "benchmarks" of an op's module, or "device"; cases from `first` on."""
+    """The `wanted` (kind, part)s of an op's cases, or "device"; from case number `first` on."""
     torch.manual_seed(0)
+    if size == "tiny":
+        torch.set_num_threads(1)
     here = Here("cpu" if size == "tiny" else "cuda", size, anchors)
     with events.open("a") as file:
 
@@ -38,7 +39,7 @@ def work(
             file.write(json.dumps(event) + "\n")
             file.flush()
 
-        if kinds == ["device"]:
+        if op == "device":
             why = device.missing(size == "tiny")
             if why is None:
                 say(device=device.describe(here))
@@ -46,7 +47,7 @@ def work(
             say(missing=why)
             return
         module = importlib.import_module(f"gpu.{op}")
-        cases = [case for kind in kinds for part in parts for case in getattr(module, kind)(part, here)]
+        cases = [case for kind, part in wanted for case in getattr(module, kind)(part, here)]
         say(plan=[[case.name, case.part] for case in cases])
         for i, case in enumerate(cases[first:], first):
             say(begin=i)

@@ -165,11 +165,9 @@ def test_the_last_row_may_end_with_the_batch() -> None:
 @pytest.mark.parametrize("bad", [-1, 30, 2**40])
 def test_gather_refuses_an_index_outside_of_the_images(way: str, bad: int) -> None:
     d, kernels = data(generator(0), 30, 20), kernels_of(way)
-    if way == "torch" and bad == -1:
-        pytest.skip("torch counts from behind")
     index = torch.zeros(5, dtype=torch.int64)
     index[3] = bad
-    with pytest.raises((IndexError, RuntimeError)):
+    with pytest.raises(IndexError, match="from 0 to 29"):
         gather(**d, index=index, kernels=kernels)
 
 
