@@ -227,6 +227,7 @@ def test_two_seeds_on_two_cores(
             rewind=0,
             reinits=1,
             device="cpu",
+            kernels="auto",
             recipe=Recipe(steps=steps, lr=LR),
         )
 
@@ -234,7 +235,7 @@ def test_two_seeds_on_two_cores(
             path = tmp_path / str(next(numbers))
             with (
                 open_run(path, config, {}, resume=False) as folder,
-                Pool(config, images, path, len(seeds)) as pool,
+                Pool(config, images, path, len(seeds), {}) as pool,
             ):
                 pool.run(folder, Nobody())
 

@@ -244,9 +244,7 @@ class Check:
                         self.data["unfinished"].append(f"{job}: no time was left")
                         self.progress(f"{job}: no time is left")
                         continue
-                    running.append(
-                        Process(job, self.command(job), self.folder, min(left, LIMITS[job.kinds[0]]))
-                    )
+                    running.append(Process(job, self.command(job), self.folder, min(left, job.limit)))
                 time.sleep(0.02)
         finally:
             for process in running:

@@ -152,7 +152,7 @@ def bind_gather(
         if index.dtype != torch.int64 or index.shape != y.shape or not index.is_contiguous():
             raise ValueError(f"index: expected int64 [{batch}], got {index.dtype} {list(index.shape)}")
 
-    outside = IndexError(f"index: expected images from 0 to {count - 1}")
+    outside = f"index: expected images from 0 to {count - 1}"
     if _native.use_native(kernels):
         a = _Gather(
             images=images.data_ptr(),
@@ -175,14 +175,14 @@ def bind_gather(
             a.index = index.data_ptr()
             call()
             if a.bad:
-                raise outside
+                raise IndexError(outside)
 
         return run
 
     def run_torch(index: Tensor) -> None:
         check(index)
         if batch and not (index.min() >= 0 and index.max() < count):
-            raise outside
+            raise IndexError(outside)
         kept = images[index] if rows is None else images[index][:, rows]
         scaled = (t if rows is None else t[rows] for t in (shift, scale))
         x.copy_(_affine(kept, *scaled))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sparselth.kernels import bitmask
-from sparselth.models import Model
+from sparselth.kernels.magnitude_threshold import launch, split
+from sparselth.models import Model, TensorSpec
 
 
 def full_mask(model: Model) -> Tensor:
@@ -54,24 +55,29 @@ def ladder(model: Model, levels: int, rate: float, scope: str) -> list[dict[str,
     return found
 
 
-def prune(model: Model, weights: Tensor, mask: Tensor, keep: dict[str, int]) -> Tensor:
+def prune(model: Model, weights: Tensor, mask: Tensor, keep: dict[str, int], kernels: str = "auto") -> Tensor:
     """The mask [M] that keeps the `keep` largest magnitudes of `weights` [M] among those `mask` keeps.
 
-    `keep` is a rung of `ladder`; a rung above what `mask` keeps raises ValueError.
+    `keep` is a rung of `ladder`; a rung above what `mask` keeps raises ValueError. `kernels` is "triton",
+    "reference" or "auto", as in `sparselth.kernels.magnitude_threshold`.
     """
-    new = mask.clone()
-    spans = (
-        {"all": slice(0, model.mask_size)}
-        if "all" in keep
-        else {s.name: slice(s.offset, s.offset + s.numel) for s in model.weights}
+    alive = kept(model, mask)
+    if "all" in keep:
+        alive = {"all": sum(alive.values())}
+    for name, n in alive.items():
+        if keep[name] > n:
+            raise ValueError(f"{name}: cannot keep {keep[name]} of {n} weights")
+    going = torch.tensor([[n - keep[name] for name, n in alive.items()]], device=weights.device)
+    tensors = [_matrix(spec, weights)[None] for spec in model.weights]
+    buffer, _ = launch(
+        tensors,
+        going[:, 0] if "all" in keep else going,
+        [*packed(model, mask[None]).values()],
+        kernels=kernels,
     )
-    for name, span in spans.items():
-        alive = mask[span].nonzero().squeeze(1)  # ascending, and the sort below is stable
-        going = len(alive) - keep[name]
-        if going < 0:
-            raise ValueError(f"{name}: cannot keep {keep[name]} of {len(alive)} weights")
-        order = torch.sort(weights[span][alive].abs(), stable=True).indices
-        new[span.start + alive[order[:going]]] = False
+    new = torch.zeros_like(mask)
+    for spec, bits in zip(model.weights, split(buffer, tensors), strict=True):
+        _matrix(spec, new).copy_(bitmask.unpack(bits[0], spec.matrix[1]))
     return new
 
 
@@ -82,6 +88,10 @@ def shuffle(model: Model, mask: Tensor, generator: torch.Generator) -> Tensor:
         span = slice(spec.offset, spec.offset + spec.numel)
         new[span] = mask[span][torch.randperm(spec.numel, generator=generator)]
     return new
+
+
+def _matrix(spec: TensorSpec, flat: Tensor) -> Tensor:
+    return flat[spec.offset : spec.offset + spec.numel].view(spec.matrix)
 
 
 def _rounded(x: float) -> int:

@@ -24,6 +24,7 @@ from torch import Tensor
 from sparselth import pruning
 from sparselth.batches import Resident
 from sparselth.config import FRESH, ImpConfig, Replica
+from sparselth.dispatch import choose
 from sparselth.masks import pack, unpack
 from sparselth.models import Model, get_model
 from sparselth.nn import init_weights
@@ -143,7 +144,14 @@ def find_mask(config: ImpConfig, model: Model, run: Path, who: Replica) -> Tenso
         before[span] = torch.from_numpy(bits).flatten()
         weights[span][before[span]] = torch.from_numpy(arrays[f"kept/{spec.name}"])
     rungs = pruning.ladder(model, who.level, config.rate, config.scope)
-    mask = pruning.prune(model, weights, before, rungs[who.level])
+    kernels = choose(config.kernels, config.device).magnitude_threshold.takes
+    mask = pruning.prune(
+        model,
+        weights.to(config.device),
+        before.to(config.device),
+        rungs[who.level],
+        "triton" if kernels == "triton" else "reference",
+    ).cpu()
     if who.arm.startswith("random-"):
         mask = pruning.shuffle(model, mask, stream(who.seed, who.arm, who.level, "mask", who.draw))
     return mask

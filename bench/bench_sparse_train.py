@@ -1,0 +1,175 @@
+"""A whole training step at rising sparsity, batch 60, Adam, one thread: does sparse training get cheaper?
+
+    dense        the unpruned network's step, as sparselth trains level 0
+    best torch   conv nets: torch modules, the faster of NCHW and channels-last, fused Adam, without masks
+    masked       dense products, masked optimizer: --kernels reference
+    MKL CSR      the compressed domain through torch's sparse products: --kernels torch
+    sparselth    --kernels auto: compressed where that is faster here, see the break-even densities
+
+Masks are random, with the output layer at the root of the others' density, which costs more than those of
+pruning: they leave hardly a dead unit. Every rival must reach the reference's loss before it is timed.
+Single layers: bench_csr_linear.py and bench_sparse_conv2d.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparselth import pruning, train
+from sparselth.batches import Resident
+from sparselth.break_even import break_even
+from sparselth.config import Recipe, Replica
+from sparselth.data import load
+from sparselth.dispatch import choose
+from sparselth.kernels import _native
+from sparselth.layout import Layout
+from sparselth.models import Conv, Linear, MaxPool, Model, ReLU, get_model
+from sparselth.nn import init_weights
+from sparselth.streams import stream
+from sparselth.train import State
+
+WHO = Replica(0, "ticket", 0)
+RECIPE = Recipe(steps=10**6, lr=1.2e-3, batch_size=60, eval_every=10**6)
+
+
+def resident(model: Model) -> Resident:
+    """mnist5k, or as many random images where a model takes others: a step's time does not depend on them."""
+    data = Resident(load("mnist5k", Path()), "cpu", 100)
+    if model.input != (1, 28, 28):
+        generator = torch.Generator().manual_seed(0)
+        c, h, w = model.input
+        size = len(data.labels), c * h * w
+        data.images = torch.randint(256, size, dtype=torch.uint8, generator=generator)
+        data.scale, data.shift = torch.full((c * h * w, 1), 1 / 64), torch.full((c * h * w, 1), -2.0)
+    return data
+
+
+def random_mask(model: Model, density: float) -> Tensor:
+    """The mask [M] with exactly that share of every layer."""
+    noise = torch.rand(model.mask_size, generator=torch.Generator().manual_seed(1))
+    keep = {s.name: round(density ** (0.5 if s.output else 1.0) * s.numel) for s in model.weights}
+    return pruning.prune(model, noise, pruning.full_mask(model), keep)
+
+
+def sparselth_step(
+    model: Model, data: Resident, mask: Tensor, kernels: str, share: dict[str, float]
+) -> tuple[Callable[[], None], State]:
+    """What `train.fit` does for every step, and the state it works on."""
+    weights = init_weights(model, stream(0, "ticket", 0, "init"))[None]
+    weights[:, : model.mask_size] *= mask
+    state, paths = State.start(weights, RECIPE), choose(kernels, "cpu")
+    if names := train._compressed(model, mask[None], share, paths):
+        state.enter(Layout(model, mask, names))
+        steps: train.Steps = train.CompressedSteps(
+            model, state.layout, state.weights, data, WHO, RECIPE, paths.csr_linear.takes
+        )
+        inside = state.layout.mask(mask)
+        bits = None if inside.all() else inside
+    else:
+        steps = train._Dense(model, state, data, [WHO], mask[None], RECIPE, paths)
+        bits = None if int(mask.sum()) == model.prunable else mask[None]
+    update, _ = train._updater(state, steps.grad, bits, RECIPE, paths)
+
+    def step() -> None:
+        steps.gradients(state.step)
+        state.step += 1
+        update(state.step, RECIPE.lr)
+
+    return step, state
+
+
+def module(model: Model) -> nn.Sequential:
+    """The model in torch.nn."""
+    layers: list[nn.Module] = []
+    for layer, before in zip(model.layers, model.shapes, strict=False):
+        match layer:
+            case Conv(out, k, padding):
+                layers.append(nn.Conv2d(before[0], out, k, padding=padding))
+            case MaxPool(size):
+                layers.append(nn.MaxPool2d(size))
+            case ReLU():
+                layers.append(nn.ReLU())
+            case Linear(out):
+                layers += [nn.Flatten()] * (len(before) == 3)
+                layers.append(
+                    nn.Linear(before[0] if len(before) == 1 else before[0] * before[1] * before[2], out)
+                )
+    return nn.Sequential(*layers)
+
+
+def torch_step(model: Model, data: Resident, layout: torch.memory_format) -> Callable[[], None]:
+    """Dense torch at its best: images on the device as floats, fused Adam."""
+    net = module(model).to(memory_format=layout)
+    optimizer = torch.optim.Adam(net.parameters(), lr=RECIPE.lr, fused=True)
+    c, h, w = model.input
+    images = (
+        (data.images[:1200].float() * data.scale.T + data.shift.T)
+        .view(-1, c, h, w)
+        .contiguous(memory_format=layout)
+    )
+    place = 0
+
+    def step() -> None:
+        nonlocal place
+        span = slice(place % 1200, place % 1200 + 60)
+        place += 60
+        optimizer.zero_grad()
+        F.cross_entropy(net(images[span]), data.labels[span]).backward()
+        optimizer.step()
+
+    return step
+
+
+@pytest.mark.parametrize("name", ["lenet-300-100", "lenet5", "conv4"])
+def test_sparse_train_step(
+    name: str, interleaved: Callable[..., dict[str, Any]], show: Callable[[str], None]
+) -> None:
+    model = get_model(name)
+    data = resident(model)
+    big = model.prunable > 10**6
+    sparsities = (0.8, 0.9, 0.95) if big else (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
+    takes = choose("auto", "cpu").csr_linear.takes
+    share = break_even(model, RECIPE.batch_size, takes)
+    full = pruning.full_mask(model)
+    calls = 1 if big else 20
+    rivals = {"dense": (sparselth_step(model, data, full, "auto", {})[0], calls)}
+    if len(model.input) == 3 and any(isinstance(layer, Conv) for layer in model.layers):
+        rivals["torch NCHW"] = torch_step(model, data, torch.contiguous_format), calls
+        rivals["torch channels-last"] = torch_step(model, data, torch.channels_last), calls
+    for sparsity in sparsities:
+        mask = random_mask(model, 1 - sparsity)
+        runs = {"masked": ("reference", {}), "sparselth": ("auto", share)}
+        if not big and sparsity >= 0.9:
+            runs["MKL CSR"] = "torch", dict.fromkeys(share, 1.0)
+        found = {}
+        for label, (kernels, limit) in runs.items():
+            step, state = sparselth_step(model, data, mask, kernels, limit)
+            for _ in range(3):
+                step()
+            found[label] = state.expanded().weights
+            rivals[f"{label} {sparsity:.0%}"] = step, calls
+        for label, weights in found.items():
+            error = (weights - found["masked"]).norm() / found["masked"].norm()
+            assert error < 1e-4, f"{label} at {sparsity:.0%}: {error:.1e} from the reference"
+    times = interleaved(rivals, 3 if big else 15)
+
+    dense = times["dense"]
+    vendor = [timing for label, timing in times.items() if label.startswith("torch")]
+    best = min([dense, *vendor], key=lambda timing: timing.median)
+    lines = [
+        f"{name}, one step, batch 60, Adam, one thread; {_native.WHY}",
+        "break-even densities: "
+        + ", ".join(f"{key.removesuffix('.weight')} {value:g}" for key, value in share.items()),
+        f"{'':<22}{'ms':>9}   {'quartiles':<22}{'of dense at its best':>20}",
+    ]
+    for label, t in times.items():
+        quartiles = f"{1e3 * t.low:.3f} to {1e3 * t.high:.3f}"
+        lines.append(f"{label:<22}{1e3 * t.median:>9.3f}   {quartiles:<22}{t.median / best.median:>20.2f}")
+    show("\n".join(lines))
