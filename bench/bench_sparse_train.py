@@ -7,7 +7,8 @@
     sparselth    --kernels auto: compressed where that is faster here, see the break-even densities
 
 Masks are random, with the output layer at the root of the others' density, which costs more than those of
-pruning: they leave hardly a dead unit. Every rival must reach the reference's loss before it is timed.
+pruning: they leave hardly a dead unit. Before it is timed every rival must have the reference's gradient:
+within 1e-5, in conv4 1e-2, where among a million activations a near-tie in a pool falls either way.
 Single layers: bench_csr_linear.py and bench_sparse_conv2d.py.
 """
 
@@ -151,13 +152,14 @@ def test_sparse_train_step(
         found = {}
         for label, (kernels, limit) in runs.items():
             step, state = sparselth_step(model, data, mask, kernels, limit)
-            for _ in range(3):
-                step()
-            found[label] = state.expanded().weights
+            step()
+            found[label] = state.expanded().moments[0]  # a tenth of the gradient
             rivals[f"{label} {sparsity:.0%}"] = step, calls
-        for label, weights in found.items():
-            error = (weights - found["masked"]).norm() / found["masked"].norm()
-            assert error < 1e-4, f"{label} at {sparsity:.0%}: {error:.1e} from the reference"
+        for label, slope in found.items():
+            error = (slope - found["masked"]).norm() / found["masked"].norm()
+            assert error < (1e-2 if big else 1e-5), (
+                f"{label} at {sparsity:.0%}: {error:.1e} from the reference"
+            )
     times = interleaved(rivals, 3 if big else 15)
 
     dense = times["dense"]

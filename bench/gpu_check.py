@@ -47,8 +47,8 @@ OPS = {  # the order of benchmarks, should time run out
     "masked_linear": Op(FLOATS, {"bf16": 24, "far rows": 8}, ("bf16", "ieee")),
     "masked_update": Op(("adam", "sgd"), {"sgd": 29}, ("adam", "sgd")),
     "magnitude_threshold": Op(("fp32", "fp16", "bf16"), {"fp32": 20, "fp16": 16}, ("fp32", "bf16")),
-    "masked_conv2d": Op(FLOATS, {"bf16": 32}, ("bf16", "ieee")),
     "bitmask": Op(("bits",), {"bits": 12}, ("bits",)),
+    "masked_conv2d": Op(FLOATS, {"bf16": 32}, ("bf16", "ieee")),
 }
 
 
@@ -68,7 +68,7 @@ TARGETS = [  # on an H200
     Target("masked_linear", "of cuBLAS on w * m", most=1.3),
 ]
 
-WIDTH = 8  # processes that check at a time; benchmarks have the device to themselves
+WIDTH = os.cpu_count() or 1  # processes that check (and compile) at a time; benchmarks run alone
 SMALL = 4  # GiB that a process without huge tensors may take
 RESTARTS = 4  # of a process that died, each behind the case that it died of
 SECONDS = {"tiny": 600, "quick": 115, "full": 465}  # for everything
@@ -191,7 +191,7 @@ class Check:
             self.data |= {"device": found["device"], "anchors": found["anchors"]}
             self.out = self.out or default_out(self.data["device"], self.size, self.ops)
             self.save()
-            self.work(self.checking(), WIDTH if self.size != "tiny" else os.cpu_count() or 1)
+            self.work(self.checking(), WIDTH)
             for op in self.ops:
                 good = [part for part in OPS[op].parts if part not in self.failed(op)]
                 self.data["clocks"].append(clocks(f"before {op}"))
@@ -205,19 +205,19 @@ class Check:
         return 3 if verdict(self.data) else 0
 
     def checking(self) -> list[Job]:
-        """The checks, large ones first; in the interpreter a process for each op, benchmarks untimed."""
-        jobs = []
-        for name in self.ops:
+        """The checks, slow ones first; in the interpreter a process for each op, benchmarks untimed."""
+        checks, large = [], []
+        for name in reversed(self.ops):
             op = OPS[name]
             if self.size == "tiny":
                 kinds = {"checks": op.tiny, "large": op.large, "benchmarks": op.tiny}
                 cases = [(kind, part) for kind, parts in kinds.items() for part in parts]
-                jobs.append(Job(name, cases, SECONDS["tiny"]))
+                checks.append(Job(name, cases, SECONDS["tiny"]))
                 continue
-            jobs += [Job(name, [("checks", part)], LIMITS["checks"]) for part in op.parts]
+            checks += [Job(name, [("checks", part)], LIMITS["checks"]) for part in op.parts]
             if self.size == "full":
-                jobs += [Job(name, [("large", part)], LIMITS["large"], gib) for part, gib in op.large.items()]
-        return sorted(jobs, key=lambda job: -job.gib)
+                large += [Job(name, [("large", part)], LIMITS["large"], g) for part, g in op.large.items()]
+        return checks + large
 
     def failed(self, op: str) -> set[str]:
         """The parts of an op that show no time; at least one check must have passed."""
@@ -276,6 +276,9 @@ class Check:
             ]
             if not timed:
                 self.data["checks"].append({"op": job.op, **event, "found": found})
+        failed = {(c["op"], c["part"]) for c in self.data["checks"] if not c["ok"]}
+        for name in ("times", "targets"):
+            self.data[name] = [row for row in self.data[name] if (row["op"], row["part"]) not in failed]
         if job.op == "device":
             return
         bad = [event for event in job.events if not event["ok"]]
@@ -357,14 +360,11 @@ def checks_table(data: dict[str, Any]) -> str:
 
 def times_table(data: dict[str, Any]) -> str:
     """Ours in microseconds, three ways; the fastest rival as ours is best taken, and the floor."""
-    failed = {(c["op"], c["part"]) for c in data["checks"] if not c["ok"]}
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in data["times"]:
         groups.setdefault((row["op"], row["part"], row["workload"]), []).append(row)
     lines, last = [], ""
     for (op, part, workload), rows in groups.items():
-        if (op, part) in failed or not any(row["ways"] for row in rows):
-            continue
         ours = next(row for row in rows if row["ours"])
         way = "graph" if microseconds(ours, "graph") else "cold"
         rivals = {row["rival"]: t for row in rows if not row["ours"] and (t := microseconds(row, way))}
@@ -424,7 +424,10 @@ def main() -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     os.environ["TRITON_INTERPRET"] = "1" if args.interpret else "0"
     size = "tiny" if args.interpret else "quick" if args.quick else "full"
-    return Check(size, [op for op in OPS if op in (args.only or OPS)], args.out).run()
+    try:
+        return Check(size, [op for op in OPS if op in (args.only or OPS)], args.out).run()
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -243,6 +243,7 @@ def lone(here: Here, part: str, masked: bool) -> dict[str, Any]:
     rivals: dict[str, Any] = {"triton": lambda: launch(p.weights, p.k, p.masks, kernels="triton")}
     if not masked:
         rivals["one read (amax)"] = w.amax
+    if part == "fp32" and not masked:
         rivals["kthvalue of |w|"] = lambda: flat.abs().kthvalue(k)
         if here.size != "quick":
             rivals["sort of |w|"] = lambda: flat.abs().sort()

@@ -24,7 +24,9 @@ SPENT = 0.4  # seconds after which a slow rival leaves the race, if it has 3 sam
 Run = Callable[[], object]
 
 
-def race(here: Here, rivals: Mapping[str, Run], no_graph: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+def race(
+    here: Here, rivals: Mapping[str, Run], ours: str, no_graph: tuple[str, ...] = ()
+) -> dict[str, dict[str, Any]]:
     """{rival: {way: {median_s, q1_s, q3_s, samples} or {none: why}}}; on a CPU all run once, untimed."""
     if here.device == "cpu":
         for run in rivals.values():
@@ -34,8 +36,14 @@ def race(here: Here, rivals: Mapping[str, Run], no_graph: tuple[str, ...] = ()) 
     starts: dict[tuple[str, str], tuple[Run | None, Run, int]] = {}
     found: dict[str, dict[str, Any]] = {name: {} for name in rivals}
     for name, run in rivals.items():
-        run()
-        run()
+        try:
+            run()
+            run()
+        except Exception as error:
+            if name == ours:
+                raise
+            found[name]["warm"] = {"none": str(error).splitlines()[0]}
+            continue
         estimate = once(None, run)
         calls = min(max(round(SAMPLE / max(estimate, 1e-7)), 1), 50)
         before = run if estimate < 0.01 else None  # what the cold sample flushed comes back
@@ -99,7 +107,7 @@ def rows(
     no_graph: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
     """A race as rows of the results."""
-    found = race(here, rivals, no_graph)
+    found = race(here, rivals, ours, no_graph)
     return [
         {"workload": workload, "rival": name, "ours": name == ours, "floor_s": here.floor(least, part)}
         | {"bytes": least["bytes"], "flops": least["flops"], "ways": ways}
