@@ -1,6 +1,6 @@
 """A whole training step at rising sparsity, batch 60, Adam, one thread: does sparse training get cheaper?
 
-    dense        the unpruned network's step, as sparselth trains level 0
+    dense        the unpruned network's step through the vendor's products: --kernels reference
     best torch   conv nets: torch modules, the faster of NCHW and channels-last, fused Adam, without masks
     masked       dense products, masked optimizer: --kernels reference
     MKL CSR      the compressed domain through torch's sparse products: --kernels torch
@@ -135,15 +135,16 @@ def test_sparse_train_step(
     model = get_model(name)
     data = resident(model)
     big = model.prunable > 10**6
-    sparsities = (0.8, 0.9, 0.95) if big else (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
+    sparsities = (0.2, 0.8, 0.9, 0.95) if big else (0.2, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
     takes = choose("auto", "cpu").csr_linear.takes
     share = break_even(model, RECIPE.batch_size, takes)
     full = pruning.full_mask(model)
     calls = 1 if big else 20
-    rivals = {"dense": (sparselth_step(model, data, full, "auto", {})[0], calls)}
+    rivals = {"dense": (sparselth_step(model, data, full, "reference", {})[0], calls)}
     if len(model.input) == 3 and any(isinstance(layer, Conv) for layer in model.layers):
         rivals["torch NCHW"] = torch_step(model, data, torch.contiguous_format), calls
         rivals["torch channels-last"] = torch_step(model, data, torch.channels_last), calls
+    rivals["sparselth 0%"] = sparselth_step(model, data, full, "auto", share)[0], calls
     for sparsity in sparsities:
         mask = random_mask(model, 1 - sparsity)
         runs = {"masked": ("reference", {}), "sparselth": ("auto", share)}

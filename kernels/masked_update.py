@@ -165,7 +165,7 @@ def bind_masked_sgd(
     def run_torch(step: int, lr: float) -> None:
         torch._fused_sgd_(
             [w],
-            [g if live is None else torch.where(live, g, 0.0)],
+            [g if live is None else (g.view(torch.int32) & live).view(torch.float32)],
             [] if a is None else [a],
             weight_decay=weight_decay,
             momentum=momentum,
@@ -215,7 +215,7 @@ def bind_masked_adam(
     def run_torch(step: int, lr: float) -> None:
         update(
             [w],
-            [g if live is None else torch.where(live, g, 0.0)],
+            [g if live is None else (g.view(torch.int32) & live).view(torch.float32)],
             [a],
             [b],
             [],
@@ -260,8 +260,9 @@ def _bind(
 
 
 def _live(w: Tensor, g: Tensor, a: Tensor | None, b: Tensor | None, bits: Tensor | None) -> Tensor | None:
+    """The mask as integers, all ones where a weight is kept: what they are and-ed with ends, NaN too."""
     _check_flat(w, g, a, b, bits)
-    return None if bits is None else unpack(bits, w.shape[-1])
+    return None if bits is None else unpack(bits, w.shape[-1]).to(torch.int32).neg_()
 
 
 def _check_flat(w: Tensor, g: Tensor, a: Tensor | None, b: Tensor | None, bits: Tensor | None) -> None:

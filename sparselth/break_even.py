@@ -2,7 +2,8 @@
 
 Measured once for each layer shape, processor and library, on one thread, and kept in the user's cache
 folder. A compressed layer's time is a straight line in its density: two random masks give the line, and
-break-even is where it meets 95 % of the dense layer's time, update included.
+break-even is where it meets 95 % of the dense layer's time, update included. Small layers can be faster
+through the compressed kernels even with all their weights; then it is ALWAYS.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from sparselth.models import Conv, Layer, Model, TensorSpec
 from sparselth.runs import write_atomically
 
 MARGIN = 0.95
-DENSITIES = 0.05, 0.35
+ALWAYS = 2.0
+DENSITIES = 0.05, 0.35, 1.0
 ROUNDS, SECONDS = 5, 0.1  # rounds of all, interleaved, until the time is up
 
 
@@ -63,9 +65,11 @@ def _measure(
     try:
         calls = [_dense(spec, layer, before, batch, first, kernels)]
         calls += [_compressed(spec, layer, before, batch, first, kernels, share) for share in DENSITIES]
-        dense, sparse, denser = _seconds(calls)
+        dense, sparse, denser, full = _seconds(calls)
     finally:
         torch.set_num_threads(threads)
+    if full < MARGIN * dense:
+        return ALWAYS
     slope = max(denser - sparse, 1e-9) / (DENSITIES[1] - DENSITIES[0])
     return min(1.0, max(0.0, DENSITIES[0] + (MARGIN * dense - sparse) / slope))
 

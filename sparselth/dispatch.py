@@ -71,5 +71,5 @@ def choose(kernels: str, device: str) -> Paths:
     if _native.LIB is None or kernels == "torch":
         mkl = Path("torch", "MKL's sparse products: " + ("asked for" if kernels == "torch" else _native.WHY))
         return Paths(zeros, zeros, torch, torch, torch, mkl, dense, mkl)
-    native = Path("native", _native.WHY)
+    native = Path("native", f"our C kernels, at level {_native.LEVEL}")
     return Paths(zeros, zeros, native, torch, torch, native, native, native)

@@ -169,7 +169,7 @@ def test_break_even_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = break_even.break_even(LENET, 60, "native")
     assert set(found) == {spec.name for spec in LENET.weights}
-    assert all(0 <= share <= 1 for share in found.values())
+    assert all(0 <= share <= 1 or share == break_even.ALWAYS for share in found.values())
     monkeypatch.setattr(break_even, "_measure", lambda *_: pytest.fail("measured again"))
     assert break_even.break_even(LENET, 60, "native") == found
     file = tmp_path / "sparselth" / "break_even.json"
@@ -188,7 +188,7 @@ def test_imp_says_what_a_level_costs(
         assert point["step_seconds"] > 0
         assert point["dense_state_bytes"] == 16 * LENET.flat_size
     first, *_, last = record.points
-    assert first["state_bytes"] == first["dense_state_bytes"]
+    assert first["dense_state_bytes"] <= first["state_bytes"] < 1.2 * first["dense_state_bytes"]
     assert last["weights_remaining"] < 0.04
     if _native.LIB:
         assert last["state_bytes"] < 0.12 * last["dense_state_bytes"]

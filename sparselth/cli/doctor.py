@@ -22,7 +22,7 @@ def doctor(data_dir: Path | None, as_json: bool, quiet: bool, debug: bool) -> in
     from sparselth import machine
 
     facts = machine.environment()
-    checks = [_torch(), _torchvision(), _training(), *_data(data_dir), _writable(Path("runs"))]
+    checks = [_torch(), _torchvision(), _native(), _training(), *_data(data_dir), _writable(Path("runs"))]
     good = all(check["ok"] for check in checks)
     kernels = _kernels()
     if as_json:
@@ -78,6 +78,17 @@ def _kernels() -> list[dict[str, str]]:
     except (ImportError, OSError, RuntimeError):
         return []
     return [{"op": op, "takes": path.takes, "why": path.why} for op, path in vars(paths).items()]
+
+
+def _native() -> dict[str, Any]:
+    """The C kernels are optional: without them sparse training works, slower."""
+    try:
+        from sparselth.kernels import _native as native
+    except (ImportError, OSError, RuntimeError) as error:
+        return _check("native", False, f"needs torch ({error})")
+    if native.LIB is None:
+        return _check("native", True, f"{native.WHY}; sparse products are torch's (MKL), which is slower")
+    return _check("native", True, f"C kernels for sparse training, {native.WHY}")
 
 
 def _torchvision() -> dict[str, Any]:

@@ -146,8 +146,9 @@ def _costs(record: RunRecord) -> str:
             f"{level:>5}  {percent(share):>9}   {1e3 * step:>17.3f}  {step / dense_seconds:>8.2f}"
             f"   {bytes_ / 1e3:>11,.0f}  {bytes_ / dense_bytes:>8.3f}"
         )
+    where = "one thread of a CPU" if record.config.device == "cpu" else "the GPU"
     legend = (
-        "What a level costs, training its ticket: steps without evaluations, on one thread of a CPU; and the "
+        f"What a level costs, training its ticket: its steps without evaluations, on {where}; and the "
         "weights, gradients, optimizer state, masks and indices, beside those of dense without a mask."
     )
     return "\n".join([_fill(legend), *lines])

@@ -1,0 +1,290 @@
+"""bench/gpu_check.py without a GPU: checks in the interpreter, and what it makes of crashes and timings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+def command(environment: dict[str, str], *flags: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, str(BENCH / "gpu_check.py"), *flags]
+    return subprocess.run(words, env=environment, capture_output=True, text=True)
+
+
+def test_checks_pass_in_the_interpreter(environment: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    flags = "--interpret", "--only", "bitmask", "--only", "masked_linear", "--out", str(out)
+    done = command(environment, *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "everything ran and passed" in done.stdout
+    data = json.loads(out.read_text())
+    assert {(c["op"], c["part"]) for c in data["checks"]} == {
+        ("bitmask", "bits"),
+        ("masked_linear", "bf16"),
+        ("masked_linear", "ieee"),
+        ("masked_linear", "far rows"),
+    }
+    assert len(data["checks"]) > 50
+    assert all(c["ok"] for c in data["checks"])
+    assert data["times"] == []
+
+
+def test_without_cuda_one_line_and_exit_code_1(environment: dict[str, str]) -> None:
+    done = command(environment | {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "finds no CUDA device" in done.stderr
+
+
+FAKE = """
+import json, os, sys, time
+args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+call, first = json.loads(args["--work"]), int(args["--first"])
+
+def say(**event):
+    with open(args["--events"], "a") as file:
+        file.write(json.dumps(event) + "\\n")
+
+if call["op"] == "device":
+    say(device={"name": "Test GPU", "gpu": "Test GPU, driver 1", "memory_bytes": 2**36,
+                "packages": {"torch": "2", "triton": "3"}})
+    say(anchors={"copy_bytes_per_s": 4e12, "flops_per_s": {"bf16": 8e14, "ieee": 5e13}})
+    say(missing=None)
+    sys.exit()
+((kind, part), *more) = call["wanted"]
+if kind == "benchmarks":
+    say(plan=[[part, part] for _, part in call["wanted"]])
+    for i, (_, part) in enumerate(call["wanted"]):
+        row = {"workload": "w", "rival": "triton", "ours": True, "floor_s": 1e-5, "bytes": 1, "flops": 1}
+        time_ = {"median_s": 2e-5, "q1_s": 1e-5, "q3_s": 3e-5, "samples": 9}
+        rows = [row | {"ways": {"cold": time_}},
+                row | {"rival": "dense", "ours": False, "ways": {"cold": time_}}]
+        say(end=i, case=part, part=part, ok=True,
+            found={"times": rows, "figures": {"of cuBLAS on w * m": 1.25}})
+    sys.exit()
+plan = ["good", "bad", "better"]
+say(plan=[[case, part] for case in plan])
+for i, case in enumerate(plan[first:], first):
+    say(begin=i)
+    if case == "bad":
+        if part == "fp16":
+            say(end=i, case=case, part=part, ok=False, message="y: error 1")
+            continue
+        if part == "tf32":
+            print("illegal memory access", file=sys.stderr)
+            os.abort()
+        if part == "ieee":
+            time.sleep(60)
+    say(end=i, case=case, part=part, ok=True, found={})
+"""
+
+
+def test_failures_crashes_and_hangs_cost_their_part_its_times(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu_check
+
+    fake, out = tmp_path / "fake.py", tmp_path / "found.json"
+    fake.write_text(FAKE)
+    monkeypatch.setattr(gpu_check, "__file__", str(fake))
+    monkeypatch.setitem(gpu_check.LIMITS, "checks", 4)
+    check = gpu_check.Check("full", ["masked_linear"], out)
+    assert check.run() == 3
+    data = json.loads(out.read_text())
+    assert {row["part"] for row in data["times"]} == {"bf16"}
+    found = {(c["part"], c["case"]): c.get("message", "") for c in data["checks"]}
+    assert found["fp16", "bad"] == "y: error 1"
+    assert found["fp16", "better"] == ""
+    assert found["tf32", "bad"] == "the process died (SIGABRT): illegal memory access"
+    assert found["tf32", "better"] == ""  # a new process went on
+    assert found["ieee", "good"] == ""
+    assert found["ieee", "bad"] == "no end after 4 s"
+    assert "did not run" in found["ieee", "1 more cases"]
+    printed = capsys.readouterr().out
+    assert "FAILED bad: y: error 1" in printed
+    assert "pass          masked_linear: of cuBLAS on w * m 1.25, at most 1.3" in printed
+    assert printed.count("x floor") == 1
+    assert "4 failed or did not run" in printed
+
+
+def test_no_time_left_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import gpu_check
+
+    (tmp_path / "fake.py").write_text(FAKE)
+    monkeypatch.setattr(gpu_check, "__file__", str(tmp_path / "fake.py"))
+    monkeypatch.setitem(gpu_check.SECONDS, "full", 6)
+    check = gpu_check.Check("full", ["bitmask"], tmp_path / "found.json")
+    assert check.run() == 3
+    assert check.data["times"] == []
+    assert any("no time was left" in line for line in check.data["unfinished"])
+
+
+def row(op: str, part: str, workload: str, rival: str, **ways: float) -> dict[str, Any]:
+    return {
+        "op": op,
+        "part": part,
+        "workload": workload,
+        "rival": rival,
+        "ours": rival == "triton",
+        "floor_s": 20e-6,
+        "ways": {way.replace("_", " "): {"median_s": 1e-6 * us} for way, us in ways.items()},
+    }
+
+
+def test_report_of_made_up_timings() -> None:
+    import gpu_check
+
+    bad = {"op": "masked_linear", "part": "tf32", "case": "c", "ok": False, "message": "off"}
+    skipped = {"op": "bitmask", "part": "bits", "case": "s", "ok": True, "skipped": "needs 12 GiB"}
+    data = {
+        "size": "full",
+        "ops": list(gpu_check.OPS),
+        "device": {"name": "NVIDIA H200", "gpu": "driver 1", "packages": {"torch": "2.11", "triton": "3.6"}},
+        "anchors": {"copy_bytes_per_s": 4.3e12, "flops_per_s": {"bf16": 7.9e14}},
+        "checks": [bad, skipped],
+        "times": [
+            row("masked_linear", "bf16", "y", "triton", cold=40, warm=35, graph=30, cold_graph=38),
+            row("masked_linear", "bf16", "y", "cuBLAS", cold=30, warm=28, graph=24, cold_graph=33),
+            row("masked_linear", "bf16", "y", "slow", cold=300, warm=280, graph=240),
+            row("magnitude_threshold", "fp32", "1e8", "triton", cold=1500, warm=1400),
+            row("magnitude_threshold", "fp32", "1e8", "kthvalue", cold=60000, warm=60000),
+        ],
+        "targets": [
+            {"op": "magnitude_threshold", "part": "fp32", "figure": "times kthvalue", "measured": 40.0},
+            {"op": "masked_linear", "part": "bf16", "figure": "of cuBLAS on w * m", "measured": 1.4},
+        ],
+        "unfinished": [],
+    }
+    lines = gpu_check.report(data).splitlines()
+    assert "copy 4.30 TB/s; TFLOP/s: bf16 790" in lines
+    assert "    FAILED c: off" in lines
+    assert "    skipped s: needs 12 GiB" in lines
+    linear = next(i for i, line in enumerate(lines) if line.split()[:2] == ["bf16", "y"])
+    assert lines[linear].split()[2:] == ["40.0", "35.0", "30.0", "20.0", "1.50x", "floor"]
+    assert lines[linear + 1].strip() == "1.25x of 24.0, cuBLAS (graph)"
+    assert any("0.03x of 60000, kthvalue (cold)" in line for line in lines)
+    assert "  pass          magnitude_threshold: times kthvalue 40.00, at least 20" in lines
+    assert "  MISS          masked_linear: of cuBLAS on w * m 1.40, at most 1.3" in lines
+    assert sum("not measured" in line for line in lines) == 3
+    assert lines[-1] == "1 failed or did not run"
+    assert max(map(len, lines)) <= 130
+    name = gpu_check.default_out({"name": "NVIDIA H200"}, "quick", ["bitmask"])
+    assert name.name == "nvidia-h200-quick-bitmask.json"
+
+
+def attempt(run: Any) -> dict[str, Any]:
+    from gpu.common import Case
+    from gpu.worker import attempt
+
+    return attempt(Case("case", "part", run), "cpu")
+
+
+def test_injected_faults_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu import bitmask, common, magnitude_threshold, masked_linear, masked_update
+    from gpu.common import Here
+
+    here = Here("cpu", "tiny")
+    linear = partial(masked_linear.check, here, "ieee", (1, 7, 12, 20))
+    update = partial(masked_update.single, here, "adam", [(37,)], [0.3])
+    threshold = partial(magnitude_threshold.check, here, "fp32", magnitude_threshold.TINY[1])
+    pack = partial(bitmask.check, here, (3, 20), torch.bool)
+    for run in (linear, update, threshold, pack):
+        assert attempt(run)["ok"]
+
+    right = masked_linear.masked_linear
+    monkeypatch.setattr(masked_linear, "masked_linear", lambda *args: right(*args) * (1 + 3e-6))
+    assert attempt(linear)["message"].startswith("y: error ")
+    step = masked_update.masked_adam_many
+
+    def eager(weights: list[torch.Tensor], *args: Any, **kwargs: Any) -> None:
+        step(weights, *args, **kwargs)
+        if kwargs["kernels"] == "triton":
+            weights[0] *= 1 + 1e-6
+
+    monkeypatch.setattr(masked_update, "masked_adam_many", eager)
+    assert "beyond 2 ulp" in attempt(update)["message"]
+    launch = magnitude_threshold.launch
+    monkeypatch.setattr(
+        magnitude_threshold,
+        "launch",
+        lambda w, k, m, kernels: launch(w, (k - 1).clamp(0), m, kernels=kernels),
+    )
+    assert not attempt(threshold)["ok"]
+    monkeypatch.setattr(bitmask, "launch_pack", lambda t, kernels: t.no_such_method())
+    assert attempt(pack)["message"].startswith("AttributeError: ")
+
+    def outside() -> None:
+        with common.poisoned():
+            t = torch.empty(5)
+            assert t.isnan().all()
+            t.as_strided((6,), (1,)).zero_()
+
+    assert "wrote outside a tensor of 5" in attempt(outside)["message"]
+
+
+def test_a_race_counts_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock of our own: 10 us a call, 200 ms for the slow one, which leaves early."""
+    from gpu import timing
+    from gpu.common import Here
+
+    class Graph:
+        def __init__(self, run: Any, calls: int) -> None:
+            if run is rivals["no graph"]:
+                raise RuntimeError("cannot be captured\nmore")
+            self.run, self.calls = run, calls
+
+        def replay(self) -> None:
+            for _ in range(self.calls):
+                self.run()
+
+    now = [0.0]
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    def once(before: Any, run: Any) -> float:
+        began = now[0]
+        run()
+        return now[0] - began
+
+    def broken() -> None:
+        raise RuntimeError("not on this device")
+
+    rivals = {
+        "ours": lambda: spend(1e-5),
+        "slow": lambda: spend(0.2),
+        "no graph": lambda: spend(2e-5),
+        "broken": broken,
+    }
+    plain = torch.empty
+    monkeypatch.setattr(timing, "graphed", Graph)
+    monkeypatch.setattr(timing, "once", once)
+    monkeypatch.setattr(timing, "l2_bytes", lambda: 16)
+    monkeypatch.setattr(torch, "empty", lambda *args, device, **kwargs: plain(*args, **kwargs))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = timing.race(Here("cuda", "full"), rivals, "ours")
+    assert set(found["ours"]) == {"cold", "warm", "graph", "cold graph"}
+    for ways in found["ours"].values():
+        assert ways["median_s"] == pytest.approx(1e-5)
+        assert ways["samples"] == 25
+    assert found["slow"]["cold"]["samples"] == 3
+    assert found["no graph"]["graph"] == {"none": "cannot be captured"}
+    assert found["no graph"]["warm"]["median_s"] == pytest.approx(2e-5)
+    assert found["broken"] == {"warm": {"none": "not on this device"}}
+    with pytest.raises(RuntimeError, match="not on this device"):
+        timing.race(Here("cuda", "full"), rivals, "broken")
