@@ -301,12 +301,20 @@ def _unit_stride(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def _near(*tensors: Tensor) -> None:
+    """Offsets within a tile are 32 bits wide: 128 rows or columns of one."""
+    for t in tensors:
+        if any(n > 1 and stride >= 2**24 for n, stride in zip(t.shape[1:], t.stride()[1:], strict=True)):
+            raise ValueError(f"expected rows less than 2^24 numbers apart, got strides {tuple(t.stride())}")
+
+
 def launch_product(
     v: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None, transposed: bool = False
 ) -> Tensor:
     """v (w * mask)^T + bias, or v (w * mask) if transposed."""
     (r, b, c), m = v.shape, w.shape[2 if transposed else 1]
     w, mask, bias = _unit_stride(w), _unit_stride(mask), None if bias is None else bias.contiguous()
+    _near(v, w)
     out = v.new_empty(r, b, m)
     kind = _kind(v.dtype)
     tile, programs = _choose(kind, m, b)
@@ -342,6 +350,7 @@ def launch_weight_grad(dy: Tensor, x: Tensor, factor: Tensor, scores: bool) -> T
     """(dy^T x) * factor: the weights for the gradient of the scores, else the packed mask."""
     (r, b, n), k = dy.shape, x.shape[2]
     factor = _unit_stride(factor)
+    _near(dy, x, factor)
     out = x.new_empty(r, n, k)
     kind = _kind(x.dtype)
     tile, programs = _choose(kind, n, k)

@@ -154,7 +154,7 @@ def checks(part: str, here: Here) -> Iterator[Case]:
     yield Case("every count, with NaN, infinities and zeros", part, partial(all_counts, here, part))
     yield Case("a missed bracket", part, partial(missed, here, part))
     yield Case("strides and addresses", part, partial(layouts, here, part))
-    for i in range(here.pick(3, 12, 50)):
+    for i in range(here.pick(1, 12, 50)):
         most = here.pick(30, 400, 700)
         shapes = [(draw.randint(1, most), draw.randint(1, most)) for _ in range(draw.randint(1, 3))]
         s = Setup(

@@ -301,3 +301,11 @@ def test_opcheck(environment: dict[str, str]) -> None:
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", OPCHECK], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_rows_too_far_apart_are_refused() -> None:
+    w = torch.zeros(1).as_strided((1, 2, 8), (0, 0, 0))
+    far = torch.empty(1, device="meta").as_strided((1, 2, 8), (0, 2**24, 1))
+    module._near(w, torch.zeros(3, 4, 5))
+    with pytest.raises(ValueError, match=r"less than 2\^24 numbers apart"):
+        module._near(w, far)
