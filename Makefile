@@ -23,9 +23,14 @@ imp: $(STAMP)
 	@echo "== sparselth imp --model lenet5 (stop with Ctrl-C; the next 'make imp' goes on)"
 	@$(BIN)/sparselth imp --model lenet5 --resume
 
+# The kernels' tests beside all others, each in a process of its own: two cores, half the time.
 test: $(STAMP)
-	@echo "== pytest"
-	@$(BIN)/python -m pytest -q -m "not science"
+	@echo "== pytest, two at a time: everything but the kernels, then what the kernels' tests said"
+	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
+	$(BIN)/python -m pytest -q -m "not science" tests/kernels -o cache_dir=.pytest_cache/kernels >"$$log" 2>&1 & \
+	kernels=$$!; \
+	$(BIN)/python -m pytest -q -m "not science" tests --ignore tests/kernels; others=$$?; \
+	wait $$kernels; code=$$?; cat "$$log"; exit $$((others | code))
 
 check: $(STAMP)
 	$(BIN)/ruff check .
