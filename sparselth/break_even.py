@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import time
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -26,6 +27,7 @@ from sparselth.kernels.step_parts import Call
 from sparselth.machine import cpu_name
 from sparselth.models import Conv, Layer, Model, TensorSpec
 from sparselth.runs import write_atomically
+from sparselth.vendor import VendorNetwork
 
 MARGIN = 0.95
 ALWAYS = 2.0
@@ -43,12 +45,12 @@ def break_even(model: Model, batch: int, kernels: str) -> dict[str, float]:
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(file.read_text())
     found, before = {}, len(known)
-    for spec, layer, shape in model.producers:
+    for spec, layer, shape, after in model.producers:
         first = spec is model.weights[0]
         key = f"{layer} {'first ' * first}on {list(shape)}, batch {batch}, {kernels}"
         key += f", {cpu_name()}, torch {torch.__version__}"
         if key not in known:
-            known[key] = round(_measure(spec, layer, shape, batch, first, kernels), 3)
+            known[key] = round(_measure(_Case(spec, layer, shape, after, first, batch, kernels)), 3)
         found[spec.name] = known[key]
     if len(known) > before:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -56,16 +58,25 @@ def break_even(model: Model, batch: int, kernels: str) -> dict[str, float]:
     return found
 
 
-def _measure(
-    spec: TensorSpec, layer: Layer, before: tuple[int, ...], batch: int, first: bool, kernels: str
-) -> float:
+@dataclass(frozen=True)
+class _Case:
+    """One layer as it stands in a network."""
+
+    spec: TensorSpec
+    layer: Layer
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    first: bool
+    batch: int
+    kernels: str
+
+
+def _measure(case: _Case) -> float:
     """One layer's break-even density."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        calls = [_dense(spec, layer, before, batch, first, kernels)]
-        calls += [_compressed(spec, layer, before, batch, first, kernels, share) for share in DENSITIES]
-        dense, sparse, denser, full = _seconds(calls)
+        dense, sparse, denser, full = _seconds([_dense(case), *(_compressed(case, d) for d in DENSITIES)])
     finally:
         torch.set_num_threads(threads)
     if full < MARGIN * dense:
@@ -87,19 +98,29 @@ def _seconds(calls: list[Call]) -> list[float]:
     return best
 
 
-def _dense(
-    spec: TensorSpec, layer: Layer, before: tuple[int, ...], batch: int, first: bool, kernels: str
-) -> Call:
-    """Forward, backward and masked update of a dense layer, as `sparselth.nn` has it."""
-    after = _after(layer, before)
+def _dense(case: _Case) -> Call:
+    """Forward, backward and masked update of a dense layer, as `sparselth.nn` or `vendor` has it."""
+    spec, layer, before, first = case.spec, case.layer, case.before, case.first
     weights, grad = _random(1, *spec.matrix), torch.zeros(1, *spec.matrix)
-    bias, dbias = torch.zeros(2, 1, spec.shape[0], 1)
-    y = nn.activation(weights, 1, after, batch)
-    x, dy = nn.activation(weights, 1, before, batch).normal_(), torch.randn_like(y)
-    args = (weights, bias, grad, dbias, y, before, first)
-    product = nn.DenseConv(layer, *args) if isinstance(layer, Conv) else nn.DenseLinear(*args)
     bits = torch.full((1, -(-spec.numel // 8)), 255, dtype=torch.uint8)
-    update = _update(weights, grad, bits, kernels)
+    update = _update(weights, grad, bits, case.kernels)
+    bias, dbias = torch.zeros(2, 1, spec.shape[0], 1)
+    if isinstance(layer, Conv):
+        model = Model("", (before[0], before[1], before[2]), (layer,), {}, "")
+        flat, slopes = _random(1, model.flat_size), torch.zeros(1, model.flat_size)
+        vendor = VendorNetwork(model, flat, slopes, first=first)
+        x = _random(1, prod(before), case.batch).mT.contiguous().mT
+        dy = torch.randn(case.batch, *case.after).contiguous(memory_format=torch.channels_last)
+
+        def convolve() -> None:
+            vendor.forward(x)
+            vendor.backward(dy.movedim(0, -1)[None])
+            update()
+
+        return convolve
+    y = nn.activation(weights, 1, case.after, case.batch)
+    x, dy = nn.activation(weights, 1, before, case.batch).normal_(), torch.randn_like(y)
+    product = nn.DenseLinear(weights, bias, grad, dbias, y, before, first)
 
     def run() -> None:
         product.forward(x)
@@ -109,25 +130,18 @@ def _dense(
     return run
 
 
-def _compressed(
-    spec: TensorSpec,
-    layer: Layer,
-    before: tuple[int, ...],
-    batch: int,
-    first: bool,
-    kernels: str,
-    density: float,
-) -> Call:
+def _compressed(case: _Case, density: float) -> Call:
     """The same of a compressed layer under a random mask."""
+    spec, before = case.spec, case.before
     mask = torch.rand(spec.matrix, generator=torch.Generator().manual_seed(0)) < density
-    index = make_index(spec, layer, before, mask, first)
-    after, columns = _after(layer, before), -(-batch // COLUMNS) * COLUMNS
+    index = make_index(spec, case.layer, before, mask, case.first)
+    columns = -(-case.batch // COLUMNS) * COLUMNS
     weights, grad = _random(1, index.kept), torch.zeros(1, index.kept)
-    x, y = _random(prod(before), columns), torch.zeros(prod(after), columns)
-    ends = Ends(x, y, None if first else torch.zeros_like(x), torch.randn_like(y))
-    product = Product(layer, spec, before, after, weights[0], grad[0], index, kernels)
+    x, y = _random(prod(before), columns), torch.zeros(prod(case.after), columns)
+    ends = Ends(x, y, None if case.first else torch.zeros_like(x), torch.randn_like(y))
+    product = Product(case.layer, spec, before, case.after, weights[0], grad[0], index, case.kernels)
     calls = product.forward(ends, torch.zeros(spec.shape[0]), relu=False) + product.backward(ends)
-    update = _update(weights, grad, None, kernels)
+    update = _update(weights, grad, None, case.kernels)
 
     def run() -> None:
         for call in calls:
@@ -135,11 +149,6 @@ def _compressed(
         update()
 
     return run
-
-
-def _after(layer: Layer, before: tuple[int, ...]) -> tuple[int, ...]:
-    c, h, w = (*before, 1, 1)[:3]
-    return Model("", (c, h, w), (layer,), {}, "").shapes[1]
 
 
 def _random(*shape: int) -> Tensor:

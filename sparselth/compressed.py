@@ -61,7 +61,7 @@ class CompressedEvaluator:
             self.rows = layout.inputs.nonzero()[:, 0].int()
         self.index = {
             spec.name: self._index(spec, layer, before)
-            for spec, layer, before in model.producers
+            for spec, layer, before, _ in model.producers
             if spec.name in layout.compressed
         }
         self.chains: dict[int, Chain] = {}
@@ -177,7 +177,7 @@ class Chain:
             else:
                 if dx is not None and dbias is not None:
                     backwards.append([bind_relu_backward(dx.view(*before, -1), None, dbias, kernels)])
-                spec, _, _ = next(producers)
+                spec, *_ = next(producers)
                 bias = model.biases[model.weights.index(spec)]
                 dbias = None if grad is None else layout.view(grad, bias)
                 slope = None if grad is None else layout.view(grad, spec)

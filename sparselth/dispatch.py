@@ -22,7 +22,8 @@ ZEROS = "zeros lie in the weights, so the vendor's product needs no mask"
 class Path:
     """What an op takes, and why."""
 
-    takes: Literal["triton", "native", "torch", "auto", "none"]
+    takes: Literal["triton", "native", "torch", "vendor", "auto", "none"]
+    # vendor: the whole dense network through torch's own layers, where it has convolutions
     # auto: our kernel or the vendor's, measured for each shape; none: nothing is compressed
     why: str
 
@@ -72,4 +73,5 @@ def choose(kernels: str, device: str) -> Paths:
         mkl = Path("torch", "MKL's sparse products: " + ("asked for" if kernels == "torch" else _native.WHY))
         return Paths(zeros, zeros, torch, torch, torch, mkl, dense, mkl)
     native = Path("native", f"our C kernels, at level {_native.LEVEL}")
-    return Paths(zeros, zeros, native, torch, torch, native, native, native)
+    vendor = Path("vendor", "zeros lie in the weights; torch's convolution, channels-last")
+    return Paths(zeros, vendor, native, torch, torch, native, native, native)

@@ -112,11 +112,11 @@ class Model:
         return tuple(found)
 
     @property
-    def producers(self) -> tuple[tuple[TensorSpec, Layer, tuple[int, ...]], ...]:
-        """Every weight tensor with its layer and the shape of that layer's input."""
+    def producers(self) -> tuple[tuple[TensorSpec, Layer, tuple[int, ...], tuple[int, ...]], ...]:
+        """Every weight tensor with its layer and the shapes of that layer's input and output."""
         layers = [
-            (layer, before)
-            for layer, before in zip(self.layers, self.shapes, strict=False)
+            (layer, before, after)
+            for layer, before, after in zip(self.layers, self.shapes, self.shapes[1:], strict=False)
             if isinstance(layer, Conv | Linear)
         ]
         return tuple((spec, *pair) for spec, pair in zip(self.weights, layers, strict=True))

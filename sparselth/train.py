@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,7 @@ from sparselth.kernels.masked_update import (
 from sparselth.layout import Layout
 from sparselth.models import Conv, MaxPool, Model
 from sparselth.nn import Network, cross_entropy, cross_entropy_grad
+from sparselth.vendor import VendorNetwork
 
 DIVERGED_LOSS = 1e6  # a network that knows nothing loses ln(classes)
 
@@ -102,9 +104,9 @@ def evaluation_batch(model: Model) -> int:
 class Evaluator:
     """Mean cross-entropy and accuracy of R replicas, from evaluation batches that all of them see."""
 
-    def __init__(self, model: Model, weights: Tensor) -> None:
-        self.model, self.weights = model, weights
-        self.networks: dict[int, Network] = {}
+    def __init__(self, model: Model, weights: Tensor, vendor: bool = False) -> None:
+        self.model, self.weights, self.vendor = model, weights, vendor
+        self.networks: dict[int, Network | VendorNetwork] = {}
 
     def measure(self, chunks: Sequence[Chunk]) -> tuple[list[float], list[float]]:
         """(loss, accuracy), each a list of R."""
@@ -114,7 +116,11 @@ class Evaluator:
         for x, y in chunks:
             n = x.shape[2]
             if n not in self.networks:
-                self.networks[n] = Network(self.model, self.weights, n)
+                self.networks[n] = (
+                    VendorNetwork(self.model, self.weights)
+                    if self.vendor
+                    else Network(self.model, self.weights, n)
+                )
             logits = self.networks[n].forward(x.expand(r, -1, -1))
             more = cross_entropy(logits, y.expand(r, -1, -1))
             loss += more[0]
@@ -175,7 +181,22 @@ def _compressed(model: Model, mask: Tensor, break_even: Mapping[str, float], pat
     if len(mask) > 1 or not pools <= {2} or paths.csr_linear.takes not in ("native", "torch"):
         return frozenset()
     kept = pruning.kept(model, mask[0])
-    return frozenset(s.name for s in model.weights if kept[s.name] < break_even.get(s.name, 0.0) * s.numel)
+    found = {s.name for s in model.weights if kept[s.name] < break_even.get(s.name, 0.0) * s.numel}
+    # Convolutions go together, weighted by their work, since the vendor's want another layout of the images.
+    convs = {s.name: prod(after[1:]) for s, layer, _, after in model.producers if isinstance(layer, Conv)}
+    gain = sum(
+        convs.get(s.name, 0) * (min(break_even.get(s.name, 0.0), 1.05) * s.numel - kept[s.name])
+        for s in model.weights
+    )
+    if convs and gain <= 0 and paths.masked_conv2d.takes == "vendor":
+        return frozenset()
+    return frozenset(found | set(convs) if gain > 0 else found - set(convs))
+
+
+def _takes_vendor(model: Model, weights: Tensor, paths: Paths) -> bool:
+    """Whether a dense network goes through `VendorNetwork`: one replica with convolutions."""
+    convolves = any(isinstance(layer, Conv) for layer in model.layers)
+    return paths.masked_conv2d.takes == "vendor" and len(weights) == 1 and convolves
 
 
 class Steps(Protocol):
@@ -192,7 +213,7 @@ class Steps(Protocol):
 
 
 class _Dense:
-    """R replicas through `Network`."""
+    """R replicas through `Network`, or one through `VendorNetwork`."""
 
     def __init__(
         self,
@@ -206,10 +227,17 @@ class _Dense:
     ) -> None:
         self.grad = torch.zeros_like(state.weights)
         linear, conv = paths.masked_linear.takes, paths.masked_conv2d.takes
+        self.batches = Batches(data, replicas, recipe.batch_size)
+        self.index_bytes = 0
+        self.network: Network | VendorNetwork
+        if _takes_vendor(model, state.weights, paths):
+            self.network = VendorNetwork(model, state.weights, self.grad)
+            self.measure = Evaluator(model, state.weights, vendor=True).measure
+            return
+        conv = "torch" if conv == "vendor" else conv
         bits = pruning.packed(model, mask) if (linear, conv) != ("torch", "torch") else {}
         self.index_bytes = sum(t.numel() for t in bits.values())
         self.network = Network(model, state.weights, recipe.batch_size, self.grad, bits, linear, conv)
-        self.batches = Batches(data, replicas, recipe.batch_size)
         self.measure = Evaluator(model, state.weights).measure
 
     def gradients(self, step: int) -> None:
@@ -370,5 +398,6 @@ def scores(
         )
         found = [evaluator.measure(chunks)[1] for evaluator in evaluators]
     else:
-        found = [Evaluator(model, weights).measure(chunks)[1] for weights in both]
+        vendor = _takes_vendor(model, state.weights, paths)
+        found = [Evaluator(model, weights, vendor).measure(chunks)[1] for weights in both]
     return found[0], found[-1]

@@ -14,6 +14,7 @@ from torch import Tensor
 from sparselth.models import MODELS, Conv, Linear, MaxPool, Model, ReLU, get_model
 from sparselth.nn import Network, cross_entropy, cross_entropy_grad, init_weights, views
 from sparselth.streams import stream
+from sparselth.vendor import VendorNetwork
 
 # relative RMS error against float64 that torch's own product has, times three
 BOUND = {torch.float32: 1.5e-6, torch.float64: 1e-13}
@@ -47,7 +48,15 @@ def reference(model: Model, flat: Tensor, x: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def check(model: Model, replicas: int, batch: int, dtype: torch.dtype, seed: int, keep: float = 1.0) -> None:
+def check(
+    model: Model,
+    replicas: int,
+    batch: int,
+    dtype: torch.dtype,
+    seed: int,
+    keep: float = 1.0,
+    vendor: bool = False,
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     # on a grid, so that convolutions are exact in fp32 and no maximum of a pool is decided by rounding
     flat = (
@@ -59,7 +68,7 @@ def check(model: Model, replicas: int, batch: int, dtype: torch.dtype, seed: int
     x = x.mul(8).sub(4).clamp_min(0).round() / 4  # half of it black: equal values in a pooling window
     y = torch.randint(model.classes, (replicas, 1, batch), generator=generator)
     grad = torch.full_like(flat, float("nan"))  # every entry must be written
-    network = Network(model, flat, batch, grad)
+    network = VendorNetwork(model, flat, grad) if vendor else Network(model, flat, batch, grad)
     logits = network.forward(x.to(dtype))
     expected_flat = flat.double().clone().requires_grad_()
     expected = reference(model, expected_flat, x.double())
@@ -80,7 +89,15 @@ def check(model: Model, replicas: int, batch: int, dtype: torch.dtype, seed: int
 @pytest.mark.parametrize(("replicas", "batch"), [(1, 1), (1, 60), (3, 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_models_against_autograd(name: str, replicas: int, batch: int, dtype: torch.dtype) -> None:
+    batch = min(batch, 7) if get_model(name).prunable > 10**6 else batch
     check(get_model(name), replicas, batch, dtype, seed=0)
+
+
+@pytest.mark.parametrize("name", ["lenet-300-100", "lenet5", "conv2"])
+@pytest.mark.parametrize("batch", [1, 23])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_vendors_layers_against_autograd(name: str, batch: int, dtype: torch.dtype) -> None:
+    check(get_model(name), 1, batch, dtype, seed=0, vendor=True)
 
 
 @st.composite
@@ -112,6 +129,7 @@ def test_random_networks_against_autograd(
     model: Model, replicas: int, batch: int, seed: int, keep: float
 ) -> None:
     check(model, replicas, batch, torch.float64, seed, keep)
+    check(model, 1, batch, torch.float64, seed, keep, vendor=True)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
