@@ -32,7 +32,7 @@ def _load() -> tuple[ctypes.CDLL | None, str, str | None]:
         beside = [Path(chosen)]
     path = next((path for path in beside if path.exists()), None)
     if path is None:
-        return None, f"not built: no {beside[0].name} (python setup.py build_ext --inplace)", None
+        return None, f"not built (no {beside[0].name}); install again where there is a C compiler", None
     try:
         lib = ctypes.CDLL(str(path))
         highest = lib.sparselth_level()

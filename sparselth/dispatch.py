@@ -70,7 +70,8 @@ def choose(kernels: str, device: str) -> Paths:
         raise UsageError(f"--kernels native: {_native.WHY}; use --kernels auto")
     zeros, torch = Path("torch", ZEROS), Path("torch", "Triton's kernels need a CUDA device")
     if _native.LIB is None or kernels == "torch":
-        mkl = Path("torch", "MKL's sparse products: " + ("asked for" if kernels == "torch" else _native.WHY))
+        why = "asked for" if kernels == "torch" else "the C kernels are not there, see native"
+        mkl = Path("torch", f"MKL's sparse products: {why}")
         return Paths(zeros, zeros, torch, torch, torch, mkl, dense, mkl)
     native = Path("native", f"our C kernels, at level {_native.LEVEL}")
     vendor = Path("vendor", "zeros lie in the weights; torch's convolution, channels-last")

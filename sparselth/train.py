@@ -61,6 +61,7 @@ class State:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     step_seconds: float = 0.0  # of `seconds`, those that steps took
+    pace: list[float] = field(default_factory=list)  # seconds a step, between one evaluation and the next
     bytes: int = 0  # weights, gradients, optimizer state, masks and indices while training
     layout: Layout | None = None
 
@@ -270,7 +271,7 @@ def _fit(
     update, mask_bytes = _updater(state, steps.grad, None if dense else mask, recipe, paths)
     buffers = (state.weights, steps.grad, *state.moments)
     state.bytes = sum(4 * t.numel() for t in buffers) + steps.index_bytes + mask_bytes
-    began, training = time.perf_counter() - state.seconds, time.perf_counter()
+    began, training, done = time.perf_counter() - state.seconds, time.perf_counter(), state.step
 
     def validate() -> None:
         # replicas of one seed share their validation images
@@ -306,9 +307,11 @@ def _fit(
         update(state.step - start_step + 1, recipe.lr_at(state.step))
         state.step += 1
         if state.step % recipe.eval_every == 0 or state.step == recipe.steps:
-            state.step_seconds += time.perf_counter() - training
+            took = time.perf_counter() - training
+            state.step_seconds += took
+            state.pace.append(took / (state.step - done))
             validate()
-            training = time.perf_counter()
+            training, done = time.perf_counter(), state.step
     state.step_seconds += time.perf_counter() - training
     state.seconds = time.perf_counter() - began
 

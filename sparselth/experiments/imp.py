@@ -12,6 +12,7 @@ One-shot pruning takes every level's mask from the dense network.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Finished:
     who: Replica
     cell: dict[str, Any]
     evaluations: list[dict[str, Any]]
-    timings: dict[str, float]  # train_seconds in all; step_seconds of one step
+    timings: dict[str, float]  # train_seconds in all; step_seconds of one step, the median
 
 
 def needs(config: ImpConfig, who: Replica) -> Replica | None:
@@ -126,7 +127,7 @@ def train_cell(
         state.evaluations,
         {
             "train_seconds": state.seconds,
-            "step_seconds": state.step_seconds / (config.recipe.steps - start_step),
+            "step_seconds": statistics.median(state.pace),
         },
     )
 
@@ -211,6 +212,7 @@ def _save_state(file: Path, state: State) -> None:
         "evaluations": state.evaluations,
         "seconds": state.seconds,
         "step_seconds": state.step_seconds,
+        "pace": state.pace,
     }
     save_arrays(file, arrays, header)
 
@@ -229,4 +231,5 @@ def _load_state(file: Path, device: str) -> State:
         header["evaluations"],
         header["seconds"],
         header["step_seconds"],
+        header["pace"],
     )

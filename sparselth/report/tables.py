@@ -148,8 +148,9 @@ def _costs(record: RunRecord) -> str:
         )
     where = "one thread of a CPU" if record.config.device == "cpu" else "the GPU"
     legend = (
-        f"What a level costs, training its ticket: its steps without evaluations, on {where}; and the "
-        "weights, gradients, optimizer state, masks and indices, beside those of dense without a mask."
+        f"What a level costs, training its ticket on {where}: the median of its stretches between "
+        "evaluations; and weights, gradients, optimizer state, masks and indices, beside those of dense "
+        "without a mask."
     )
     return "\n".join([_fill(legend), *lines])
 
