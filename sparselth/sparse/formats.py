@@ -1,0 +1,242 @@
+"""How one layer can be computed: dense, torch CSR, or our kernels; each knows its layout and its bytes.
+
+Layouts of the activations:
+    rows           [B, K] or [B, C, H, W], as torch has them
+    channels-last  the same images, the channels side by side
+    columns        [K or C * H * W, B]: features-major, each feature's batch side by side, for our kernels
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparselth.kernels import _native
+from sparselth.kernels.csr_linear import CsrIndex, bind_csr_linear
+from sparselth.kernels.sparse_conv2d import Conv2dIndex, bind_sparse_conv2d
+from sparselth.kernels.step_parts import Call, bind_bias_relu, bind_max_pool
+from sparselth.sparse.compaction import Part, Select, rebuilt
+
+COLUMNS = 16  # a batch above 1 gets room for a multiple: one cache line
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a form stands, without the weights it was made from."""
+
+    name: str
+    key: str  # what its time depends on
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is chosen at once: a layer, and the ReLU behind it."""
+
+    part: Part
+    relu: bool
+
+    @property
+    def product(self) -> bool:
+        return isinstance(self.part.module, nn.Linear | nn.Conv2d)
+
+    @property
+    def kept(self) -> int:
+        module = self.part.module
+        return int((module.weight != 0).sum()) if isinstance(module, nn.Linear | nn.Conv2d) else 0
+
+    @property
+    def place(self) -> Place:
+        part, relu = self.part, " and ReLU" if self.relu else ""
+        key = f"{part.module}{relu} on {list(part.before)} -> {list(part.after)}, kept {self.kept}"
+        return Place(part.name, key, part.before, part.after)
+
+    @property
+    def dense_bytes(self) -> int:
+        return tensor_bytes([*self.part.module.parameters(), *self.part.module.buffers()])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One way to compute a stage: x -> y, images and vectors batch first."""
+
+    name: str
+    place: Place
+    layout: str
+    run: Callable[[Tensor], Tensor]
+    bytes: int = 0
+    seconds: float = 0.0  # of conversion
+
+    @property
+    def gives(self) -> str:
+        return self.layout if len(self.place.after) == 3 else "rows"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """One way to compute a stage features-major: `bind(x, y)`, [K, B] or [C, H, W, B], makes its calls."""
+
+    name: str
+    place: Place
+    bind: Callable[[Tensor, Tensor], list[Call]]
+    bytes: int = 0
+    seconds: float = 0.0
+    in_place: bool = False  # y is the memory of x
+    layout: str = "columns"
+    gives: str = "columns"
+
+
+Format = Rows | Columns
+SPARSE = "native", "CSR"
+
+
+def formats(stage: Stage) -> list[Format]:
+    """All ways that this machine has for a stage, plain torch first."""
+    module, relu = stage.part.module, stage.relu
+    plain = Rows("dense", stage.place, "rows", _torch(module, relu), stage.dense_bytes)
+    found: list[Format] = [plain]
+    if isinstance(module, nn.Conv2d):
+        turned = rebuilt(module, module.weight.detach().clone(memory_format=torch.channels_last), module.bias)
+        found.append(
+            Rows("channels-last", stage.place, "channels-last", _torch(turned, relu), stage.dense_bytes)
+        )
+        if _native.LIB is not None and _has_native(module):
+            found.append(_sparse_conv2d(stage, module))
+    elif isinstance(module, nn.Linear):
+        found += [_dense_columns(stage, module), _csr(stage, module)]
+        if _native.LIB is not None:
+            found.append(_csr_linear(stage, module))
+    else:
+        if len(stage.part.before) == 3:
+            found.append(Rows("channels-last", stage.place, "channels-last", plain.run, stage.dense_bytes))
+        in_place, bind = isinstance(module, nn.Flatten | nn.ReLU), partial(_bind, module, relu)
+        found.append(Columns("columns", stage.place, bind, stage.dense_bytes, in_place=in_place))
+    return found
+
+
+def columns(features: int, batch: int) -> Tensor:
+    """Room for the activations of a batch, [features, batch or more]."""
+    return torch.zeros(features, batch if batch == 1 else -(-batch // COLUMNS) * COLUMNS)
+
+
+def image(memory: Tensor, shape: tuple[int, ...], batch: int) -> Tensor:
+    """[K, B] or [C, H, W, B] of the memory that `columns` gave."""
+    return memory.view(*shape, -1)[..., :batch]
+
+
+def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _torch(module: nn.Module, relu: bool) -> Callable[[Tensor], Tensor]:
+    if not relu:
+        return module
+
+    def run(x: Tensor) -> Tensor:
+        y: Tensor = module(x)
+        return y.relu_()
+
+    return run
+
+
+def _dense_columns(stage: Stage, module: nn.Linear) -> Columns:
+    w, bias, relu = module.weight, module.bias, stage.relu
+
+    def bind(x: Tensor, y: Tensor) -> list[Call]:
+        if relu:
+            return [partial(torch.mm, w, x, out=y), bind_bias_relu(y, bias)]
+        if bias is None:
+            return [partial(torch.mm, w, x, out=y)]
+        return [partial(torch.addmm, bias[:, None], w, x, out=y)]
+
+    return Columns("dense columns", stage.place, bind, stage.dense_bytes)
+
+
+def _csr(stage: Stage, module: nn.Linear) -> Columns:
+    began, bias, relu = time.perf_counter(), module.bias, stage.relu
+    row, column = module.weight.nonzero().unbind(1)
+    starts = torch.zeros(module.out_features + 1, dtype=torch.int32)
+    starts[1:] = torch.bincount(row, minlength=module.out_features).cumsum(0)
+    values = module.weight.detach()[row, column]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        w = torch.sparse_csr_tensor(starts, column.int(), values, module.weight.shape, check_invariants=False)
+
+    def bind(x: Tensor, y: Tensor) -> list[Call]:
+        def run() -> None:
+            y.copy_(w @ x)
+            if bias is not None:
+                y.add_(bias[:, None])
+            if relu:
+                y.relu_()
+
+        return [run]
+
+    size = tensor_bytes([starts, column.int(), values, bias])
+    return Columns("CSR", stage.place, bind, size, time.perf_counter() - began)
+
+
+def _csr_linear(stage: Stage, module: nn.Linear) -> Columns:
+    began, bias, relu = time.perf_counter(), module.bias, stage.relu
+    index = CsrIndex.of(module.weight != 0, backward=False)
+    values = index.gather(module.weight.detach())
+
+    def bind(x: Tensor, y: Tensor) -> list[Call]:
+        return [bind_csr_linear(index, values, x, bias, y, relu)]
+
+    size = tensor_bytes([values, bias]) + index.bytes()
+    return Columns("native", stage.place, bind, size, time.perf_counter() - began)
+
+
+def _has_native(module: nn.Conv2d) -> bool:
+    square = all(len({*pair}) == 1 for pair in (module.stride, module.padding))
+    plain = module.dilation == (1, 1) and module.padding_mode == "zeros"
+    return square and plain and not isinstance(module.padding, str)
+
+
+def _sparse_conv2d(stage: Stage, module: nn.Conv2d) -> Columns:
+    began, bias, relu = time.perf_counter(), module.bias, stage.relu
+    size = stage.part.before[1], stage.part.before[2]
+    index = Conv2dIndex.of(module.weight != 0, size, module.stride[0], int(module.padding[0]), backward=False)
+    values = index.gather(module.weight.detach())
+
+    def bind(x: Tensor, y: Tensor) -> list[Call]:
+        return [bind_sparse_conv2d(index, values, x, bias, y, relu)]
+
+    bytes_ = tensor_bytes([values, bias]) + index.bytes()
+    return Columns("native", stage.place, bind, bytes_, time.perf_counter() - began)
+
+
+def _bind(module: nn.Module, relu: bool, x: Tensor, y: Tensor) -> list[Call]:
+    """Layers without weights."""
+    if isinstance(module, nn.Flatten):
+        return []
+    if isinstance(module, nn.ReLU):
+        return [bind_bias_relu(y)]
+    if isinstance(module, nn.MaxPool2d) and _halves(module):
+        return [bind_max_pool(x, y, relu)]
+    if isinstance(module, Select):
+        return [partial(_select, module.index, x, y)]
+    return [partial(_pool, module, relu, x, y)]
+
+
+def _halves(pool: nn.MaxPool2d) -> bool:
+    settings = pool.kernel_size, pool.stride, pool.padding, pool.dilation
+    return all(v in (n, (n, n)) for v, n in zip(settings, (2, 2, 0, 1), strict=True)) and not pool.ceil_mode
+
+
+def _select(index: Tensor, x: Tensor, y: Tensor) -> None:
+    y.copy_(x.index_select(0, index))
+
+
+def _pool(module: nn.Module, relu: bool, x: Tensor, y: Tensor) -> None:
+    z = module(x.permute(3, 0, 1, 2))
+    y.copy_((F.relu(z) if relu else z).permute(1, 2, 3, 0))
