@@ -191,7 +191,7 @@ def test_any_shape_dtype_and_order_of_axes(
         optimizer.step()
         other.step()
     assert not param[~mask].any()
-    size = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    size = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.2, torch.float16: 0.02}[dtype]
     assert torch.allclose(param, rival, rtol=size, atol=size, equal_nan=True)
 
 

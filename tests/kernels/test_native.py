@@ -56,7 +56,11 @@ def test_the_highest_level_is_the_default(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("SPARSELTH_NATIVE", "off", "off by SPARSELTH_NATIVE"),
         ("SPARSELTH_NATIVE", "fast", "SPARSELTH_NATIVE is 'fast', not auto, off, plain, avx2 or avx512"),
-        ("SPARSELTH_NATIVE_LIB", "none.so", "not built (no none.so); install again where there is a C compiler"),
+        (
+            "SPARSELTH_NATIVE_LIB",
+            "none.so",
+            "not built (no none.so); install again where there is a C compiler",
+        ),
         ("SPARSELTH_NATIVE_LIB", __file__, "test_native.py cannot be used: "),
     ],
 )
