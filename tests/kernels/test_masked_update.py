@@ -446,7 +446,7 @@ def test_native_steps_have_torchs_bits(
     for name, found, right in zip(names, views[:1] + views[2:], theirs[:1] + theirs[2:], strict=False):
         if level != "plain":
             assert found.flatten()[:whole].equal(right.flatten()[:whole]), name
-        torch.testing.assert_close(found, right, rtol=2e-6, atol=1e-7, msg=name)
+        torch.testing.assert_close(found, right, rtol=2e-6, atol=1e-6, msg=name)  # of terms up to 4
         assert not found[~live].any()
     for t in ours:
         assert (t[:offset] == 7).all()
