@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from sparselth.kernels._triton import HAS_TRITON, INTERPRET, Aot, tl, triton
 
@@ -199,7 +199,7 @@ def _check_bits(bits: Tensor) -> None:
         raise ValueError(f"expected packed bits, uint8 [..., bytes], got {bits.dtype} {tuple(bits.shape)}")
 
 
-@torch.library.custom_op("sparselth::pack", mutates_args=())
+@library.custom_op("sparselth::pack", mutates_args=())
 def pack(mask: Tensor) -> Tensor:
     """Mask [..., K], whatever is not 0 is kept, to uint8 bits [..., ceil(K / 8)]."""
     return launch_pack(mask)
@@ -210,7 +210,7 @@ def _(mask: Tensor) -> Tensor:
     return mask.new_empty((*mask.shape[:-1], -(-mask.shape[-1] // 8)), dtype=torch.uint8)
 
 
-@torch.library.custom_op("sparselth::unpack", mutates_args=())
+@library.custom_op("sparselth::unpack", mutates_args=())
 def unpack(bits: Tensor, k: int) -> Tensor:
     """Bits [..., ceil(k / 8)] to a bool mask [..., k]."""
     return launch_unpack(bits, k)
@@ -221,7 +221,7 @@ def _(bits: Tensor, k: int) -> Tensor:
     return bits.new_empty((*bits.shape[:-1], k), dtype=torch.bool)
 
 
-@torch.library.custom_op("sparselth::count", mutates_args=())
+@library.custom_op("sparselth::count", mutates_args=())
 def count(bits: Tensor, rows: bool = False) -> Tensor:
     """Ones, int64: of the whole tensor (0-dim), or of every row [...]."""
     return launch_count(bits, None, rows)
@@ -232,7 +232,7 @@ def _(bits: Tensor, rows: bool = False) -> Tensor:
     return bits.new_empty(bits.shape[:-1] if rows else (), dtype=torch.int64)
 
 
-@torch.library.custom_op("sparselth::hamming", mutates_args=())
+@library.custom_op("sparselth::hamming", mutates_args=())
 def hamming(a: Tensor, b: Tensor, rows: bool = False) -> Tensor:
     """Places where two masks differ, int64: of the whole tensor (0-dim), or of every row [...]."""
     return launch_count(a, b, rows)

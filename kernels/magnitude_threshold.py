@@ -36,7 +36,7 @@ from math import floor as round_down
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from sparselth.kernels._triton import Aot, tl, triton
 from sparselth.kernels.bitmask import (
@@ -328,7 +328,7 @@ def _check(weights: Sequence[Tensor], k: Tensor, masks: Sequence[Tensor]) -> Non
         raise ValueError(f"expected fewer than 2**32 weights a replica, got {8 * _starts(weights)[1]}")
 
 
-@torch.library.custom_op("sparselth::magnitude_threshold", mutates_args=())
+@library.custom_op("sparselth::magnitude_threshold", mutates_args=())
 def _op(weights: Sequence[Tensor], k: Tensor, masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return launch(weights, k, masks)
 

@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from sparselth.kernels._triton import HAS_TRITON, INTERPRET, Aot, tl, triton
 from sparselth.kernels.bitmask import launch_count, launch_unpack, use_triton
@@ -764,21 +764,21 @@ def _check(x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None, g: Geometry)
         raise ValueError(f"expected fewer than 2^31 numbers in x[r] and y[r]; got {got}")
 
 
-@torch.library.custom_op("sparselth::masked_conv2d", mutates_args=())
+@library.custom_op("sparselth::masked_conv2d", mutates_args=())
 def _forward(
     x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None, g: Sequence[int], kernels: str
 ) -> Tensor:
     return forward(x, w, mask, bias, _pairs(g), kernels)
 
 
-@torch.library.custom_op("sparselth::masked_conv2d_dgrad", mutates_args=())
+@library.custom_op("sparselth::masked_conv2d_dgrad", mutates_args=())
 def _dgrad(
     dy: Tensor, w: Tensor, mask: Tensor, size: Sequence[int], g: Sequence[int], kernels: str
 ) -> Tensor:
     return dgrad(dy, w, mask, size, _pairs(g), kernels)
 
 
-@torch.library.custom_op("sparselth::masked_conv2d_wgrad", mutates_args=())
+@library.custom_op("sparselth::masked_conv2d_wgrad", mutates_args=())
 def _wgrad(dy: Tensor, x: Tensor, mask: Tensor, g: Sequence[int], kernels: str) -> Tensor:
     return wgrad(dy, x, mask, _pairs(g), kernels)
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from sparselth.kernels._triton import HAS_TRITON, INTERPRET, Aot, tl, triton
 from sparselth.kernels.bitmask import reference_unpack, use_triton
@@ -416,7 +416,7 @@ def _check(x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None, scores: Tens
         raise ValueError(f"expected all on one device; got {got}")
 
 
-@torch.library.custom_op("sparselth::masked_linear", mutates_args=())
+@library.custom_op("sparselth::masked_linear", mutates_args=())
 def _forward(
     x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None, scores: Tensor | None, kernels: str
 ) -> Tensor:
@@ -425,21 +425,21 @@ def _forward(
     return reference(x, w, mask, bias)
 
 
-@torch.library.custom_op("sparselth::masked_linear_dx", mutates_args=())
+@library.custom_op("sparselth::masked_linear_dx", mutates_args=())
 def _dx(dy: Tensor, w: Tensor, mask: Tensor, kernels: str) -> Tensor:
     if use_triton(kernels, dy):
         return launch_product(dy, w, mask, None, transposed=True)
     return reference_dx(dy, w, mask)
 
 
-@torch.library.custom_op("sparselth::masked_linear_dw", mutates_args=())
+@library.custom_op("sparselth::masked_linear_dw", mutates_args=())
 def _dw(dy: Tensor, x: Tensor, mask: Tensor, kernels: str) -> Tensor:
     if use_triton(kernels, dy):
         return launch_weight_grad(dy, x, mask, scores=False)
     return reference_dw(dy, x, mask)
 
 
-@torch.library.custom_op("sparselth::masked_linear_ds", mutates_args=())
+@library.custom_op("sparselth::masked_linear_ds", mutates_args=())
 def _ds(dy: Tensor, x: Tensor, w: Tensor, kernels: str) -> Tensor:
     if use_triton(kernels, dy):
         return launch_weight_grad(dy, x, w, scores=True)
