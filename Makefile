@@ -4,7 +4,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-NATIVE_TESTS := native csr_linear sparse_conv2d step_parts masked_update
+NATIVE_TESTS := native csr_linear csr_packed sparse_conv2d step_parts masked_update
 
 .PHONY: imp test check bench science properties sanitize clean
 .DEFAULT_GOAL := help

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparselth import pruning, train
 from sparselth.batches import Resident
@@ -30,8 +30,8 @@ from sparselth.config import Recipe, Replica
 from sparselth.data import load
 from sparselth.dispatch import choose
 from sparselth.kernels import _native
-from sparselth.layout import Layout
-from sparselth.models import Conv, Linear, MaxPool, Model, ReLU, get_model
+from sparselth.measure.usual import network
+from sparselth.models import Conv, Model, get_model
 from sparselth.nn import init_weights
 from sparselth.streams import stream
 from sparselth.train import State
@@ -65,49 +65,20 @@ def sparselth_step(
     """What `train.fit` does for every step, and the state it works on."""
     weights = init_weights(model, stream(0, "ticket", 0, "init"))[None]
     weights[:, : model.mask_size] *= mask
-    state, paths = State.start(weights, RECIPE), choose(kernels, "cpu")
-    if names := train._compressed(model, mask[None], share, paths):
-        state.enter(Layout(model, mask, names))
-        steps: train.Steps = train.CompressedSteps(
-            model, state.layout, state.weights, data, WHO, RECIPE, paths.csr_linear.takes
-        )
-        inside = state.layout.mask(mask)
-        bits = None if inside.all() else inside
-    else:
-        steps = train._Dense(model, state, data, [WHO], mask[None], RECIPE, paths)
-        bits = None if int(mask.sum()) == model.prunable else mask[None]
-    update, _ = train._updater(state, steps.grad, bits, RECIPE, paths)
+    state = State.start(weights, RECIPE)
+    steps = train.prepare(model, data, train.Job(WHO, state, mask), RECIPE, kernels, share)
 
     def step() -> None:
-        steps.gradients(state.step)
+        steps.advance(state.step, 1, lambda: False)
         state.step += 1
-        update(state.step, RECIPE.lr)
 
     return step, state
 
 
-def module(model: Model) -> nn.Sequential:
-    """The model in torch.nn."""
-    layers: list[nn.Module] = []
-    for layer, before in zip(model.layers, model.shapes, strict=False):
-        match layer:
-            case Conv(out, k, padding):
-                layers.append(nn.Conv2d(before[0], out, k, padding=padding))
-            case MaxPool(size):
-                layers.append(nn.MaxPool2d(size))
-            case ReLU():
-                layers.append(nn.ReLU())
-            case Linear(out):
-                layers += [nn.Flatten()] * (len(before) == 3)
-                layers.append(
-                    nn.Linear(before[0] if len(before) == 1 else before[0] * before[1] * before[2], out)
-                )
-    return nn.Sequential(*layers)
-
-
 def torch_step(model: Model, data: Resident, layout: torch.memory_format) -> Callable[[], None]:
     """Dense torch at its best: images on the device as floats, fused Adam."""
-    net = module(model).to(memory_format=layout)
+    flat = init_weights(model, stream(0, "ticket", 0, "init"))
+    net = network(model, flat).to(memory_format=layout)
     optimizer = torch.optim.Adam(net.parameters(), lr=RECIPE.lr, fused=True)
     c, h, w = model.input
     images = (

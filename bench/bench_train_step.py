@@ -7,17 +7,13 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparselth import pruning
 from sparselth.batches import Batches, Resident
@@ -25,6 +21,7 @@ from sparselth.config import ImpConfig, Recipe, Replica
 from sparselth.data import Images, MissingData, data_dir, load
 from sparselth.experiments.workers import Pool
 from sparselth.kernels.masked_update import masked_adam
+from sparselth.measure import usual
 from sparselth.models import get_model
 from sparselth.nn import Network, cross_entropy_grad, init_weights, views
 from sparselth.runs import open_run
@@ -53,84 +50,22 @@ def start() -> tuple[Tensor, Tensor]:
     return flat, mask
 
 
-def usual_network(flat: Tensor, mask: Tensor) -> tuple[nn.Sequential, dict[nn.Parameter, Tensor]]:
-    """The same network in torch.nn, with a dense float mask for every weight."""
-    net = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
-    masks = {}
-    named, bits = views(MODEL, flat), mask.float()
-    for linear, spec in zip(net[::2], MODEL.weights, strict=True):
-        linear.weight.data.copy_(named[spec.name][0])
-        linear.bias.data.zero_()
-        masks[linear.weight] = bits[spec.offset : spec.offset + spec.numel].view(spec.shape)
-    return net, masks
-
-
-def usual_step(
-    net: nn.Sequential, masks: dict[nn.Parameter, Tensor], optimizer: torch.optim.Adam, x: Tensor, y: Tensor
-) -> None:
-    optimizer.zero_grad()
-    F.cross_entropy(net(x), y).backward()
-    for weight, mask in masks.items():
-        assert weight.grad is not None
-        weight.grad.mul_(mask)
-    optimizer.step()
-    with torch.no_grad():
-        for weight, mask in masks.items():
-            weight.mul_(mask)
-
-
-def usual_loop(images: Images, folder: Path) -> Callable[[], None]:
-    """(a), from IDX files in torchvision's layout."""
-    raw = folder / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for prefix, pixels, labels in (
-        ("train", images.train_images, images.train_labels),
-        ("t10k", images.test_images, images.test_labels),
-    ):
-        n = len(labels)
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(
-            struct.pack(">4i", 0x803, n, 28, 28) + pixels.tobytes()
-        )
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">2i", 0x801, n) + labels.astype(np.uint8).tobytes()
-        )
-    transform = torchvision.transforms.Compose(
-        [
-            torchvision.transforms.ToTensor(),
-            torchvision.transforms.Normalize(images.spec.mean, images.spec.std),
-        ]
-    )
-    data = torchvision.datasets.MNIST(str(folder), train=True, transform=transform)
-    loader = torch.utils.data.DataLoader(data, batch_size=BATCH, shuffle=True, drop_last=True)
-
-    def endless() -> Iterator[list[Tensor]]:
-        while True:
-            yield from loader
-
-    net, masks = usual_network(*start())
-    optimizer, batches = torch.optim.Adam(net.parameters(), lr=LR), endless()
-
-    def step() -> None:
-        x, y = next(batches)
-        usual_step(net, masks, optimizer, x.flatten(1), y)
-
-    return step
-
-
 class ResidentLoop:
     """(b): the usual step, fp32 images gathered from one tensor."""
 
     def __init__(self, data: Resident) -> None:
         scaled = torch.addcmul(data.shift, data.images.T.float(), data.scale)
         self.pixels, self.labels = scaled.T.contiguous(), data.labels
-        self.net, self.masks = usual_network(*start())
+        flat, mask = start()
+        self.net = usual.network(MODEL, flat[0])
+        self.masks = usual.masks(MODEL, self.net, mask)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=LR)
-        self.order, self.place = Batches(data, [WHO], BATCH)._draw(0)[:, 0], 0
+        self.order, self.place = Batches(data, [WHO], BATCH).draw(0)[:, 0], 0
 
     def __call__(self) -> None:
         index = self.order[self.place % len(self.order)]
         self.place += 1
-        usual_step(self.net, self.masks, self.optimizer, self.pixels[index], self.labels[index])
+        usual.step(self.net, self.masks, self.optimizer, self.pixels[index], self.labels[index])
 
 
 class OurLoop:
@@ -168,19 +103,19 @@ class Products:
                 torch.mm(y, w)
 
 
-def test_train_step(
-    images: Images, tmp_path: Path, interleaved: Callable[..., Any], show: Callable[[str], None]
-) -> None:
+def test_train_step(images: Images, interleaved: Callable[..., Any], show: Callable[[str], None]) -> None:
     data = Resident(images, "cpu", 500)
-    usual, resident, ours = usual_loop(images, tmp_path), ResidentLoop(data), OurLoop(data)
+    flat, mask = start()
+    loop = usual.loop(images, MODEL, Recipe(steps=1, lr=LR, batch_size=BATCH), flat[0], mask)
+    resident, ours = ResidentLoop(data), OurLoop(data)
     for _ in range(20):
         resident()
         ours()
     ours_named = views(MODEL, ours.flat)
-    for linear, spec in zip(resident.net[::2], MODEL.weights, strict=True):
+    for linear, spec in zip(resident.net[1::2], MODEL.weights, strict=True):
         error = (ours_named[spec.name][0] - linear.weight).norm() / linear.weight.norm()
         assert error < 1e-3, f"{spec.name}: (b) and (c) trained to different weights, {error:.1e}"
-    rivals = {"a": (usual, 10), "b": (resident, 30), "c": (ours, 60), "floor": (Products(), 60)}
+    rivals = {"a": (loop, 10), "b": (resident, 30), "c": (ours, 60), "floor": (Products(), 60)}
     t = interleaved(rivals, rounds=40)
     names = {
         "a": "(a) usual loop",
@@ -255,4 +190,5 @@ class Nobody:
     def started(self, *_: object) -> None: ...
     def evaluated(self, *_: object) -> None: ...
     def finished(self, *_: object) -> None: ...
+    def halved(self, *_: object) -> None: ...
     def tick(self) -> None: ...

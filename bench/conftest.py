@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
 from sparselth import machine
+from sparselth.measure.clock import Race, Timing, wall
 
 TABLES: list[str] = []
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call over the rounds."""
-
-    median: float
-    low: float  # first quartile
-    high: float  # third quartile
 
 
 @pytest.fixture(autouse=True)
@@ -38,21 +27,11 @@ def interleaved(benchmark: Any) -> Callable[..., dict[str, Timing]]:
     """
 
     def measure(rivals: dict[str, tuple[Callable[[], object], int]], rounds: int) -> dict[str, Timing]:
-        seconds: dict[str, list[float]] = {name: [] for name in rivals}
-
-        def one_round() -> None:
-            for name, (function, calls) in rivals.items():
-                began = time.perf_counter()
-                for _ in range(calls):
-                    function()
-                seconds[name].append((time.perf_counter() - began) / calls)
-
-        benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=1)
-        found = {}
-        for name, values in seconds.items():
-            low, median, high = statistics.quantiles(values[1:], n=4)
-            found[name] = Timing(median, low, high)
-            benchmark.extra_info[name] = {"median_s": median, "q1_s": low, "q3_s": high}
+        race = Race({name: wall(function, calls) for name, (function, calls) in rivals.items()}, share=None)
+        benchmark.pedantic(race.round, rounds=rounds, warmup_rounds=1)
+        found = race.timings(skip=1)
+        for name, t in found.items():
+            benchmark.extra_info[name] = {"median_s": t.median, "q1_s": t.low, "q3_s": t.high}
         return found
 
     return measure

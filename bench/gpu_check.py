@@ -44,11 +44,16 @@ class Op:
 
 FLOATS = ("bf16", "fp16", "tf32", "ieee")
 OPS = {  # the order of benchmarks, should time run out
+    "train_step": Op(("fc", "conv2", "cnn", "alone"), {}, ("fc", "cnn", "alone")),
     "masked_linear": Op(FLOATS, {"bf16": 24, "far rows": 8}, ("bf16", "ieee")),
     "masked_update": Op(("adam", "sgd"), {"sgd": 29}, ("adam", "sgd")),
     "magnitude_threshold": Op(("fp32", "fp16", "bf16"), {"fp32": 20, "fp16": 16}, ("fp32", "bf16")),
     "bitmask": Op(("bits",), {"bits": 12}, ("bits",)),
     "masked_conv2d": Op(FLOATS, {"bf16": 32}, ("bf16", "ieee")),
+    "linear_grad_update": Op(("adam", "sgd", "tf32"), {"sgd": 16}, ("adam", "sgd")),
+    "csr_linear": Op(("bf16", "fp16", "ieee"), {"bf16": 24}, ("bf16", "ieee")),
+    "slot_linear": Op(("bf16", "fp16"), {"bf16": 24}, ("bf16", "fp16")),
+    "block_linear": Op(FLOATS, {"bf16": 14}, ("bf16", "ieee")),
 }
 
 
@@ -61,11 +66,24 @@ class Target:
 
 
 TARGETS = [  # on an H200
+    # 100 LeNet-300-100, then 30 Conv-2, Adam, batches of 60
+    Target("train_step", "times its floor", most=2.0),
+    Target("train_step", "times the sequential eager loop per replica-step", least=500.0),
+    Target("train_step", "times the better of FLOP and byte floors", most=2.0),
     Target("masked_update", "share of copy bandwidth", least=0.85),
     Target("masked_update", "times torch's fused Adam and masks", least=1.8),
     Target("magnitude_threshold", "reads of the data", most=5.0),
     Target("magnitude_threshold", "times kthvalue", least=20.0),
     Target("masked_linear", "of cuBLAS on w * m", most=1.3),
+    Target("linear_grad_update", "share of copy bandwidth", least=0.6),
+    # 8192 square, bf16, 90 % pruned
+    Target("csr_linear", "times the best dense, cold, batch 1", least=3.0),
+    Target("csr_linear", "times the best dense, cold, batch 8", least=2.5),
+    Target("csr_linear", "bytes of weights, of dense", most=0.21),
+    Target("slot_linear", "times the best dense, cold, batch 32", least=2.0),
+    # 8192 square, bf16, batch 4096, 90 % pruned in blocks of 64
+    Target("block_linear", "times the best dense", least=5.0),
+    Target("block_linear", "times torch's tuned BSR", least=1.2),
 ]
 
 WIDTH = os.cpu_count() or 1  # processes that check (and compile) at a time; benchmarks run alone

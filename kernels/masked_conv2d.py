@@ -22,10 +22,11 @@ stride of s it meets zeros in s^2 - 1 of s^2 places. dw leaves out tiles without
 chunks of m into one fp32 slab each, and the slabs are added in order under the mask: no atomics, the same
 bits every time and for every R. Pruned weights are never read, and their gradients are exactly 0.
 
-Where every tile is occupied nothing is left out, and the vendor's convolution of w * m should be faster. So
-"auto" times both on CUDA, once for every pass, shape, layout and dtype, keeps the choice in CHOICES, and
-`explain` tells it. The choice may differ with R and from one process to the next; who needs the same bits
-always asks for "triton".
+Where every tile is occupied nothing is left out, and the vendor's convolution of w * m should be faster:
+with the replicas as groups of one call, or apart, side by side on a few streams. So "auto" times all three
+on CUDA, once for every pass, shape, layout and dtype, keeps the choice in CHOICES, and `explain` tells it.
+The choice may differ with R and from one process to the next; who needs the same bits always asks for
+"triton".
 
 `masked_conv2d` is for autograd. `forward`, `dgrad` and `wgrad` are the passes alone, unchecked.
 """
@@ -35,6 +36,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -46,6 +48,7 @@ from sparselth.kernels._triton import HAS_TRITON, INTERPRET, Aot, tl, triton
 from sparselth.kernels.bitmask import launch_count, launch_unpack, use_triton
 
 Pair = int | Sequence[int]
+STREAMS = 4  # on which the vendor's convolutions of single replicas run side by side
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
@@ -85,6 +88,28 @@ def reference_wgrad(dy: Tensor, x: Tensor, mask: Tensor, g: Geometry) -> Tensor:
     w = x.new_empty(len(x), dy.shape[2], x.shape[2], *g.kernel)  # its shape only
     dw = _aten_backward(_fold(dy), _fold(x), w.flatten(0, 1), g, len(x), 1)
     return _masked(dw.view(w.shape), mask)
+
+
+def apart(run: Callable[[slice], Tensor], replicas: int, device: torch.device) -> Tensor:
+    """`run` for each replica alone, on CUDA side by side on a few streams, which a graph capture follows."""
+    rows = [slice(r, r + 1) for r in range(replicas)]
+    if device.type != "cuda":
+        return torch.cat([run(row) for row in rows])
+    here, streams = torch.cuda.current_stream(device), _streams(device)
+    for stream in streams:  # so what they allocated in an earlier call is theirs again
+        stream.wait_stream(here)
+    found = []
+    for r, row in enumerate(rows):
+        with torch.cuda.stream(streams[r % STREAMS]):
+            found.append(run(row))
+    for stream in streams:
+        here.wait_stream(stream)
+    return torch.cat(found)
+
+
+@lru_cache(maxsize=8)
+def _streams(device: torch.device) -> list[torch.cuda.Stream]:
+    return [torch.cuda.Stream(device) for _ in range(STREAMS)]
 
 
 def _aten_backward(dy: Tensor, x: Tensor, w: Tensor, g: Geometry, groups: int, which: int) -> Tensor:
@@ -605,7 +630,7 @@ def launch_wgrad(dy: Tensor, x: Tensor, mask: Tensor, g: Geometry) -> Tensor:
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs, and the seconds of both; none if the first call came inside a graph capture."""
+    """What runs, and the seconds of all; none if the first call came inside a graph capture."""
 
     taken: str
     seconds: dict[str, float]
@@ -631,7 +656,8 @@ def explain() -> str:
 def _dispatch(
     kernels: str, which: str, a: Tensor, b: Tensor, g: Geometry, runs: dict[str, Callable[[], Tensor]]
 ) -> Tensor:
-    """Run one of `runs`, "triton" or "reference", for the pass `which` over the tensors a and b."""
+    """Run one of `runs` for the pass `which` over the tensors a and b: "triton", or the vendor's convolution
+    with the replicas as groups of one call ("reference") or "apart"."""
     if not use_triton(kernels, a) or (kernels == "auto" and a.dtype not in POINTERS):
         return runs["reference"]()
     if a.dtype not in POINTERS:
@@ -640,7 +666,7 @@ def _dispatch(
         return runs["triton"]()
     key = (which, a.device, a.dtype, _precision(a.dtype), a.shape, a.stride(), b.shape, b.stride(), g)
     if not (key in CHOICES and CHOICES[key].seconds):
-        CHOICES[key] = _measure(a.device, runs)
+        CHOICES[key] = _measure(a.device, {k: v for k, v in runs.items() if k != "apart" or len(a) > 1})
     return runs[CHOICES[key].taken]()
 
 
@@ -676,6 +702,9 @@ def forward(
     runs = {
         "triton": lambda: launch_product(x, w, mask, bias, g.out(*x.shape[3:]), g, transposed=False),
         "reference": lambda: reference(x, w, mask, bias, g),
+        "apart": lambda: apart(
+            lambda r: reference(x[r], w[r], mask[r], None if bias is None else bias[r], g), len(w), x.device
+        ),
     }
     return _dispatch(kernels, "forward", x, w, g, runs)
 
@@ -687,6 +716,7 @@ def dgrad(
     runs = {
         "triton": lambda: launch_product(dy, w, mask, None, size, g, transposed=True),
         "reference": lambda: reference_dgrad(dy, w, mask, size, g),
+        "apart": lambda: apart(lambda r: reference_dgrad(dy[r], w[r], mask[r], size, g), len(w), dy.device),
     }
     return _dispatch(kernels, "dgrad", dy, w, g, runs)
 
@@ -696,6 +726,7 @@ def wgrad(dy: Tensor, x: Tensor, mask: Tensor, g: Geometry, kernels: str = "auto
     runs = {
         "triton": lambda: launch_wgrad(dy, x, mask, g),
         "reference": lambda: reference_wgrad(dy, x, mask, g),
+        "apart": lambda: apart(lambda r: reference_wgrad(dy[r], x[r], mask[r], g), len(x), dy.device),
     }
     return _dispatch(kernels, "wgrad", dy, x, g, runs)
 

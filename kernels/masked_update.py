@@ -9,6 +9,7 @@ r"""Masked optimizer steps over the flat buffers of R replicas, and over lists o
 | a, b   | [R, P]           | fp32  |  momentum; the two moments
 | lr     | [R]              | fp64  |  for lists: on the device, so that a CUDA graph can hold the launch
 | step   | [R]              | fp32  |  for lists: one of each tensor, likewise; counts from 1
+| active | [R]              | uint8 |  for lists: a replica with 0 is neither read nor written, likewise
 
 On a CPU `bind_masked_sgd` and `bind_masked_adam` take the native kernel (native/masked_update.inc) on w, g,
 a, b [R, P] with packed bits, or on vectors [P] that hold the kept weights alone, without a mask.
@@ -85,7 +86,7 @@ def masked_sgd(
     torch._fused_sgd_(
         [w],
         [g],
-        [a],
+        [a] if momentum else [],
         weight_decay=weight_decay,
         momentum=momentum,
         lr=lr,
@@ -331,6 +332,7 @@ def _block(
 def _update_kernel(
     table_ptr,
     chunk_ptr,
+    active_ptr,
     beta1,
     beta2,
     rest1,
@@ -347,17 +349,20 @@ def _update_kernel(
 ):
     """One chunk of one replica of one tensor: `_tables` says which and where everything lies."""
     chunk_ptr += 4 * tl.program_id(0).to(tl.int64)
-    row_ptr = table_ptr + 8 * tl.load(chunk_ptr)
+    row_ptr = table_ptr + 9 * tl.load(chunk_ptr)
     r = tl.load(chunk_ptr + 1)
     i = tl.load(chunk_ptr + 2)
     end = tl.load(chunk_ptr + 3)
+    if active_ptr is not None:
+        end = tl.where(tl.load(active_ptr + r) == 0, i, end)
     p = tl.load(row_ptr + 7)
-    w_at = tl.load(row_ptr) + 4 * r * p
-    g_at = tl.load(row_ptr + 1) + 4 * r * p
+    stride = tl.load(row_ptr + 8)
+    w_at = tl.load(row_ptr) + 4 * r * stride
+    g_at = tl.load(row_ptr + 1) + 4 * r * stride
     a_at = tl.load(row_ptr + 2)
     b_at = tl.load(row_ptr + 3)
-    a_at += tl.where(a_at == 0, 0, 4 * r * p)
-    b_at += tl.where(b_at == 0, 0, 4 * r * p)
+    a_at += tl.where(a_at == 0, 0, 4 * r * stride)
+    b_at += tl.where(b_at == 0, 0, 4 * r * stride)
     bits_at = tl.load(row_ptr + 4)
     bits_ptr = (bits_at + r * tl.cdiv(p, 8)).to(tl.pointer_type(tl.uint8))
     masked_end = tl.where(bits_at == 0, 0, end)  # without a mask no byte is read
@@ -452,23 +457,25 @@ def masked_sgd_many(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
+    active: Tensor | None = None,
     kernels: str = "auto",
 ) -> None:
-    """One SGD step in place over a list of tensors, each of R replicas one after another.
+    """One SGD step in place over a list of tensors of R replicas.
 
-    `weights`, `grads` and `buffers` are fp32 [R, ...], dense and laid out alike; a mask is None or the
-    packed bits of a tensor of P weights a replica, in the order of memory; `lr` is fp64 [R]. Buffers
-    start at 0; without momentum they are None. On CUDA all of it is one launch. To capture it into a CUDA
-    graph, take a step with the same tensors first.
+    `weights`, `grads` and `buffers` are fp32 [R, ...], laid out alike, each replica dense; a mask is None or
+    the packed bits of a tensor of P weights a replica, in the order of memory; `lr` is fp64 [R]. Buffers
+    start at 0; without momentum they are None. A replica whose `active`, uint8 [R], is 0 stays as it is.
+    On CUDA all of it is one launch. To capture it into a CUDA graph, take a step with the same tensors first.
     """
     if (buffers is None) != (momentum == 0):
         raise ValueError(f"expected buffers if and only if there is momentum, got momentum {momentum}")
     lists: Lists = (weights, grads, buffers, None, masks, None)
     if use_triton(kernels, lr):
         hyper = (momentum, 0.0, 0.0, 0.0, 0.0, weight_decay, 0.0, 0.0)
-        _launch(lists, lr, hyper, MOMENTS=0 if buffers is None else 1, NESTEROV=nesterov, DECOUPLED=False)
+        constants = {"MOMENTS": 0 if buffers is None else 1, "NESTEROV": nesterov, "DECOUPLED": False}
+        _launch(lists, lr, active, hyper, **constants)
         return
-    for (w, g, a, *_), rate in _replicas(lists, lr):
+    for (w, g, a, *_), rate in _replicas(lists, lr, active):
         torch._fused_sgd_(
             [w],
             [g],
@@ -496,6 +503,7 @@ def masked_adam_many(
     eps: float = EPS,
     weight_decay: float = 0.0,
     decoupled: bool = False,
+    active: Tensor | None = None,
     kernels: str = "auto",
 ) -> None:
     """One Adam step in place over a list of tensors, AdamW's where `decoupled`; see `masked_sgd_many`.
@@ -506,10 +514,10 @@ def masked_adam_many(
     if use_triton(kernels, lr):
         logs = [math.log(beta) if beta > 0 else -math.inf for beta in betas]
         hyper = (*betas, 1 - betas[0], 1 - betas[1], eps, weight_decay, *logs)
-        _launch(lists, lr, hyper, MOMENTS=2, NESTEROV=False, DECOUPLED=decoupled)
+        _launch(lists, lr, active, hyper, MOMENTS=2, NESTEROV=False, DECOUPLED=decoupled)
         return
     update = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    for (w, g, a, b, _, step), rate in _replicas(lists, lr):
+    for (w, g, a, b, _, step), rate in _replicas(lists, lr, active):
         update(
             [w],
             [g],
@@ -537,14 +545,17 @@ def floor(weights: Sequence[Tensor], masks: Sequence[Tensor | None], moments: in
     return {"bytes": 4 * (3 + 2 * moments) * lanes + read, "flops": (14 if moments == 2 else 6) * live}
 
 
-def _replicas(lists: Lists, lr: Tensor) -> Iterator[tuple[Row, float]]:
-    """Every replica of every tensor as vectors, its gradient masked, and its learning rate."""
+def _replicas(lists: Lists, lr: Tensor, active: Tensor | None) -> Iterator[tuple[Row, float]]:
+    """Every active replica of every tensor as vectors, its gradient masked, and its learning rate."""
     rates = lr.tolist()
+    awake = [True] * len(rates) if active is None else active.tolist()
     for row in _rows(lists, lr):
-        p = row[0].numel() // len(rates)
+        p, stride = row[0].numel() // len(rates), _stride(row[0], len(rates))
         *laid, bits, step = row
-        flat: list[Any] = [None if t is None else t.as_strided((len(rates), p), (p, 1)) for t in laid]
+        flat: list[Any] = [None if t is None else t.as_strided((len(rates), p), (stride, 1)) for t in laid]
         for r, rate in enumerate(rates):
+            if not awake[r]:
+                continue
             cut: list[Any] = [None if t is None else t[r] for t in flat]
             if bits is not None:
                 cut[1] = torch.where(unpack(bits[r], p), cut[1], 0.0)
@@ -562,10 +573,11 @@ def _rows(lists: Lists, lr: Tensor) -> list[Row]:
     columns = [[None] * lengths[0] if column is None else column for column in lists]
     rows: list[Row] = list(zip(*columns, strict=True))
     for w, g, a, b, mask, step in rows:
-        if w.dtype != torch.float32 or w.device != lr.device or not is_dense(w):
+        whole = is_dense(w.view(-1) if w.ndim and len(w) == 1 and w[0].is_contiguous() else w)
+        if w.dtype != torch.float32 or w.device != lr.device or (r == 1 and not whole):
             raise ValueError(f"expected weights as dense fp32 on {lr.device}, got {_said(w)}")
-        if r != 1 and (w.ndim == 0 or len(w) != r or not w.is_contiguous()):
-            raise ValueError(f"expected weights [{r}, ...], contiguous, got {_said(w)}")
+        if r != 1 and (w.ndim == 0 or len(w) != r or not w[0].is_contiguous()):
+            raise ValueError(f"expected weights [{r}, ...], each replica contiguous, got {_said(w)}")
         for name, t in (("gradient", g), ("moment", a), ("moment", b)):
             if t is not None and not alike(t, w):
                 raise ValueError(f"expected the {name} as its weights, {_said(w)}, got {_said(t)}")
@@ -580,6 +592,11 @@ def _rows(lists: Lists, lr: Tensor) -> list[Row]:
             if t is not None and t.device != w.device:
                 raise ValueError(f"expected masks and steps on {w.device}, got {_said(t)}")
     return rows
+
+
+def _stride(w: Tensor, replicas: int) -> int:
+    """Numbers from one replica to the next."""
+    return w.stride(0) if replicas > 1 else w.numel()
 
 
 def is_dense(t: Tensor) -> bool:
@@ -599,12 +616,18 @@ def _said(t: Tensor) -> str:
     return f"{t.dtype} {list(t.shape)}, strides {list(t.stride())}, on {t.device}"
 
 
-def _launch(lists: Lists, lr: Tensor, hyper: tuple[float, ...], **constants: int) -> None:
+def _launch(
+    lists: Lists, lr: Tensor, active: Tensor | None, hyper: tuple[float, ...], **constants: int
+) -> None:
+    if active is not None and (
+        active.dtype != torch.uint8 or active.shape != lr.shape or active.device != lr.device
+    ):
+        raise ValueError(f"expected active as uint8 [{len(lr)}] on {lr.device}, got {_said(active)}")
     columns = [column for column in lists if column is not None]
     key = (
         lr.numel(),
         lr.data_ptr(),
-        *(w.numel() for w in lists[0]),
+        *(n for w in lists[0] for n in (w.numel(), _stride(w, len(lr)))),
         *(0 if t is None else t.data_ptr() for column in columns for t in column),
     )
     capturing = lr.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -625,6 +648,7 @@ def _launch(lists: Lists, lr: Tensor, hyper: tuple[float, ...], **constants: int
             _update_kernel[(len(chunks),)](
                 table,
                 chunks,
+                active,
                 *hyper,
                 **constants,
                 BLOCK=BLOCK,
@@ -637,10 +661,15 @@ def _launch(lists: Lists, lr: Tensor, hyper: tuple[float, ...], **constants: int
 
 
 def _tables(lists: Lists, lr: Tensor) -> Tables:
-    """Addresses [T, 8] of w, g, a, b, mask, step, lr, and the weights of a replica; then the chunks."""
+    """Addresses [T, 9] of w, g, a, b, mask, step, lr, the weights of a replica, and how far apart replicas
+    are; then the chunks."""
     rows, r = _rows(lists, lr), len(lr)
     table = [
-        [*(0 if t is None else t.data_ptr() for t in row), lr.data_ptr(), row[0].numel() // r] for row in rows
+        [
+            *(0 if t is None else t.data_ptr() for t in row),
+            *(lr.data_ptr(), row[0].numel() // r, _stride(row[0], r)),
+        ]
+        for row in rows
     ]
     sizes = tuple(row[0].numel() // r for row in rows)
     return torch.tensor(table, dtype=torch.int64).to(lr.device), _chunks(sizes, r, lr.device)
@@ -660,7 +689,7 @@ def _chunks(sizes: tuple[int, ...], replicas: int, device: torch.device) -> Tens
 
 
 _SIGNATURE = (
-    {"table_ptr": "*i64", "chunk_ptr": "*i64"}
+    {"table_ptr": "*i64", "chunk_ptr": "*i64", "active_ptr": "*u8"}
     | dict.fromkeys(("beta1", "beta2", "rest1", "rest2", "eps"), "fp32")
     | dict.fromkeys(("weight_decay", "log_beta1", "log_beta2"), "fp64")
 )
@@ -675,11 +704,11 @@ AOT = [
             "BLOCK": BLOCK,
             "NARROW": NARROW,
         },
-        aligned=("table_ptr", "chunk_ptr"),
+        aligned=("table_ptr", "chunk_ptr", "active_ptr"),
         num_warps=WARPS,
         num_stages=1,
         max_registers=80,
-        narrow=(21, 25, 31)[moments],  # the tables, bytes of mask, and rounds of single weights
+        narrow=(23, 27, 33)[moments],  # the tables, bytes of mask, and rounds of single weights
     )
     for moments, nesterov, decoupled in (
         (0, False, False),

@@ -7,6 +7,7 @@ r"""What a training step on a CPU is besides its products: gather, bias, ReLU, c
     cross_entropy_grad                 (softmax(logits) - onehot(labels)) / B;  dbias as above
     max_pool         y = maximum of 2 x 2 pixels, then ReLU where asked for
     max_pool_backward                  dx = dy at the first maximum of each window in row order, 0 elsewhere
+    transpose        y[k, b] = x[b, k]: from batch first to features-major, and back
 
 | name          | shape                    | dtype  |          Floor in bytes, each read or written once:
 | images        | [n, K]                   | uint8  |          gather          B K + 4 B K
@@ -58,6 +59,7 @@ def floor(name: str, numel: int) -> dict[str, int]:
         "cross_entropy": (16, 20),
         "max_pool": (20, 1),
         "max_pool_backward": (40, 2),
+        "transpose": (32, 0),
     }[name]
     return {"bytes": quarters * numel // 4, "flops": flops * numel}
 
@@ -116,6 +118,13 @@ def max_pool_backward(dy: Tensor, x: Tensor, y: Tensor, relu: bool = False, kern
     dx = torch.empty(x.shape)
     bind_max_pool_backward(dy, x, y, dx, relu, None, kernels)()
     return dx
+
+
+def transpose(x: Tensor, kernels: str = "auto") -> Tensor:
+    """x [M, N] as [N, M] in memory of its own."""
+    y = x.new_empty(x.shape[1], x.shape[0])
+    bind_columns(y, kernels)(x.contiguous())
+    return y
 
 
 def bind_gather(
@@ -387,6 +396,58 @@ def _windows(x: Tensor, y: Tensor) -> list[Tensor]:
     return [x[:, i:h:2, j:w:2] for i in range(2) for j in range(2)]
 
 
+def bind_columns(y: Tensor, kernels: str = "auto") -> Callable[[Tensor], None]:
+    """A function of x [B, ...], contiguous, that fills y [K, B] with its transpose."""
+    return _bind_transpose(y, True, kernels)
+
+
+def bind_rows(x: Tensor, kernels: str = "auto") -> Callable[[Tensor], None]:
+    """A function of y [B, ...], contiguous, that fills it with the transpose of x [K, B]."""
+    return _bind_transpose(x, False, kernels)
+
+
+def _bind_transpose(fixed: Tensor, fill: bool, kernels: str) -> Callable[[Tensor], None]:
+    k, b = fixed.shape
+    ld = _strides("columns", fixed, (k, b))[0]
+
+    def check(t: Tensor) -> None:
+        if t.dtype != torch.float32 or not t.is_cpu or not t.is_contiguous() or len(t) != b:
+            raise ValueError(
+                f"expected contiguous fp32 of {b} rows on a CPU, got {t.dtype} {list(t.shape)}, "
+                f"strides {list(t.stride())}, on {t.device}"
+            )
+        if t.numel() != k * b:
+            raise ValueError(f"expected {k} numbers a row, got {list(t.shape)}")
+
+    if _native.use_native(kernels):
+        here = fixed.data_ptr()
+        a = (
+            _Transpose(y=here, rows=b, columns=k, ldx=k, ldy=ld, threads=_threads(fixed))
+            if fill
+            else _Transpose(x=here, rows=k, columns=b, ldx=ld, ldy=k, threads=_threads(fixed))
+        )
+        call = _native.bind("transpose", a, fixed)
+
+        def run(t: Tensor) -> None:
+            check(t)
+            if fill:
+                a.x = t.data_ptr()
+            else:
+                a.y = t.data_ptr()
+            call()
+
+        return run
+
+    def run_torch(t: Tensor) -> None:
+        check(t)
+        if fill:
+            fixed.copy_(t.view(b, k).t())
+        else:
+            t.view(b, k).copy_(fixed.t())
+
+    return run_torch
+
+
 def sequence(calls: Sequence[Call]) -> Call:
     """All these calls, in turn, as one; a single foreign call of all native ones that follow each other."""
     parts: list[Call] = []
@@ -474,6 +535,10 @@ class _MaxPool(ctypes.Structure):  # struct max_pool
         *_integers("rest_high rest_wide"),
         *_fields(ctypes.c_int32, "relu threads"),
     ]
+
+
+class _Transpose(ctypes.Structure):  # struct transpose
+    _fields_ = [*_pointers("x y"), *_integers("rows columns ldx ldy"), ("threads", ctypes.c_int32)]
 
 
 class _Call(ctypes.Structure):  # struct call

@@ -73,35 +73,20 @@ class Resident:
         ]
 
 
-class Batches:
-    """Training batches of R replicas: `at(step)` gives x [R, K, B] and labels [R, 1, B].
+class Gather:
+    """Images and labels by their indices [R * B], as x [R, K, B] and labels [R, 1, B].
 
-    The images behind the last full batch of an epoch are left out of that epoch. Both tensors are
-    buffers that the next call overwrites.
+    Both tensors are buffers that the next call overwrites.
     """
 
-    def __init__(self, data: Resident, replicas: Sequence[Replica], batch: int) -> None:
-        if batch > data.n_train:
-            raise UsageError(f"--batch-size {batch}: expected at most the {data.n_train} training images")
-        r, k = len(replicas), data.images.shape[1]
-        self.data, self.replicas, self.batch = data, replicas, batch
-        self.steps_per_epoch = data.n_train // batch
-        self.split = [data.split(replica.seed)[0] for replica in replicas]
-        self.epoch = -1
-        self.order = torch.empty(0)
-        self.bytes = torch.empty(r * batch, k, dtype=torch.uint8, device=data.device)
-        self.x = torch.empty(r, batch, k, device=data.device)
-        self.y = torch.empty(r * batch, dtype=torch.int64, device=data.device)
+    def __init__(self, data: Resident, replicas: int, batch: int) -> None:
+        k = data.images.shape[1]
+        self.data = data
+        self.bytes = torch.empty(replicas * batch, k, dtype=torch.uint8, device=data.device)
+        self.x = torch.empty(replicas, batch, k, device=data.device)
+        self.y = torch.empty(replicas * batch, dtype=torch.int64, device=data.device)
 
-    def index(self, step: int) -> Tensor:
-        """Image indices of the batches of a step, [R * B]."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch:
-            self.order, self.epoch = self._draw(epoch), epoch
-        return self.order[place].flatten()
-
-    def at(self, step: int) -> tuple[Tensor, Tensor]:
-        index = self.index(step)
+    def __call__(self, index: Tensor) -> tuple[Tensor, Tensor]:
         r, b, k = self.x.shape
         torch.index_select(self.data.images, 0, index, out=self.bytes)
         torch.index_select(self.data.labels, 0, index, out=self.y)
@@ -109,11 +94,38 @@ class Batches:
         torch.addcmul(self.data.shift.mT, self.x, self.data.scale.mT, out=self.x)
         return self.x.mT, self.y.view(r, 1, b)
 
-    def _draw(self, epoch: int) -> Tensor:
-        """Image indices of one epoch, [steps, R, B]."""
+
+class Batches:
+    """Training batches of R replicas: `at(step)` gives what `gather` makes of the step's images.
+
+    The images behind the last full batch of an epoch are left out of that epoch.
+    """
+
+    def __init__(self, data: Resident, replicas: Sequence[Replica], batch: int) -> None:
+        if batch > data.n_train:
+            raise UsageError(f"--batch-size {batch}: expected at most the {data.n_train} training images")
+        self.data, self.replicas, self.batch = data, replicas, batch
+        self.steps_per_epoch = data.n_train // batch
+        self.split = [data.split(replica.seed)[0] for replica in replicas]
+        self.epoch = -1
+        self.order = torch.empty(0)
+        self.gather = Gather(data, len(replicas), batch)
+
+    def index(self, step: int) -> Tensor:
+        """Image indices of the batches of a step, [R * B]."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.order, self.epoch = self.draw(epoch).to(self.data.device), epoch
+        return self.order[place].flatten()
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        return self.gather(self.index(step))
+
+    def draw(self, epoch: int) -> Tensor:
+        """Image indices of one epoch, [steps, R, B], on the CPU."""
         orders = []
         for split, who in zip(self.split, self.replicas, strict=True):
             generator = stream(who.seed, who.arm, who.level, f"order/{epoch}", who.draw)
             order = split[torch.randperm(len(split), generator=generator)]
             orders.append(order[: self.steps_per_epoch * self.batch].view(-1, self.batch))
-        return torch.stack(orders, 1).to(self.data.device)
+        return torch.stack(orders, 1)

@@ -120,7 +120,7 @@ def _dense(case: _Case) -> Call:
         return convolve
     y = nn.activation(weights, 1, case.after, case.batch)
     x, dy = nn.activation(weights, 1, before, case.batch).normal_(), torch.randn_like(y)
-    product = nn.DenseLinear(weights, bias, grad, dbias, y, before, first)
+    product = nn.DenseLinear(nn.Place(weights, bias, grad, dbias, y, before, not first))
 
     def run() -> None:
         product.forward(x)

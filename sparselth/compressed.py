@@ -47,6 +47,7 @@ from sparselth.layout import Layout
 from sparselth.models import Conv, Layer, MaxPool, Model, ReLU, TensorSpec
 
 Index = CsrIndex | Conv2dIndex
+Named = tuple[str, Call]
 COLUMNS = 16  # a batch is padded to a multiple: one cache line
 
 
@@ -158,8 +159,8 @@ class Chain:
         columns = -(-batch // COLUMNS) * COLUMNS
         self.x = x = torch.zeros(pixels, columns)
         self.labels = torch.zeros(batch, dtype=torch.int64)
-        forwards: list[Call] = []
-        backwards: list[list[Call]] = []
+        forwards: list[Named] = []
+        backwards: list[list[Named]] = []
         dx: Tensor | None = None
         dbias: Tensor | None = None  # of the last product: whoever reads its output writes it
         producers = iter(model.producers)
@@ -172,12 +173,15 @@ class Chain:
             dy = torch.zeros_like(y) if grad is not None else None
             ends = Ends(x, y, dx, dy)
             if isinstance(layer, MaxPool):
+                name = "pool"
                 forward, backward = _pool(before, after, ends, relu, dbias, kernels)
                 dbias = None
             else:
                 if dx is not None and dbias is not None:
-                    backwards.append([bind_relu_backward(dx.view(*before, -1), None, dbias, kernels)])
+                    call = bind_relu_backward(dx.view(*before, -1), None, dbias, kernels)
+                    backwards.append([("bias gradient", call)])
                 spec, *_ = next(producers)
+                name = spec.name.removesuffix(".weight")
                 bias = model.biases[model.weights.index(spec)]
                 dbias = None if grad is None else layout.view(grad, bias)
                 slope = None if grad is None else layout.view(grad, spec)
@@ -197,16 +201,18 @@ class Chain:
                     shape = *after, columns
                     backward.insert(0, bind_relu_backward(dy.view(shape), y.view(shape), dbias, kernels))
                     dbias = None
-            forwards += forward
-            backwards.append(backward)
+            forwards += [(f"{name} forward", call) for call in forward]
+            backwards.append([(f"{name} backward", call) for call in backward])
             x, dx = y, dy
         self.logits = x
         calls = forwards
         if dx is not None:
             logits, dlogits = x[:, :batch], dx[:, :batch]
-            calls.append(bind_cross_entropy_grad(logits, self.labels, dlogits, dbias, kernels))
+            loss = bind_cross_entropy_grad(logits, self.labels, dlogits, dbias, kernels)
+            calls.append(("cross-entropy", loss))
             calls += [call for layer in reversed(backwards) for call in layer]
-        self.run = sequence(calls)
+        self.calls = calls  # by name, for a profile
+        self.run = sequence([call for _, call in calls])
 
 
 def _pool(
@@ -248,9 +254,8 @@ class Product:
         if isinstance(self.layer, Conv):
             weight, column = w.view(1, *self.spec.matrix), bias.view(1, -1, 1)
             slope = None if self.slope is None else self.slope.view(weight.shape)
-            self.dense = nn.DenseConv(
-                self.layer, weight, column, slope, None, y[None], self.before, first=ends.dx is None
-            )
+            place = nn.Place(weight, column, slope, None, y[None], self.before, ends.dx is not None)
+            self.dense = nn.DenseConv(self.layer, place)
             rectify = [bind_bias_relu(ends.y, None, kernels)] if relu else []
             return [partial(self.dense.forward, x[None]), *rectify]
         w = w.view(self.spec.matrix)

@@ -15,6 +15,7 @@ from sparselth.errors import UsageError
 from sparselth.kernels import _native
 from sparselth.kernels._triton import HAS_TRITON, INTERPRET
 
+APART = "the gradient is written, and masked_update reads it"
 ZEROS = "zeros lie in the weights, so the vendor's product needs no mask"
 
 
@@ -35,6 +36,7 @@ class Paths:
     masked_linear: Path
     masked_conv2d: Path
     masked_update: Path
+    linear_grad_update: Path
     magnitude_threshold: Path
     bitmask: Path
     csr_linear: Path
@@ -46,6 +48,7 @@ def choose(kernels: str, device: str) -> Paths:
     """The paths for --kernels on "cpu" or "cuda"; UsageError where that cannot be."""
     triton = Path("triton", "runs in Triton's interpreter" if INTERPRET else "CUDA device")
     dense = Path("none", "layers are trained dense with masks")
+    apart = Path("none", APART)
     if kernels == "triton":
         if not HAS_TRITON:
             raise UsageError("--kernels triton: Triton is not installed; use --kernels auto")
@@ -54,25 +57,25 @@ def choose(kernels: str, device: str) -> Paths:
                 "--kernels triton: Triton needs a CUDA device, or TRITON_INTERPRET=1 in the environment for "
                 "its slow interpreter; use --kernels auto"
             )
-        return Paths(*[triton] * 5, *[dense] * 3)
+        return Paths(*[triton] * 6, *[dense] * 3)
     if kernels == "reference":
         zeros = torch = Path("torch", "asked for")
-        return Paths(*[torch] * 5, *[dense] * 3)
+        return Paths(torch, torch, torch, apart, torch, torch, dense, dense, dense)
     if device == "cuda":
         if kernels in ("native", "torch"):
             raise UsageError(f"--kernels {kernels} is for CPUs; use --kernels auto, or --device cpu")
         if not HAS_TRITON:
             missing = Path("torch", "Triton is not installed")
-            return Paths(*[missing] * 5, *[dense] * 3)
+            return Paths(missing, missing, missing, apart, missing, missing, dense, dense, dense)
         measured = Path("auto", "the vendor's convolution or ours, measured once for each shape")
-        return Paths(Path("torch", ZEROS), measured, triton, triton, triton, *[dense] * 3)
+        return Paths(Path("torch", ZEROS), measured, *[triton] * 4, *[dense] * 3)
     if kernels == "native" and _native.LIB is None:
         raise UsageError(f"--kernels native: {_native.WHY}; use --kernels auto")
     zeros, torch = Path("torch", ZEROS), Path("torch", "Triton's kernels need a CUDA device")
     if _native.LIB is None or kernels == "torch":
         why = "asked for" if kernels == "torch" else "the C kernels are not there, see native"
         mkl = Path("torch", f"MKL's sparse products: {why}")
-        return Paths(zeros, zeros, torch, torch, torch, mkl, dense, mkl)
+        return Paths(zeros, zeros, torch, apart, torch, torch, mkl, dense, mkl)
     native = Path("native", f"our C kernels, at level {_native.LEVEL}")
     vendor = Path("vendor", "zeros lie in the weights; torch's convolution, channels-last")
-    return Paths(zeros, vendor, native, torch, torch, native, native, native)
+    return Paths(zeros, vendor, native, apart, torch, torch, native, native, native)

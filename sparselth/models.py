@@ -112,6 +112,11 @@ class Model:
         return tuple(found)
 
     @property
+    def evaluation_batch(self) -> int:
+        """Images of one evaluation batch: few where a convolution's shifted copies must fit the cache."""
+        return 100 if any(isinstance(layer, Conv) for layer in self.layers) else 500
+
+    @property
     def producers(self) -> tuple[tuple[TensorSpec, Layer, tuple[int, ...], tuple[int, ...]], ...]:
         """Every weight tensor with its layer and the shapes of that layer's input and output."""
         layers = [

@@ -9,7 +9,8 @@ mask multiplication and one optimizer call serve the network.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import prod, sqrt
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from sparselth.kernels import masked_conv2d, masked_linear  # noqa: F401  they register the ops
 from sparselth.models import Conv, Linear, MaxPool, Model, ReLU
+
+Update = Callable[[Tensor, Tensor], None]  # takes dy [R, N, B] and x [R, K, B] of a layer
 
 _ops = torch.ops.sparselth
 _relu_backward = torch.ops.aten.threshold_backward.grad_input  # the overload itself: 6 us less a call
@@ -49,7 +52,8 @@ class Network:
     The returned tensors are buffers that the next call overwrites.
 
     With `bits`, the packed masks of the weights by name ([R, N, ceil(K / 8)]), `linear` and `conv` say
-    what those layers go through: "torch", "triton", or "auto" for a convolution that measures.
+    what those layers go through: "torch", "triton", or "auto" for a convolution that measures. A fully
+    connected layer in `updates` calls that with its dy and x instead of writing gradients.
     """
 
     def __init__(
@@ -61,10 +65,12 @@ class Network:
         bits: Mapping[str, Tensor] | None = None,
         linear: str = "torch",
         conv: str = "torch",
+        updates: Mapping[str, Update] | None = None,
     ) -> None:
         replicas = flat.shape[0]
-        weight = views(model, flat)
+        weight, updates = views(model, flat), updates or {}
         slope = views(model, grad) if grad is not None else {}
+        training = grad is not None or bool(updates)
         names = iter(model.weights)
         self.layers: list[DenseLinear | DenseConv | MaskedLinear | MaskedConv | DensePool | DenseReLU] = []
         self.input_shape = (replicas, *model.input, batch)
@@ -77,21 +83,24 @@ class Network:
                     self.layers.append(DenseReLU())
                     continue
                 case MaxPool(size):
-                    self.layers.append(DensePool(size, before, out, training=grad is not None))
+                    self.layers.append(DensePool(size, before, out, training))
                     continue
             name = next(names).name
             bias = name.replace("weight", "bias")
-            args = (weight[name], weight[bias], slope.get(name), slope.get(bias), out, before, i == 0)
+            place = Place(
+                *(weight[name], weight[bias], slope.get(name), slope.get(bias), out, before),
+                *(training and i > 0, updates.get(name)),
+            )
             if isinstance(layer, Conv):
                 if bits is not None and conv != "torch":
-                    self.layers.append(MaskedConv(layer, *args, bits[name], conv))
+                    self.layers.append(MaskedConv(layer, place, bits[name], conv))
                 else:
-                    self.layers.append(DenseConv(layer, *args))
+                    self.layers.append(DenseConv(layer, place))
             elif isinstance(layer, Linear):
                 if bits is not None and linear != "torch":
-                    self.layers.append(MaskedLinear(*args, bits[name], linear))
+                    self.layers.append(MaskedLinear(place, bits[name], linear))
                 else:
-                    self.layers.append(DenseLinear(*args))
+                    self.layers.append(DenseLinear(place))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.view(self.input_shape)
@@ -112,35 +121,43 @@ def activation(like: Tensor, replicas: int, shape: tuple[int, ...], batch: int) 
     return like.new_zeros(replicas, *shape, batch)
 
 
+@dataclass(frozen=True)
+class Place:
+    """The tensors of one layer with weights; gradients only where they are written."""
+
+    weight: Tensor  # [R, N, K]
+    bias: Tensor  # [R, N, 1]
+    dweight: Tensor | None
+    dbias: Tensor | None
+    out: Tensor  # [R, N, B] or [R, N, H, W, B]
+    before: tuple[int, ...]  # shape of the input, without R and B
+    wants_dx: bool
+    update: Update | None = None
+
+
 class DenseLinear:
     """y = W x + b; dW = dy x^T, db = sum dy, dx = W^T dy."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        dweight: Tensor | None,
-        dbias: Tensor | None,
-        out: Tensor,
-        before: tuple[int, ...],
-        first: bool,
-    ) -> None:
-        self.weight, self.bias, self.dweight, self.dbias = weight, bias, dweight, dbias
-        self.y, self.first = out, first
-        self.shape = (out.shape[0], prod(before), out.shape[-1])
-        if dweight is not None and not first:
-            self.dx = activation(out, out.shape[0], before, out.shape[-1]).view(self.shape)
+    def __init__(self, place: Place) -> None:
+        self.place, self.y = place, place.out
+        self.weight, self.bias = place.weight, place.bias
+        self.shape = (self.y.shape[0], prod(place.before), self.y.shape[-1])
+        if place.wants_dx:
+            self.dx = activation(self.y, self.shape[0], place.before, self.shape[2]).view(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         self.x = x.reshape(self.shape)
         return torch.baddbmm(self.bias, self.weight, self.x, out=self.y)
 
     def backward(self, dy: Tensor) -> Tensor:
-        assert self.dweight is not None
-        assert self.dbias is not None
-        torch.bmm(dy, self.x.mT, out=self.dweight)
-        torch.sum(dy, 2, keepdim=True, out=self.dbias)
-        return dy if self.first else torch.bmm(self.weight.mT, dy, out=self.dx)
+        place = self.place
+        dx = torch.bmm(self.weight.mT, dy, out=self.dx) if place.wants_dx else dy
+        if place.update is not None:  # changes the weights, so it comes last
+            place.update(dy, self.x)
+        else:
+            torch.bmm(dy, self.x.mT, out=place.dweight)
+            torch.sum(dy, 2, keepdim=True, out=place.dbias)
+        return dx
 
 
 class DenseConv:
@@ -150,21 +167,12 @@ class DenseConv:
     meets are a slice of that matrix, so the copies take a k-th of what im2col takes and stay in the cache.
     """
 
-    def __init__(
-        self,
-        layer: Conv,
-        weight: Tensor,
-        bias: Tensor,
-        dweight: Tensor | None,
-        dbias: Tensor | None,
-        out: Tensor,
-        before: tuple[int, ...],
-        first: bool,
-    ) -> None:
-        self.bias, self.dbias, self.y, self.first = bias, dbias, out, first
+    def __init__(self, layer: Conv, place: Place) -> None:
+        self.bias, self.dbias, self.y, self.wants_dx = place.bias, place.dbias, place.out, place.wants_dx
         self.pad, k = layer.padding, layer.kernel
+        out = place.out
         r, n, _, columns, b = out.shape
-        c, h, w = before
+        c, h, w = place.before
         high = h + 2 * self.pad
         self.padded = out.new_zeros(r, c, high, w + 2 * self.pad, b)
         self.inside = self.padded[:, :, self.pad : self.pad + h, self.pad : self.pad + w]
@@ -172,12 +180,12 @@ class DenseConv:
         self.shifted = out.new_empty(self.shape)
         self.slices = self._slices(self.shifted)
         # the kernel's rows as matrices, and their gradients transposed, which is the faster product
-        self.weight = weight.view(r, n, c, k, k).permute(3, 0, 1, 2, 4)
+        self.weight = place.weight.view(r, n, c, k, k).permute(3, 0, 1, 2, 4)
         self.kernel = out.new_empty(k, r, n, c * k)
-        if dweight is not None:
-            self.dweight = dweight.view(r, n, c, k, k).permute(3, 0, 2, 4, 1)
+        if place.dweight is not None:
+            self.dweight = place.dweight.view(r, n, c, k, k).permute(3, 0, 2, 4, 1)
             self.dkernel = out.new_empty(k, r, c * k, n)
-        if dweight is not None and not first:
+        if place.wants_dx:
             self.dpadded = torch.empty_like(self.padded)
             self.dx = self.dpadded[:, :, self.pad : self.pad + h, self.pad : self.pad + w]
             self.dshifted = torch.empty_like(self.shifted)
@@ -209,7 +217,7 @@ class DenseConv:
         for dkernel, rows in zip(self.dkernel, self.slices, strict=True):
             torch.bmm(rows, dy.mT, out=dkernel)
         self.dweight.copy_(self.dkernel.view(self.dweight.shape))
-        if self.first:
+        if not self.wants_dx:
             return dy
         self.dshifted.zero_()
         for kernel, drows in zip(self.kernel, self.dslices, strict=True):
@@ -223,58 +231,38 @@ class DenseConv:
 class MaskedLinear:
     """`DenseLinear` through the masked kernels, which take the batch first."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        dweight: Tensor | None,
-        dbias: Tensor | None,
-        out: Tensor,
-        before: tuple[int, ...],
-        first: bool,
-        bits: Tensor,
-        kernels: str,
-    ) -> None:
-        self.weight, self.bias, self.dweight, self.dbias = weight, bias[:, :, 0], dweight, dbias
-        self.bits, self.kernels, self.first = bits, kernels, first
-        self.shape = (out.shape[0], prod(before), out.shape[-1])
+    def __init__(self, place: Place, bits: Tensor, kernels: str) -> None:
+        self.place, self.bits, self.kernels = place, bits, kernels
+        self.shape = (place.out.shape[0], prod(place.before), place.out.shape[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        self.x = x.reshape(self.shape).mT
-        y = _ops.masked_linear(self.x, self.weight, self.bits, self.bias, None, self.kernels)
+        self.x = x.reshape(self.shape)
+        place, kernels = self.place, self.kernels
+        y = _ops.masked_linear(self.x.mT, place.weight, self.bits, place.bias[:, :, 0], None, kernels)
         return y.mT  # type: ignore[no-any-return]
 
     def backward(self, dy: Tensor) -> Tensor:
-        assert self.dweight is not None
-        assert self.dbias is not None
-        self.dweight.copy_(_ops.masked_linear_dw(dy.mT, self.x, self.bits, self.kernels))
-        torch.sum(dy, 2, keepdim=True, out=self.dbias)
-        if self.first:
-            return dy
-        return _ops.masked_linear_dx(dy.mT, self.weight, self.bits, self.kernels).mT  # type: ignore[no-any-return]
+        place, dx = self.place, dy
+        if place.wants_dx:
+            dx = _ops.masked_linear_dx(dy.mT, place.weight, self.bits, self.kernels).mT
+        if place.update is not None:
+            place.update(dy, self.x)
+            return dx
+        assert place.dweight is not None
+        place.dweight.copy_(_ops.masked_linear_dw(dy.mT, self.x.mT, self.bits, self.kernels))
+        torch.sum(dy, 2, keepdim=True, out=place.dbias)
+        return dx
 
 
 class MaskedConv:
     """`DenseConv` through the masked kernels, which take [R, B, C, H, W] in any order of memory."""
 
-    def __init__(
-        self,
-        layer: Conv,
-        weight: Tensor,
-        bias: Tensor,
-        dweight: Tensor | None,
-        dbias: Tensor | None,
-        out: Tensor,
-        before: tuple[int, ...],
-        first: bool,
-        bits: Tensor,
-        kernels: str,
-    ) -> None:
-        shape = (*weight.shape[:2], before[0], layer.kernel, layer.kernel)
-        self.weight, self.bias = weight.view(shape), bias[:, :, 0]
-        self.dweight, self.dbias = None if dweight is None else dweight.view(shape), dbias
-        self.bits, self.first, self.size = bits, first, before[1:]
-        self.y_shape = out.shape
+    def __init__(self, layer: Conv, place: Place, bits: Tensor, kernels: str) -> None:
+        shape = (*place.weight.shape[:2], place.before[0], layer.kernel, layer.kernel)
+        self.weight, self.bias = place.weight.view(shape), place.bias[:, :, 0]
+        self.dweight, self.dbias = None if place.dweight is None else place.dweight.view(shape), place.dbias
+        self.bits, self.wants_dx, self.size = bits, place.wants_dx, place.before[1:]
+        self.y_shape = place.out.shape
         kernel = [layer.kernel] * 2
         self.rest = masked_conv2d.geometry(kernel, 1, layer.padding, 1), kernels
 
@@ -290,7 +278,7 @@ class MaskedConv:
         torch.sum(dy, (2, 3, 4), out=self.dbias.squeeze(2))
         dy = dy.permute(0, 4, 1, 2, 3)
         self.dweight.copy_(masked_conv2d.wgrad(dy, self.x, self.bits, *self.rest))
-        if self.first:
+        if not self.wants_dx:
             return dy
         dx = masked_conv2d.dgrad(dy, self.weight, self.bits, (self.size[0], self.size[1]), *self.rest)
         return dx.permute(0, 2, 3, 4, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ settings.load_profile("default")
 def digits() -> Resident:
     """The 5,000 digits inside the package, in evaluation batches of 250."""
     return Resident(load("mnist5k", Path()), "cpu", 250)
+
+
+@pytest.fixture(scope="session")
+def few() -> Resident:
+    """A few of them, for Triton's interpreter: 56 to train on, 8 to validate, 10 to test."""
+    images = load("mnist5k", Path())
+    sizes = {"train_images": 64, "train_labels": 64, "test_images": 10, "test_labels": 10}
+    cut: dict[str, Any] = {name: getattr(images, name)[:size] for name, size in sizes.items()}
+    return Resident(replace(images, **cut), "cpu", 6)
 
 
 @pytest.fixture

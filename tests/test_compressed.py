@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from sparselth.models import Conv, Linear, MaxPool, Model, ReLU, get_model
 from sparselth.nn import init_weights
 from sparselth.runs import RunRecord
 from sparselth.streams import stream
-from sparselth.train import State, fit, scores
+from sparselth.train import Job, State, fit, scores
 
 LENET, LENET5 = get_model("lenet-300-100"), get_model("lenet5")
 TICKET = Replica(0, "ticket", 1)
@@ -38,7 +38,7 @@ def start(model: Model, recipe: Recipe, keep: float, seed: int = 0) -> tuple[Sta
         span = slice(spec.offset, spec.offset + spec.numel)
         mask[span] &= chance[span] < (keep**0.5 if spec.output else keep)
     weights[: model.mask_size] *= mask
-    return State.start(weights[None], recipe), mask[None]
+    return State.start(weights[None], recipe), mask
 
 
 def every(model: Model, share: float = 1.0) -> dict[str, float]:
@@ -59,9 +59,10 @@ def test_the_numbers_are_those_of_dense_training(
     runs = {}
     for name in ("reference", kernels):
         state, mask = start(model, recipe, keep)
-        fit(model, digits, [TICKET], state, mask, recipe, kernels=name, break_even=every(model))
+        job = Job(TICKET, state, mask)
+        fit(model, digits, [job], recipe, kernels=name, break_even=every(model))
         assert state.layout is None
-        accuracies = scores(model, digits, state, mask, name, every(model))
+        (accuracies,) = scores(model, digits, [job], name, every(model))
         runs[name] = state, mask, accuracies
     (state, mask, accuracies), (expected, _, right) = runs[kernels], runs["reference"]
     m = model.mask_size
@@ -71,7 +72,7 @@ def test_the_numbers_are_those_of_dense_training(
         strict=True,
     ):
         assert close(found, dense, 1e-5)
-        assert not found[:, :m][~mask].any()
+        assert not found[0, :m][~mask].any()
     assert state.best_step == expected.best_step
     for line, other in zip(state.evaluations, expected.evaluations, strict=True):
         assert line["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-5)
@@ -115,7 +116,8 @@ def test_random_networks_and_mixes_of_layers(
     found, expected = [], []
     for name, states in ((kernels, found), ("reference", expected)):
         state, mask = start(model, recipe, keep, seed)
-        states += [fit(model, digits, [TICKET], state, mask, recipe, kernels=name, break_even=share)]
+        fit(model, digits, [Job(TICKET, state, mask)], recipe, kernels=name, break_even=share)
+        states.append(state)
     assert close(found[0].weights, expected[0].weights)
     assert close(found[0].moments[0], expected[0].moments[0], 1e-4)
 
@@ -125,12 +127,19 @@ def test_random_networks_and_mixes_of_layers(
 def test_stopping_anywhere_changes_no_bit(stop: int, digits: Resident) -> None:
     share = every(LENET, 0.2)  # the output layer, with more, stays dense
     whole, mask = start(LENET, ADAM, 0.1)
-    fit(LENET, digits, [TICKET], whole, mask, ADAM, break_even=share)
+    fit(LENET, digits, [Job(TICKET, whole, mask)], ADAM, break_even=share)
     state, _ = start(LENET, ADAM, 0.1)
     calls = iter(range(1000))
-    fit(LENET, digits, [TICKET], state, mask, ADAM, break_even=share, should_stop=lambda: next(calls) == stop)
+    fit(
+        LENET,
+        digits,
+        [Job(TICKET, state, mask)],
+        ADAM,
+        break_even=share,
+        should_stop=lambda: next(calls) == stop,
+    )
     assert state.step == stop
-    fit(LENET, digits, [TICKET], state, mask, ADAM, break_even=share)
+    fit(LENET, digits, [Job(TICKET, state, mask)], ADAM, break_even=share)
     assert torch.equal(state.weights, whole.weights)
     assert all(map(torch.equal, state.moments, whole.moments))
     assert state.evaluations == whole.evaluations
@@ -141,22 +150,22 @@ def test_a_checkpoint_in_the_middle_is_expanded(digits: Resident) -> None:
     shapes = []
     state, mask = start(LENET, ADAM, 0.1)
 
-    def seen(state: State) -> None:
+    def seen(jobs: Sequence[Job]) -> None:
+        assert jobs[0].state is state
         assert state.layout is not None
         whole = state.expanded()
         assert whole.layout is None
         shapes.extend(t.shape[1] for t in (whole.weights, whole.best_weights, *whole.moments))
         assert state.weights.shape[1] == state.layout.size
 
-    fit(LENET, digits, [TICKET], state, mask, ADAM, break_even=every(LENET), on_evaluation=seen)
+    fit(LENET, digits, [Job(TICKET, state, mask)], ADAM, break_even=every(LENET), on_evaluation=seen)
     assert set(shapes) == {LENET.flat_size}
 
 
-def test_replicas_together_and_other_pools_stay_dense(digits: Resident) -> None:
+def test_layers_without_kernels_or_gain_stay_dense(digits: Resident) -> None:
     paths = train.choose("auto", "cpu")
     _, mask = start(LENET, ADAM, 0.1)
     assert train._compressed(LENET, mask, every(LENET), paths)
-    assert not train._compressed(LENET, mask.expand(2, -1), every(LENET), paths)
     assert not train._compressed(LENET, mask, {}, paths)
     assert not train._compressed(LENET, mask, every(LENET), train.choose("reference", "cpu"))
     pooled = Model("pooled", (1, 28, 28), (Conv(2, 3), MaxPool(3), Linear(10)), {}, "")

@@ -17,7 +17,7 @@ from sparselth.models import get_model
 from sparselth.nn import init_weights
 from sparselth.runs import RunRecord
 from sparselth.streams import stream
-from sparselth.train import State, fit
+from sparselth.train import Job, State, fit
 
 ADAM = Recipe(steps=2, lr=1.2e-3, batch_size=3, eval_every=2, weight_decay=1e-3)
 SGD = replace(ADAM, optimizer="sgd", lr=0.05)
@@ -31,7 +31,8 @@ def trained(name: str, data: Resident, recipe: Recipe, kernels: str) -> tuple[St
     mask = pruning.prune(model, weights[: model.mask_size], pruning.full_mask(model), rung)
     weights[: model.mask_size] *= mask
     state = State.start(weights[None], recipe)
-    return fit(model, data, [TICKET], state, mask[None], recipe, kernels=kernels), mask
+    fit(model, data, [Job(TICKET, state, mask)], recipe, kernels=kernels)
+    return state, mask
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,10 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +22,11 @@ from torch import Tensor, nn
 
 from sparselth import sparse
 from sparselth.kernels import _native
+from sparselth.kernels.csr_packed import Packed
 from sparselth.kernels.step_parts import Call
 
 converting = importlib.import_module("sparselth.sparse.convert")
-Timer = Callable[[Mapping[str, Call]], dict[str, float]]
+Timer = Callable[[Mapping[str, Call]], Any]
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +35,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "sparselth" / "convert.json"
 
 
+def times(found: Mapping[str, float], steady: bool = True) -> Any:
+    result = converting.Times(found)
+    result.steady = steady
+    return result
+
+
 def prefer(*names: str) -> Timer:
     """A clock by which candidates and networks of these names are fast, and all others slow."""
 
-    def timer(calls: Mapping[str, Call]) -> dict[str, float]:
+    def timer(calls: Mapping[str, Call]) -> Any:
         for call in calls.values():
             call()
-        return {name: 1e-6 if name.split()[0] in names or name in names else 1e-2 for name in calls}
+        return times({name: 1e-6 if name.split()[0] in names or name in names else 1e-2 for name in calls})
 
     return timer
 
@@ -233,9 +243,9 @@ def test_real_clock_zeros_in_the_weights_and_the_table(cache: Path) -> None:
 def test_choice_in_the_cache_is_not_measured_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def timer(calls: Mapping[str, Call]) -> dict[str, float]:
+    def timer(calls: Mapping[str, Call]) -> Any:
         asked.extend(calls)
-        return dict.fromkeys(calls, 1e-3)
+        return times(dict.fromkeys(calls, 1e-3))
 
     monkeypatch.setattr(converting, "seconds", timer)
     model, shape = lenet_5()
@@ -255,9 +265,45 @@ def test_choice_in_the_cache_is_not_measured_again(cache: Path, monkeypatch: pyt
         assert asked
 
 
+def test_times_among_other_programs_are_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def timer(calls: Mapping[str, Call]) -> Any:
+        asked.extend(calls)
+        return times({name: 1e-3 / len(asked) for name in calls}, steady=False)
+
+    monkeypatch.setattr(converting, "seconds", timer)
+    model, shape = lenet_300_100()
+    masks, x = random_masks(model, 0.1), torch.randn(8, *shape)
+    sparse.convert(model, masks, x)
+    assert not cache.exists()
+    before = len(asked)
+    sparse.convert(model, masks, x)
+    assert len(asked) == 2 * before  # and by the next conversion too
+
+
+def test_the_clock_is_not_fooled_by_slow_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0.0, 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def disturbed() -> None:
+        nonlocal calls
+        calls += 1
+        sleep(0.003 if calls % 2 else 0.001)
+
+    monkeypatch.setattr(converting, "time", SimpleNamespace(perf_counter=lambda: now))
+    found = converting.seconds({"disturbed": disturbed, "slow": lambda: sleep(0.002)})
+    assert found["disturbed"] < found["slow"]
+    assert not found.steady
+    assert converting.seconds({"even": lambda: sleep(0.002)}).steady
+
+
 def test_dense_is_taken_unless_sparse_wins_by_three_percent(monkeypatch: pytest.MonkeyPatch) -> None:
-    def timer(calls: Mapping[str, Call]) -> dict[str, float]:
-        return {name: 0.98 if name.split()[0] in ("native", "mixed") else 1.0 for name in calls}
+    def timer(calls: Mapping[str, Call]) -> Any:
+        return times({name: 0.98 if name.split()[0] in ("native", "mixed") else 1.0 for name in calls})
 
     monkeypatch.setattr(converting, "seconds", timer)
     model, shape = lenet_300_100()
@@ -269,13 +315,13 @@ def test_dense_is_taken_unless_sparse_wins_by_three_percent(monkeypatch: pytest.
 @pytest.mark.skipif(_native.LIB is None, reason="no native kernels")
 def test_a_wrong_candidate_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     formats = importlib.import_module("sparselth.sparse.formats")
-    right = formats.bind_csr_linear
+    right = formats.bind_csr_packed
 
-    def wrong(index: object, values: Tensor, *rest: object) -> Call:
-        call: Call = right(index, 1.01 * values, *rest)
+    def wrong(packed: Packed, *rest: object) -> Call:
+        call: Call = right(replace(packed, values=1.01 * packed.values), *rest)
         return call
 
-    monkeypatch.setattr(formats, "bind_csr_linear", wrong)
+    monkeypatch.setattr(formats, "bind_csr_packed", wrong)
     monkeypatch.setattr(converting, "seconds", prefer("native", "mixed"))
     model, shape = lenet_300_100()
     masks, x = random_masks(model, 0.1), torch.randn(8, *shape)
@@ -283,6 +329,24 @@ def test_a_wrong_candidate_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> N
     assert "native" not in {layer.chosen for layer in converted.report.layers}
     assert "(wrong by" in sparse.explain(converted)
     close(converted(x), dense(model, masks, x))
+
+
+@pytest.mark.parametrize("block", [16, 64])
+def test_block_pruned_weights_have_a_candidate(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converting, "seconds", prefer("blocks", "mixed"))
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 130)).eval()
+    live = {"0.weight": torch.rand(13, 19) < 0.2, "2.weight": torch.rand(9, 13) < 0.2}
+    live = live if block == 16 else {"0.weight": torch.eye(4, 5).bool(), "2.weight": torch.eye(3, 4).bool()}
+    spread = {name: b.repeat_interleave(block, 0).repeat_interleave(block, 1) for name, b in live.items()}
+    masks = {name: spread[name][: w.shape[0], : w.shape[1]] for name, w in weights(model).items()}
+    for batch in (1, 33):
+        x = torch.randn(batch, 300)
+        converted = sparse.convert(model, masks, x, compact=False)
+        assert {layer.chosen for layer in converted.report.layers} == {"blocks"}
+        close(converted(x), dense(model, masks, x))
+    random = sparse.convert(model, random_masks(model, 0.1), x)
+    assert all("blocks" not in layer.times for layer in random.report.layers)
 
 
 def test_nan_reaches_what_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:

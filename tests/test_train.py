@@ -11,7 +11,7 @@ from sparselth.config import Recipe, Replica
 from sparselth.models import get_model
 from sparselth.nn import init_weights
 from sparselth.streams import stream
-from sparselth.train import Diverged, State, fit, scores
+from sparselth.train import Diverged, Job, State, fit, scores
 
 LENET = get_model("lenet-300-100")
 TICKET = Replica(0, "ticket", 0)
@@ -26,18 +26,18 @@ def start(seed: int, recipe: Recipe, keep: float = 1.0) -> tuple[State, torch.Te
         rung = {"all": round(keep * LENET.prunable)}
         mask = pruning.prune(LENET, weights[: LENET.mask_size], mask, rung)
         weights[: LENET.mask_size] *= mask
-    return State.start(weights[None], recipe), mask[None]
+    return State.start(weights[None], recipe), mask
 
 
 @pytest.mark.parametrize("recipe", [ADAM, SGD], ids=["adam", "sgd"])
 def test_pruned_weights_stay_zero_and_live_ones_move(digits: Resident, recipe: Recipe) -> None:
     state, mask = start(0, recipe, keep=0.2)
     before = state.weights.clone()
-    fit(LENET, digits, [TICKET], state, mask, recipe)
+    fit(LENET, digits, [Job(TICKET, state, mask)], recipe)
     m = LENET.mask_size
     for t in (state.weights, *state.moments, state.best_weights):
-        assert not t[:, :m][~mask].any()
-    moved = (state.weights != before)[:, :m][mask]
+        assert not t[0, :m][~mask].any()
+    moved = (state.weights != before)[0, :m][mask]
     assert moved.double().mean() > 0.95
     assert state.weights[:, m:].any()
 
@@ -46,12 +46,18 @@ def test_pruned_weights_stay_zero_and_live_ones_move(digits: Resident, recipe: R
 @pytest.mark.parametrize("stop", [1, 49, 50, 77])
 def test_stopping_anywhere_changes_no_bit(digits: Resident, recipe: Recipe, stop: int) -> None:
     whole, mask = start(0, recipe, keep=0.5)
-    fit(LENET, digits, [TICKET], whole, mask, recipe, keep_step=60)
+    fit(LENET, digits, [Job(TICKET, whole, mask, keep_step=60)], recipe)
     state, _ = start(0, recipe, keep=0.5)
     calls = iter(range(1000))
-    fit(LENET, digits, [TICKET], state, mask, recipe, keep_step=60, should_stop=lambda: next(calls) == stop)
+    fit(
+        LENET,
+        digits,
+        [Job(TICKET, state, mask, keep_step=60)],
+        recipe,
+        should_stop=lambda: next(calls) == stop,
+    )
     assert state.step == stop
-    fit(LENET, digits, [TICKET], state, mask, recipe, keep_step=60)
+    fit(LENET, digits, [Job(TICKET, state, mask, keep_step=60)], recipe)
     assert torch.equal(state.weights, whole.weights)
     assert torch.equal(state.best_weights, whole.best_weights)
     assert state.evaluations == whole.evaluations
@@ -63,29 +69,17 @@ def test_stopping_anywhere_changes_no_bit(digits: Resident, recipe: Recipe, stop
 def test_early_stop_is_the_evaluation_of_least_validation_loss(digits: Resident) -> None:
     recipe = replace(ADAM, steps=600, lr=5e-3)  # overfits 3,500 images
     state, mask = start(0, recipe)
-    fit(LENET, digits, [TICKET], state, mask, recipe)
+    fit(LENET, digits, [Job(TICKET, state, mask)], recipe)
     losses = {line["step"]: line["validation_loss"] for line in state.evaluations}
     assert list(losses) == list(range(50, 601, 50))
-    assert state.best_step[0] == min(losses, key=lambda step: losses[step]) < 600
+    assert state.best_step == min(losses, key=lambda step: losses[step]) < 600
     again, _ = start(0, recipe)
-    stopped = replace(recipe, steps=state.best_step[0])
-    fit(LENET, digits, [TICKET], again, mask, stopped)
+    stopped = replace(recipe, steps=state.best_step)
+    fit(LENET, digits, [Job(TICKET, again, mask)], stopped)
     assert torch.equal(again.weights, state.best_weights)
-    at_early_stop, final = scores(LENET, digits, state)
-    assert scores(LENET, digits, again)[1] == at_early_stop
+    ((at_early_stop, final),) = scores(LENET, digits, [Job(TICKET, state, mask)])
+    assert scores(LENET, digits, [Job(TICKET, again, mask)])[0][1] == at_early_stop
     assert final != at_early_stop
-
-
-def test_replicas_train_as_if_alone(digits: Resident) -> None:
-    who = [Replica(0, "ticket", 0), Replica(1, "ticket", 0), Replica(0, "reinit", 1)]
-    starts = [start(0, ADAM, 0.5), start(1, ADAM), start(2, ADAM, 0.1)]
-    weights = torch.cat([state.weights for state, _ in starts])
-    mask = torch.cat([mask for _, mask in starts])
-    together = fit(LENET, digits, who, State.start(weights, ADAM), mask, ADAM)
-    for r, (state, alone) in enumerate(starts):
-        fit(LENET, digits, [who[r]], state, alone, ADAM)
-        torch.testing.assert_close(together.weights[r], state.weights[0], rtol=1e-3, atol=1e-4)
-        assert together.best_step[r] == state.best_step[0]
 
 
 def test_the_learning_rate_is_that_of_the_step() -> None:
@@ -101,9 +95,9 @@ def test_training_goes_on_with_the_rate_of_the_rewind_step(digits: Resident) -> 
     state, mask = start(0, recipe)
     state.step = 30
     low = State.start(state.weights, recipe, 30)
-    fit(LENET, digits, [TICKET], low, mask, recipe, start_step=30)
+    fit(LENET, digits, [Job(TICKET, low, mask, 30)], recipe)
     constant = State.start(state.weights, recipe, 30)
-    fit(LENET, digits, [TICKET], constant, mask, replace(recipe, lr=0.1 * 0.1, lr_drops=()), start_step=30)
+    fit(LENET, digits, [Job(TICKET, constant, mask, 30)], replace(recipe, lr=0.1 * 0.1, lr_drops=()))
     assert torch.equal(low.weights, constant.weights)
 
 
@@ -112,7 +106,7 @@ def test_adam_corrects_its_bias_from_the_rewind_step(digits: Resident) -> None:
     state, mask = start(0, recipe)
     before = state.weights.clone()
     state.step = 30
-    fit(LENET, digits, [TICKET], state, mask, recipe, start_step=30)
+    fit(LENET, digits, [Job(TICKET, state, mask, 30)], recipe)
     moved = (state.weights - before).abs()[0, : LENET.mask_size]
     # a first Adam step moves every weight with a gradient by the learning rate
     assert moved[moved > 0].median() == pytest.approx(recipe.lr, rel=0.01)
@@ -124,4 +118,4 @@ def test_divergence_names_the_replica(digits: Resident) -> None:
     with pytest.raises(
         Diverged, match=r"seed 3 reinit draw 2 level 4: training diverged before step 50 .*--lr"
     ):
-        fit(LENET, digits, [Replica(3, "reinit", 4, 2)], state, mask, recipe)
+        fit(LENET, digits, [Job(Replica(3, "reinit", 4, 2), state, mask)], recipe)

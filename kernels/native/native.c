@@ -5,6 +5,7 @@
 #define ENTRIES(X) \
     X(csr_linear) \
     X(csr_weight_grad) \
+    X(csr_packed) \
     X(sparse_conv2d) \
     X(sparse_conv2d_weight_grad) \
     X(masked_update) \
@@ -15,6 +16,7 @@
     X(cross_entropy_grad) \
     X(max_pool) \
     X(max_pool_backward) \
+    X(transpose) \
     X(sequence)
 
 #define FIRST_LEVEL
@@ -22,6 +24,7 @@
 #define VEC 4
 #include "native.h"
 #include "csr_linear.inc"
+#include "csr_packed.inc"
 #include "sparse_conv2d.inc"
 #include "step_parts.inc"
 #include "masked_update.inc"
@@ -42,6 +45,7 @@
 #define VEC 8
 #include "native.h"
 #include "csr_linear.inc"
+#include "csr_packed.inc"
 #include "sparse_conv2d.inc"
 #include "step_parts.inc"
 #include "masked_update.inc"
@@ -69,6 +73,7 @@
 #define VEC 16
 #include "native.h"
 #include "csr_linear.inc"
+#include "csr_packed.inc"
 #include "sparse_conv2d.inc"
 #include "step_parts.inc"
 #include "masked_update.inc"

@@ -116,14 +116,14 @@ def _training() -> dict[str, Any]:
         from sparselth.nn import init_weights
         from sparselth.pruning import full_mask
         from sparselth.streams import stream
-        from sparselth.train import State, fit
+        from sparselth.train import Job, State, fit
 
         torch.set_num_threads(1)
         model, who = get_model("lenet-300-100"), Replica(0, "ticket", 0)
         recipe = model.recipes["short"].__class__(steps=50, lr=1.2e-3)
         data = Resident(load("mnist5k", Path()), "cpu", 500)
         state = State.start(init_weights(model, stream(0, "ticket", 0, "init"))[None], recipe)
-        fit(model, data, [who], state, full_mask(model)[None], recipe)
+        fit(model, data, [Job(who, state, full_mask(model))], recipe)
         accuracy = state.evaluations[-1]["validation_accuracy"]
     except (SparselthError, ImportError, RuntimeError, AttributeError, TypeError) as error:
         return _check("training", False, f"{type(error).__name__}: {error}")

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sparselth.cli.options import PATH, Names, Numbers, data_dir, output
-from sparselth.config import KERNELS, OPTIMIZERS, SCOPES, ImpConfig, Recipe
+from sparselth.config import KERNELS, OPTIMIZERS, SCOPES, ImpConfig, Recipe, Replica
 from sparselth.errors import UsageError
 from sparselth.models import get_model
 
 if TYPE_CHECKING:
     from sparselth.data import DatasetSpec, Images
-    from sparselth.experiments.workers import Price
+    from sparselth.experiments.plan import Price
+
+LONG_SECONDS = 60  # from this predicted time on a run is compared with the usual loop
 
 
 @click.command()
@@ -100,11 +102,26 @@ if TYPE_CHECKING:
 @click.option(
     "--workers", type=int, help="Worker processes on a CPU, one thread each.  [default: one per core]"
 )
+@click.option(
+    "--replicas",
+    type=int,
+    help="Networks that a worker trains as one batch, at most.  [default: on a CPU 1, on CUDA what fits]",
+)
+@click.option(
+    "--deterministic",
+    is_flag=True,
+    help="The same bits whoever trains beside a network: on CUDA our kernels alone; on a CPU always so.",
+)
 @click.option("--out", type=PATH, help="Folder of the run.  [default: runs/MODEL-DATASET-HASH]")
 @click.option(
     "--resume", is_flag=True, help="Go on with the run in --out, or begin it; flags not given are the run's."
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done and what it costs, then stop.")
+@click.option(
+    "--price-on",
+    metavar="DEVICE",
+    help="With --dry-run: the price on a device with recorded results too, e.g. h200.",
+)
 @output
 @click.pass_context
 def imp(ctx: click.Context, /, **flags: Any) -> None:
@@ -125,12 +142,18 @@ def imp(ctx: click.Context, /, **flags: Any) -> None:
     config = _configure(flags, dataset=flags["dataset"] or default, device="cpu")
     config.check()  # before torch and data take their seconds
     workers = flags["workers"]
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers {workers}: expected 1 or more")
+    for flag in ("workers", "replicas"):
+        if flags[flag] is not None and flags[flag] < 1:
+            raise UsageError(f"--{flag} {flags[flag]}: expected 1 or more")
+    if flags["price_on"] and not flags["dry_run"]:
+        raise UsageError("--price-on: prices a plan that is not run; add --dry-run")
     say = _silent if flags["quiet"] else _say
 
     say("loading torch and the data ...")
+    import time
+
     from sparselth import data, dispatch, machine
+    from sparselth.experiments.plan import recorded, widest
     from sparselth.experiments.workers import Pool, available_workers
     from sparselth.runs import open_run, read
 
@@ -138,6 +161,8 @@ def imp(ctx: click.Context, /, **flags: Any) -> None:
     images = data.resolve(flags["dataset"], flags["data_dir"], _say, default)
     _check_shapes(config.model, images.spec)
     device, why = machine.choose_device(flags["device"])
+    if flags["deterministic"] and device == "cuda":
+        flags["kernels"] = "triton"
     config = _configure(flags, dataset=images.spec.name, device=device)
     paths = dispatch.choose(config.kernels, device)
     path = flags["out"] or Path("runs") / f"{config.model}-{config.dataset}-{config.digest}"
@@ -150,32 +175,37 @@ def imp(ctx: click.Context, /, **flags: Any) -> None:
         model, batch = get_model(config.model), config.recipe.batch_size
         environment["break_even"] = break_even(model, batch, paths.csr_linear.takes)
 
+    limit = min(flags["replicas"] or (widest(config) if device == "cuda" else 1), widest(config))
+    plan = _Plan(config, images, path, device, why, workers, limit)
     if flags["dry_run"]:
+        there = recorded(flags["price_on"], config) if flags["price_on"] else None
         with Pool(config, images, path, 1, environment["break_even"]) as pool:
-            price = pool.price()
+            price, plan.limit = pool.price(limit)
         if flags["as_json"]:
-            seconds = price.run_seconds(config, set(), workers)
-            plan = {"cells": len(config.replicas()), "workers": workers, "seconds": seconds}
-            _print_json(
-                {"schema": "sparselth.imp-plan/1", "run": str(path), "config": config.to_json(), **plan}
-            )
+            _print_json({"schema": "sparselth.imp-plan/1"} | plan.to_json(price, there))
         else:
-            _plan(config, images, path, device, why, workers, price, set())
+            plan.say(price, set(), there)
         return
     with open_run(path, config, environment, flags["resume"]) as folder:
         if other := folder.begun_elsewhere(environment):
             _say(
                 f"note: {path} was begun on another machine ({other}); new cells may differ in the last bits"
             )
+        wall: dict[str, Any] | None = None
         if len(folder.finished) < len(config.replicas()):
             from sparselth.cli.progress import progress
 
             with Pool(config, images, path, workers, folder.break_even) as pool:
-                price = pool.price()
+                price, plan.limit = pool.price(limit)
                 if not flags["quiet"]:
-                    _plan(config, images, path, device, why, workers, price, folder.finished)
+                    plan.say(price, folder.finished)
+                seconds = price.run_seconds(config, folder.finished, workers, plan.limit)
+                usual = _usual(config, images, folder.finished) if seconds > LONG_SECONDS else None
+                began = time.perf_counter()
                 with progress(config, price, folder.finished, flags["quiet"]) as watcher:
-                    pool.run(folder, watcher)
+                    pool.run(folder, watcher, plan.limit)
+                if usual:
+                    wall = {"seconds": time.perf_counter() - began, "workers": workers} | usual
         else:
             say(f"{path}: all {len(folder.finished)} cells are finished; nothing to compute")
         record = read(path)
@@ -185,11 +215,46 @@ def imp(ctx: click.Context, /, **flags: Any) -> None:
             draw(record, path / "figures")
     from sparselth.cli.show import report
 
-    report(record, flags["as_json"])
+    report(record, flags["as_json"], wall)
     if not flags["as_json"]:
         figures = sorted((path / "figures").glob("*.png"))
         print(f"\nfigures  {path / 'figures'}: {', '.join(file.name for file in figures)}")
+        if wall:
+            print(f"wall     {_compared(wall)}")
         print(f"run      {path}")
+
+
+def _usual(config: ImpConfig, images: Images, finished: set[Replica]) -> dict[str, Any] | None:
+    """What the cells that are missing would take the usual way, from a sample of two seconds."""
+    try:
+        from sparselth.measure import usual
+
+        found = usual.sample(config, images)
+    except (ImportError, RuntimeError):  # a torchvision that does not fit this torch
+        return None
+    cells = [who for who in config.replicas() if who not in finished]
+    training, evaluating = found.run_seconds(config, images, cells)
+    return {
+        "cells": len(cells),
+        "usual_training_seconds": training,
+        "usual_evaluation_seconds": evaluating,
+        "usual_steps_timed": found.steps,
+        "usual_threads": found.threads,
+    }
+
+
+def _compared(wall: dict[str, Any]) -> str:
+    """The run's wall time beside the usual loop's."""
+    from sparselth.cli.progress import duration
+
+    training, evaluating = wall["usual_training_seconds"], wall["usual_evaluation_seconds"]
+    times, threads = (training + evaluating) / wall["seconds"], wall["usual_threads"]
+    return (
+        f"{duration(wall['seconds'])} for {wall['cells']} networks on {wall['workers']} workers. One after "
+        f"another by the usual loop\n         (DataLoader, autograd, torch.optim): training "
+        f"{duration(training)}, evaluation {duration(evaluating)}, {times:.0f} times as long;\n         "
+        f"extrapolated from {wall['usual_steps_timed']} steps on {threads} thread{'s' * (threads > 1)}"
+    )
 
 
 def _check_shapes(model: str, dataset: DatasetSpec) -> None:
@@ -235,21 +300,84 @@ def _configure(flags: dict[str, Any], dataset: str, device: str) -> ImpConfig:
     )
 
 
-def _plan(
-    config: ImpConfig,
-    images: Images,
-    path: Path,
-    device: str,
-    why: str,
-    workers: int,
-    price: Price,
-    finished: set[Any],
-) -> None:
+@dataclass
+class _Plan:
     """The first screen: what will be done and what it costs."""
-    from sparselth.cli.progress import duration
+
+    config: ImpConfig
+    images: Images
+    path: Path
+    device: str
+    why: str
+    workers: int
+    limit: int  # networks in a batch
+
+    def to_json(self, price: Price, other: tuple[str, Price] | None) -> dict[str, Any]:
+        config, workers = self.config, self.workers
+        found = {
+            "run": str(self.path),
+            "config": config.to_json(),
+            "cells": len(config.replicas()),
+            "workers": workers,
+            "replicas": self.limit,
+            "seconds": price.run_seconds(config, (), workers, self.limit),
+            "bytes": price.run_bytes(config, workers, self.limit),
+        }
+        if other:
+            name, there = other
+            seconds, size = there.run_seconds(config, (), 1, 10**9), there.run_bytes(config, 1, 10**9)
+            found["price_on"] = {"device": name, "seconds": seconds, "bytes": size}
+        return found
+
+    def say(self, price: Price, finished: set[Replica], other: tuple[str, Price] | None = None) -> None:
+        from sparselth.cli.progress import duration
+        from sparselth.experiments.plan import widest
+
+        config, device, workers, limit = self.config, self.device, self.workers, self.limit
+        model, recipe = get_model(config.model), config.recipe
+        place = f"{workers} workers, one thread each" if device == "cpu" else "one worker"
+        together = widest(config)
+        batches = f"up to {limit} networks at once, of {together} that could run side by side"
+        first, last = (1e3 * price.batches[1] * price.levels[level] for level in (0, -1))
+        step = f"{first:.2f} ms a step" + (f", {last:.2f} at the last level" if last < first else "")
+        if limit > 1 and limit in price.batches:
+            step += f", {1e3 * price.batches[limit]:.2f} of {limit}"
+        seconds, size = (
+            price.run_seconds(config, finished, workers, limit),
+            price.run_bytes(config, workers, limit),
+        )
+        rate = f"lr {recipe.lr:g}" + (f", warm-up {recipe.warmup:,}" if recipe.warmup else "")
+        rate += f", a tenth from {', '.join(f'{s:,}' for s in recipe.lr_drops)}" if recipe.lr_drops else ""
+        rows = {
+            "model": f"{model.name}, {model.prunable:,} prunable weights",
+            "data": f"{self.images.spec.title} from {self.images.source}",
+            "levels": _levels(config),
+            "arms": f"{', '.join(config.arms)}; seeds {', '.join(map(str, config.seeds))}"
+            + (f"; {config.reinits} fresh draws" if config.reinits > 1 else "")
+            + f"; {len(config.replicas())} cells"
+            + (f", {len(finished)} of them finished" if finished else ""),
+            "training": f"{recipe.steps:,} steps of {recipe.batch_size} with {recipe.optimizer}, {rate}"
+            + (f"; rewind to step {config.rewind:,}" if config.rewind else ""),
+            "device": f"{device} ({self.why}), {place}",
+            **({"batches": batches} if limit > 1 or device == "cuda" else {}),
+            "price": f"about {duration(seconds)} ({step}), {size / 1e9 + 0.2:.1f} GB of memory",
+        }
+        if other:
+            name, there = other
+            seconds, size = there.run_seconds(config, finished, 1, 10**9), there.run_bytes(config, 1, 10**9)
+            rows["there"] = (
+                f"about {duration(seconds)} on {name}, up to {together} networks at once, "
+                f"{size / 1e9:.1f} GB; from recorded steps"
+            )
+        for name, text in (rows | {"folder": str(self.path)}).items():
+            print(f"{name:<9}{text}", file=sys.stderr)
+        sys.stderr.flush()
+
+
+def _levels(config: ImpConfig) -> str:
     from sparselth.pruning import ladder
 
-    model, recipe = get_model(config.model), config.recipe
+    model = get_model(config.model)
     rungs = [
         sum(r.values()) / model.prunable for r in ladder(model, config.levels, config.rate, config.scope)
     ]
@@ -263,31 +391,7 @@ def _plan(
     scope = f"by layer, the output layer at half the rate{slower}"
     if config.scope == "global":
         scope = "over all layers"
-    cells = len(config.replicas())
-    first, *_, last = price.step_seconds
-    step = f"{1e3 * first:.2f} ms a step" + (f", {1e3 * last:.2f} at the last level" if last < first else "")
-    rate = f"lr {recipe.lr:g}" + (f", warm-up {recipe.warmup:,}" if recipe.warmup else "")
-    rate += f", a tenth from {', '.join(f'{s:,}' for s in recipe.lr_drops)}" if recipe.lr_drops else ""
-    place = f"{workers} workers, one thread each" if device == "cpu" else "one worker"
-    seconds = price.run_seconds(config, finished, workers)
-    rows = {
-        "model": f"{model.name}, {model.prunable:,} prunable weights",
-        "data": f"{images.spec.title} from {images.source}",
-        "levels": f"{config.levels}, {how} at rate {config.rate:g} {scope}: {' '.join(steps)} % left",
-        "arms": f"{', '.join(config.arms)}; seeds {', '.join(map(str, config.seeds))}"
-        + (f"; {config.reinits} fresh draws" if config.reinits > 1 else "")
-        + f"; {cells} cells"
-        + (f", {len(finished)} of them finished" if finished else ""),
-        "training": f"{recipe.steps:,} steps of {recipe.batch_size} with {recipe.optimizer}, {rate}"
-        + (f"; rewind to step {config.rewind:,}" if config.rewind else ""),
-        "device": f"{device} ({why}), {place}",
-        "price": f"about {duration(seconds)} ({step}), "
-        f"{workers * price.worker_bytes / 1e9 + 0.2:.1f} GB of memory",
-        "folder": str(path),
-    }
-    for name, text in rows.items():
-        print(f"{name:<9}{text}", file=sys.stderr)
-    sys.stderr.flush()
+    return f"{config.levels}, {how} at rate {config.rate:g} {scope}: {' '.join(steps)} % left"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -15,6 +15,7 @@ from sparselth.errors import Interrupted, SparselthError, UsageError
 
 COMMANDS = {
     "imp": "Find winning tickets by iterative magnitude pruning, beside their controls.",
+    "bench": "Measure what sparsity is worth on this machine, beside dense at its best.",
     "show": "Print the table of a run again, or its JSON.",
     "ls": "List models, datasets, arms or runs.",
     "doctor": "Say what this machine has and what will be used.",

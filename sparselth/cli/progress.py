@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from sparselth.config import ImpConfig, Replica
 from sparselth.experiments.imp import Finished
-from sparselth.experiments.workers import Price, Watcher
+from sparselth.experiments.plan import Price
+from sparselth.experiments.workers import Watcher
 from sparselth.models import get_model
 from sparselth.pruning import ladder
 
@@ -32,11 +33,12 @@ def progress(config: ImpConfig, price: Price, finished: set[Replica], quiet: boo
 class Silent:
     """Says nothing."""
 
-    def started(self, worker: int, who: Replica) -> None: ...
+    def started(self, worker: int, cells: Sequence[Replica]) -> None: ...
     def evaluated(
-        self, worker: int, who: Replica, step: int, accuracy: float, steps_per_second: float
+        self, worker: int, cells: Sequence[Replica], step: int, accuracy: float, steps_per_second: float
     ) -> None: ...
     def finished(self, worker: int, done: Finished) -> None: ...
+    def halved(self, cells: int, limit: int) -> None: ...
     def tick(self) -> None: ...
 
 
@@ -46,7 +48,7 @@ class _Progress(Silent):
     def __init__(self, config: ImpConfig, price: Price, finished: set[Replica]) -> None:
         cells = config.replicas()
         self.config = config
-        self.cost = {who: price.cell_seconds(config, who) for who in cells if who not in finished}
+        self.cost = {who: price.batch_seconds(config, [who]) for who in cells if who not in finished}
         self.share: dict[Replica, float] = {}  # of the cells under way or done
         self.total, self.count = len(cells), len(finished)
         self.began = time.monotonic()
@@ -56,9 +58,9 @@ class _Progress(Silent):
         self.speed = 0.0
 
     def evaluated(
-        self, worker: int, who: Replica, step: int, accuracy: float, steps_per_second: float
+        self, worker: int, cells: Sequence[Replica], step: int, accuracy: float, steps_per_second: float
     ) -> None:
-        self.share[who] = min(1.0, step / self.config.recipe.steps)
+        self.share |= dict.fromkeys(cells, min(1.0, step / self.config.recipe.steps))
         self.speed = steps_per_second or self.speed
 
     def finished(self, worker: int, done: Finished) -> None:
@@ -95,6 +97,9 @@ class Lines(_Progress):
             f"{100 * cell['final_accuracy']:.2f} % at the end; {speed:,.0f} steps/s, {self.left} to go"
         )
 
+    def halved(self, cells: int, limit: int) -> None:
+        self._say(f"out of memory with {cells} networks at once; going on with {limit}")
+
     def tick(self) -> None:
         if time.monotonic() - self.said > HEARTBEAT_SECONDS:
             self._say(f"[{self.count}/{self.total}] {100 * self.fraction:.0f} % done, {self.left} to go")
@@ -121,6 +126,7 @@ class Bars(_Progress):
         )
         self.whole = self.bars.add_task("all cells", total=1.0, note="")
         self.rows: dict[int, Any] = {}
+        self.shown: dict[int, Replica] = {}  # the first network of each row
 
     def __enter__(self) -> Bars:
         self.bars.start()
@@ -129,21 +135,33 @@ class Bars(_Progress):
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
-    def started(self, worker: int, who: Replica) -> None:
-        text = f"{who} ({100 * self.remaining[who.level]:.1f} %)"
-        if worker in self.rows:
-            self.bars.remove_task(self.rows[worker])
-        self.rows[worker] = self.bars.add_task(text, total=self.config.recipe.steps, note="starting")
+    def started(self, worker: int, cells: Sequence[Replica]) -> None:
+        self._row(worker, cells)
         self.tick()
 
     def evaluated(
-        self, worker: int, who: Replica, step: int, accuracy: float, steps_per_second: float
+        self, worker: int, cells: Sequence[Replica], step: int, accuracy: float, steps_per_second: float
     ) -> None:
-        super().evaluated(worker, who, step, accuracy, steps_per_second)
+        super().evaluated(worker, cells, step, accuracy, steps_per_second)
+        if self.shown[worker] != cells[0]:
+            self._row(worker, cells)
         speed = f"{steps_per_second:,.0f} steps/s" if steps_per_second else ""
         note = f"step {step:,}  validation {100 * accuracy:.2f} %  {speed}"
         self.bars.update(self.rows[worker], completed=step, note=note)
         self.tick()
+
+    def halved(self, cells: int, limit: int) -> None:
+        self.bars.console.print(f"out of memory with {cells} networks at once; going on with {limit}")
+
+    def _row(self, worker: int, cells: Sequence[Replica]) -> None:
+        """Show what a worker trains in place of what it trained before."""
+        first = cells[0]
+        text = f"{first} ({100 * self.remaining[first.level]:.1f} %)"
+        text += f" and {len(cells) - 1} more" if len(cells) > 1 else ""
+        if worker in self.rows:
+            self.bars.remove_task(self.rows[worker])
+        self.rows[worker] = self.bars.add_task(text, total=self.config.recipe.steps, note="starting")
+        self.shown[worker] = first
 
     def tick(self) -> None:
         self.bars.update(

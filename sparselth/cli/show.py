@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,8 +24,8 @@ def show(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
     report(read(run), as_json)
 
 
-def report(record: RunRecord, as_json: bool) -> None:
-    """The table, or the document that `imp --json` prints."""
+def report(record: RunRecord, as_json: bool, wall: dict[str, Any] | None = None) -> None:
+    """The table, or the document that `imp --json` prints; `wall` is what computing it took just now."""
     if as_json:
         from sparselth.report.stats import summary
 
@@ -36,7 +36,7 @@ def report(record: RunRecord, as_json: bool) -> None:
             "complete": record.complete,
             "points": record.points,
             "summary": summary(record),
-        }
+        } | ({"wall": wall} if wall else {})
         print(json.dumps(document, indent=2))
     else:
         from sparselth.report.tables import table

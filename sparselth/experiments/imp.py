@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sparselth import pruning
 from sparselth.batches import Resident
 from sparselth.config import FRESH, ImpConfig, Replica
 from sparselth.dispatch import choose
+from sparselth.experiments.plan import needs
 from sparselth.masks import pack, unpack
 from sparselth.models import Model, get_model
 from sparselth.nn import init_weights
@@ -37,7 +38,7 @@ from sparselth.runs import (
     save_arrays,
 )
 from sparselth.streams import stream
-from sparselth.train import State, fit, scores
+from sparselth.train import Job, State, fit, scores
 
 CHECKPOINT_SECONDS = 60.0
 
@@ -49,78 +50,82 @@ class Finished:
     who: Replica
     cell: dict[str, Any]
     evaluations: list[dict[str, Any]]
-    timings: dict[str, float]  # train_seconds in all; step_seconds of one step, the median
+    timings: dict[str, float]  # train_seconds in all; step_seconds, the median; of a batch its share
 
 
-def needs(config: ImpConfig, who: Replica) -> Replica | None:
-    """The cell that must be finished before `who` can start."""
-    if who.level == 0:
-        return None
-    return Replica(who.seed, "ticket", 0 if config.one_shot else who.level - 1)
-
-
-def train_cell(
+def train_cells(
     config: ImpConfig,
     run: Path,
     data: Resident,
-    who: Replica,
+    cells: Sequence[Replica],
     break_even: Mapping[str, float],
-    on_evaluation: Callable[[State], None] = lambda state: None,
+    on_evaluation: Callable[[Sequence[Job]], None] = lambda jobs: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Finished | None:
-    """Train one cell and write its file; None when stopped, after a checkpoint was written.
+) -> list[Finished] | None:
+    """Train cells together and write their files; None when stopped, after checkpoints were written.
 
-    Reads only files of finished cells and its own checkpoint, so it can run in any process.
+    Reads only files of finished cells and their own checkpoints, so it can run in any process.
     """
     model = get_model(config.model)
-    mask = find_mask(config, model, run, who)
-    continued = who.level > 0 and who.arm not in FRESH
-    start_step = config.rewind if continued else 0
-    checkpoint = checkpoint_path(run, who)
-    if checkpoint.exists():
-        state = _load_state(checkpoint, data.device)
-    else:
-        weights = start_weights(config, model, run, who)
-        weights[: model.mask_size] *= mask
-        state = State.start(weights[None].to(data.device), config.recipe, start_step)
+    jobs = [_job(config, model, run, who, data.device) for who in cells]
     saved = time.monotonic()
 
-    def evaluated(state: State) -> None:
+    def evaluated(some: Sequence[Job]) -> None:
         nonlocal saved
-        on_evaluation(state)
+        on_evaluation(some)
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
-            _save_state(checkpoint, state.expanded())
+            for job in some:
+                _save_state(checkpoint_path(run, job.who), job.state.expanded())
             saved = time.monotonic()
 
-    state = fit(
+    fit(
         model,
         data,
-        [who],
-        state,
-        mask[None].to(data.device),
+        jobs,
         config.recipe,
-        start_step=start_step,
-        keep_step=config.rewind if who.level == 0 else None,
         kernels=config.kernels,
         break_even=break_even,
         on_evaluation=evaluated,
         should_stop=should_stop,
     )
-    if state.step < config.recipe.steps:
-        _save_state(checkpoint, state)
+    if any(job.state.step < config.recipe.steps for job in jobs):
+        for job in jobs:
+            _save_state(checkpoint_path(run, job.who), job.state)
         return None
-    at_early_stop, final = scores(model, data, state, mask[None], config.kernels, break_even)
-    _save_cell(run, config, model, who, mask, state)
+    accuracies = scores(model, data, jobs, config.kernels, break_even)
+    return [_finish(config, model, run, job, *pair) for job, pair in zip(jobs, accuracies, strict=True)]
+
+
+def _job(config: ImpConfig, model: Model, run: Path, who: Replica, device: str) -> Job:
+    """A cell as it stands: at its checkpoint, or at its start."""
+    mask = find_mask(config, model, run, who)
+    continued = who.level > 0 and who.arm not in FRESH
+    start_step = config.rewind if continued else 0
+    checkpoint = checkpoint_path(run, who)
+    if checkpoint.exists():
+        state = _load_state(checkpoint, device)
+    else:
+        weights = start_weights(config, model, run, who)
+        weights[: model.mask_size] *= mask
+        state = State.start(weights[None].to(device), config.recipe, start_step)
+    return Job(who, state, mask.to(device), start_step, config.rewind if who.level == 0 else None)
+
+
+def _finish(
+    config: ImpConfig, model: Model, run: Path, job: Job, at_early_stop: float, final: float
+) -> Finished:
+    state, mask = job.state, job.mask.cpu()
+    _save_cell(run, config, model, job.who, mask, state)
     kept = pruning.kept(model, mask)
     return Finished(
-        who,
+        job.who,
         {
             "weights_remaining": sum(kept.values()) / model.prunable,
             "kept": kept,
-            "early_stop_step": state.best_step[0],
-            "validation_loss_at_early_stop": state.best_loss[0],
-            "accuracy_at_early_stop": at_early_stop[0],
-            "final_accuracy": final[0],
+            "early_stop_step": state.best_step,
+            "validation_loss_at_early_stop": state.best_loss,
+            "accuracy_at_early_stop": at_early_stop,
+            "final_accuracy": final,
             "state_bytes": state.bytes,
             "dense_state_bytes": 4 * model.flat_size * (2 + len(state.moments)),
         },

@@ -1,21 +1,21 @@
-"""Cells over worker processes, one thread each: small networks lose time to two threads.
+"""Batches of cells over worker processes, one thread each: small networks lose time to two threads.
 
 On a CPU workers are forked, so that the data set is in memory once; on CUDA one spawned worker owns the
-device. Only the parent writes the run's lines; a worker writes the file of its cell, then reports. A
-worker whose parent is gone ends itself.
+device. Only the parent writes the run's lines; a worker writes the files of its cells, then reports. A
+batch for which memory is short is halved. A worker whose parent is gone ends itself.
 """
 
 from __future__ import annotations
 
-import heapq
+import gc
 import multiprocessing
 import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,76 +26,30 @@ import torch
 from sparselth.batches import Resident
 from sparselth.config import ImpConfig, Replica
 from sparselth.data import Images
+from sparselth.dispatch import choose
 from sparselth.errors import Interrupted, SparselthError
-from sparselth.experiments.imp import Finished, needs, train_cell
+from sparselth.experiments.imp import Finished, train_cells
+from sparselth.experiments.plan import Agenda, Price, replica_bytes, widest
 from sparselth.models import get_model
 from sparselth.nn import init_weights
 from sparselth.pruning import full_mask, ladder, prune
 from sparselth.runs import RunFolder
 from sparselth.streams import stream
-from sparselth.train import Evaluator, State, evaluation_batch, fit
+from sparselth.train import Evaluator, Job, State, fit
+
+CONTEXT = 5 * 10**8  # device memory that CUDA and its libraries take
 
 
 class Watcher(Protocol):
     """What the parent tells while cells run."""
 
-    def started(self, worker: int, who: Replica) -> None: ...
+    def started(self, worker: int, cells: Sequence[Replica]) -> None: ...
     def evaluated(
-        self, worker: int, who: Replica, step: int, accuracy: float, steps_per_second: float
+        self, worker: int, cells: Sequence[Replica], step: int, accuracy: float, steps_per_second: float
     ) -> None: ...
     def finished(self, worker: int, done: Finished) -> None: ...
+    def halved(self, cells: int, limit: int) -> None: ...
     def tick(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Price:
-    """What one cell costs on this machine, measured on a few steps."""
-
-    step_seconds: tuple[float, ...]  # by level
-    validation_seconds: float  # of the dense network, as is test_seconds
-    test_seconds: float
-    worker_bytes: int
-
-    def cell_seconds(self, config: ImpConfig, who: Replica) -> float:
-        recipe = config.recipe
-        continued = who.level > 0 and who.arm in ("ticket", "random-mask")
-        steps = recipe.steps - (config.rewind if continued else 0)
-        evaluations = -(-steps // recipe.eval_every)
-        step, dense = self.step_seconds[who.level], self.step_seconds[0]
-        images = evaluations * self.validation_seconds + 2 * self.test_seconds
-        return steps * step + images * step / dense
-
-    def run_seconds(self, config: ImpConfig, finished: set[Replica], workers: int) -> float:
-        """When the last cell ends, by going through the schedule."""
-        agenda, clock, busy = Agenda(config, finished), 0.0, list[tuple[float, int, Replica]]()
-        while agenda or busy:
-            while len(busy) < workers and (who := agenda.next()):
-                heapq.heappush(busy, (clock + self.cell_seconds(config, who), id(who), who))
-            clock, _, who = heapq.heappop(busy)
-            agenda.finished(who)
-        return clock
-
-
-class Agenda:
-    """Which cell comes next: tickets first, because everything waits for them, then by level."""
-
-    def __init__(self, config: ImpConfig, finished: set[Replica]) -> None:
-        self.config, self.done = config, set(finished)
-        self.open = [who for who in config.replicas() if who not in finished]
-        self.open.sort(key=lambda who: (who.arm != "ticket", who.level))
-
-    def __len__(self) -> int:
-        return len(self.open)
-
-    def next(self) -> Replica | None:
-        """Take the next cell that can start, or None."""
-        for i, who in enumerate(self.open):
-            if (before := needs(self.config, who)) is None or before in self.done:
-                return self.open.pop(i)
-        return None
-
-    def finished(self, who: Replica) -> None:
-        self.done.add(who)
 
 
 class Pool:
@@ -135,33 +89,37 @@ class Pool:
                 process.kill()
                 process.join()
 
-    def price(self) -> Price:
-        """Measure what a cell costs."""
-        self.connections[0].send("price")
+    def price(self, limit: int) -> tuple[Price, int]:
+        """Measure what a batch of up to `limit` cells costs, and how many fit into memory."""
+        self.connections[0].send(limit)
         kind, value = self._receive(0)
         if kind == "failed":
             raise value
-        assert isinstance(value, Price)
-        return value
+        price, fits = value
+        assert isinstance(price, Price)
+        return price, fits
 
-    def run(self, folder: RunFolder, watcher: Watcher) -> None:
-        """Compute every cell that is missing. Raises Interrupted after a signal, or what a cell raised."""
+    def run(self, folder: RunFolder, watcher: Watcher, limit: int = 1) -> None:
+        """Compute every cell that is missing, up to `limit` in a batch.
+
+        Raises Interrupted after a signal, or what a cell raised.
+        """
         agenda = Agenda(self.config, folder.finished)
-        busy: dict[int, Replica] = {}
+        busy: dict[int, list[Replica]] = {}
         failure: BaseException | None = None
         with _signals(self.stop) as caught:
             while True:
                 for worker, connection in enumerate(self.connections):
                     if worker in busy or self.stop.value:
                         continue
-                    if (who := agenda.next()) is None:
+                    if not (cells := agenda.next(limit)):
                         break
-                    busy[worker] = who
-                    watcher.started(worker, who)
+                    busy[worker] = cells
+                    watcher.started(worker, cells)
                     with suppress(
                         BrokenPipeError, ConnectionResetError
                     ):  # the next receive tells how the worker ended
-                        connection.send(who)
+                        connection.send(cells)
                 if not busy:
                     break
                 ready = wait(
@@ -174,14 +132,19 @@ class Pool:
                     kind, value = self._receive(worker)
                     match kind:
                         case "evaluated":
-                            watcher.evaluated(worker, busy[worker], *value)
+                            watcher.evaluated(worker, *value)
                         case "stopped":
                             del busy[worker]
+                        case "memory":
+                            cells = busy.pop(worker)
+                            limit = max(1, min(limit, len(cells) // 2))
+                            agenda.back(cells)
+                            watcher.halved(len(cells), limit)
                         case "finished":
-                            del busy[worker]
-                            folder.add(value.who, value.cell, value.evaluations, value.timings)
-                            agenda.finished(value.who)
-                            watcher.finished(worker, value)
+                            agenda.finished(busy.pop(worker))
+                            for done in value:
+                                folder.add(done.who, done.cell, done.evaluations, done.timings)
+                                watcher.finished(worker, done)
                         case "failed":
                             del busy[worker]
                             failure, self.stop.value = failure or value, True
@@ -242,29 +205,47 @@ def _work(
             if orphaned():
                 os._exit(1)
         try:
-            task = connection.recv()
+            task: list[Replica] | int | None = connection.recv()
             if task is None:
                 return
             if data is None:
-                data = Resident(images, config.device, evaluation_batch(get_model(config.model)))
-            if task == "price":
-                connection.send(("priced", _price(config, data, break_even)))
+                data = Resident(images, config.device, get_model(config.model).evaluation_batch)
+            if isinstance(task, int):
+                connection.send(("priced", _price(config, data, break_even, task)))
                 continue
 
-            before = (time.perf_counter(), -1)
+            before: tuple[float, int, tuple[Replica, ...]] = (0.0, 0, ())
 
-            def on_evaluation(state: State) -> None:
+            def on_evaluation(jobs: Sequence[Job]) -> None:
                 nonlocal before
                 if orphaned():
                     os._exit(1)
-                now = time.perf_counter()
-                speed = (state.step - before[1]) / (now - before[0]) if before[1] >= 0 else 0.0
-                before = (now, state.step)
-                accuracy = state.evaluations[-1]["validation_accuracy"]
-                connection.send(("evaluated", (state.step, accuracy, speed)))
+                step, cells = jobs[0].state.step, tuple(job.who for job in jobs)
+                now = (time.perf_counter(), step, cells)
+                speed = 0.0
+                if before[2] == cells:
+                    speed = len(jobs) * (step - before[1]) / (now[0] - before[0])
+                before = now
+                accuracy = sum(job.state.evaluations[-1]["validation_accuracy"] for job in jobs) / len(jobs)
+                connection.send(("evaluated", (cells, step, accuracy, speed)))
 
-            result = train_cell(config, run, data, task, break_even, on_evaluation, should_stop)
-            connection.send(("finished", result) if result else ("stopped", None))
+            short, result = False, None
+            try:
+                result = train_cells(config, run, data, task, break_even, on_evaluation, should_stop)
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if len(task) == 1:
+                    raise SparselthError(
+                        f"{task[0]}: out of memory with one network on {config.device}; use a smaller "
+                        "--batch-size"
+                    ) from error
+                short = True
+            if short:  # out here, where the error no longer holds what it could not finish
+                _free_memory()
+                connection.send(("memory", None))
+            else:
+                connection.send(("finished", result) if result else ("stopped", None))
         except (BrokenPipeError, EOFError, ConnectionResetError):
             os._exit(1)  # the parent is gone
         except SparselthError as error:
@@ -275,62 +256,91 @@ def _work(
             connection.send(("failed", report))
 
 
-def _price(config: ImpConfig, data: Resident, break_even: Mapping[str, float]) -> Price:
-    """Time a few steps of the dense network and, where sparse is cheaper, of sparse ones, and an evaluation.
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
-    Nothing of it is kept.
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _price(
+    config: ImpConfig, data: Resident, break_even: Mapping[str, float], limit: int
+) -> tuple[Price, int]:
+    """Time a few steps of one dense network and of as many as train at once, and, where sparse is cheaper,
+    of sparse ones; and evaluations. Nothing of it is kept. Also how many replicas fit into memory.
     """
     model = get_model(config.model)
-    who = Replica(config.seeds[0], "ticket", 0)
-    weights = init_weights(model, stream(who.seed, "price", 0, "init"))
-    recipe = replace(config.recipe, steps=10**9, eval_every=10**9, lr_drops=())
+    each = replica_bytes(model, config.recipe)
+    limit = min(limit, widest(config))
+    if config.device == "cuda":
+        limit = max(1, min(limit, int(0.9 * torch.cuda.mem_get_info()[0] / each)))
+    seed = config.seeds[0]
+    weights = init_weights(model, stream(seed, "price", 0, "init"))
+    recipe = replace(config.recipe, steps=20_000, eval_every=20_000, lr_drops=(), warmup=0)
     rungs = ladder(model, config.levels, config.rate, config.scope)
     shares = [sum(rung.values()) / model.prunable for rung in rungs]
+    overhead = 0.0
 
-    def some_steps(level: int, limit: int) -> float:
-        """Seconds a step, over `limit` steps or 0.3 s, whichever is first."""
+    def some_steps(level: int, replicas: int, most: int) -> float:
+        """Seconds of a step of all, over `most` steps or 0.3 s, whichever is first."""
+        nonlocal overhead
         mask = prune(model, weights[: model.mask_size], full_mask(model), rungs[level])
         start = weights.clone()
         start[: model.mask_size] *= mask
-        mask, state = mask[None].to(config.device), State.start(start[None].to(config.device), recipe)
-        began, steps = time.perf_counter(), 0
+        jobs = [
+            Job(
+                Replica(seed, "ticket", 0, draw),
+                State.start(start[None].to(config.device), recipe),
+                mask.to(config.device),
+            )
+            for draw in range(replicas)
+        ]
+        began = time.perf_counter()
+        first, steps = 0.0, 0
 
         def enough() -> bool:
-            nonlocal steps
-            steps += 1
-            return steps > limit or time.perf_counter() - began > 0.3
+            nonlocal first, steps
+            first, steps = first or time.perf_counter(), steps + 1
+            return steps > most or time.perf_counter() - first > 0.3
 
-        kernels = config.kernels
-        fit(
-            model,
-            data,
-            [who],
-            state,
-            mask,
-            recipe,
-            kernels=kernels,
-            break_even=break_even,
-            should_stop=enough,
-        )
-        return state.step_seconds / max(state.step, 1)
+        fit(model, data, jobs, recipe, kernels=config.kernels, break_even=break_even, should_stop=enough)
+        spent = sum(job.state.step_seconds for job in jobs)
+        overhead = time.perf_counter() - began - spent
+        return spent / max(job.state.step for job in jobs)
 
-    some_steps(0, 10)  # warm up
+    def evaluation(replicas: int) -> float:
+        """Seconds of the validation images of all."""
+        chunks = data.validation(seed)[:5]
+        evaluator = Evaluator(model, weights.expand(replicas, -1).contiguous().to(config.device))
+        evaluator.measure(chunks)
+        began = time.perf_counter()
+        evaluator.measure(chunks)
+        return (time.perf_counter() - began) / sum(x.shape[2] for x, _ in chunks) * data.n_validation
+
+    some_steps(0, 1, 10)  # warm up
+    batches, validation = {1: some_steps(0, 1, 10**9)}, {1: evaluation(1)}
+    alone = choose(config.kernels, config.device).masked_update.takes == "native"
+    while limit > 1 and not alone:  # alone, a batch takes what its replicas take one after another
+        try:
+            batches[limit], validation[limit] = some_steps(0, limit, 10**9), evaluation(limit)
+            break
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        _free_memory()
+        limit //= 2
+    dense_overhead = overhead if config.device == "cuda" else 0.0
     levels = sorted({0, config.levels // 2, config.levels} if break_even else {0})
-    measured = [some_steps(level, 10**9) for level in levels]
+    measured = [1.0, *(some_steps(level, 1, 10**9) / batches[1] for level in levels[1:])]
     # from sparse to dense, as np.interp wants its points
-    step_seconds = np.interp(shares, [shares[level] for level in levels[::-1]], measured[::-1])
-    chunks = data.validation(who.seed)[:5]
-    evaluator = Evaluator(model, weights[None].to(config.device))
-    evaluator.measure(chunks)
-    began = time.perf_counter()
-    evaluator.measure(chunks)
-    image_seconds = (time.perf_counter() - began) / sum(x.shape[2] for x, _ in chunks)
-    return Price(
-        tuple(step_seconds.tolist()),
-        image_seconds * data.n_validation,
-        image_seconds * data.n_test,
-        _resident_bytes(),
-    )
+    by_level = np.interp(shares, [shares[level] for level in levels[::-1]], measured[::-1])
+    fixed = data.images.numel() + CONTEXT if config.device == "cuda" else _resident_bytes()
+    test_share = data.n_test / data.n_validation
+    price = Price(batches, tuple(by_level.tolist()), validation, test_share, fixed, each, dense_overhead)
+    return price, limit
 
 
 def _resident_bytes() -> int:

@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,21 +29,23 @@ from torch import Tensor, nn
 
 from sparselth import __version__
 from sparselth.kernels import _native
-from sparselth.kernels.step_parts import Call, sequence
+from sparselth.kernels.step_parts import Call, bind_columns, bind_rows, sequence
 from sparselth.machine import cpu_name
 from sparselth.runs import write_atomically
 from sparselth.sparse.compaction import Part, Units, compact_parts, pruned_parts
-from sparselth.sparse.formats import SPARSE, Columns, Format, Rows, Stage, columns, formats, image
+from sparselth.sparse.formats import SPARSE, Columns, Format, Rows, Stage, columns, formats, image, plain
 
 MARGIN = 1.03
 TOLERANCE = 1e-5  # relative RMS against float64
 ROUNDS, SECONDS = 7, 0.1  # rounds of all, interleaved, until the time is up
+CLOSE = 1.1  # what takes so many times as long as the fastest is measured again
+SPREAD = 1.5  # times the lower quartile that an upper one may be for times to be kept
 BATCHES = 4  # sizes for which buffers are kept
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What is known of one Linear or Conv2d: medians in seconds and relative RMS errors by candidate."""
+    """What is known of one Linear or Conv2d: seconds and relative RMS errors by candidate."""
 
     name: str
     shape: tuple[int, ...]
@@ -69,7 +70,7 @@ class Report:
     threads: int
     layers: list[LayerReport]
     units: list[Units]
-    networks: dict[str, float]  # median seconds of whole networks
+    networks: dict[str, float]  # seconds of whole networks
     errors: dict[str, float]  # of whole networks
     chosen: str
     seconds: float  # all of `convert`
@@ -107,6 +108,8 @@ class Converted(nn.Module):
             )
         if not len(x):
             return x.new_empty(0, *after)
+        if not torch.is_grad_enabled():
+            return self.run(x)
         with torch.no_grad():
             return self.run(x)
 
@@ -136,7 +139,7 @@ def convert(
     with torch.no_grad():
         cache = _Cache(len(example))
         trials = _try_all(_stages(parts), example, cache)
-        plans = _plans(trials, cache) | {"original": [formats(stage)[0] for stage in _stages(original)]}
+        plans = _plans(trials, cache) | {"original": [plain(stage) for stage in _stages(original)]}
         networks = {name: _network(plan) for name, plan in plans.items()}
         reference = _double(original, example)
         errors = {name: _error(run(example), reference, reference) for name, run in networks.items()}
@@ -203,19 +206,40 @@ def explain(converted: Converted) -> str:
     return "\n".join(lines)
 
 
-def seconds(calls: Mapping[str, Call]) -> dict[str, float]:
-    """The median seconds of each, all in turn."""
+class Times(dict[str, float]):
+    """Seconds by name; not `steady` where they varied so much that other programs must have been at work."""
+
+    steady = True
+
+
+def seconds(calls: Mapping[str, Call]) -> Times:
+    """The lower quartile of the seconds of each, all in turn: other programs only ever make a call slower.
+
+    The fastest and what comes close to it are measured again, for longer.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    began, rounds = time.perf_counter(), 0
-    while rounds < ROUNDS or time.perf_counter() - began < SECONDS:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - start)
-        rounds += 1
-    return {name: statistics.median(t) for name, t in taken.items()}
+    rivals, found = list(calls), Times()
+    for limit in (SECONDS, 2 * SECONDS):
+        began, rounds = time.perf_counter(), 0
+        while rounds < ROUNDS or time.perf_counter() - began < limit:
+            for name in rivals:
+                start = time.perf_counter()
+                calls[name]()
+                taken[name].append(time.perf_counter() - start)
+            rounds += 1
+        found.update((name, _quarter(taken[name], 1)) for name in rivals)
+        best = min(found.values(), default=0.0)
+        rivals = [name for name in found if found[name] <= CLOSE * best]
+        if len(rivals) < 2:
+            break
+    found.steady = all(_quarter(taken[name], 3) <= SPREAD * found[name] for name in rivals)
+    return found
+
+
+def _quarter(t: list[float], which: int) -> float:
+    return sorted(t)[which * (len(t) - 1) // 4]
 
 
 class _Cache:
@@ -225,6 +249,7 @@ class _Cache:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         self.batch, self.file, self.new = batch, folder / "sparselth" / "convert.json", False
         self.known: dict[str, dict[str, float]] = {}
+        self.unsure: dict[str, dict[str, float]] = {}  # not for the file: measured among other programs
         with contextlib.suppress(OSError, ValueError):
             self.known = json.loads(self.file.read_text())
         if not isinstance(self.known, dict):
@@ -236,11 +261,16 @@ class _Cache:
         )
 
     def times(self, key: str, calls: Mapping[str, Call]) -> dict[str, float]:
-        """Median seconds of each call; what is unknown is measured."""
-        known = self.known.get(key + self.suffix)
+        """Seconds of each call; what is unknown is measured."""
+        key += self.suffix
+        known = self.unsure.get(key) or self.known.get(key)
         if not isinstance(known, dict) or not all(isinstance(known.get(name), float) for name in calls):
-            known = self.known[key + self.suffix] = seconds(calls)
-            self.new = True
+            known = seconds(calls)
+            if known.steady:
+                self.known[key], self.new = known, True
+            else:
+                again = seconds(calls)
+                known = self.unsure[key] = {name: min(known[name], again[name]) for name in calls}
         return {name: known[name] for name in calls}
 
     def save(self) -> None:
@@ -293,7 +323,7 @@ def _try_all(stages: list[Stage], example: Tensor, cache: _Cache) -> list[_Trial
     """Check and time every form of every stage on the activations that the example makes."""
     trials, x = [], example
     for stage in stages:
-        forms = formats(stage)
+        forms = formats(stage, len(example))
         bound = {form.name: _bound(form, x) for form in forms}
         exact = copy.deepcopy(stage.part.module).double()(x.double())
         reference = exact.relu() if stage.relu else exact
@@ -336,7 +366,9 @@ def _error(y: Tensor, reference: Tensor, scale: Tensor) -> float:
 def _plans(trials: list[_Trial], cache: _Cache) -> dict[str, list[Format]]:
     """The cheapest path of dense forms, of all, and of ours wherever we have one."""
     every = [trial.right() for trial in trials]
-    dense: list[list[Format]] = [[form for form in forms if isinstance(form, Rows)] for forms in every]
+    dense: list[list[Format]] = [
+        [form for form in forms if isinstance(form, Rows) and form.name not in SPARSE] for forms in every
+    ]
     native = [[form for form in forms if form.name == "native"] or forms for forms in every]
     allowed = {"dense": dense, "mixed": every, "native": native}
     return {name: _cheapest(trials, forms, cache) for name, forms in allowed.items()}
@@ -384,7 +416,7 @@ def _race(
     example: Tensor,
     cache: _Cache,
 ) -> dict[str, float]:
-    """Median seconds of whole networks; what is one and the same is timed once."""
+    """Seconds of whole networks; what is one and the same is timed once."""
     labels: dict[str, str] = {}
     found = {
         name: labels.setdefault(_fingerprint(plan), f"{name} {_fingerprint(plan)}")
@@ -401,7 +433,8 @@ def _fingerprint(plan: list[Format]) -> str:
 
 
 def _handicap(plan: list[Format]) -> float:
-    return MARGIN if any(isinstance(form, Columns) for form in plan) else 1.0
+    ours = any(isinstance(form, Columns) or form.name in SPARSE for form in plan)
+    return MARGIN if ours else 1.0
 
 
 def _layer_reports(trials: list[_Trial], plan: list[Format], original: list[Part]) -> list[LayerReport]:
@@ -502,14 +535,17 @@ class _Chain:
                 calls += form.bind(view, view)
         self.y = here[: prod(after), :batch]
         self.shape = batch, *after
+        self.turn_in, self.turn_out = bind_columns(self.x), bind_rows(self.y)
         self.run = sequence(calls) if calls else _nothing
 
     def fill(self, x: Tensor) -> None:
-        self.x.copy_(x.reshape(len(x), -1).t())
+        self.turn_in(x if x.is_contiguous() else x.contiguous())
 
     def result(self) -> Tensor:
         """Batch first, in memory of its own."""
-        return self.y.t().clone(memory_format=torch.contiguous_format).view(self.shape)
+        y = torch.empty(self.shape)
+        self.turn_out(y)
+        return y
 
 
 def _view(memory: Tensor, shape: tuple[int, ...], batch: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""How one layer can be computed: dense, torch CSR, or our kernels; each knows its layout and its bytes.
+"""How one layer can be computed: dense, torch CSR, blocks, or our kernels; each knows its layout and bytes.
 
 Layouts of the activations:
     rows           [B, K] or [B, C, H, W], as torch has them
@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparselth.kernels import _native
-from sparselth.kernels.csr_linear import CsrIndex, bind_csr_linear
+from sparselth.kernels.block_linear import BLOCKS, BlockWeight, block_linear
+from sparselth.kernels.csr_packed import Packed, bind_csr_packed
 from sparselth.kernels.sparse_conv2d import Conv2dIndex, bind_sparse_conv2d
 from sparselth.kernels.step_parts import Call, bind_bias_relu, bind_max_pool
 from sparselth.sparse.compaction import Part, Select, rebuilt
 
 COLUMNS = 16  # a batch above 1 gets room for a multiple: one cache line
+VECTOR = 8  # floats that the native products take at once, or half of them
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,15 @@ class Columns:
 
 
 Format = Rows | Columns
-SPARSE = "native", "CSR"
+SPARSE = "native", "CSR", "blocks"
+FULL = 0.5  # share of the weights in live blocks that must be kept for blocks to be tried
 
 
-def formats(stage: Stage) -> list[Format]:
-    """All ways that this machine has for a stage, plain torch first."""
+def formats(stage: Stage, batch: int) -> list[Format]:
+    """All ways that this machine has for a stage at about this batch, plain torch first."""
     module, relu = stage.part.module, stage.relu
-    plain = Rows("dense", stage.place, "rows", _torch(module, relu), stage.dense_bytes)
-    found: list[Format] = [plain]
+    dense = plain(stage)
+    found: list[Format] = [dense]
     if isinstance(module, nn.Conv2d):
         turned = rebuilt(module, module.weight.detach().clone(memory_format=torch.channels_last), module.bias)
         found.append(
@@ -113,13 +116,20 @@ def formats(stage: Stage) -> list[Format]:
     elif isinstance(module, nn.Linear):
         found += [_dense_columns(stage, module), _csr(stage, module)]
         if _native.LIB is not None:
-            found.append(_csr_linear(stage, module))
+            found.append(_csr_packed(stage, module, batch))
+        if (block := _block(module.weight)) is not None:
+            found.append(_block_linear(stage, module, block))
     else:
         if len(stage.part.before) == 3:
-            found.append(Rows("channels-last", stage.place, "channels-last", plain.run, stage.dense_bytes))
+            found.append(Rows("channels-last", stage.place, "channels-last", dense.run, stage.dense_bytes))
         in_place, bind = isinstance(module, nn.Flatten | nn.ReLU), partial(_bind, module, relu)
         found.append(Columns("columns", stage.place, bind, stage.dense_bytes, in_place=in_place))
     return found
+
+
+def plain(stage: Stage) -> Rows:
+    """As torch does it."""
+    return Rows("dense", stage.place, "rows", _torch(stage.part.module, stage.relu), stage.dense_bytes)
 
 
 def columns(features: int, batch: int) -> Tensor:
@@ -184,16 +194,50 @@ def _csr(stage: Stage, module: nn.Linear) -> Columns:
     return Columns("CSR", stage.place, bind, size, time.perf_counter() - began)
 
 
-def _csr_linear(stage: Stage, module: nn.Linear) -> Columns:
+def _csr_packed(stage: Stage, module: nn.Linear, batch: int) -> Columns:
     began, bias, relu = time.perf_counter(), module.bias, stage.relu
-    index = CsrIndex.of(module.weight != 0, backward=False)
-    values = index.gather(module.weight.detach())
+    packed = Packed.of(module.weight, _whole(batch))
 
     def bind(x: Tensor, y: Tensor) -> list[Call]:
-        return [bind_csr_linear(index, values, x, bias, y, relu)]
+        return [bind_csr_packed(packed, _padded(x), bias, _padded(y), relu)]
 
-    size = tensor_bytes([values, bias]) + index.bytes()
+    size = tensor_bytes([bias]) + packed.bytes()
     return Columns("native", stage.place, bind, size, time.perf_counter() - began)
+
+
+def _block(weight: Tensor) -> int | None:
+    """The largest block in which this weight was pruned, if it was."""
+    kept = int((weight != 0).sum())
+    for block in reversed(BLOCKS):
+        n, k = weight.shape
+        if not kept or min(n, k) < block:
+            continue
+        live = F.max_pool2d((weight != 0).float()[None], block, ceil_mode=True)
+        there = float(live.sum()) * block * block
+        if there < FULL * n * k and kept >= FULL * there:
+            return block
+    return None
+
+
+def _block_linear(stage: Stage, module: nn.Linear, block: int) -> Rows:
+    began, bias, relu = time.perf_counter(), module.bias, stage.relu
+    weight = BlockWeight.from_dense(module.weight.detach(), None, block)
+
+    def run(x: Tensor) -> Tensor:
+        return block_linear(x, weight, bias, relu)
+
+    size = tensor_bytes([bias]) + weight.bytes()
+    return Rows("blocks", stage.place, "rows", run, size, time.perf_counter() - began)
+
+
+def _whole(batch: int) -> int:
+    """The batch in whole vectors, for which `columns` has room."""
+    return batch if batch == 1 else -(-batch // VECTOR) * VECTOR
+
+
+def _padded(x: Tensor) -> Tensor:
+    """[K, B] with what `columns` has beside it: whole vectors take less time than parts."""
+    return x.as_strided((len(x), _whole(x.shape[1])), x.stride())
 
 
 def _has_native(module: nn.Conv2d) -> bool:

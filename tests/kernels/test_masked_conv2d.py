@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparselth.kernels import bitmask
 from sparselth.kernels import masked_conv2d as op
 from sparselth.kernels.masked_conv2d import masked_conv2d
 
@@ -330,6 +331,17 @@ class Clock:
 
     def elapsed_time(self, other: Clock) -> float:
         return other.at - self.at
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_replicas_apart_are_the_groups_of_one_call(replicas: int) -> None:
+    x, w = torch.randn(replicas, 2, 3, 7, 5), torch.randn(replicas, 4, 3, 3, 3)
+    mask = bitmask.pack(torch.rand(replicas, 4, 27) < 0.4)
+    bias, g = torch.randn(replicas, 4), op.geometry((3, 3), 1, 1, 1)
+    together = op.reference(x, w, mask, bias, g)
+    found = op.apart(lambda r: op.reference(x[r], w[r], mask[r], bias[r], g), replicas, x.device)
+    torch.testing.assert_close(found, together)
+    assert found.shape == together.shape
 
 
 def test_auto_takes_the_faster_and_never_decides_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,8 +178,9 @@ class State:
         lists = {name: [copy(t) for t in ts] for name, ts in self.lists.items()}
         return State(self.rule, lists, self.lr.to(device), self.weight_decay)
 
-    def step(self, kernels: str) -> None:
-        x, options = self.lists, RULES[self.rule] | {"weight_decay": self.weight_decay, "kernels": kernels}
+    def step(self, kernels: str, active: Tensor | None = None) -> None:
+        options: dict[str, Any] = RULES[self.rule] | {"weight_decay": self.weight_decay, "kernels": kernels}
+        x, options = self.lists, options | {"active": active}
         if self.rule.startswith("adam"):
             masked_adam_many(x["w"], x["g"], x["mask"], (x["a"], x["b"]), x["step"], self.lr, **options)
         else:
@@ -310,6 +311,29 @@ def test_replicas_do_not_see_each_other() -> None:
             assert torch.equal(t[1:2], u)
 
 
+@pytest.mark.parametrize("kernels", ["reference", pytest.param("triton", marks=on_triton)])
+@pytest.mark.parametrize("rule", RULES)
+def test_replicas_may_be_part_of_a_buffer_and_may_rest(rule: str, kernels: str) -> None:
+    whole = State.make(rule, 3, [(40,), (9,)], [0.5, None], 0)
+    device = DEVICE if kernels == "triton" else "cpu"
+    wanted, found = whole.to("cpu"), whole.to(device)
+    for name in ("w", "g", "a", "b"):
+        buffers = [torch.full((3, 64), torch.nan, device=device) for _ in found.lists[name]]
+        parts = [t[:, 8 : 8 + u.shape[1]] for t, u in zip(buffers, found.lists[name], strict=True)]
+        for part, values in zip(parts, found.lists[name], strict=True):
+            part.copy_(values)
+        found.lists[name] = parts
+    wanted.step("reference")
+    found.step(kernels, torch.tensor([1, 0, 1], dtype=torch.uint8, device=device))
+    for name in ("w", "a", "b"):
+        for t, after, before in zip(found.lists[name], wanted.lists[name], whole.lists[name], strict=True):
+            assert torch.equal(t[1].cpu(), before[1])
+            assert torch.allclose(t[::2].cpu(), after[::2], rtol=1e-6, atol=1e-7)
+            assert t._base is not None
+            assert t._base[:, :8].isnan().all()
+            assert t._base[:, 8 + t.shape[1] :].isnan().all()
+
+
 @on_triton
 def test_tables_are_made_once_for_the_same_tensors() -> None:
     state = State.make("adam", 1, [(40,)], [0.5], 0).to(DEVICE)
@@ -333,7 +357,7 @@ def broken(**lists: list[Any]) -> State:
     [
         ({"w": [torch.zeros(2, 8)]}, "equal lengths"),
         ({"w": [torch.zeros(2, 8).double(), torch.zeros(2, 24)]}, "dense fp32"),
-        ({"w": [torch.zeros(2, 16)[:, ::2], torch.zeros(2, 24)]}, "dense fp32"),
+        ({"w": [torch.zeros(2, 16)[:, ::2], torch.zeros(2, 24)]}, "each replica contiguous"),
         ({"w": [torch.zeros(8, 2).T, torch.zeros(2, 24)]}, "contiguous"),
         ({"w": [torch.zeros(16), torch.zeros(2, 24)]}, "weights \\[2, ...\\]"),
         ({"g": [torch.zeros(2, 8), torch.zeros(24, 2).T]}, "the gradient as its weights"),

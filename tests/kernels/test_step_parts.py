@@ -17,12 +17,14 @@ from sparselth.kernels import _native
 from sparselth.kernels.step_parts import (
     bias_relu,
     bind_bias_relu,
+    bind_columns,
     bind_cross_entropy,
     bind_cross_entropy_grad,
     bind_gather,
     bind_max_pool,
     bind_max_pool_backward,
     bind_relu_backward,
+    bind_rows,
     cross_entropy,
     cross_entropy_grad,
     floor,
@@ -31,6 +33,7 @@ from sparselth.kernels.step_parts import (
     max_pool_backward,
     relu_backward,
     sequence,
+    transpose,
 )
 
 CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
@@ -451,3 +454,36 @@ def test_floors() -> None:
     assert floor("gather", 784 * 60) == {"bytes": 784 * 60 * 5, "flops": 2 * 784 * 60}
     assert floor("max_pool", 16) == {"bytes": 16 * 5, "flops": 16}
     assert floor("max_pool_backward", 16)["bytes"] == 16 * 10
+
+
+@settings(max_examples=CASES, deadline=None)
+@given(
+    rows=sizes, columns=sizes, gap=st.integers(0, 20), way=st.sampled_from(WAYS), threads=st.integers(1, 3)
+)
+def test_transpose(rows: int, columns: int, gap: int, way: str, threads: int) -> None:
+    kernels = kernels_of(way)
+    torch.set_num_threads(threads)
+    x = torch.randn(rows, columns)
+    memory = torch.full((columns, rows + gap), CANARY)
+    inside = memory[:, :rows]
+    bind_columns(inside, kernels)(x)
+    assert torch.equal(inside, x.t())
+    assert bool((memory[:, rows:] == CANARY).all())
+    back = torch.full((rows + 1, columns), CANARY)
+    bind_rows(inside, kernels)(back[:rows])
+    assert torch.equal(back[:rows], x)
+    assert bool((back[rows:] == CANARY).all())
+    assert torch.equal(transpose(x.t(), kernels), x)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_transpose_with_many_threads_and_misuse(way: str) -> None:
+    kernels = kernels_of(way)
+    torch.set_num_threads(4)
+    x = torch.randn(130, 1030)  # more than one thread takes
+    assert torch.equal(transpose(x, kernels), x.t())
+    fill = bind_columns(torch.zeros(6, 4), kernels)
+    fill(torch.ones(4, 2, 3))
+    for wrong in (torch.ones(3, 6), torch.ones(4, 5), torch.ones(6, 4).t(), torch.ones(4, 6).double()):
+        with pytest.raises(ValueError, match=r"expected (contiguous fp32 of 4 rows|6 numbers a row)"):
+            fill(wrong)

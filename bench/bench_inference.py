@@ -1,0 +1,45 @@
+"""One layer at inference, every implementation in turn: the code of `sparselth bench` under pytest-benchmark.
+
+Each case is a cell of that command's table, checked against float64 before it is timed. pytest-benchmark
+times the whole round; `extra_info` and the table hold each implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from sparselth.measure.floors import Anchors
+from sparselth.measure.layers import parse
+from sparselth.measure.rivals import rivals
+from sparselth.measure.rows import Bench, Cell
+from sparselth.report.bench_tables import table
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = ("300x784", "1024x1024", "4096x4096", "64x64x3x3@32x32")
+BATCHES = (1, 64, 256)
+
+
+@pytest.fixture(scope="module")
+def anchors() -> Anchors:
+    found = Anchors(DEVICE, ("fp32",))
+    found.measure()
+    return found
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layer(shape: str, batch: int, anchors: Anchors, benchmark: Any, show: Callable[[str], None]) -> None:
+    wanted = [rival for rival in rivals() if rival.name != "dense compiled"]  # its seconds go into compiling
+    cell = Cell(parse(shape), batch, "fp32", "random", 0.9)
+    bench = Bench(DEVICE, anchors, wanted)
+    bench.rounds = lambda race: benchmark.pedantic(race.round, rounds=10, warmup_rounds=1)
+    rows = bench.measure(cell)
+    assert [row["check"] for row in rows] == ["passed"] * len(rows)
+    names = ("median_s", "iqr_s", "speedup", "floor_fraction", "weight_bytes", "peak_bytes", "max_rel_error")
+    for row in rows:
+        benchmark.extra_info[row["implementation"]] = {name: row[name] for name in names}
+    show(table(rows, every=True))

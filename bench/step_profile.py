@@ -1,0 +1,130 @@
+"""Where the time of one training step goes, on this CPU and on a GPU where there is one:
+
+    python bench/step_profile.py [--model lenet-300-100] [--threads 1]
+
+On a CPU every call of a step is timed alone, warm, thousands of times in turn with the others; "between
+them" is what the whole step takes beyond their sum. Masks are random at the densities of the levels of
+`sparselth imp`. On CUDA torch's profiler counts the kernels of the replayed step of many replicas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sparselth import machine, pruning, train
+from sparselth.batches import Resident
+from sparselth.break_even import break_even
+from sparselth.config import Recipe, Replica
+from sparselth.data import load
+from sparselth.dispatch import choose
+from sparselth.models import Model, get_model
+from sparselth.nn import init_weights
+from sparselth.streams import stream
+
+LEVELS = (0, 5, 10, 15)
+WHO = Replica(0, "ticket", 0)
+ROUNDS, SECONDS = 20, 4.0
+
+
+def job(model: Model, recipe: Recipe, level: int, device: str, draw: int = 0) -> train.Job:
+    """A network under the mask of magnitude pruning of its initial weights to a level's density."""
+    weights = init_weights(model, stream(0, "ticket", 0, "init", draw))
+    rung = pruning.ladder(model, level, 0.2, "layer")[level]
+    mask = pruning.prune(model, weights[: model.mask_size], pruning.full_mask(model), rung)
+    weights[: model.mask_size] *= mask
+    who = Replica(0, "ticket", level, draw)
+    return train.Job(who, train.State.start(weights[None].to(device), recipe), mask.to(device))
+
+
+def microseconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """The median of each, in turn."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    while len(next(iter(taken.values()))) < ROUNDS or time.perf_counter() - began < SECONDS:
+        for name, call in calls.items():
+            call()
+            start = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - start)
+    return {name: 1e6 * statistics.median(times) for name, times in taken.items()}
+
+
+def on_cpu(model: Model, data: Resident, recipe: Recipe) -> None:
+    share = break_even(model, recipe.batch_size, choose("auto", "cpu").csr_linear.takes)
+    columns: list[dict[str, float]] = []
+    for level in LEVELS:
+        steps = train.prepare(model, data, job(model, recipe, level, "cpu"), recipe, "auto", share)
+        if not isinstance(steps, train.Compressed):
+            raise SystemExit(
+                f"{model.name} at level {level} goes through the vendor's layers here; nothing of it is ours"
+            )
+        inner, index = steps.steps, steps.steps.batches.index(0)
+        calls: dict[str, Callable[[], object]] = {
+            "gather": lambda inner=inner, index=index: inner.gather(index)
+        }
+        for i, (name, call) in enumerate(inner.chain.calls):
+            calls[f"{i}|{name}"] = call
+        calls["update"] = lambda steps=steps: steps.update(1, recipe.lr)
+        calls["whole"] = lambda steps=steps: steps.advance(0, 1, lambda: False)
+        found: dict[str, float] = {}
+        for name, us in microseconds(calls).items():
+            label = name.split("|")[-1]
+            found[label] = found.get(label, 0.0) + us
+        found["between them"] = found["whole"] - sum(us for name, us in found.items() if name != "whole")
+        columns.append(found)
+    rungs = pruning.ladder(model, max(LEVELS), 0.2, "layer")
+    left = [f"{100 * sum(rungs[level].values()) / model.prunable:.1f} %" for level in LEVELS]
+    print(f"{machine.cpu_name()}, torch {torch.__version__}, {torch.get_num_threads()} thread")
+    print(
+        f"{model.name}, batch {recipe.batch_size}, {recipe.optimizer}; microseconds, and share of the step\n"
+    )
+    print(f"{'weights left':<20}" + "".join(f"{text:>16}" for text in left))
+    order = sorted(columns[0], key=lambda name: (name == "whole", -columns[0][name]))
+    for name in order:
+        cells = [f"{c.get(name, 0.0):9.1f} {100 * c.get(name, 0.0) / c['whole']:4.0f} %" for c in columns]
+        print(f"{name:<20}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+def on_cuda(model: Model, data: Resident, recipe: Recipe, replicas: int = 100) -> None:
+    from sparselth.replay import Replay
+
+    jobs = [job(model, recipe, 5, "cuda", draw) for draw in range(replicas)]
+    weights, *moments = (
+        torch.cat(rows) for rows in zip(*((j.state.weights, *j.state.moments) for j in jobs), strict=True)
+    )
+    mask = torch.stack([j.mask for j in jobs])
+    replay = Replay(
+        *(model, data, [j.who for j in jobs], weights, moments, mask, recipe, [0] * replicas),
+        choose("auto", "cuda"),
+    )
+    replay.advance(0, 100, lambda: False)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        replay.advance(100, 100, lambda: False)
+        torch.cuda.synchronize()
+    print(f"\n{torch.cuda.get_device_name()}: {replicas} replicas, 100 replayed steps")
+    print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=20))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="lenet-300-100")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model = get_model(args.model)
+    recipe = Recipe(steps=10**5, lr=1.2e-3, batch_size=60, eval_every=10**5)
+    images = load("mnist5k", Path())
+    on_cpu(model, Resident(images, "cpu", 500), recipe)
+    if torch.cuda.is_available():
+        on_cuda(model, Resident(images, "cuda", 500), recipe)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,613 @@
+r"""Inference with block-sparse weights:  Y = act(X W^T + b),  of W only the blocks that hold a kept weight.
+
+| name    | shape       | dtype            |              Floor, s = itemsize:
+| x       | [B, K]      | fp32, fp16, bf16 | any strides  bytes = (L b^2 + B (K + N) + N) s
+| y       | [B, N]      | as x             |                + 4 (L + 2 N / b + 1)
+| bias    | [N]         | as x, or None    |              FLOPs = 2 B L b^2
+| values  | [L, b, b]   | as x             | the L live blocks, [n, k] each
+| columns | [L]         | int32            | their block columns
+| starts  | [N / b + 1] | int32            | where the list of each block row begins in them; the end
+| order   | [N / b]     | int32            | block row of each list
+
+b is 16, 32, 64 or 128; N and K are rounded up to blocks, with weights of 0. The live blocks of a block row
+are a list. Lists go from the longest to the shortest, so that the last programs of a launch are short ones,
+and lists of one length are neighbours: on a CPU they are one batched product.
+
+A live block is multiplied whole: NaN and infinity in x reach y through all of its weights, pruned or not.
+Pruned blocks are not there, and nothing reaches y through them; only the reference, a dense product, has
+zeros in their place. Sums are in fp32, fp32 products in TF32 where torch's own are; two runs give equal bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, library
+
+from sparselth.kernels._triton import HAS_TRITON, INTERPRET, Aot, tl, triton
+from sparselth.kernels.bitmask import use_triton
+
+BLOCKS = (16, 32, 64, 128)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNELS = ("auto", "triton", "torch", "reference")
+
+
+class Tile(NamedTuple):
+    """What a program computes: rows (of the batch) x columns of y, in steps of `depth` along a list."""
+
+    rows: int
+    columns: int  # or the block, where that is less
+    depth: int
+    warps: int
+    stages: int
+
+
+# From large to small. Two programs of the large ones share a multiprocessor of an H100: one computes while
+# the other finds its list or writes. A block of x comes from the L2 cache once for every live block, and that
+# bounds large batches; hence 256 rows beside 64 columns. 16 deep in IEEE fp32, which spills beyond.
+TILES = {
+    "half": (
+        Tile(128, 128, 64, 8, 3),
+        Tile(256, 64, 32, 8, 4),
+        Tile(128, 64, 64, 4, 4),
+        Tile(64, 64, 64, 4, 4),
+        Tile(32, 32, 128, 4, 3),
+        Tile(16, 16, 128, 1, 4),
+    ),
+    "tf32": (
+        Tile(128, 128, 32, 8, 3),
+        Tile(128, 64, 32, 4, 4),
+        Tile(64, 64, 32, 4, 4),
+        Tile(32, 32, 64, 4, 3),
+        Tile(16, 16, 64, 1, 4),
+    ),
+    "ieee": (
+        Tile(128, 64, 16, 8, 4),
+        Tile(64, 64, 16, 4, 4),
+        Tile(32, 32, 32, 4, 4),
+        Tile(16, 16, 32, 1, 4),
+    ),
+}
+SMALL = 64  # rows; tiles of more are taken where they make ENOUGH programs
+ENOUGH = 512
+SPLIT_BELOW = 264  # programs: fewer leave half of a big GPU idle, and long lists are split
+SHORTEST = 4  # steps of a part of a list
+GROUP = 4  # tiles of the batch that go through the lists side by side
+
+# On a CPU, in numbers of x that are gathered at a time: 1 MB, which a cache holds.
+GATHERED = 1 << 18
+SINGLY = 100  # blocks for each run of lists: up to here and up to GATHERED all blocks are one batch
+
+
+@dataclass(frozen=True, eq=False)
+class BlockWeight:
+    """W [N, K] by its live blocks."""
+
+    shape: tuple[int, int]
+    values: Tensor  # [L, b, b]; on a CPU with n innermost, so that a list is one matrix [k, n] to torch
+    columns: Tensor
+    starts: Tensor
+    order: Tensor
+    runs: tuple[int, ...]  # lists of one length: how many, how long, and so on, longest first
+
+    @staticmethod
+    def from_dense(weight: Tensor, mask: Tensor | None = None, block: int = 64) -> BlockWeight:
+        """Of a weight [N, K] and a bool mask, True = kept; without a mask, what is not 0 is kept."""
+        if weight.dim() != 2 or weight.dtype not in DTYPES or 0 in weight.shape:
+            raise ValueError(
+                f"expected a weight [N, K] in fp32, fp16 or bf16, got {weight.dtype} {list(weight.shape)}"
+            )
+        if block not in BLOCKS:
+            raise ValueError(f"expected blocks of 16, 32, 64 or 128, got {block}")
+        mask = weight != 0 if mask is None else mask
+        if mask.dtype != torch.bool or mask.shape != weight.shape or mask.device != weight.device:
+            raise ValueError(
+                f"expected a bool mask {list(weight.shape)} on {weight.device}, "
+                f"got {mask.dtype} {list(mask.shape)} on {mask.device}"
+            )
+        kept, blocks = (_blocks(t, block) for t in (mask, torch.where(mask, weight, 0)))
+        live = kept.flatten(2).any(2)
+        lengths, order = live.sum(1).sort(descending=True, stable=True)
+        place, columns = live[order].nonzero().unbind(1)
+        values = blocks[order[place], columns]
+        starts = F.pad(lengths.cumsum(0), (1, 0))
+        runs = torch.stack(torch.unique_consecutive(lengths, return_counts=True)).flip(0)
+        return BlockWeight(
+            (weight.shape[0], weight.shape[1]),
+            _laid(values),
+            columns.int(),
+            starts.int(),
+            order.int(),
+            tuple(runs.t().flatten().tolist()),
+        )
+
+    @property
+    def block(self) -> int:
+        return self.values.shape[2]
+
+    @property
+    def occupancy(self) -> float:
+        """Live blocks of all blocks."""
+        n, k = (-(-size // self.block) for size in self.shape)
+        return self.columns.numel() / (n * k)
+
+    def bytes(self) -> int:
+        """Memory of values and index."""
+        return sum(t.numel() * t.element_size() for t in (self.values, self.columns, self.starts, self.order))
+
+    def to_dense(self) -> Tensor:
+        return _dense(self.values, self.columns, self.starts, self.order, self.shape)
+
+    def to(self, device: torch.device | str) -> BlockWeight:
+        columns, starts, order = (t.to(device) for t in (self.columns, self.starts, self.order))
+        return BlockWeight(self.shape, _laid(self.values.to(device)), columns, starts, order, self.runs)
+
+
+def _blocks(t: Tensor, block: int) -> Tensor:
+    """[N, K] as [rows, columns, b, b] of blocks."""
+    n, k = t.shape
+    if n % block or k % block:
+        t = F.pad(t, (0, -k % block, 0, -n % block))
+    return t.reshape(-(-n // block), block, -(-k // block), block).transpose(1, 2)
+
+
+def _laid(values: Tensor) -> Tensor:
+    return values.mT.contiguous().mT if values.device.type == "cpu" else values.contiguous()
+
+
+def _dense(values: Tensor, columns: Tensor, starts: Tensor, order: Tensor, shape: tuple[int, int]) -> Tensor:
+    (n, k), block = shape, values.shape[2]
+    rows = torch.repeat_interleave(order, starts.diff())
+    dense = values.new_zeros(order.numel(), -(-k // block), block, block)
+    dense[rows, columns] = values
+    return dense.transpose(1, 2).reshape(order.numel() * block, -1)[:n, :k]
+
+
+def floor(weight: BlockWeight, batch: int) -> dict[str, int]:
+    n, k = weight.shape
+    numbers = batch * (n + k) + n
+    return {
+        "bytes": weight.bytes() + numbers * weight.values.element_size(),
+        "flops": 2 * batch * weight.values.numel(),
+    }
+
+
+def _torch(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    runs: Sequence[int],
+    n: int,
+    bias: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """Batched products in fp32: of the lists of one length, or of all blocks where there are few."""
+    block, dtype, batch, lists = values.shape[2], x.dtype, x.shape[0], order.numel()
+    x = F.pad(x, (0, -x.shape[1] % block)) if x.shape[1] % block else x
+    x = x.float().reshape(batch, -1, block)
+    w = values.mT
+    if columns.numel() * batch * block <= GATHERED and columns.numel() <= SINGLY * len(runs) // 2:
+        products = torch.bmm(x.index_select(1, columns).transpose(0, 1), w.float())
+        rows = torch.repeat_interleave(order, starts.diff())
+        y = x.new_zeros(lists, batch, block).index_add_(0, rows, products).transpose(0, 1)
+    else:
+        sums = x.new_empty(lists, batch, block)
+        first, i = 0, 0  # list, block
+        for count, length in zip(runs[::2], runs[1::2], strict=True):
+            depth = length * block
+            most = max(1, GATHERED // max(1, batch * depth))
+            for part in (min(most, count - done) for done in range(0, count, most)):
+                end = i + part * length
+                inputs = x.index_select(1, columns[i:end]).view(batch, part, depth).transpose(0, 1)
+                weights = w[i:end].float().reshape(part, depth, block)
+                torch.bmm(inputs, weights, out=sums[first : first + part])
+                first, i = first + part, end
+        y = x.new_empty(batch, lists, block).index_copy_(1, order.long(), sums.transpose(0, 1))
+    y = y.reshape(batch, -1)[:, :n]
+    if bias is not None:
+        y = y + bias
+    return (y.relu() if relu else y).to(dtype).contiguous()
+
+
+@triton.jit
+def _columns(columns_ptr, t, count, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    """Block columns that step t of a list of `count` weights a row needs: one, or [DEPTH]."""
+    if DEPTH > BLOCK:
+        offs = t * DEPTH + tl.arange(0, DEPTH)
+    else:
+        offs = t * DEPTH
+    return tl.load(columns_ptr + offs // BLOCK, mask=offs < count, other=0)
+
+
+@triton.jit
+def _step(
+    acc,
+    t,
+    columns,
+    x_ptr,
+    values_ptr,
+    offs_x,
+    offs_w,
+    in_b,
+    K,
+    count,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """acc += x w^T for DEPTH of the list's weights."""
+    offs_d = tl.arange(0, DEPTH)
+    if DEPTH > BLOCK:  # several blocks, or what is left of them
+        live = t * DEPTH + offs_d < count
+        offs_k = columns * BLOCK + offs_d % BLOCK
+        offs_w = offs_w + (offs_d // BLOCK * (BLOCK * BLOCK) + offs_d % BLOCK)[:, None]
+        w = tl.load(values_ptr + t * (DEPTH * BLOCK) + offs_w, mask=live[:, None], other=0.0)
+        in_x = in_b[:, None] & live[None, :]
+    else:
+        first = 0 if DEPTH == BLOCK else tl.multiple_of(t * DEPTH % BLOCK, DEPTH)
+        i = t if DEPTH == BLOCK else t * DEPTH // BLOCK
+        offs_k = tl.multiple_of(columns * BLOCK + first, DEPTH) + offs_d
+        w = tl.load(values_ptr + i * (BLOCK * BLOCK) + first + (offs_w + offs_d[:, None]))
+        in_x = in_b[:, None]
+    if not EVEN_K:
+        in_x = in_x & (offs_k < K)[None, :]
+    x = tl.load(x_ptr + (offs_x + offs_k[None, :]), mask=in_x, other=0.0)
+    if UPCAST:
+        x = x.to(tl.float32)
+        w = w.to(tl.float32)
+    return tl.dot(x, w, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _block_linear_kernel(
+    x_ptr,
+    values_ptr,
+    columns_ptr,
+    starts_ptr,
+    order_ptr,
+    bias_ptr,
+    out_ptr,
+    B,
+    N,
+    K,
+    lists,
+    splits,
+    stride_xb,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    PARTS: tl.constexpr = BLOCK // BLOCK_N
+    tiles_b = tl.cdiv(B, BLOCK_B)
+    tiles_n = lists * PARTS
+    pid = tl.program_id(0)
+    pid_b, pid_n = tl.swizzle2d(pid // tiles_n, pid % tiles_n, tiles_b, tiles_n, GROUP)
+    first_b = pid_b.to(tl.int64) * BLOCK_B
+    start = tl.load(starts_ptr + pid_n // PARTS)
+    end = tl.load(starts_ptr + pid_n // PARTS + 1)
+    row = tl.load(order_ptr + pid_n // PARTS)
+    if SPLIT:
+        share = tl.cdiv(end - start, splits)
+        start += tl.program_id(1) * share
+        end = tl.minimum(start + share, end)
+        out_ptr += tl.program_id(1).to(tl.int64) * B * N
+    offs_b = tl.arange(0, BLOCK_B)
+    offs_n = tl.arange(0, BLOCK_N)
+    in_b = offs_b < (B - first_b).to(tl.int32)
+
+    part = pid_n % PARTS * BLOCK_N
+    x_ptr += first_b * stride_xb
+    values_ptr += start.to(tl.int64) * (BLOCK * BLOCK) + part * BLOCK
+    columns_ptr += start
+    offs_x = offs_b[:, None] * stride_xb
+    offs_w = offs_n[None, :] * BLOCK
+    count = (end - start) * BLOCK
+    acc = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    columns = _columns(columns_ptr, 0, count, BLOCK, DEPTH)
+    if UPCAST:  # the interpreter of Triton 3.6 takes no loaded bound of a for loop
+        t = 0
+        while t * DEPTH < count:
+            acc = _step(
+                acc,
+                t,
+                columns,
+                x_ptr,
+                values_ptr,
+                offs_x,
+                offs_w,
+                in_b,
+                K,
+                count,
+                BLOCK,
+                DEPTH,
+                EVEN_K,
+                PRECISION,
+                UPCAST,
+            )
+            t += 1
+            columns = _columns(columns_ptr, t, count, BLOCK, DEPTH)
+    else:
+        for t in range(tl.cdiv(count, DEPTH)):
+            # a step ahead, or the pipeline would spend half of its stages on columns
+            ahead = _columns(columns_ptr, t + 1, count, BLOCK, DEPTH)
+            acc = _step(
+                acc,
+                t,
+                columns,
+                x_ptr,
+                values_ptr,
+                offs_x,
+                offs_w,
+                in_b,
+                K,
+                count,
+                BLOCK,
+                DEPTH,
+                EVEN_K,
+                PRECISION,
+                UPCAST,
+            )
+            columns = ahead
+    first_n = row.to(tl.int64) * BLOCK + part
+    in_n = offs_n < (N - first_n).to(tl.int32)
+    if not SPLIT:
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + first_n + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+        if RELU:
+            acc = tl.where(acc < 0, 0.0, acc)
+    out_ptrs = out_ptr + first_b * N + first_n + offs_b.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_b[:, None] & in_n[None, :])
+
+
+@triton.jit
+def _sum_kernel(
+    parts_ptr,
+    bias_ptr,
+    out_ptr,
+    size,
+    N,
+    splits,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """out = act(parts[0] + parts[1] + ... + bias), `size` numbers in rows of N."""
+    offs = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = offs < size
+    acc = tl.zeros((SIZE,), tl.float32)
+    for _ in range(splits):
+        acc += tl.load(parts_ptr + offs, mask=inside, other=0.0)
+        parts_ptr += size
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs % N, mask=inside, other=0.0).to(tl.float32)
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+SUMMED = 1024  # numbers of y that a program of _sum_kernel adds up
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def choose(kind: str, block: int, batch: int, lists: int, blocks: int) -> tuple[Tile, int]:
+    """The tile of a product, and into how many parts each list is split."""
+    for tile in TILES[kind]:
+        if (tile.rows > 16 and tile.rows >= 2 * batch) or block < tile.columns == 128:
+            continue
+        programs = _programs(tile, block, batch, lists)
+        if programs >= ENOUGH or tile.rows <= SMALL:
+            break
+    steps = blocks * block // (lists * tile.depth)
+    return tile, max(1, min(SPLIT_BELOW // programs, steps // SHORTEST))
+
+
+def _programs(tile: Tile, block: int, batch: int, lists: int) -> int:
+    return -(-batch // tile.rows) * lists * (block // min(block, tile.columns))
+
+
+def launch(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    n: int,
+    bias: Tensor | None,
+    relu: bool,
+    chosen: tuple[Tile, int] | None = None,
+) -> Tensor:
+    """Y by Triton; `chosen` instead of what `choose` says."""
+    (batch, k), block, lists = x.shape, values.shape[2], order.numel()
+    x, values = x if x.stride(1) == 1 else x.contiguous(), values.contiguous()
+    if (batch > 1 and x.stride(0) >= 2**23) or k * block >= 2**31:  # offsets are 32 bits wide
+        raise ValueError(f"expected rows of x less than 2^23 numbers apart, got {x.stride(0)} and K = {k}")
+    kind = _kind(x.dtype)
+    tile, splits = chosen or choose(kind, block, batch, lists, columns.numel())
+    width = min(block, tile.columns)
+    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty(batch, n)
+    out = x.new_empty(splits, batch, n, dtype=torch.float32) if splits > 1 else y
+    with torch.cuda.device_of(x):
+        _block_linear_kernel[_programs(tile, block, batch, lists), splits](
+            x,
+            values,
+            columns,
+            starts,
+            order,
+            bias,
+            out,
+            batch,
+            n,
+            k,
+            lists,
+            splits,
+            x.stride(0),
+            BLOCK=block,
+            HAS_BIAS=bias is not None and splits == 1,
+            RELU=relu and splits == 1,
+            SPLIT=splits > 1,
+            EVEN_K=k % block == 0,
+            BLOCK_B=tile.rows,
+            BLOCK_N=width,
+            DEPTH=tile.depth,
+            GROUP=GROUP,
+            PRECISION="tf32" if kind == "tf32" else "ieee",
+            UPCAST=INTERPRET,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        if splits > 1:
+            _sum_kernel[(-(-y.numel() // SUMMED),)](
+                out, bias, y, y.numel(), n, splits, HAS_BIAS=bias is not None, RELU=relu, SIZE=SUMMED
+            )
+    return y
+
+
+def block_linear(
+    x: Tensor, weight: BlockWeight, bias: Tensor | None = None, relu: bool = False, kernels: str = "auto"
+) -> Tensor:
+    """act(x W^T + bias) as [B, N]; `relu` makes act the rectifier. Not differentiable.
+
+    `kernels`: "triton", "torch" (batched products), "reference" (the dense product), or "auto": Triton on
+    CUDA, else torch.
+    """
+    n, k = weight.shape
+    values = weight.values
+    if x.dim() != 2 or x.shape[1] != k or x.dtype != values.dtype or x.device != values.device:
+        raise ValueError(
+            f"expected x [B, {k}] in {values.dtype} on {values.device}, "
+            f"got {list(x.shape)} in {x.dtype} on {x.device}"
+        )
+    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(
+            f"expected bias [{n}] in {x.dtype} on {x.device}, "
+            f"got {list(bias.shape)} in {bias.dtype} on {bias.device}"
+        )
+    index = weight.columns, weight.starts, weight.order
+    # the operator is for the compiler and for autograd, which it refuses; a call of it takes 50 us
+    wanted = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+    run = _operator if wanted else _forward
+    return run(x, values, *index, weight.runs, n, bias, relu, kernels)
+
+
+def _forward(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    runs: Sequence[int],
+    n: int,
+    bias: Tensor | None,
+    relu: bool,
+    kernels: str,
+) -> Tensor:
+    if x.shape[0] == 0:
+        return x.new_empty(0, n)
+    if kernels not in KERNELS:
+        raise ValueError(f"expected kernels {', '.join(KERNELS)}, got {kernels}")
+    if kernels != "torch" and use_triton(kernels, x):
+        return launch(x, values, columns, starts, order, n, bias, relu)
+    if kernels == "reference":
+        dense = _dense(values, columns, starts, order, (n, x.shape[1]))
+        y = F.linear(x, dense, bias)
+        return y.relu_() if relu else y
+    return _torch(x, values, columns, starts, order, runs, n, bias, relu)
+
+
+_operator = library.custom_op("sparselth::block_linear", _forward, mutates_args=())
+
+
+@_operator.register_fake
+def _(x, values, columns, starts, order, runs, n, bias, relu, kernels):
+    return x.new_empty(x.shape[0], n)
+
+
+# What the compile gate checks: every tile, the small ones with K that ends within a block; several blocks a
+# step; split lists
+
+# Registers, and narrow accesses: those of the bias and of the columns. The large tiles take up to 200
+# registers on sm_80; on sm_90 less than 128, and two programs of 8 warps share a multiprocessor.
+LIMITS = {"half": (200, 23), "tf32": (200, 23), "ieee": (128, 13)}
+
+
+def _aot(kind: str, block: int, tile: Tile, even: bool = True, split: bool = False) -> Aot:
+    """The kernel as `launch` starts it; rows of x and y lie multiples of 16 apart."""
+    constants = {
+        "BLOCK": block,
+        "HAS_BIAS": not split,
+        "RELU": not split,
+        "SPLIT": split,
+        "EVEN_K": even,
+        "BLOCK_B": tile.rows,
+        "BLOCK_N": min(block, tile.columns),
+        "DEPTH": tile.depth,
+        "GROUP": GROUP,
+        "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "UPCAST": False,
+    }
+    pointer = "*bf16" if kind == "half" else "*fp32"
+    types = dict.fromkeys(("columns_ptr", "starts_ptr", "order_ptr"), "*i32")
+    types |= {"out_ptr": "*fp32"} if split else {}
+    signature = {
+        name: types.get(name, pointer if name.endswith("_ptr") else "i32")
+        for name in _block_linear_kernel.arg_names
+        if name not in constants
+    }
+    registers, narrow = LIMITS[kind]
+    return Aot(
+        kernel=_block_linear_kernel,
+        signature=signature,
+        constants=constants,
+        aligned=tuple(name for name in signature if name not in ("B", "lists", "splits")),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        max_registers=registers,
+        narrow=narrow,
+    )
+
+
+def _shipped() -> list[Aot]:
+    found = []
+    for kind, tiles in TILES.items():
+        found += [_aot(kind, max(64, t.columns), t, even=t.rows > SMALL) for t in tiles]
+    half = TILES["half"]
+    found += [_aot("half", 16, half[1]), _aot("half", 32, half[2]), _aot("half", 128, half[-1], split=True)]
+    signature = dict.fromkeys(("parts_ptr", "bias_ptr", "out_ptr"), "*fp32")
+    signature |= dict.fromkeys(("size", "N", "splits"), "i32")
+    constants = {"HAS_BIAS": True, "RELU": True, "SIZE": SUMMED}
+    summed = Aot(
+        kernel=_sum_kernel,
+        signature=signature,
+        constants=constants,
+        aligned=("parts_ptr", "bias_ptr", "out_ptr", "size", "N"),
+        num_warps=4,
+        num_stages=3,
+        max_registers=64,
+        narrow=0,
+    )
+    return [*found, summed]
+
+
+AOT = _shipped() if HAS_TRITON else []

@@ -1,0 +1,151 @@
+"""Races: every rival in every round, so that whatever disturbs the machine disturbs all of them alike.
+
+A sample is one function that does some work and gives its seconds per call:
+
+wall   on a CPU, several calls in a row on the same memory: caches are warm where they are large enough
+cold   on CUDA, one call behind a write of four times the second-level cache; from a CUDA graph where the
+       call can be captured, so that the time is the device's, else launched from Python
+warm   on CUDA, several calls in a row, from a graph where that can be
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+Sample = Callable[[], float]
+
+ROUNDS, SECONDS = 7, 0.12  # of a race: at least so many rounds, and go on for so long
+FEWEST, SHARE = 5, 0.4  # a slow rival leaves with so many samples once they took so many seconds
+MOST = 200  # rounds
+SAMPLE = 2e-4  # seconds that the calls of one sample should last at least
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call over the rounds."""
+
+    median: float
+    low: float  # first quartile
+    high: float  # third quartile
+    samples: int
+
+    @property
+    def spread(self) -> float:
+        """From the first quartile to the third."""
+        return self.high - self.low
+
+
+class Race:
+    """Rivals that take turns."""
+
+    def __init__(self, rivals: Mapping[str, Sample], share: float | None = SHARE) -> None:
+        self.rivals, self.share = dict(rivals), share
+        self.seconds: dict[str, list[float]] = {name: [] for name in rivals}
+        self.spent = dict.fromkeys(rivals, 0.0)
+
+    def round(self) -> None:
+        """One sample of each; not of those that are slow and have enough, where there is a share of time."""
+        for name, sample in self.rivals.items():
+            if self.share is None or len(self.seconds[name]) < FEWEST or self.spent[name] < self.share:
+                began = time.perf_counter()
+                self.seconds[name].append(sample())
+                self.spent[name] += time.perf_counter() - began
+
+    def timings(self, skip: int = 0) -> dict[str, Timing]:
+        """Medians and quartiles, without the first `skip` rounds."""
+        found = {}
+        for name, values in self.seconds.items():
+            low, median, high = statistics.quantiles(values[skip:], n=4)
+            found[name] = Timing(median, low, high, len(values) - skip)
+        return found
+
+
+def rounds(race: Race, least: int = ROUNDS, seconds: float = SECONDS) -> None:
+    """At least so many rounds (slow rivals: FEWEST), and go on for about so many seconds."""
+    began = time.perf_counter()
+    for done in range(MOST):
+        if done >= least and time.perf_counter() - began >= seconds:
+            break
+        race.round()
+
+
+def wall(call: Call, calls: int = 1) -> Sample:
+    """`calls` calls in a row by the processor's clock."""
+
+    def sample() -> float:
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - began) / calls
+
+    return sample
+
+
+def warm_wall(call: Call) -> Sample:
+    """`wall` with as many calls as a sample needs; the call has run before."""
+    taken = min(wall(call)() for _ in range(2))
+    return wall(call, min(max(round(SAMPLE / max(taken, 1e-7)), 1), 1000))
+
+
+def cold(call: Call, scratch: torch.Tensor) -> Sample:
+    """One call after `scratch` was written."""
+    return _events(scratch.zero_, _graphed(call, 1), 1)
+
+
+def warm(call: Call) -> Sample:
+    """Calls in a row that together last for a sample."""
+    taken = _events(call, call, 1)()
+    calls = min(max(round(SAMPLE / max(taken, 1e-7)), 1), 50)
+    several = _graphed(call, calls)
+    return _events(several, several, calls)
+
+
+def scratch() -> torch.Tensor:
+    """What `cold` writes: four times the second-level cache."""
+    size = int(torch.cuda.get_device_properties(0).L2_cache_size)
+    return torch.empty(4 * size, dtype=torch.uint8, device="cuda")
+
+
+def _events(before: Call, call: Call, calls: int) -> Sample:
+    """Seconds on the device from the end of `before` to the end of `call`, which is `calls` calls."""
+
+    def sample() -> float:
+        start, stop = torch.cuda.Event(True), torch.cuda.Event(True)  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        before()
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) / 1e3 / calls
+
+    return sample
+
+
+def _graphed(call: Call, calls: int) -> Call:
+    """`calls` calls as a CUDA graph; without one where the call cannot be captured."""
+
+    def plain() -> None:
+        for _ in range(calls):
+            call()
+
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            plain()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return plain
+    return graph.replay

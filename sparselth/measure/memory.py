@@ -1,0 +1,166 @@
+"""Memory that a network takes, measured: what is held, what a call adds at its peak, what a file takes.
+
+Held bytes are those of the storages that objects keep alive, each counted once: weights, biases, the
+indices of sparse formats, and the buffers that our kernels work on, since those are tensors too.
+
+The peak is that of torch's allocator: on CUDA its own statistics, on a CPU every block it gave and took
+back, as torch's profiler reports them, scratch of torch's operators included. Not counted: what MKL and
+oneDNN allocate past torch (packed copies, scratchpads), the stack our kernels put their small tiles on,
+code, and the images that a call is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FunctionType, ModuleType
+
+import torch
+from safetensors.numpy import save
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from sparselth.runs import Arrays
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one network at work; None where there is no such thing."""
+
+    weights: int  # and biases
+    indices: int  # and masks
+    activations: int  # buffers that are kept, and what a call adds at its peak
+    gradients: int | None = None
+    optimizer: int | None = None
+    file: int | None = None
+
+    @property
+    def peak(self) -> int:
+        """All of it but the file."""
+        return self.weights + self.indices + self.activations + (self.gradients or 0) + (self.optimizer or 0)
+
+
+def running(
+    network: object, call: Callable[[], object], device: str = "cpu", file: int | None = None
+) -> Memory:
+    """Memory of a network at inference; `call` runs it, and is the first call of buffers that are kept."""
+    weights, indices = held(network)
+    return Memory(weights, indices, peak(call, device), file=file)
+
+
+def table(pairs: Mapping[str, tuple[Memory, Memory]]) -> str:
+    """The table "memory, dense and pruned"; the keys name what was running."""
+    labels = {
+        "weights": "weights",
+        "indices": "indices, masks",
+        "gradients": "gradients",
+        "optimizer": "optimizer state",
+        "activations": "activations",
+        "peak": "together",
+        "file": "stored file",
+    }
+    lines = [f"{'memory, dense and pruned':<34}{'dense KB':>12}{'pruned KB':>12}{'of dense':>10}"]
+    for title, (dense, pruned) in pairs.items():
+        lines.append(title)
+        for name, label in labels.items():
+            before, after = getattr(dense, name), getattr(pruned, name)
+            if before is None or after is None:
+                continue
+            share = f"{after / before:.3f}" if before else ""
+            lines.append(f"  {label:<32}{before / 1e3:>12,.1f}{after / 1e3:>12,.1f}{share:>10}".rstrip())
+    return "\n".join(lines)
+
+
+def held(*objects: object, but: tuple[object, ...] = ()) -> tuple[int, int]:
+    """Bytes of the storages that `objects` keep alive and `but` does not: of numbers, and of indices."""
+    known = {_place(t) for t in tensors(*but)}
+    numbers = indices = 0
+    for t in tensors(*objects):
+        if _place(t) not in known:
+            known.add(_place(t))
+            size = t.untyped_storage().nbytes()
+            if t.dtype.is_floating_point:
+                numbers += size
+            else:
+                indices += size
+    return numbers, indices
+
+
+def tensors(*objects: object) -> Iterator[Tensor]:
+    """All dense tensors that can be reached from objects, through closures and arguments of foreign calls."""
+    seen: dict[int, object] = {}  # holds them, so that no number is given twice
+    stack = [*objects]
+    while stack:
+        thing = stack.pop()
+        if id(thing) in seen or isinstance(thing, type | ModuleType | str | bytes | int | float):
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, Tensor):
+            if thing.layout == torch.sparse_csr:
+                stack += [thing.crow_indices(), thing.col_indices(), thing.values()]
+            else:
+                yield thing
+        elif isinstance(thing, FunctionType):  # not its globals
+            stack += [thing.__closure__, thing.__defaults__, thing.__kwdefaults__]
+        elif type(thing) is type(_REFERENCE):
+            stack.append(thing._obj)  # type: ignore[attr-defined]
+        else:
+            stack += gc.get_referents(thing)
+
+
+def peak(call: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes of torch's allocator that `call` adds at its highest, and may keep."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            result = call()
+        with _silent():
+            profiler.export_chrome_trace(str(file))
+        del result
+        events = json.loads(file.read_text())["traceEvents"]
+    now = highest = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        now += event["args"]["Bytes"]
+        highest = max(highest, now)
+    return highest
+
+
+def file_bytes(arrays: Arrays, header: Mapping[str, object]) -> int:
+    """What arrays take in a file of the run's format."""
+    return len(save(arrays, metadata={"sparselth": json.dumps(header)}))
+
+
+_REFERENCE = ctypes.byref(ctypes.c_int())
+
+
+def _place(t: Tensor) -> tuple[torch.device, int]:
+    return t.device, t.untyped_storage().data_ptr()
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """No messages of the profiler's library on stderr; they are for its own developers."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -1,0 +1,434 @@
+"""Rows of `bench`: one layer, batch, dtype and mask computed by every rival, checked, timed, weighed.
+
+No row has a time without a comparison with float64 on the same weights. Where float64 on the whole batch
+would take long, some samples of the batch are compared with it and all others with the dense product of the
+same dtype, which has passed the same check. A time below its floor is no time either: the floors are then
+measured again, and if it still is, the row fails.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparselth import runs
+from sparselth.errors import UsageError
+from sparselth.measure import clock, memory
+from sparselth.measure.floors import DTYPES, SLACK, Anchors, precision
+from sparselth.measure.layers import Layer, block_of, defaults, distinct, facts, mask_of, of_model, parse
+from sparselth.measure.rivals import Bound, Case, Form, Rival, product, rivals
+from sparselth.models import get_model
+
+Row = dict[str, Any]
+TOLERANCE = {"fp32": 1e-5, "tf32": 5e-3, "bf16": 2e-2, "fp16": 3e-3}  # relative to the largest |y|
+EXACT = 2e9  # FLOPs that float64 is given for one check
+EVEN = 0.97  # `auto` below that share of dense at its best is said
+WINOGRAD = 4  # how much less than the plain sum a 3x3 convolution of the vendor's may multiply on CUDA
+AGAIN = 6  # times that the floors are measured again
+
+ORDER = 64, 1, 256, 8, 1024, 4096  # batches of the default table
+SWEEP = Layer((2048, 2048), origin="square")  # where the break-even sparsity is sought
+SWEEP_BATCHES, SWEEP_SPARSITIES = (64, 1, 8, 256), (0.5, 0.7, 0.8, 0.95)
+SWEPT = "dense eager", "dense columns", "CSR", "csr_linear", "csr_packed", "slot_linear"
+LARGEST_CPU = 1.5e10  # FLOPs of one dense call in the default table on a CPU
+CELL, CALLS = 0.3, 60  # seconds that a cell takes about, and dense calls
+COMPILING = 0.12  # share of the time for torch.compile
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured at once; `mask`: that of a ticket, instead of a drawn one."""
+
+    layer: Layer
+    batch: int
+    dtype: str
+    kind: str
+    sparsity: float
+    mask: Tensor | None = None
+    only: tuple[str, ...] = ()  # rivals; () is all
+
+    @property
+    def text(self) -> str:
+        return f"{self.layer.text}, batch {self.batch:,}, {self.dtype}, {self.kind} {100 * self.sparsity:g} %"
+
+    @property
+    def flops(self) -> int:
+        """Of the dense product."""
+        return self.layer.flops() * self.batch
+
+
+@dataclass
+class Bench:
+    """Where rows are measured, and what they have in common."""
+
+    device: str
+    anchors: Anchors
+    rivals: Sequence[Rival]
+    notes: dict[str, str] = field(default_factory=dict)  # what was left out, and why
+    again: int = AGAIN
+    compile_seconds: float = math.inf  # left for torch.compile, which then takes every shape once
+    compiled: set[str] = field(default_factory=set)
+    rounds: Callable[[clock.Race], object] = clock.rounds  # runs a race
+
+    def measure(self, cell: Cell) -> list[Row]:
+        """The rows of a cell, dense ones first."""
+        with precision(cell.dtype), torch.no_grad():
+            case, mask = self.case(cell)
+            fitting = [r for r in self.rivals if r.fits(case) and self._wanted(r, cell)]
+            right = _Right(case)
+            entries: list[_Entry] = []
+            for rival in fitting:
+                entry = self._entry(rival, case, right)
+                if entry is not None:
+                    entries.append(entry)
+            timed = {e.rival.name: e.bound[0] for e in entries if e.bound and not e.fault}
+            cold, warm = self._race(timed)
+            self._floors(entries, case, mask, cold)
+            return self._rows(cell, case, mask, entries, cold, warm)
+
+    def case(self, cell: Cell) -> tuple[Case, Tensor]:
+        """Weights and a batch, the same ones in every run."""
+        draw = torch.Generator().manual_seed(0)
+        layer, dtype = cell.layer, DTYPES[cell.dtype]
+        block = None
+        if cell.mask is not None:
+            mask = cell.mask
+        else:
+            mask, block = mask_of(layer, cell.kind, cell.sparsity, draw)
+        scale = (int(mask.sum()) / len(mask)) ** -0.5
+        weight = (torch.randn(layer.shape, generator=draw) * scale).mul_(mask)
+        x = torch.randn(cell.batch, *layer.inputs, generator=draw)
+        dead = 1 - float(mask.transpose(0, 1).flatten(1).any(1).float().mean())
+        weight, x = weight.to(self.device, dtype), x.to(self.device, dtype)
+        return Case(layer, cell.dtype, self.device, weight, x, block, dead), mask
+
+    def _entry(self, rival: Rival, case: Case, right: _Right) -> _Entry | None:
+        """A rival made ready and checked; None, with a note, where torch cannot do it here."""
+        try:
+            began = self._now()
+            form = rival.make(case)
+            conversion = self._now() - began
+            if rival.name == "dense compiled":
+                self.compile_seconds -= conversion
+            bound = form.bind(case.x)
+            y = bound[1]()
+            error, fault = right.check(y, rival)
+            del y
+            added = memory.peak(lambda: form.bind(case.x)[0](), self.device)
+        except (RuntimeError, ValueError, NotImplementedError, ImportError) as problem:
+            text = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+            if rival.kind == "ours":
+                return _Entry(rival, None, None, 0.0, None, 0, f"{type(problem).__name__}: {text}")
+            self.notes.setdefault(f"{rival.name} ({case.dtype})", text)
+            return None
+        return _Entry(rival, form, bound, conversion, error, form.bytes + added, fault)
+
+    def _wanted(self, rival: Rival, cell: Cell) -> bool:
+        if cell.only:
+            return rival.name in cell.only
+        if rival.name != "dense compiled" or math.isinf(self.compile_seconds):
+            return True
+        if self.compile_seconds <= 0 or cell.layer.text in self.compiled:
+            return False
+        self.compiled.add(cell.layer.text)
+        return True
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _race(self, calls: dict[str, Callable[[], object]]) -> tuple[Timings, Timings]:
+        """The times that count, warm on a CPU and cold on CUDA; and warm ones on CUDA."""
+        samples: dict[str, clock.Sample] = {}
+        if self.device == "cpu":
+            samples = {f"first {name}": clock.warm_wall(call) for name, call in calls.items()}
+        else:
+            scratch = clock.scratch()
+            for name, call in calls.items():
+                samples[f"first {name}"], samples[f"warm {name}"] = (
+                    clock.cold(call, scratch),
+                    clock.warm(call),
+                )
+        race = clock.Race(samples)
+        self.rounds(race)
+        found = race.timings() if samples else {}
+        cold, warm = (
+            {name: found[f"{way} {name}"] for name in calls if f"{way} {name}" in found}
+            for way in ("first", "warm")
+        )
+        return cold, warm
+
+    def _floors(self, entries: list[_Entry], case: Case, mask: Tensor, cold: Timings) -> None:
+        """The floor of each; what is faster than that gets the floors measured again, then a fault."""
+        moved = _moved(case, mask)
+        dense, kept = (case.layer.flops(m) * len(case.x) for m in (None, mask))
+        fast = case.device == "cuda" and case.layer.shape[2:] == (3, 3) and case.layer.stride == 1
+        while True:
+            below = []
+            for entry in entries:
+                if entry.form is None:
+                    continue
+                is_dense = entry.rival.kind == "dense"
+                flops = dense / (WINOGRAD if fast else 1) if is_dense else kept
+                x = (case.x.numel() if is_dense else moved) * case.x.element_size()
+                y = len(case.x) * math.prod(case.layer.outputs) * case.x.element_size()
+                entry.bytes, entry.flops = entry.form.bytes + x + y, int(flops)
+                entry.floor = self.anchors.floor(entry.bytes, flops, case.dtype)
+                timing = cold.get(entry.rival.name)
+                if timing and timing.median * SLACK < entry.floor:
+                    below.append(entry)
+            if not below or not self.again:
+                break
+            self.again -= 1
+            self.anchors.measure()
+        for entry in below:
+            entry.fault = (
+                f"{1e6 * cold[entry.rival.name].median:.3g} us is above the floor of "
+                f"{1e6 * entry.floor:.3g} us"
+            )
+
+    def _rows(
+        self, cell: Cell, case: Case, mask: Tensor, entries: list[_Entry], cold: Timings, warm: Timings
+    ) -> list[Row]:
+        good = {e.rival.name: cold[e.rival.name].median for e in entries if not e.fault}
+        dense = {e.rival.name: e.rival for e in entries if e.rival.kind == "dense" and not e.fault}
+        any_best = min(dense, key=lambda name: good[name], default=None)
+        rows_best = min((n for n in dense if dense[n].rows), key=lambda name: good[name], default=None)
+        shared = {
+            "shape": cell.layer.text,
+            "origin": cell.layer.origin,
+            "batch": cell.batch,
+            "dtype": cell.dtype,
+            "sparsity": cell.sparsity,
+            "mask": cell.kind,
+            "block": case.block,
+            **facts(mask),
+            "dense_weight_bytes": case.weight.numel() * case.weight.element_size(),
+            "state": "cold" if self.device == "cuda" else "warm",
+        }
+        found = []
+        for entry in entries:
+            name = entry.rival.name
+            best = rows_best if entry.rival.kind == "auto" else any_best
+            bar, timing = (None if best is None else good[best]), cold.get(name)
+            taken = None if entry.fault or timing is None else timing.median
+            gain = bar - taken if bar is not None and taken is not None else 0.0
+            found.append(
+                {"implementation": name, "kind": entry.rival.kind, **shared}
+                | {
+                    "median_s": taken,
+                    "iqr_s": None if taken is None or timing is None else timing.spread,
+                    "samples": None if taken is None or timing is None else timing.samples,
+                    "warm_s": warm[name].median if taken is not None and name in warm else None,
+                    "dense_best": best,
+                    "dense_median_s": bar,
+                    "speedup": bar / taken if bar is not None and taken else None,
+                    "bytes": entry.bytes,
+                    "flops": entry.flops,
+                    "floor_s": entry.floor,
+                    "floor_fraction": entry.floor / taken if taken else None,
+                    "weight_bytes": entry.form.bytes if entry.form else None,
+                    "peak_bytes": entry.peak or None,
+                    "max_rel_error": entry.error,
+                    "conversion_s": entry.conversion,
+                    "pays_after": math.ceil(entry.conversion / gain) if gain > 0 else None,
+                    "takes": entry.form.takes or None if entry.form else None,
+                    "check": entry.fault or "passed",
+                }
+            )
+        return found
+
+
+Timings = dict[str, clock.Timing]
+
+
+@dataclass
+class _Entry:
+    rival: Rival
+    form: Form | None
+    bound: Bound | None
+    conversion: float
+    error: float | None
+    peak: int
+    fault: str | None
+    floor: float = 0.0
+    bytes: int = 0
+    flops: int = 0
+
+
+class _Right:
+    """float64 on samples of the batch, and dense in the case's own dtype on all of it."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, batch = case, len(case.x)
+        most = max(8, int(EXACT / max(1, case.layer.flops())))
+        spread = torch.linspace(0, batch - 1, min(batch, most), dtype=torch.float64).round().long()
+        self.samples = torch.unique_consecutive(spread).to(case.x.device)
+        run = product(case)
+        self.exact = run(case.x[self.samples].double(), case.weight.double())
+        self.scale = float(self.exact.abs().max()) or 1.0
+        self.dense: Tensor | None = None if len(self.samples) == batch else run(case.x, case.weight)
+
+    def check(self, y: Tensor, rival: Rival) -> tuple[float, str | None]:
+        """The largest error relative to the largest |y|, and what is wrong."""
+        wanted = (len(self.case.x), *self.case.layer.outputs)
+        if y.shape != wanted:
+            return math.inf, f"shape {list(y.shape)} instead of {list(wanted)}"
+        error = float((y[self.samples].double() - self.exact).abs().max()) / self.scale
+        rest = 0.0 if self.dense is None else float((y - self.dense).abs().max()) / self.scale
+        most = TOLERANCE[self.case.dtype]
+        if not error <= most or not rest <= 2 * most:  # NaN is no number below the bound
+            wrong = error if not error <= most else rest
+            return error, f"error {wrong:.1e} against float64, {most:.0e} allowed"
+        return error, None
+
+
+def _moved(case: Case, mask: Tensor) -> int:
+    """Numbers of x that a kept weight reads."""
+    live = int(mask.transpose(0, 1).flatten(1).any(1).sum())
+    return case.x.numel() // case.layer.shape[1] * live
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asked for; () is the default."""
+
+    device: str
+    sparsities: tuple[float, ...]
+    shapes: tuple[str, ...] = ()
+    batches: tuple[int, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    run: Path | None = None  # whose tickets' masks are taken
+    level: int | None = None
+    seed: int | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the layers are named, and so measured however long it takes."""
+        return bool(self.shapes) or self.run is not None
+
+    def cells(self) -> list[Cell]:
+        """Most wanted first."""
+        layers = distinct(parse(text) for text in self.shapes) or defaults()
+        batches = self.batches or tuple(sorted(ORDER))
+        dtypes = self.dtypes or (("fp32", "tf32", "bf16", "fp16") if self.device == "cuda" else ("fp32",))
+        if self.run is not None:
+            masks = ticket_masks(self.run, self.level, self.seed, self.sparsities[0])
+            return [
+                Cell(layer, batch, dtype, "magnitude", 1 - float(mask.float().mean()), mask)
+                for dtype in dtypes
+                for batch in batches
+                for layer, mask in masks
+            ]
+        if self.exact or self.batches or self.dtypes or self.kinds:
+            return cells(layers, batches, dtypes, self.kinds or ("random",), self.sparsities)
+        return default_cells(self.device, self.sparsities, layers)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    rows: list[Row]
+    left_out: list[str]
+    notes: dict[str, str]
+    anchors: dict[str, Any]
+
+    @property
+    def failed(self) -> bool:
+        return any(row["check"] != "passed" for row in self.rows)
+
+
+def bench_layers(asked: Asked, seconds: float, say: Callable[[str], None]) -> Outcome:
+    """All that was asked for; of default layers what fits into `seconds` and, on a CPU, LARGEST_CPU."""
+    began = time.perf_counter()
+    wanted = asked.cells()
+    say("floors: bandwidth and matrix rate")
+    anchors = Anchors(asked.device, tuple(dict.fromkeys(["fp32", *(cell.dtype for cell in wanted)])))
+    anchors.measure()
+    bench = Bench(asked.device, anchors, rivals())
+    if not asked.exact and asked.device == "cpu":
+        bench.compile_seconds = COMPILING * seconds
+    rows: list[Row] = []
+    left_out = []
+    for i, cell in enumerate(wanted):
+        if not asked.exact:
+            cost = CELL + CALLS * cell.flops / anchors.rate[cell.dtype]
+            large = asked.device == "cpu" and cell.flops > LARGEST_CPU
+            if large or time.perf_counter() - began + cost > seconds:
+                left_out.append(cell.text)
+                continue
+        say(f"{i + 1} of {len(wanted)}: {cell.text}")
+        rows += bench.measure(cell)
+    return Outcome(rows, left_out, bench.notes, anchors.facts())
+
+
+def ticket_masks(
+    run: Path, level: int | None, seed: int | None, sparsity: float
+) -> list[tuple[Layer, Tensor]]:
+    """The layers of a run's network with the masks of a ticket; without a level, of the nearest sparsity."""
+    record = runs.read(run)
+    model = get_model(record.config.model)
+    points = [p for p in record.points if p["arm"] == "ticket" and p["level"] > 0]
+    points = [p for p in points if seed is None or p["seed"] == seed]
+    points = [p for p in points if level is None or p["level"] == level]
+    if not points:
+        which = "" if level is None else f" of level {level}"
+        whose = "" if seed is None else f" of seed {seed}"
+        raise UsageError(f"--run {run}: no finished ticket{which}{whose}; `sparselth show {run}` lists them")
+    point = min(points, key=lambda p: (abs(1 - p["weights_remaining"] - sparsity), p["seed"]))
+    return [
+        (
+            layer,
+            torch.from_numpy(record.mask(point["seed"], point["level"], spec.name).copy()).view(layer.shape),
+        )
+        for layer, spec in zip(of_model(model), model.weights, strict=True)
+    ]
+
+
+def default_cells(device: str, sparsities: Sequence[float], layers: Sequence[Layer]) -> list[Cell]:
+    """The default table, most wanted first: what tells the break-even, then every layer at some batch."""
+    every = [
+        [Cell(layer, batch, "fp32", "random", s) for s in sparsities for layer in layers] for batch in ORDER
+    ]
+    dtypes = ("tf32", "bf16", "fp16") if device == "cuda" else ("bf16", "fp16")
+    squares = [layer for layer in layers if layer.origin == "square"]
+    small = [layer for layer in squares if device == "cuda" or layer.shape[0] <= SWEEP.shape[0]]
+    others = cells(squares if device == "cuda" else small[:1], (64, 1), dtypes, ("random",), sparsities)
+    blocks = cells(small, (64, 1), ("fp32",), ("block",), sparsities)
+    if device == "cuda":
+        blocks += cells(squares, (4096, 64, 1), ("bf16",), ("block",), sparsities)
+    sweep = [
+        Cell(SWEEP, batch, "fp32", "random", s, only=() if s in sparsities else SWEPT)
+        for batch in SWEEP_BATCHES
+        for s in sorted({*sparsities, *(SWEEP_SPARSITIES if len(sparsities) == 1 else ())})
+    ]
+    found = [*sweep, *every[0], *every[1], *blocks, *others, *(cell for row in every[2:] for cell in row)]
+    seen = {cell.text: cell for cell in reversed(found)}
+    return [cell for cell in found if seen[cell.text] is cell]
+
+
+def cells(
+    layers: Sequence[Layer],
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+    kinds: Sequence[str],
+    sparsities: Sequence[float],
+) -> list[Cell]:
+    """All that was asked for; blocks only of weights that are large enough for them."""
+    return [
+        Cell(layer, batch, dtype, kind, sparsity)
+        for sparsity in sparsities
+        for dtype in dtypes
+        for kind in kinds
+        for batch in batches
+        for layer in layers
+        if kind == "random" or block_of(layer)
+    ]

@@ -1,0 +1,202 @@
+"""What the same run costs the usual way: one network after another, images from a DataLoader.
+
+PIL image, ToTensor and Normalize for every sample, autograd, torch.optim with its defaults, masks
+multiplied into gradients and weights. A sample of steps is timed at the first, the middle and the last
+level, on one thread and on as many as torch takes by itself; the faster counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from sparselth import pruning
+from sparselth.config import FRESH, ImpConfig, Recipe, Replica
+from sparselth.data import Images
+from sparselth.models import Conv, Linear, MaxPool, Model, ReLU, get_model
+from sparselth.nn import init_weights
+from sparselth.streams import stream
+
+EVALUATION_BATCH = 1000
+VALIDATION = 5000
+Masks = dict[Tensor, Tensor]
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Images as torchvision's data sets give them, by way of PIL. Needs torchvision."""
+
+    def __init__(self, images: Images, pixels: object, labels: object) -> None:
+        from torchvision import transforms  # type: ignore[import-untyped]
+
+        spec = images.spec
+        self.transform = transforms.Compose(
+            [transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
+        )
+        self.pixels = torch.as_tensor(pixels).view(-1, *spec.shape)
+        self.labels = torch.as_tensor(labels).tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        picture = self.pixels[i].permute(1, 2, 0).numpy()
+        array = picture[:, :, 0] if picture.shape[2] == 1 else picture
+        return self.transform(Image.fromarray(array)), self.labels[i]
+
+
+def network(model: Model, flat: Tensor) -> nn.Sequential:
+    """The model in torch.nn, with the weights of a flat buffer [P]."""
+    found: list[nn.Module] = []
+    specs = zip(model.weights, model.biases, strict=True)
+    for layer, before in zip(model.layers, model.shapes, strict=False):
+        match layer:
+            case Conv(out, kernel, padding):
+                found.append(nn.Conv2d(before[0], out, kernel, padding=padding))
+            case MaxPool(size):
+                found.append(nn.MaxPool2d(size))
+            case ReLU():
+                found.append(nn.ReLU())
+            case Linear(out):
+                found += [nn.Flatten()] * (len(before) > 1)
+                found.append(nn.Linear(prod(before), out))
+        if isinstance(layer, Conv | Linear):
+            product = found[-1]
+            assert isinstance(product, nn.Conv2d | nn.Linear)
+            weight, bias = next(specs)
+            for parameter, spec in ((product.weight, weight), (product.bias, bias)):
+                assert parameter is not None
+                parameter.data.copy_(flat[spec.offset : spec.offset + spec.numel].view(spec.shape))
+    return nn.Sequential(*found)
+
+
+def masks(model: Model, net: nn.Sequential, mask: Tensor) -> Masks:
+    """A dense float mask for every weight, from a mask [M]."""
+    products = [module for module in net if isinstance(module, nn.Conv2d | nn.Linear)]
+    return {
+        product.weight: mask[spec.offset : spec.offset + spec.numel].view(spec.shape).float()
+        for product, spec in zip(products, model.weights, strict=True)
+    }
+
+
+def step(net: nn.Sequential, masks: Masks, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+    """One step: pruned weights get no gradient, and are zeroed again behind the update."""
+    optimizer.zero_grad()
+    F.cross_entropy(net(x), y).backward()  # type: ignore[no-untyped-call]
+    for weight, mask in masks.items():
+        assert weight.grad is not None
+        weight.grad.mul_(mask)
+    optimizer.step()
+    with torch.no_grad():
+        for weight, mask in masks.items():
+            weight.mul_(mask)
+
+
+def loop(images: Images, model: Model, recipe: Recipe, flat: Tensor, mask: Tensor) -> Callable[[], None]:
+    """A function that takes the next step of the usual loop, from weights [P] under a mask [M]."""
+    loader = DataLoader(
+        Pictures(images, images.train_images, images.train_labels),
+        batch_size=recipe.batch_size,
+        shuffle=True,
+        drop_last=True,
+    )
+
+    def endless() -> Iterator[list[Tensor]]:
+        while True:
+            yield from loader
+
+    net, batches = network(model, flat), endless()
+    dense = masks(model, net, mask)
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "adam":
+        optimizer = torch.optim.Adam(net.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(
+            net.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        )
+
+    def run() -> None:
+        x, y = next(batches)
+        step(net, dense, optimizer, x, y)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Usual:
+    """Seconds of the usual loop on this machine."""
+
+    step: float
+    image: float  # of an evaluation
+    steps: int  # how many were timed
+    images: int
+    threads: int
+
+    def run_seconds(self, config: ImpConfig, images: Images, cells: Iterable[Replica]) -> tuple[float, float]:
+        """Cells of a run one after another: steps, and evaluations as often as the run has them."""
+        recipe, training, evaluating = config.recipe, 0.0, 0.0
+        validation = min(VALIDATION, len(images.train_labels) // 8)
+        for who in cells:
+            begin = 0 if who.level == 0 or who.arm in FRESH else config.rewind
+            training += (recipe.steps - begin) * self.step
+            rounds = -(-(recipe.steps - begin) // recipe.eval_every)
+            evaluating += (rounds * validation + 2 * len(images.test_labels)) * self.image
+        return training, evaluating
+
+
+def sample(config: ImpConfig, images: Images, seconds: float = 2.0) -> Usual:
+    """Time the usual loop for about `seconds`."""
+    before = torch.get_num_threads()
+    choices = sorted({1, before})
+    try:
+        found = [_sample(config, images, threads, seconds / len(choices)) for threads in choices]
+    finally:
+        torch.set_num_threads(before)
+    return min(found, key=lambda usual: usual.step)
+
+
+def _sample(config: ImpConfig, images: Images, threads: int, seconds: float) -> Usual:
+    torch.set_num_threads(threads)
+    model = get_model(config.model)
+    flat = init_weights(model, stream(config.seeds[0], "price", 0, "init"))
+    rungs = pruning.ladder(model, config.levels, config.rate, config.scope)
+    levels = sorted({0, config.levels // 2, config.levels})
+    spent, steps = 0.0, 0
+    for level in levels:
+        mask = pruning.prune(model, flat[: model.mask_size], pruning.full_mask(model), rungs[level])
+        weights = flat.clone()
+        weights[: model.mask_size] *= mask
+        run = loop(images, model, config.recipe, weights, mask)
+        run()
+        taken, took = _repeat(run, 0.8 * seconds / len(levels))
+        spent, steps = spent + took, steps + taken
+    net = network(model, flat)
+    pictures = Pictures(images, images.test_images, images.test_labels)
+    batches = iter(DataLoader(pictures, batch_size=EVALUATION_BATCH))
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        x, y = next(batches)
+        (net(x).argmax(1) == y).sum().item()
+
+    size = min(EVALUATION_BATCH, len(pictures))
+    began = time.perf_counter()
+    evaluate()
+    return Usual(spent / steps, (time.perf_counter() - began) / size, steps, size, threads)
+
+
+def _repeat(run: Callable[[], None], seconds: float) -> tuple[int, float]:
+    """Calls within `seconds`, at least one, and what they took."""
+    began, calls = time.perf_counter(), 0
+    while not calls or time.perf_counter() - began < seconds:
+        run()
+        calls += 1
+    return calls, time.perf_counter() - began

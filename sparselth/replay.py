@@ -1,0 +1,226 @@
+"""The step of R replicas as launches on fixed buffers: on CUDA captured once and replayed many at a time.
+
+Everything a step needs lies on the device: the step's number, the order of the images, learning rates, the
+optimizer's counts. The host waits for the device only where an evaluation is read. Fully connected layers
+go through `linear_grad_update`, which never writes their gradient; the rest through `masked_update`.
+Without CUDA the same launches run one by one, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparselth import pruning
+from sparselth.batches import Batches, Gather, Resident
+from sparselth.config import Recipe, Replica
+from sparselth.dispatch import Paths
+from sparselth.kernels import bitmask
+from sparselth.kernels.linear_grad_update import linear_grad_update
+from sparselth.kernels.masked_update import masked_adam_many, masked_sgd_many
+from sparselth.models import Conv, Model, TensorSpec
+from sparselth.nn import Network, cross_entropy, cross_entropy_grad, views
+
+MANY = 20  # steps of one graph: a launch from the host takes as long as several kernels
+WARM_UP = 3
+
+
+class Replay:
+    """Trains and evaluates R replicas in lock-step; see `sparselth.train.Steps`.
+
+    `weights` and `moments` are [R, P], changed in place; `mask` is bool [R, M].
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        data: Resident,
+        replicas: Sequence[Replica],
+        weights: Tensor,
+        moments: list[Tensor],
+        mask: Tensor,
+        recipe: Recipe,
+        start_steps: Sequence[int],
+        paths: Paths,
+    ) -> None:
+        self.recipe, r, device = recipe, len(replicas), weights.device
+        self.weights, self.moments = weights, moments
+        linear, conv = paths.masked_linear.takes, paths.masked_conv2d.takes
+        bits = pruning.packed(model, mask)
+        convs = [spec for spec, layer, *_ in model.producers if isinstance(layer, Conv)]
+        fused = [spec for spec in model.weights if spec not in convs]
+        self.grad = torch.zeros_like(weights) if convs else None
+        updates = {spec.name: partial(self._update_linear, *self._parts(model, spec, bits)) for spec in fused}
+        build = partial(Network, model, weights, bits=bits, linear=linear, conv=conv)
+        self.network = build(recipe.batch_size, self.grad, updates=updates)
+        self.convs = self._conv_lists(model, convs, mask)
+        self.state_bytes = sum(t.numel() for t in bits.values())
+        self.state_bytes += 0 if self.grad is None else 4 * self.grad.numel()
+
+        self.clock = torch.zeros(1, dtype=torch.int64, device=device)
+        self.rates = torch.tensor([recipe.lr_at(step) for step in range(recipe.steps)], dtype=torch.float64)
+        self.rates = self.rates.to(device)
+        self.starts = torch.tensor(list(start_steps), dtype=torch.float32, device=device)
+        self.lr = torch.zeros(r, dtype=torch.float64, device=device)
+        self.count = torch.zeros(r, device=device)  # the optimizer's own step, from 1
+        self.active = torch.zeros(r, dtype=torch.uint8, device=device)
+
+        self.batches = Batches(data, replicas, recipe.batch_size)
+        shape = self.batches.steps_per_epoch, r * recipe.batch_size
+        self.order, self.epoch = torch.zeros(shape, dtype=torch.int64, device=device), -1
+        self.pool = ThreadPoolExecutor(1) if weights.is_cuda else None
+        self.next: tuple[int, Future[Tensor]] | None = None
+
+        images = torch.stack([data.split(who.seed)[1] for who in replicas]).to(device)
+        self.validation = []
+        by_size: dict[int, tuple[Gather, Network]] = {}
+        for chunk in torch.split(images, data.chunk, 1):
+            n = chunk.shape[1]
+            if n not in by_size:
+                by_size[n] = Gather(data, r, n), build(n)
+            self.validation.append((chunk.flatten(), *by_size[n]))
+        self.images = images.shape[1]
+        self.sums = torch.zeros(2, r, dtype=torch.float64, device=device)  # losses; right answers
+
+        self.many = MANY if weights.is_cuda else 1
+        self.run: dict[int, Callable[[], None]] = {1: self._step}
+        self.evaluate = self._evaluate
+        if weights.is_cuda:
+            self._capture()
+        self.active.fill_(1)
+
+    def advance(self, step: int, steps: int, should_stop: Callable[[], bool]) -> int:
+        self.clock.fill_(step)
+        done = 0
+        while done < steps and not should_stop():
+            epoch, place = divmod(step + done, self.batches.steps_per_epoch)
+            self._enter_epoch(epoch)
+            n = min(self.many, steps - done, self.batches.steps_per_epoch - place)
+            if n in self.run:
+                self.run[n]()
+            else:
+                for _ in range(n):
+                    self.run[1]()
+            done += n
+        return done
+
+    def measure(self) -> tuple[list[float], list[float]]:
+        self.evaluate()
+        losses, right = (self.sums / self.images).tolist()
+        return losses, right
+
+    def _step(self) -> None:
+        torch.index_select(self.rates, 0, self.clock.expand(len(self.lr)), out=self.lr)
+        torch.sub(self.clock + 1, self.starts, out=self.count)
+        index = self.order.index_select(0, self.clock % len(self.order))
+        x, y = self.batches.gather(index.flatten())
+        self.network.backward(cross_entropy_grad(self.network.forward(x), y))
+        self._update_convs()
+        self.clock += 1
+
+    def _evaluate(self) -> None:
+        self.sums.zero_()
+        for index, gather, network in self.validation:
+            x, y = gather(index)
+            losses, right = cross_entropy(network.forward(x), y)
+            self.sums[0] += losses
+            self.sums[1] += right
+
+    def _capture(self) -> None:
+        """Record the graphs, behind calls that compile and measure: while nobody is active all stays."""
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self.clock.zero_()
+                self._step()
+                self._evaluate()
+        torch.cuda.current_stream().wait_stream(side)
+        memory = torch.cuda.graph_pool_handle()
+
+        def record(call: Callable[[], None], times: int = 1) -> Callable[[], None]:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=memory):
+                for _ in range(times):
+                    call()
+            return graph.replay
+
+        self.run = {n: record(self._step, n) for n in (1, self.many)}
+        self.evaluate = record(self._evaluate)
+
+    def _enter_epoch(self, epoch: int) -> None:
+        """Put the epoch's order on the device, and have the next one drawn while this one runs."""
+        if epoch == self.epoch:
+            return
+        drawn = self.next[1].result() if self.next and self.next[0] == epoch else self.batches.draw(epoch)
+        self.epoch, drawn = epoch, drawn.flatten(1)
+        if self.pool is None:
+            self.order.copy_(drawn)
+            return
+        self.order.copy_(drawn.pin_memory(), non_blocking=True)
+        if (epoch + 1) * self.batches.steps_per_epoch < self.recipe.steps:
+            self.next = epoch + 1, self.pool.submit(self.batches.draw, epoch + 1)
+
+    def _parts(
+        self, model: Model, spec: TensorSpec, bits: dict[str, Tensor]
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, list[Tensor]]:
+        """Weight, its moments and bits, bias and its moments: views of the replicas' buffers."""
+        bias = spec.name.replace("weight", "bias")
+        rule = self.recipe
+        moments = self.moments if rule.optimizer == "adam" or rule.momentum else []
+        weight, *first = (views(model, t) for t in (self.weights, *moments))
+        return (
+            *(weight[spec.name], [moment[spec.name] for moment in first], bits[spec.name]),
+            *(weight[bias][:, :, 0], [moment[bias][:, :, 0] for moment in first]),
+        )
+
+    def _update_linear(
+        self,
+        weight: Tensor,
+        moments: list[Tensor],
+        bits: Tensor,
+        bias: Tensor,
+        bias_moments: list[Tensor],
+        dy: Tensor,
+        x: Tensor,
+    ) -> None:
+        recipe = self.recipe
+        linear_grad_update(
+            *(dy, x, weight, moments, bits, bias, bias_moments),
+            step=self.count,
+            lr=self.lr,
+            active=self.active,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            optimizer=recipe.optimizer,
+            kernels="triton",
+        )
+
+    def _conv_lists(
+        self, model: Model, convs: list[TensorSpec], mask: Tensor
+    ) -> tuple[list[list[Tensor]], list[Tensor | None]]:
+        """Slices of weights, gradients and moments of convolutions and their biases, and the masks."""
+        biases = [model.biases[model.weights.index(spec)] for spec in convs]
+        spans = [slice(s.offset, s.offset + s.numel) for s in (*convs, *biases)]
+        buffers = [self.weights, *([] if self.grad is None else [self.grad]), *self.moments]
+        masks = [bitmask.pack(mask[:, span].contiguous()) for span in spans[: len(convs)]]
+        return [[t[:, span] for span in spans] for t in buffers], [*masks, *[None] * len(biases)]
+
+    def _update_convs(self) -> None:
+        if self.grad is None:
+            return
+        recipe, ((weights, grads, *moments), masks) = self.recipe, self.convs
+        shared: dict[str, Any] = {"active": self.active, "kernels": "triton"}
+        shared["weight_decay"] = recipe.weight_decay
+        if recipe.optimizer == "adam":
+            first, second = moments
+            counts = [self.count] * len(weights)
+            masked_adam_many(weights, grads, masks, (first, second), counts, self.lr, **shared)
+        else:
+            buffers = moments[0] if recipe.momentum else None
+            masked_sgd_many(weights, grads, masks, buffers, self.lr, momentum=recipe.momentum, **shared)

@@ -1,0 +1,370 @@
+"""Against the formula in float64; whatever the mask; dead blocks are not there, live ones count whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparselth.kernels import block_linear as module
+from sparselth.kernels.block_linear import BLOCKS, BlockWeight, block_linear, choose, floor, launch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
+RTOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # 3 times torch's own
+NAN, INF = float("nan"), float("inf")
+WAYS = ("triton", "torch", "reference")
+MASKS = ("random", "empty", "full", "one weight", "one block row", "half of the block rows")
+
+
+def masked(kind: str, n: int, k: int, block: int, seed: int = 0, density: float = 0.4) -> Tensor:
+    """A mask of blocks, with pruned weights inside the live ones too."""
+    g = torch.Generator().manual_seed(seed)
+    rows, columns = -(-n // block), -(-k // block)
+    live = torch.rand(rows, columns, generator=g) < density
+    if kind == "full":
+        return torch.ones(n, k, dtype=torch.bool)
+    if kind == "empty":
+        live[:] = False
+    elif kind == "one block row":
+        live[:] = False
+        live[rows // 2] = True
+    elif kind == "half of the block rows":
+        live[::2] = False
+    mask = live.repeat_interleave(block, 0).repeat_interleave(block, 1)[:n, :k]
+    mask &= torch.rand(n, k, generator=g) < 0.8
+    if kind == "one weight":
+        mask[:] = False
+        mask[n - 1, k // 2] = True
+    return mask
+
+
+class Problem:
+    def __init__(
+        self, b: int, n: int, k: int, block: int, dtype: torch.dtype, kind: str = "random", seed: int = 0
+    ) -> None:
+        g = torch.Generator().manual_seed(seed)
+        x, w, bias = (torch.randn(s, generator=g).to(DEVICE, dtype) for s in ((b, k), (n, k), (n,)))
+        self.mask = masked(kind, n, k, block, seed).to(DEVICE)
+        self.x, self.bias, self.kept = x, bias, torch.where(self.mask, w, 0)
+        self.weight = BlockWeight.from_dense(torch.where(self.mask, w, NAN), self.mask, block)
+
+    def right(self, relu: bool) -> Tensor:
+        y = F.linear(self.x.double(), self.kept.double(), self.bias.double())
+        return y.relu() if relu else y
+
+    def scale(self) -> Tensor:
+        """What y would be without cancellation."""
+        return F.linear(self.x.abs().double(), self.kept.abs().double(), self.bias.abs().double())
+
+    def check(self, y: Tensor, relu: bool = False, tf32: bool = False) -> None:
+        right = self.right(relu)
+        assert y.shape == right.shape
+        assert y.is_contiguous()
+        assert (y.double() - right).norm() <= (2e-3 if tf32 else RTOL[y.dtype]) * self.scale().norm()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poison() -> Iterator[None]:
+    """What a launcher allocates is full of NaN."""
+    new_empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *size: int, **kwargs: object) -> Tensor:
+        t = new_empty(self, *size, **kwargs)  # type: ignore[call-overload]
+        return t.fill_(NAN) if t.is_floating_point() else t  # type: ignore[no-any-return]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", poisoned)
+        yield
+
+
+@pytest.mark.parametrize("kernels", WAYS)
+@pytest.mark.parametrize("dtype", RTOL, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (33, 70, 150), (5, 257, 131)], ids=lambda s: "B{}-N{}-K{}".format(*s)
+)
+def test_it_is_the_formula(shape: tuple[int, int, int], block: int, dtype: torch.dtype, kernels: str) -> None:
+    p = Problem(*shape, block, dtype)
+    p.check(block_linear(p.x, p.weight, p.bias, kernels=kernels))
+    p.check(block_linear(p.x, p.weight, p.bias, relu=True, kernels=kernels), relu=True)
+
+
+@pytest.mark.parametrize("kernels", WAYS)
+@pytest.mark.parametrize("kind", MASKS)
+def test_every_mask(kind: str, kernels: str) -> None:
+    for block, n, k in ((16, 50, 90), (64, 128, 192)):
+        p = Problem(3, n, k, block, torch.float32, kind)
+        y = block_linear(p.x, p.weight, p.bias, kernels=kernels)
+        p.check(y)
+        if kind == "empty":
+            assert y.equal(p.bias.expand_as(y))
+            assert not block_linear(p.x, p.weight, kernels=kernels).any()
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_format_holds_any_mask(block: int, kind: str) -> None:
+    for n, k in ((1, 1), (block, 2 * block), (3 * block + 5, 5 * block - 7)):
+        mask = masked(kind, n, k, block).to(DEVICE)
+        w = torch.randn(n, k, device=DEVICE)
+        packed = BlockWeight.from_dense(torch.where(mask, w, NAN), mask, block)
+        kept = torch.where(mask, w, 0)
+        assert packed.to_dense().equal(kept)
+        assert BlockWeight.from_dense(kept, block=block).to_dense().equal(kept)
+        rows, columns = -(-n // block), -(-k // block)
+        live = F.pad(mask.float(), (0, columns * block - k, 0, rows * block - n))
+        count = int(live.view(rows, block, columns, block).amax((1, 3)).sum())
+        assert packed.occupancy == count / (rows * columns)
+        assert packed.bytes() == 4 * count * block**2 + 4 * (count + rows + 1 + rows)
+        lengths = packed.starts.diff()
+        assert lengths.sort(descending=True).values.equal(lengths)
+        assert packed.order.sort().values.equal(torch.arange(rows, dtype=torch.int32, device=DEVICE))
+        assert list(lengths) == [
+            length
+            for lists, length in zip(packed.runs[::2], packed.runs[1::2], strict=True)
+            for _ in range(lists)
+        ]
+        assert packed.to(DEVICE).to_dense().equal(kept)
+    assert packed.block == block
+
+
+def test_a_kept_weight_of_0_keeps_its_block() -> None:
+    mask = torch.zeros(32, 32, dtype=torch.bool, device=DEVICE)
+    mask[20, 3] = True
+    w = torch.zeros(32, 32, device=DEVICE)
+    assert BlockWeight.from_dense(w, mask, 16).occupancy == 0.25
+    assert BlockWeight.from_dense(w, block=16).occupancy == 0
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_nan_and_infinity_pass_live_blocks_alone(value: float, kernels: str) -> None:
+    mask = torch.zeros(64, 96, dtype=torch.bool, device=DEVICE)
+    mask[0:32, 0:32] = mask[32:64, 32:64] = True
+    mask[5, 3] = False
+    w = torch.ones(64, 96, device=DEVICE)
+    for block, batch in ((16, 3), (32, 40)):
+        weight = BlockWeight.from_dense(w, mask, block)
+        x = torch.ones(batch, 96, device=DEVICE)
+        x[1, 3] = x[2, 80] = value  # a column that only the first 32 rows see, and one that none sees
+        y = block_linear(x, weight, kernels=kernels)
+        assert y[0].isfinite().all()
+        assert y[2:].isfinite().all()
+        assert y[1, 32:].isfinite().all()
+        assert not y[1, :32].isfinite().any()
+        assert y[1, 5].isnan()  # the pruned weight of a live block
+        assert block_linear(x, weight, relu=True, kernels=kernels)[1, 5].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_every_tile_and_split_lists(dtype: torch.dtype) -> None:
+    for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
+        matmul = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, precision
+        try:
+            kind = module._kind(dtype)
+            assert kind == ("half" if dtype != torch.float32 else precision)
+            for tile in module.TILES[kind]:
+                for block in (16, min(128, 2 * tile.columns)):
+                    p = Problem(19, block + 9, 90, block, dtype)
+                    w = p.weight
+                    call = partial(launch, p.x, w.values, w.columns, w.starts, w.order, len(p.bias))
+                    for splits in (1, 3):
+                        y = call(p.bias, True, (tile, splits))
+                        p.check(y, relu=True, tf32=precision == "tf32" and DEVICE == "cuda")
+                        if (tile.rows, block) == (32, 16):
+                            assert y.equal(call(p.bias, True, (tile, splits)))
+                            assert call(None, False, (tile, splits)).isfinite().all()
+        finally:
+            matmul.fp32_precision = before
+
+
+def test_the_choice_of_tiles() -> None:
+    def chosen(kind: str, block: int, batch: int, n: int, k: int, density: float) -> tuple[int, int, int]:
+        lists = -(-n // block)
+        tile, splits = choose(kind, block, batch, lists, int(lists * k / block * density))
+        return tile.rows, min(block, tile.columns), splits
+
+    assert chosen("half", 64, 4096, 8192, 8192, 0.1) == (256, 64, 1)
+    assert chosen("half", 128, 4096, 8192, 8192, 0.1) == (128, 128, 1)
+    assert chosen("half", 64, 512, 8192, 8192, 0.1) == (128, 64, 1)
+    assert chosen("half", 64, 1, 8192, 8192, 0.1) == (16, 16, 1)
+    assert chosen("half", 64, 32, 8192, 8192, 0.1) == (32, 32, 1)
+    assert chosen("ieee", 32, 1, 64, 65536, 1.0) == (16, 16, 66)  # 4 programs of long lists
+    assert chosen("half", 64, 1, 64, 64, 1.0) == (16, 16, 1)
+    assert chosen("tf32", 16, 40, 256, 256, 0.0) == (64, 16, 1)
+    for kind in module.TILES:
+        for block in BLOCKS:
+            for batch in (1, 16, 17, 33, 100, 5000):
+                tile, splits = choose(kind, block, batch, 7, 0)
+                assert splits == 1
+                assert tile.rows <= 16 or tile.rows < 2 * batch
+                assert tile.columns <= max(64, block)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_strides_do_not_matter(kernels: str) -> None:
+    p = Problem(18, 40, 70, 16, torch.float32)
+    right = block_linear(p.x, p.weight, p.bias, kernels=kernels)
+    wide = p.x.new_full((18, 2 * 70 + 3), NAN)
+    wide[:, 3::2] = p.x
+    bias = p.bias.new_full((80,), NAN)
+    bias[::2] = p.bias
+    for x in (p.x.t().contiguous().t(), wide[:, 3::2], F.pad(p.x, (5, 9), value=NAN)[:, 5:75]):
+        found = block_linear(x, p.weight, bias[::2], kernels=kernels)
+        assert found.equal(right)
+    row = p.x[:1].expand(18, 70)
+    assert block_linear(row, p.weight, kernels=kernels).allclose(
+        block_linear(row.contiguous(), p.weight, kernels=kernels), atol=1e-6
+    )
+
+
+def test_both_ways_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks as one batch, or list by list, in parts that differ in size."""
+    p = Problem(7, 230, 260, 16, torch.float32)
+    found = []
+    for singly, gathered in ((0, 1 << 18), (100, 1 << 18), (0, 1), (0, 3000)):
+        monkeypatch.setattr(module, "SINGLY", singly)
+        monkeypatch.setattr(module, "GATHERED", gathered)
+        found.append(block_linear(p.x, p.weight, p.bias, kernels="torch"))
+        p.check(found[-1])
+        assert found[-1].equal(block_linear(p.x, p.weight, p.bias, kernels="torch"))
+
+
+@settings(max_examples=CASES)
+@given(
+    st.tuples(st.integers(1, 34), st.integers(1, 150), st.integers(1, 150)),
+    st.sampled_from(BLOCKS),
+    st.sampled_from(list(RTOL)),
+    st.sampled_from(MASKS),
+    st.booleans(),
+    st.sampled_from(["triton", "torch"]),
+    st.integers(0, 10**6),
+)
+def test_any_shape(
+    shape: tuple[int, int, int],
+    block: int,
+    dtype: torch.dtype,
+    kind: str,
+    relu: bool,
+    kernels: str,
+    seed: int,
+) -> None:
+    p = Problem(*shape, block, dtype, kind, seed)
+    assert p.weight.to_dense().equal(p.kept)
+    p.check(block_linear(p.x, p.weight, p.bias, relu, kernels), relu)
+
+
+def test_auto_and_an_empty_batch() -> None:
+    p = Problem(4, 20, 30, 16, torch.float32)
+    usual = "triton" if DEVICE == "cuda" else "torch"
+    assert block_linear(p.x, p.weight).equal(block_linear(p.x, p.weight, kernels=usual))
+    for kernels in WAYS:
+        assert block_linear(p.x[:0], p.weight, p.bias, kernels=kernels).shape == (0, 20)
+
+
+def test_what_does_not_fit_is_said() -> None:
+    w = torch.ones(20, 30, device=DEVICE)
+    weight, x = BlockWeight.from_dense(w, block=16), torch.ones(4, 30, device=DEVICE)
+    for args, words in (
+        ((w[0],), r"expected a weight \[N, K\] in fp32, fp16 or bf16, got torch.float32 \[30\]"),
+        ((w[:0],), r"got torch.float32 \[0, 30\]"),
+        ((w.double(),), "got torch.float64"),
+        ((w, None, 48), "expected blocks of 16, 32, 64 or 128, got 48"),
+        ((w, w), r"expected a bool mask \[20, 30\]"),
+        ((w, w[1:] > 0), r"got torch.bool \[19, 30\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            BlockWeight.from_dense(*args)
+    for args, words in (
+        ((x[:, 1:], weight), r"expected x \[B, 30\] in torch.float32 on .*, got \[4, 29\]"),
+        ((x[0], weight), r"got \[30\]"),
+        ((x.half(), weight), r"got \[4, 30\] in torch.float16"),
+        ((x.to("meta"), weight), "on meta"),
+        ((x, weight, x[0]), r"expected bias \[20\] in torch.float32"),
+        ((x, weight, None, False, "cuda"), "expected kernels auto, triton, torch, reference, got cuda"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            block_linear(*args)
+    far = torch.empty(1, device="meta").as_strided((2, 30), (2**23, 1))
+    with pytest.raises(ValueError, match=r"less than 2\^23 numbers apart"):
+        launch(far, weight.values, weight.columns, weight.starts, weight.order, 20, None, False)
+
+
+def test_floor() -> None:
+    weight = BlockWeight.from_dense(torch.ones(40, 50).half(), block=16)
+    assert floor(weight, 7) == {
+        "bytes": 2 * (12 * 256 + 7 * 90 + 40) + 4 * (12 + 4 + 3),
+        "flops": 2 * 7 * 12 * 256,
+    }
+
+
+OPCHECK = """
+import pytest
+import torch
+from torch.library import opcheck
+from sparselth.kernels.block_linear import BlockWeight, _operator, block_linear
+
+torch.manual_seed(0)
+w = torch.randn(40, 50)
+w[16:32, :32] = 0
+weight, x, bias = BlockWeight.from_dense(w, block=16), torch.randn(5, 50), torch.randn(40)
+for kernels in ("auto", "reference"):
+    index = weight.columns, weight.starts, weight.order, list(weight.runs)
+    opcheck(_operator, (x, weight.values, *index, 40, bias, True, kernels))
+    opcheck(_operator, (x.t().contiguous().t(), weight.values, *index, 40, None, False, kernels))
+compiled = torch.compile(lambda x: block_linear(x, weight, bias), fullgraph=True, backend="aot_eager")
+assert compiled(x).equal(block_linear(x, weight, bias))
+with pytest.raises(RuntimeError, match="autograd"):
+    block_linear(x.requires_grad_(), weight).sum().backward()
+with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+    block_linear(x, weight, kernels="triton")
+"""
+
+
+WGMMA = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sparselth.kernels.block_linear import AOT, TILES
+
+wanted = {(kind, tile) for kind in ("half", "tf32") for tile in TILES[kind] if tile.rows >= 64}
+for aot in AOT[: sum(map(len, TILES.values()))]:
+    c = aot.constants
+    kind = "half" if aot.signature["x_ptr"] == "*bf16" else c["PRECISION"]
+    tile = next(t for t in TILES[kind] if (t.rows, t.columns) == (c["BLOCK_B"], c["BLOCK_N"]))
+    if (kind, tile) not in wanted:
+        continue
+    names = aot.kernel.arg_names
+    source = ASTSource(
+        fn=aot.kernel,
+        signature={name: aot.signature.get(name, "constexpr") for name in names},
+        constexprs=aot.constants,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aot.aligned},
+    )
+    options = {"num_warps": aot.num_warps, "num_stages": aot.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert "wgmma.mma_async" in compiled.asm["ptx"], (kind, tile)
+    # the pipeline has all its stages
+    stage = (tile.rows + tile.columns) * tile.depth * (2 if kind == "half" else 4)
+    assert compiled.metadata.shared >= tile.stages * stage, (kind, tile)
+    wanted.remove((kind, tile))
+assert not wanted, wanted
+"""
+
+
+@pytest.mark.parametrize("script", [OPCHECK, WGMMA], ids=["opcheck", "wgmma"])
+def test_without_the_interpreter(script: str, environment: dict[str, str]) -> None:
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
