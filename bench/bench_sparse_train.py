@@ -66,7 +66,7 @@ def sparselth_step(
     weights = init_weights(model, stream(0, "ticket", 0, "init"))[None]
     weights[:, : model.mask_size] *= mask
     state = State.start(weights, RECIPE)
-    steps = train.prepare(model, data, train.Job(WHO, state, mask), RECIPE, kernels, share)
+    steps = train.prepare(model, data, [train.Job(WHO, state, mask)], RECIPE, kernels, share)
 
     def step() -> None:
         steps.advance(state.step, 1, lambda: False)

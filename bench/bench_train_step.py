@@ -60,7 +60,7 @@ class ResidentLoop:
         self.net = usual.network(MODEL, flat[0])
         self.masks = usual.masks(MODEL, self.net, mask)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=LR)
-        self.order, self.place = Batches(data, [WHO], BATCH).draw(0)[:, 0], 0
+        self.order, self.place = Batches(data, [WHO], BATCH).draw(0)[0], 0
 
     def __call__(self) -> None:
         index = self.order[self.place % len(self.order)]

@@ -11,10 +11,13 @@ something did not run to its end. A missed speed target is printed but fails not
     --quick         fewer shapes, one benchmark an op, no huge tensors: two minutes instead of eight
     --only NAME     this op alone, may be repeated
     --interpret     checks alone, tiny shapes, in Triton's interpreter on the CPU
+    --run           nothing of this but `imp --recipe paper --seeds 0-4 --levels 20` of LeNet-300-100 from its
+                    first step to its last, on MNIST or on made-up images of its size, stopped after eight
+                    minutes; needs safetensors, too
 
 This file imports no torch. It starts processes (bench/gpu/worker.py) that do the work, so that a crash or a
 hang costs one case: the process is started again behind it. To add an op, add it to OPS and write
-bench/gpu/NAME.py with checks, large and benchmarks.
+bench/gpu/NAME.py with checks, large and benchmarks. Prices of `imp --price-on` come from train_step's rows.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ OPS = {  # the order of benchmarks, should time run out
     "bitmask": Op(("bits",), {"bits": 12}, ("bits",)),
     "masked_conv2d": Op(FLOATS, {"bf16": 32}, ("bf16", "ieee")),
     "linear_grad_update": Op(("adam", "sgd", "tf32"), {"sgd": 16}, ("adam", "sgd")),
-    "csr_linear": Op(("bf16", "fp16", "ieee"), {"bf16": 24}, ("bf16", "ieee")),
+    "csr_infer": Op(("bf16", "fp16", "ieee"), {"bf16": 24}, ("bf16", "ieee")),
     "slot_linear": Op(("bf16", "fp16"), {"bf16": 24}, ("bf16", "fp16")),
     "block_linear": Op(FLOATS, {"bf16": 14}, ("bf16", "ieee")),
 }
@@ -77,9 +80,9 @@ TARGETS = [  # on an H200
     Target("masked_linear", "of cuBLAS on w * m", most=1.3),
     Target("linear_grad_update", "share of copy bandwidth", least=0.6),
     # 8192 square, bf16, 90 % pruned
-    Target("csr_linear", "times the best dense, cold, batch 1", least=3.0),
-    Target("csr_linear", "times the best dense, cold, batch 8", least=2.5),
-    Target("csr_linear", "bytes of weights, of dense", most=0.21),
+    Target("csr_infer", "times the best dense, cold, batch 1", least=3.0),
+    Target("csr_infer", "times the best dense, cold, batch 8", least=2.5),
+    Target("csr_infer", "bytes of weights, of dense", most=0.21),
     Target("slot_linear", "times the best dense, cold, batch 32", least=2.0),
     # 8192 square, bf16, batch 4096, 90 % pruned in blocks of 64
     Target("block_linear", "times the best dense", least=5.0),
@@ -89,9 +92,9 @@ TARGETS = [  # on an H200
 WIDTH = os.cpu_count() or 1  # processes that check (and compile) at a time; benchmarks run alone
 SMALL = 4  # GiB that a process without huge tensors may take
 RESTARTS = 4  # of a process that died, each behind the case that it died of
-SECONDS = {"tiny": 600, "quick": 115, "full": 465}  # for everything
+SECONDS = {"tiny": 600, "quick": 115, "full": 465, "run": 570}  # for everything
 CHECKS_END = 0.55  # of them, and then come the benchmarks
-LIMITS = {"device": 60, "checks": 200, "large": 150, "benchmarks": 150}  # seconds a process
+LIMITS = {"device": 60, "checks": 200, "large": 150, "benchmarks": 150, "whole": 545}  # seconds a process
 
 
 @dataclass
@@ -99,7 +102,7 @@ class Job:
     """Cases of an op in a process of their own."""
 
     op: str
-    cases: list[tuple[str, str]]  # (kind, part); kinds are "checks", "large" and "benchmarks"
+    cases: list[tuple[str, str]]  # (kind, part); kinds are "checks", "large", "benchmarks" and "whole"
     limit: float  # seconds
     gib: int = SMALL
     events: list[dict[str, Any]] = field(default_factory=list)  # how its cases went
@@ -217,7 +220,7 @@ class Check:
             for op in self.ops:
                 good = [part for part in OPS[op].parts if part not in self.failed(op)]
                 self.data["clocks"].append(clocks(f"before {op}"))
-                if good and self.size != "tiny":
+                if good and self.size in ("quick", "full"):
                     cases = [("benchmarks", part) for part in good]
                     self.work([Job(op, cases, LIMITS["benchmarks"])])
             self.data["clocks"].append(clocks("at the end"))
@@ -228,6 +231,8 @@ class Check:
 
     def checking(self) -> list[Job]:
         """The checks, slow ones first; in the interpreter a process for each op, benchmarks untimed."""
+        if self.size == "run":
+            return [Job("train_step", [("whole", "fc")], LIMITS["whole"])]
         checks, large = [], []
         for name in reversed(self.ops):
             op = OPS[name]
@@ -276,11 +281,11 @@ class Check:
 
     def left(self, job: Job) -> float:
         """Seconds until a job must have ended."""
-        share = 1 if job.benchmarks() or self.size == "tiny" else CHECKS_END
+        share = 1 if job.benchmarks() or self.size in ("tiny", "run") else CHECKS_END
         return share * SECONDS[self.size] - (time.monotonic() - self.began)
 
     def command(self, job: Job) -> list[str]:
-        call = {"op": job.op, "wanted": job.cases, "size": self.size}
+        call = {"op": job.op, "wanted": job.cases, "size": "full" if self.size == "run" else self.size}
         call["anchors"] = self.data["anchors"]
         return [sys.executable, __file__, "--work", json.dumps(call)]
 
@@ -330,7 +335,8 @@ def default_out(device: dict[str, Any], size: str, ops: list[str]) -> Path | Non
     """bench/results/nvidia-h200.json, a longer name where less was run; none for the interpreter."""
     if size == "tiny":
         return None
-    words = [device["name"], *(["quick"] if size == "quick" else []), *([] if len(ops) == len(OPS) else ops)]
+    less = [] if len(ops) == len(OPS) else ops
+    words = [device["name"], *(["quick"] * (size == "quick")), *less, *(["run"] * (size == "run"))]
     return ROOT / "bench" / "results" / (re.sub(r"[^a-z0-9_]+", "-", " ".join(words).lower()) + ".json")
 
 
@@ -382,6 +388,7 @@ def checks_table(data: dict[str, Any]) -> str:
         )
         lines += [f"    FAILED {c['case']}: {c['message']}" for c in bad]
         lines += [f"    skipped {c['case']}: {c['skipped']}" for c in skipped]
+        lines += [f"    {c['found']['said']}" for c in mine if "said" in c.get("found", {})]
     return "\n".join(lines)
 
 
@@ -418,7 +425,7 @@ def shown(us: float) -> str:
 
 
 def targets_table(data: dict[str, Any]) -> str:
-    if data["size"] == "tiny":
+    if data["size"] in ("tiny", "run"):
         return ""
     lines = ["targets, set for an H200"]
     for t in TARGETS:
@@ -440,6 +447,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=OPS, metavar="NAME", help=", ".join(OPS))
     parser.add_argument("--out", type=Path, help="default bench/results/DEVICE.json")
     parser.add_argument("--interpret", action="store_true", help="checks alone, on the CPU")
+    parser.add_argument("--run", action="store_true", help="a whole run of imp instead, within ten minutes")
     for hidden in ("--work", "--first", "--events"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -450,9 +458,10 @@ def main() -> int:
         return 0
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     os.environ["TRITON_INTERPRET"] = "1" if args.interpret else "0"
-    size = "tiny" if args.interpret else "quick" if args.quick else "full"
+    size = "tiny" if args.interpret else "run" if args.run else "quick" if args.quick else "full"
+    wanted = ["train_step"] if args.run else args.only or OPS
     try:
-        return Check(size, [op for op in OPS if op in (args.only or OPS)], args.out).run()
+        return Check(size, [op for op in OPS if op in wanted], args.out).run()
     except KeyboardInterrupt:
         return 130
 

@@ -59,7 +59,7 @@ def on_cpu(model: Model, data: Resident, recipe: Recipe) -> None:
     share = break_even(model, recipe.batch_size, choose("auto", "cpu").csr_linear.takes)
     columns: list[dict[str, float]] = []
     for level in LEVELS:
-        steps = train.prepare(model, data, job(model, recipe, level, "cpu"), recipe, "auto", share)
+        steps = train.prepare(model, data, [job(model, recipe, level, "cpu")], recipe, "auto", share)
         if not isinstance(steps, train.Compressed):
             raise SystemExit(
                 f"{model.name} at level {level} goes through the vendor's layers here; nothing of it is ours"

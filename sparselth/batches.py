@@ -116,16 +116,16 @@ class Batches:
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.order, self.epoch = self.draw(epoch).to(self.data.device), epoch
-        return self.order[place].flatten()
+        return self.order[:, place].flatten()
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         return self.gather(self.index(step))
 
     def draw(self, epoch: int) -> Tensor:
-        """Image indices of one epoch, [steps, R, B], on the CPU."""
+        """Image indices of one epoch, [R, steps, B], on the CPU."""
         orders = []
         for split, who in zip(self.split, self.replicas, strict=True):
             generator = stream(who.seed, who.arm, who.level, f"order/{epoch}", who.draw)
             order = split[torch.randperm(len(split), generator=generator)]
             orders.append(order[: self.steps_per_epoch * self.batch].view(-1, self.batch))
-        return torch.stack(orders, 1)
+        return torch.stack(orders)

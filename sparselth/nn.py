@@ -77,7 +77,9 @@ class Network:
         for i, (layer, before, after) in enumerate(
             zip(model.layers, model.shapes, model.shapes[1:], strict=False)
         ):
-            out = activation(flat, replicas, after, batch)
+            takes = {Conv: conv, Linear: linear}.get(type(layer), "torch")
+            masked = bits is not None and takes != "torch"  # then only the shape of the output is needed
+            out = activation(flat.to("meta") if masked else flat, replicas, after, batch)
             match layer:
                 case ReLU():
                     self.layers.append(DenseReLU())
@@ -275,7 +277,10 @@ class MaskedConv:
         assert self.dweight is not None
         assert self.dbias is not None
         dy = dy.view(self.y_shape)
-        torch.sum(dy, (2, 3, 4), out=self.dbias.squeeze(2))
+        if self.rest[1] == "triton":  # one by one, or the order of a sum on CUDA would change with R
+            torch.stack([d.sum((1, 2, 3)) for d in dy], out=self.dbias.squeeze(2))
+        else:
+            torch.sum(dy, (2, 3, 4), out=self.dbias.squeeze(2))
         dy = dy.permute(0, 4, 1, 2, 3)
         self.dweight.copy_(masked_conv2d.wgrad(dy, self.x, self.bits, *self.rest))
         if not self.wants_dx:

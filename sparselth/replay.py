@@ -8,9 +8,11 @@ Without CUDA the same launches run one by one, in Triton's interpreter.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -24,10 +26,21 @@ from sparselth.kernels import bitmask
 from sparselth.kernels.linear_grad_update import linear_grad_update
 from sparselth.kernels.masked_update import masked_adam_many, masked_sgd_many
 from sparselth.models import Conv, Model, TensorSpec
-from sparselth.nn import Network, cross_entropy, cross_entropy_grad, views
+from sparselth.nn import Network, cross_entropy_grad, views
 
+FIXED = 2.0**32  # losses are summed as whole numbers of 2^-32: in any order the same sum
+LOST = 1e7  # the loss of an image that is not finite
 MANY = 20  # steps of one graph: a launch from the host takes as long as several kernels
 WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What changes from step to step, by replica."""
+
+    lr: Tensor  # fp64 [R]
+    count: Tensor  # fp32 [R]: the optimizer's own step, from 1
+    active: Tensor  # uint8 [R]: 0 leaves a replica as it is
 
 
 class Replay:
@@ -55,7 +68,16 @@ class Replay:
         convs = [spec for spec, layer, *_ in model.producers if isinstance(layer, Conv)]
         fused = [spec for spec in model.weights if spec not in convs]
         self.grad = torch.zeros_like(weights) if convs else None
-        updates = {spec.name: partial(self._update_linear, *self._parts(model, spec, bits)) for spec in fused}
+        self.pulse = Pulse(
+            torch.zeros(r, dtype=torch.float64, device=device),
+            torch.zeros(r, device=device),
+            torch.zeros(r, dtype=torch.uint8, device=device),
+        )
+        # not a method: a cycle through the network would keep graphs and buffers alive
+        updates = {
+            spec.name: partial(_update_linear, recipe, self.pulse, *self._parts(model, spec, bits))
+            for spec in fused
+        }
         build = partial(Network, model, weights, bits=bits, linear=linear, conv=conv)
         self.network = build(recipe.batch_size, self.grad, updates=updates)
         self.convs = self._conv_lists(model, convs, mask)
@@ -66,15 +88,15 @@ class Replay:
         self.rates = torch.tensor([recipe.lr_at(step) for step in range(recipe.steps)], dtype=torch.float64)
         self.rates = self.rates.to(device)
         self.starts = torch.tensor(list(start_steps), dtype=torch.float32, device=device)
-        self.lr = torch.zeros(r, dtype=torch.float64, device=device)
-        self.count = torch.zeros(r, device=device)  # the optimizer's own step, from 1
-        self.active = torch.zeros(r, dtype=torch.uint8, device=device)
 
         self.batches = Batches(data, replicas, recipe.batch_size)
-        shape = self.batches.steps_per_epoch, r * recipe.batch_size
+        shape = r, self.batches.steps_per_epoch, recipe.batch_size
         self.order, self.epoch = torch.zeros(shape, dtype=torch.int64, device=device), -1
-        self.pool = ThreadPoolExecutor(1) if weights.is_cuda else None
+        self.flight: list[torch.cuda.Event] = []
         self.next: tuple[int, Future[Tensor]] | None = None
+        if weights.is_cuda:
+            self.pool = ThreadPoolExecutor(1)
+            self.pinned = [torch.zeros(shape, dtype=torch.int64, pin_memory=True) for _ in range(2)]
 
         images = torch.stack([data.split(who.seed)[1] for who in replicas]).to(device)
         self.validation = []
@@ -85,14 +107,14 @@ class Replay:
                 by_size[n] = Gather(data, r, n), build(n)
             self.validation.append((chunk.flatten(), *by_size[n]))
         self.images = images.shape[1]
-        self.sums = torch.zeros(2, r, dtype=torch.float64, device=device)  # losses; right answers
+        self.sums = torch.zeros(2, r, dtype=torch.int64, device=device)  # losses in 2^-32; right answers
 
         self.many = MANY if weights.is_cuda else 1
         self.run: dict[int, Callable[[], None]] = {1: self._step}
         self.evaluate = self._evaluate
         if weights.is_cuda:
             self._capture()
-        self.active.fill_(1)
+        self.pulse.active.fill_(1)
 
     def advance(self, step: int, steps: int, should_stop: Callable[[], bool]) -> int:
         self.clock.fill_(step)
@@ -107,17 +129,32 @@ class Replay:
                 for _ in range(n):
                     self.run[1]()
             done += n
+            self._throttle()
         return done
 
     def measure(self) -> tuple[list[float], list[float]]:
         self.evaluate()
-        losses, right = (self.sums / self.images).tolist()
-        return losses, right
+        return self.means()
+
+    def means(self) -> tuple[list[float], list[float]]:
+        """What the last evaluation found."""
+        losses, right = self.sums.tolist()
+        return [loss / FIXED / self.images for loss in losses], [n / self.images for n in right]
+
+    def _throttle(self) -> None:
+        """Wait for the launch before the last one: the host may be ahead, but not by a whole run."""
+        if self.weights.is_cuda:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self.flight.append(event)
+            if len(self.flight) > 2:
+                self.flight.pop(0).synchronize()
 
     def _step(self) -> None:
-        torch.index_select(self.rates, 0, self.clock.expand(len(self.lr)), out=self.lr)
-        torch.sub(self.clock + 1, self.starts, out=self.count)
-        index = self.order.index_select(0, self.clock % len(self.order))
+        pulse = self.pulse
+        torch.index_select(self.rates, 0, self.clock.expand(len(pulse.lr)), out=pulse.lr)
+        torch.sub(self.clock + 1, self.starts, out=pulse.count)
+        index = self.order.index_select(1, self.clock % self.order.shape[1])
         x, y = self.batches.gather(index.flatten())
         self.network.backward(cross_entropy_grad(self.network.forward(x), y))
         self._update_convs()
@@ -127,13 +164,16 @@ class Replay:
         self.sums.zero_()
         for index, gather, network in self.validation:
             x, y = gather(index)
-            losses, right = cross_entropy(network.forward(x), y)
-            self.sums[0] += losses
-            self.sums[1] += right
+            logits = network.forward(x)
+            losses = -torch.log_softmax(logits, 1).gather(1, y).double()
+            losses = losses.nan_to_num(LOST, LOST).clamp(max=LOST)
+            self.sums[0] += (losses * FIXED).round().long().sum((1, 2))
+            self.sums[1] += (logits.argmax(1, keepdim=True) == y).sum((1, 2))
 
     def _capture(self) -> None:
         """Record the graphs, behind calls that compile and measure: while nobody is active all stays."""
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        gc.collect()  # graphs of batches before must not die within a capture
+        side = _side(self.weights.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
@@ -145,7 +185,7 @@ class Replay:
 
         def record(call: Callable[[], None], times: int = 1) -> Callable[[], None]:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=memory):
+            with torch.cuda.graph(graph, pool=memory, stream=side):
                 for _ in range(times):
                     call()
             return graph.replay
@@ -157,14 +197,18 @@ class Replay:
         """Put the epoch's order on the device, and have the next one drawn while this one runs."""
         if epoch == self.epoch:
             return
-        drawn = self.next[1].result() if self.next and self.next[0] == epoch else self.batches.draw(epoch)
-        self.epoch, drawn = epoch, drawn.flatten(1)
-        if self.pool is None:
-            self.order.copy_(drawn)
+        self.epoch = epoch
+        if not self.weights.is_cuda:
+            self.order.copy_(self.batches.draw(epoch))
             return
-        self.order.copy_(drawn.pin_memory(), non_blocking=True)
+        drawn = self.next[1].result() if self.next and self.next[0] == epoch else self._draw(epoch)
+        self.order.copy_(drawn, non_blocking=True)
         if (epoch + 1) * self.batches.steps_per_epoch < self.recipe.steps:
-            self.next = epoch + 1, self.pool.submit(self.batches.draw, epoch + 1)
+            self.next = epoch + 1, self.pool.submit(self._draw, epoch + 1)
+
+    def _draw(self, epoch: int) -> Tensor:
+        """An epoch's order in pinned memory, free again since the device is at most two launches behind."""
+        return self.pinned[epoch % 2].copy_(self.batches.draw(epoch))
 
     def _parts(
         self, model: Model, spec: TensorSpec, bits: dict[str, Tensor]
@@ -177,28 +221,6 @@ class Replay:
         return (
             *(weight[spec.name], [moment[spec.name] for moment in first], bits[spec.name]),
             *(weight[bias][:, :, 0], [moment[bias][:, :, 0] for moment in first]),
-        )
-
-    def _update_linear(
-        self,
-        weight: Tensor,
-        moments: list[Tensor],
-        bits: Tensor,
-        bias: Tensor,
-        bias_moments: list[Tensor],
-        dy: Tensor,
-        x: Tensor,
-    ) -> None:
-        recipe = self.recipe
-        linear_grad_update(
-            *(dy, x, weight, moments, bits, bias, bias_moments),
-            step=self.count,
-            lr=self.lr,
-            active=self.active,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            optimizer=recipe.optimizer,
-            kernels="triton",
         )
 
     def _conv_lists(
@@ -214,13 +236,42 @@ class Replay:
     def _update_convs(self) -> None:
         if self.grad is None:
             return
-        recipe, ((weights, grads, *moments), masks) = self.recipe, self.convs
-        shared: dict[str, Any] = {"active": self.active, "kernels": "triton"}
+        recipe, pulse, ((weights, grads, *moments), masks) = self.recipe, self.pulse, self.convs
+        shared: dict[str, Any] = {"active": pulse.active, "kernels": "triton"}
         shared["weight_decay"] = recipe.weight_decay
         if recipe.optimizer == "adam":
             first, second = moments
-            counts = [self.count] * len(weights)
-            masked_adam_many(weights, grads, masks, (first, second), counts, self.lr, **shared)
+            counts = [pulse.count] * len(weights)
+            masked_adam_many(weights, grads, masks, (first, second), counts, pulse.lr, **shared)
         else:
             buffers = moments[0] if recipe.momentum else None
-            masked_sgd_many(weights, grads, masks, buffers, self.lr, momentum=recipe.momentum, **shared)
+            masked_sgd_many(weights, grads, masks, buffers, pulse.lr, momentum=recipe.momentum, **shared)
+
+
+def _update_linear(
+    recipe: Recipe,
+    pulse: Pulse,
+    weight: Tensor,
+    moments: list[Tensor],
+    bits: Tensor,
+    bias: Tensor,
+    bias_moments: list[Tensor],
+    dy: Tensor,
+    x: Tensor,
+) -> None:
+    linear_grad_update(
+        *(dy, x, weight, moments, bits, bias, bias_moments),
+        step=pulse.count,
+        lr=pulse.lr,
+        active=pulse.active,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        optimizer=recipe.optimizer,
+        kernels="triton",
+    )
+
+
+@lru_cache(maxsize=8)
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all warm-ups and captures: libraries keep a workspace for every stream they meet."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -177,16 +177,19 @@ def fit(
 def prepare(
     model: Model,
     data: Resident,
-    job: Job,
+    jobs: Sequence[Job],
     recipe: Recipe,
     kernels: str = "auto",
     break_even: Mapping[str, float] | None = None,
 ) -> Steps:
-    """What takes the steps of one job in `fit`, which compresses its state where that pays; to time it."""
-    paths, state = choose(kernels, job.state.weights.device.type), job.state
-    if compressed := _compressed(model, job.mask, break_even or {}, paths):
-        state.enter(Layout(model, job.mask, compressed, decays=recipe.weight_decay > 0))
-    return _steps(model, data, [job], state.weights, state.moments, recipe, paths)
+    """What takes the steps of jobs in `fit`, to time it; the state of one job is compressed if that pays."""
+    paths = choose(kernels, jobs[0].state.weights.device.type)
+    ((group, compressed),) = _groups(model, jobs, break_even, paths)
+    if compressed:
+        state = group[0].state
+        state.enter(Layout(model, group[0].mask, compressed, decays=recipe.weight_decay > 0))
+    weights, *moments = _stack([job.state for job in group])
+    return _steps(model, data, group, weights, moments, recipe, paths)
 
 
 def _groups(

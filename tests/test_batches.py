@@ -18,7 +18,7 @@ TICKET = Replica(0, "ticket", 0)
 
 def indices(batches: Batches, epoch: int) -> torch.Tensor:
     """Image indices of an epoch by replica, [R, steps * B]."""
-    return batches.draw(epoch).permute(1, 0, 2).flatten(1)
+    return batches.draw(epoch).flatten(1)
 
 
 def test_split_is_by_seed_and_complete(digits: Resident) -> None:

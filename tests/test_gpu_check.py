@@ -185,11 +185,35 @@ def test_report_of_made_up_timings() -> None:
     assert any("0.03x of 60000, kthvalue (cold)" in line for line in lines)
     assert "  pass          magnitude_threshold: times kthvalue 40.00, at least 20" in lines
     assert "  MISS          masked_linear: of cuBLAS on w * m 1.40, at most 1.3" in lines
-    assert sum("not measured" in line for line in lines) == 3
+    measured = {(row["op"], row["figure"]) for row in data["targets"]}
+    missing = [t for t in gpu_check.TARGETS if (t.op, t.figure) not in measured]
+    assert sum("not measured" in line for line in lines) == len(missing) > 1
     assert lines[-1] == "1 failed or did not run"
     assert max(map(len, lines)) <= 130
     name = gpu_check.default_out({"name": "NVIDIA H200"}, "quick", ["bitmask"])
     assert name.name == "nvidia-h200-quick-bitmask.json"
+
+
+def test_a_run_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu_check
+
+    (tmp_path / "fake.py").write_text(
+        FAKE.replace("found={})", "found={'said': case + ' of ' + kind, 'figures': {'minutes': 2.5}})")
+    )
+    monkeypatch.setattr(gpu_check, "__file__", str(tmp_path / "fake.py"))
+    check = gpu_check.Check("run", ["train_step"], tmp_path / "found.json")
+    assert check.run() == 0
+    assert {c["part"] for c in check.data["checks"]} == {"fc"}
+    assert check.data["targets"][0]["measured"] == 2.5
+    printed = capsys.readouterr().out
+    assert "    better of whole" in printed
+    assert "targets" not in printed
+    job = check.checking()[0]
+    assert json.loads(check.command(job)[-1])["size"] == "full"
+    name = gpu_check.default_out({"name": "NVIDIA H200"}, "run", ["train_step"])
+    assert name.name == "nvidia-h200-train_step-run.json"
 
 
 def attempt(run: Any) -> dict[str, Any]:
@@ -293,3 +317,191 @@ def test_a_race_counts_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["broken"] == {"warm": {"none": "not on this device"}}
     with pytest.raises(RuntimeError, match="not on this device"):
         timing.race(Here("cuda", "full"), rivals, "broken")
+
+
+# train_step
+
+
+def test_injected_faults_of_training_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu import train_step
+    from gpu.common import Here
+
+    here = Here("cpu", "tiny")
+    reference = partial(train_step.beside_the_reference, here, "fc", "triton")
+    company = partial(train_step.alone, here, "fc", "triton", 2)
+    idle = partial(train_step.idle, here, "fc", "triton")
+    graphs = partial(train_step.beside_single_launches, here, "fc", "triton")
+    stop = partial(train_step.stopped, here, "fc")
+    timed = partial(train_step.benchmark, here, "fc", 2, "auto")
+    for run in (reference, company, idle, graphs, stop, timed):
+        assert attempt(run)["ok"]
+
+    right = train_step.fit
+
+    def wrong(model: Any, data: Any, jobs: list[Any], recipe: Any, *, kernels: str, **more: Any) -> None:
+        right(model, data, jobs, recipe, kernels=kernels, **more)
+        if kernels == "triton":
+            for i, job in enumerate(jobs):
+                job.state.weights *= 1 + 1e-3 * (i == len(jobs) - 1 > 0)
+        else:
+            jobs[0].state.weights *= 1 + 1e-3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_step, "fit", wrong)
+        assert "off by" in attempt(reference)["message"]
+        assert "company of 2 gave other bits" in attempt(company)["message"]
+        assert "off by" in attempt(timed)["message"]
+        assert "a stop gave other bits" in attempt(stop)["message"]
+
+    step = train_step.Replay._step
+
+    def careless(self: Any) -> None:
+        step(self)
+        self.weights += 1e-9
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_step.Replay, "_step", careless)
+        assert "changed: an idle step" in attempt(idle)["message"]
+    with monkeypatch.context() as patch:
+        advance = train_step.Replay.advance
+        patch.setattr(
+            train_step.Replay, "advance", lambda self, step, n, stop: advance(self, step, n - 1, stop)
+        )
+        assert "launches one by one gave other bits" in attempt(graphs)["message"]
+
+
+def test_a_training_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock of our own: 100 us a step, in graphs of 20; 400 us for one network by eager torch."""
+    from gpu import train_step
+    from gpu.common import Here
+    from gpu.train_step import EAGER, OURS, VMAP, Rival
+
+    now = [0.0]
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    def once(before: Any, run: Any) -> float:
+        if before is not None:
+            before()
+        began = now[0]
+        run()
+        return now[0] - began
+
+    def broken() -> Rival:
+        raise RuntimeError("no rule for vmap\nmore")
+
+    resets = []
+    monkeypatch.setattr(train_step, "once", once)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    rivals: dict[tuple[str, str], Any] = {
+        (OURS, "graph"): lambda: Rival(
+            lambda: spend(2e-3), 20, before=lambda: resets.append(1), repeats=False
+        ),
+        (EAGER, "warm"): lambda: Rival(lambda: spend(4e-4), times=100),
+        (VMAP, "graph"): broken,
+    }
+    found = train_step.race(Here("cuda", "full"), rivals)
+    assert found[OURS]["graph"]["median_s"] == pytest.approx(1e-4)
+    assert found[OURS]["graph"]["samples"] == len(resets) == train_step.ROUNDS
+    assert found[EAGER]["warm"]["median_s"] == pytest.approx(0.04)
+    assert found[VMAP] == {"graph": {"none": "no rule for vmap"}}
+    with pytest.raises(RuntimeError, match="no rule"):
+        train_step.race(Here("cuda", "full"), {(OURS, "graph"): broken})
+
+
+def test_training_rows_price_a_run(tmp_path: Path) -> None:
+    """What the rows say is what `imp --price-on` reads; the floors are those of the formulas."""
+    from types import SimpleNamespace
+
+    from gpu import train_step
+    from gpu.common import Here
+
+    from sparselth.config import ImpConfig, Recipe
+    from sparselth.experiments.plan import recorded
+    from sparselth.models import get_model
+
+    model, times = get_model("lenet-300-100"), []
+    here = Here("cuda", "full", {"copy_bytes_per_s": 4e12, "flops_per_s": {"tf32": 4e14, "ieee": 5e13}})
+    setup: Any = SimpleNamespace(
+        here=here,
+        part="fc",
+        model=model,
+        recipe=Recipe(steps=1, lr=1e-3),
+        data=SimpleNamespace(n_validation=5000),
+    )
+
+    def took(seconds: float) -> dict[str, Any]:
+        return {
+            train_step.OURS: {"graph": {"median_s": seconds}},
+            train_step.VMAP: {"graph": {"none": "why"}},
+        }
+
+    for kind, seconds in (("step", 2e-4), ("evaluation", 1e-3), ("step, --deterministic", 9.0)):
+        times += train_step.rows(setup, kind, kind, 100, took(seconds))
+    step = times[0]
+    assert step["bytes"] == 100 * (28 * 266_610 + 300 * 98 + 100 * 38 + 10 * 13 + 60 * 784)
+    assert step["flops"] == 100 * 60 * 2 * (3 * 266_200 - 235_200)
+    assert step["floor_s"] == pytest.approx(step["bytes"] / 4e12)
+    file = tmp_path / "nvidia-h200.json"
+    data = {
+        "device": {"name": "NVIDIA H200"},
+        "times": [{"op": "train_step", "part": "fc"} | t for t in times],
+    }
+    file.write_text(json.dumps(data))
+    config = ImpConfig(
+        model="lenet-300-100",
+        dataset="mnist",
+        seeds=(0,),
+        arms=("ticket",),
+        levels=1,
+        rate=0.2,
+        scope="layer",
+        one_shot=False,
+        rewind=0,
+        reinits=1,
+        device="cpu",
+        kernels="auto",
+        recipe=Recipe(steps=1000, lr=1e-3),
+    )
+    name, price = recorded(str(file), config)
+    assert name == "NVIDIA H200"
+    assert price.batches == {100: 2e-4}
+    assert price.validation == {100: 1e-3}
+
+    conv = train_step.floor(get_model("conv2"), 1, 60, training=True)
+    # 15.8 GFLOP a step; the first of two convolutions needs no dx
+    assert conv["conv_flops"] == 60 * 1024 * 2 * 9 * (2 * 3 * 64 + 3 * 64 * 64)
+    assert conv["flops"] == pytest.approx(15.8e9, rel=0.02)
+
+
+@pytest.mark.parametrize(("seconds", "finished"), [(60.0, 3), (0.0, 0)])
+def test_a_whole_run_and_one_for_which_time_is_short(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, finished: int
+) -> None:
+    from gpu import train_step
+
+    from sparselth.config import ImpConfig, Recipe
+    from sparselth.models import get_model
+
+    steps = 20 if finished else 100_000
+    config = ImpConfig(
+        model="lenet-300-100",
+        dataset="mnist",
+        seeds=(0,),
+        arms=("ticket", "reinit"),
+        levels=1,
+        rate=0.2,
+        scope="layer",
+        one_shot=False,
+        rewind=0,
+        reinits=1,
+        device="cpu",
+        kernels="auto",
+        recipe=Recipe(steps=steps, lr=1e-3, eval_every=10),
+    )
+    images = train_step.made_up(get_model("lenet-300-100"), 800, 100)
+    found = train_step.imp(config, images, seconds)
+    assert (found["networks"], found["of"]) == (finished, 3)
+    assert found["predicted_seconds"] > 0
+    assert found["images"] == "made-up images"

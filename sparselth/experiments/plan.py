@@ -136,7 +136,8 @@ def recorded(device: str, config: ImpConfig) -> tuple[str, Price]:
                 f"--price-on {device}: nothing was recorded on such a device (recorded: {known}); "
                 "bench/gpu_check.py, run there, records it"
             )
-        file = min(files, key=lambda f: len(f.name))
+        timed = [f for f in files if '"train_step"' in f.read_text()]
+        file = min(timed or files, key=lambda f: len(f.name))
     try:
         data = json.loads(file.read_text())
         rows = [row for row in data["times"] if row["op"] == "train_step" and row["ours"]]

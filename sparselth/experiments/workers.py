@@ -35,8 +35,9 @@ from sparselth.nn import init_weights
 from sparselth.pruning import full_mask, ladder, prune
 from sparselth.runs import RunFolder
 from sparselth.streams import stream
-from sparselth.train import Evaluator, Job, State, fit
+from sparselth.train import Job, State, prepare
 
+STRETCH = 5  # steps between looks at the clock
 CONTEXT = 5 * 10**8  # device memory that CUDA and its libraries take
 
 
@@ -152,9 +153,10 @@ class Pool:
             raise failure
         finished, total = len(folder.finished), len(self.config.replicas())
         if finished < total:
+            who = caught[0] if caught else "its caller"
             raise Interrupted(
-                f"stopped by {caught[0]}; {finished} of {total} cells are finished and those under way are "
-                f"saved in {folder.path}; continue with --resume"
+                f"stopped by {who}; {finished} of {total} cells are finished and those under way are saved "
+                f"in {folder.path}; continue with --resume"
             )
         folder.complete()
 
@@ -257,7 +259,10 @@ def _work(
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether torch, a library under it, Triton or Python ran out of memory; they say it in many ways."""
+    said = str(error).lower()
+    words = ("out of memory", "can't allocate memory", "alloc_failed")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in said for word in words)
 
 
 def _free_memory() -> None:
@@ -284,8 +289,8 @@ def _price(
     shares = [sum(rung.values()) / model.prunable for rung in rungs]
     overhead = 0.0
 
-    def some_steps(level: int, replicas: int, most: int) -> float:
-        """Seconds of a step of all, over `most` steps or 0.3 s, whichever is first."""
+    def measured(level: int, replicas: int) -> tuple[float, float]:
+        """Seconds of a step of all, over 0.3 s, and of an evaluation."""
         nonlocal overhead
         mask = prune(model, weights[: model.mask_size], full_mask(model), rungs[level])
         start = weights.clone()
@@ -299,33 +304,29 @@ def _price(
             for draw in range(replicas)
         ]
         began = time.perf_counter()
-        first, steps = 0.0, 0
+        steps = prepare(model, data, jobs, recipe, config.kernels, break_even)
+        steps.advance(0, 1, lambda: False)
+        steps.measure()
+        overhead = time.perf_counter() - began
+        began, taken = time.perf_counter(), 1
+        while taken + STRETCH < recipe.steps and time.perf_counter() - began < 0.3:
+            taken += steps.advance(taken, STRETCH if taken > 1 else 1, lambda: False)
+            synchronize()
+        spent, began = time.perf_counter() - began, time.perf_counter()
+        steps.measure()
+        return spent / (taken - 1), time.perf_counter() - began
 
-        def enough() -> bool:
-            nonlocal first, steps
-            first, steps = first or time.perf_counter(), steps + 1
-            return steps > most or time.perf_counter() - first > 0.3
+    def synchronize() -> None:
+        if config.device == "cuda":
+            torch.cuda.synchronize()
 
-        fit(model, data, jobs, recipe, kernels=config.kernels, break_even=break_even, should_stop=enough)
-        spent = sum(job.state.step_seconds for job in jobs)
-        overhead = time.perf_counter() - began - spent
-        return spent / max(job.state.step for job in jobs)
-
-    def evaluation(replicas: int) -> float:
-        """Seconds of the validation images of all."""
-        chunks = data.validation(seed)[:5]
-        evaluator = Evaluator(model, weights.expand(replicas, -1).contiguous().to(config.device))
-        evaluator.measure(chunks)
-        began = time.perf_counter()
-        evaluator.measure(chunks)
-        return (time.perf_counter() - began) / sum(x.shape[2] for x, _ in chunks) * data.n_validation
-
-    some_steps(0, 1, 10)  # warm up
-    batches, validation = {1: some_steps(0, 1, 10**9)}, {1: evaluation(1)}
+    measured(0, 1)  # warm up
+    batches, validation = dict[int, float](), dict[int, float]()
+    batches[1], validation[1] = measured(0, 1)
     alone = choose(config.kernels, config.device).masked_update.takes == "native"
     while limit > 1 and not alone:  # alone, a batch takes what its replicas take one after another
         try:
-            batches[limit], validation[limit] = some_steps(0, limit, 10**9), evaluation(limit)
+            batches[limit], validation[limit] = measured(0, limit)
             break
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
@@ -334,9 +335,9 @@ def _price(
         limit //= 2
     dense_overhead = overhead if config.device == "cuda" else 0.0
     levels = sorted({0, config.levels // 2, config.levels} if break_even else {0})
-    measured = [1.0, *(some_steps(level, 1, 10**9) / batches[1] for level in levels[1:])]
+    share_of_dense = [1.0, *(measured(level, 1)[0] / batches[1] for level in levels[1:])]
     # from sparse to dense, as np.interp wants its points
-    by_level = np.interp(shares, [shares[level] for level in levels[::-1]], measured[::-1])
+    by_level = np.interp(shares, [shares[level] for level in levels[::-1]], share_of_dense[::-1])
     fixed = data.images.numel() + CONTEXT if config.device == "cuda" else _resident_bytes()
     test_share = data.n_test / data.n_validation
     price = Price(batches, tuple(by_level.tolist()), validation, test_share, fixed, each, dense_overhead)

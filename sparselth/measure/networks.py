@@ -439,7 +439,7 @@ def _our_step(
     """What `train.fit` does for a step of one network."""
     began = time.perf_counter()
     state = train.State.start(flat[None], recipe)
-    steps = train.prepare(model, resident, train.Job(WHO, state, mask), recipe, "auto", share)
+    steps = train.prepare(model, resident, [train.Job(WHO, state, mask)], recipe, "auto", share)
     seconds = time.perf_counter() - began
     per_epoch = min(STEPS, Batches(resident, [WHO], recipe.batch_size).steps_per_epoch)
 

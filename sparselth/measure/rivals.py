@@ -25,7 +25,8 @@ from sparselth import sparse
 from sparselth.kernels import _native
 from sparselth.kernels._triton import HAS_TRITON
 from sparselth.kernels.block_linear import BlockWeight, block_linear
-from sparselth.kernels.csr_linear import CsrIndex, PackedCsr, bind_csr_linear, csr_infer
+from sparselth.kernels.csr_infer import PackedCsr, csr_infer
+from sparselth.kernels.csr_linear import CsrIndex, bind_csr_linear
 from sparselth.kernels.csr_packed import Packed, bind_csr_packed
 from sparselth.kernels.slot_linear import Slots, slot_linear
 from sparselth.kernels.sparse_conv2d import Conv2dIndex, bind_sparse_conv2d

@@ -1,0 +1,289 @@
+"""csr_infer: against float64, NaN and infinity; dense products and cuSPARSE as rivals."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu.common import (
+    DTYPES,
+    INF,
+    NAN,
+    Case,
+    Here,
+    Wrong,
+    compare,
+    graphed,
+    must_repeat,
+    need_memory,
+    poisoned,
+    precision,
+    surrounded,
+)
+from gpu.timing import median, ratio, rows
+from sparselth.kernels.csr_infer import PackedCsr, csr_infer, floor
+
+Shape = tuple[int, int, int]  # N, K, B
+LAYOUTS = ("contiguous", "transposed", "sliced", "off the grid")
+TINY: list[Shape] = [(1, 1, 1), (5, 47, 8), (9, 130, 3)]
+SMALL: list[Shape] = TINY + [
+    *[(300, 784, b) for b in (1, 2, 4, 5, 8, 11, 16, 17, 64)],
+    *[(10, 100, 8), (3, 50000, 1), (1, 4096, 16), (2000, 31, 8), (40, 65536, 8), (40, 65537, 8)],
+]
+LARGE: list[Shape] = [(4096, 4096, 1), (8192, 8192, 8), (1000, 25088, 16), (16384, 2048, 13)]
+TARGET = 8192, 0.9  # size and sparsity that the targets are about
+WORKLOADS: dict[str, list[tuple[int, float, int]]] = {  # size, sparsity, batch; --quick times two
+    "bf16": [(*TARGET, 1), (*TARGET, 8)]
+    + [
+        (size, sparsity, batch)
+        for size in (8192, 4096)
+        for sparsity in (0.8, 0.9, 0.95, 0.98)
+        for batch in (1, 8, 16)
+        if (size, sparsity) != TARGET or batch == 16
+    ],
+    "fp16": [(*TARGET, 1), (*TARGET, 8)],
+    "ieee": [(*TARGET, 1), (*TARGET, 8), (4096, 0.9, 1), (4096, 0.9, 8)],
+}
+
+
+class Problem(NamedTuple):
+    x: Tensor
+    w: Tensor  # NaN where pruned
+    keep: Tensor
+    bias: Tensor
+
+
+def problem(here: Here, part: str, shape: Shape, density: float, seed: int = 0) -> Problem:
+    """With rows of very different length, an empty and a full one, where there are so many."""
+    n, k, b = shape
+    g = here.generator(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=g, device=here.device).to(DTYPES[part])
+
+    share = torch.linspace(0, 2 * density, n, device=here.device)[:, None] if n > 8 else density
+    keep = torch.rand(n, k, generator=g, device=here.device) < share
+    if n > 2 and 0 < density < 1:
+        keep[0], keep[-1] = False, True
+    return Problem(normal(k, b), normal(n, k).masked_fill_(~keep, NAN), keep, normal(n))
+
+
+def formula(p: Problem, dtype: torch.dtype, relu: bool = False) -> dict[str, Tensor]:
+    w = torch.where(p.keep, p.w, 0).to(dtype)
+    y = torch.addmm(p.bias.to(dtype)[:, None], w, p.x.to(dtype))
+    return {"y": y.relu_() if relu else y}
+
+
+def ours(packed: PackedCsr, p: Problem, relu: bool = False) -> dict[str, Tensor]:
+    return {"y": csr_infer(packed, p.x, p.bias, relu, kernels="triton")}
+
+
+def guarded(packed: PackedCsr) -> PackedCsr:
+    """The same with NaN, and indices that lead nowhere, around its arrays."""
+
+    def around(t: Tensor) -> Tensor:
+        if t.dtype.is_floating_point:
+            return surrounded(t)
+        bits = t.view(torch.int16 if t.itemsize == 2 else torch.int32)
+        wide = bits.new_full((bits.numel() + 512,), 0x5555)
+        wide[256:-256] = bits
+        return wide[256:-256].view(t.dtype)
+
+    return PackedCsr(packed.shape, packed.lanes, *map(around, packed.arrays()))
+
+
+def layed(t: Tensor, layout: str) -> Tensor:
+    if layout == "transposed":
+        return t.t().contiguous().t()
+    if layout == "sliced":
+        wide = t.new_full((t.shape[0], 2 * t.shape[1] + 3), NAN)
+        wide[:, 3::2] = t
+        return wide[:, 3::2]
+    return surrounded(t, shift=1 if layout == "off the grid" else 0)
+
+
+def check(
+    here: Here, part: str, shape: Shape, density: float = 0.2, layout: str = "contiguous", seed: int = 0
+) -> dict[str, float]:
+    """y against float64, twice; NaN in pruned weights, around all operands and in all that is allocated."""
+    p = problem(here, part, shape, density, seed)
+    packed = PackedCsr.from_dense(p.w, p.keep)
+    if not torch.equal(packed.to_dense(), torch.where(p.keep, p.w, 0)):
+        raise Wrong("the packed weights are not those that were packed")
+    relu = seed % 2 == 1
+    absolute = formula(Problem(p.x.abs(), p.w.abs(), p.keep, p.bias.abs()), torch.double)
+    right, torchs = formula(p, torch.double, relu), formula(p, DTYPES[part], relu)
+    spread = p._replace(x=layed(p.x, layout))
+    with poisoned():
+        found = ours(guarded(packed), spread, relu)
+        errors = compare(found, right, torchs, part, {"y": shape[1]}, absolute)
+        must_repeat(ours(guarded(packed), spread, relu), found)
+    return errors
+
+
+def extreme(here: Here, part: str, value: float, batch: int) -> None:
+    """What is not finite in x reaches y through kept weights, unchanged, and never through empty places."""
+    p = problem(here, part, (40, 300, batch), 0.1)
+    for column in (0, 7, 299):  # 0 is what empty places hold
+        x = p.x.clone()
+        x[column, -1] = value
+        y = ours(PackedCsr.from_dense(p.w, p.keep), p._replace(x=x))["y"]
+        if not y[:, :-1].isfinite().all() or not torch.equal(~y[:, -1].isfinite(), p.keep[:, column]):
+            raise Wrong(f"{value} in column {column} of x does not reach exactly its rows of y")
+        signs = p.w[:, column].sign() * value
+        if value == INF and not torch.equal(y[p.keep[:, column], -1], signs[p.keep[:, column]]):
+            raise Wrong(f"infinity in column {column} of x does not come out as infinity")
+
+
+def no_weights(here: Here, part: str) -> None:
+    p = problem(here, part, (17, 21, 8), 0.0)
+    with poisoned():
+        found = ours(PackedCsr.from_dense(p.w, p.keep), p)["y"]
+    if not torch.equal(found, p.bias[:, None].expand_as(found)):
+        raise Wrong("y is not the bias")
+
+
+def replayed(here: Here, part: str) -> None:
+    p = problem(here, part, (300, 784, 11), 0.1)
+    packed = PackedCsr.from_dense(p.w, p.keep)
+    eager = ours(packed, p)
+    kept: dict[str, Tensor] = {}
+    graph = graphed(lambda: kept.update(ours(packed, p)), 1)
+    kept["y"].fill_(NAN)
+    graph.replay()
+    must_repeat(kept, eager, "a CUDA graph")
+
+
+def checks(part: str, here: Here) -> Iterator[Case]:
+    draw = random.Random(0)
+
+    def case(name: str, run: Any, *args: Any, **kwargs: Any) -> Case:
+        def precise() -> Any:
+            with precision(part):
+                return run(here, part, *args, **kwargs)
+
+        return Case(name, part, precise)
+
+    for shape in here.pick(TINY, SMALL + LARGE[:2], SMALL + LARGE):
+        yield case(said(shape), check, shape)
+    for layout in LAYOUTS[1:]:
+        for batch in here.pick((8,), (1, 8, 13), (1, 8, 13)):
+            shape = (18, 70, batch)
+            yield case(f"{said(shape)}, {layout}", check, shape, layout=layout)
+    for density in here.pick((1.0,), (0.01, 0.5, 1.0), (0.01, 0.5, 1.0)):
+        shape = here.pick((5, 60, 8), (300, 1000, 8), (300, 1000, 8))
+        yield case(f"{said(shape)}, {density:.0%} kept", check, shape, density)
+    yield case("no weights", no_weights)
+    for value in (NAN, INF):
+        for batch in here.pick((2,), (1, 8, 16), (1, 8, 16)):
+            yield case(f"{value} in x, batch {batch}", extreme, value, batch)
+    for i in range(here.pick(2, 12, 60)):
+        most = here.pick((9, 200, 17), (600, 3000, 40), (600, 3000, 40))
+        shape = draw.randint(1, most[0]), draw.randint(1, most[1]), draw.randint(1, most[2])
+        density, layout = draw.random() ** 2, draw.choice(LAYOUTS)
+        name = f"random {i}: {said(shape)}, {density:.0%} kept, {layout}"
+        yield case(name, check, shape, density, layout, seed=i)
+    if here.size != "tiny":
+        yield case("in a CUDA graph", replayed)
+
+
+def said(shape: Shape) -> str:
+    return "N{} K{} B{}".format(*shape)
+
+
+# Offsets beyond 2^31
+
+
+def many_weights(here: Here, part: str) -> None:
+    """More than 2^31 kept weights, of full rows; the first, a middle and the last rows against float64."""
+    need_memory(here, 24)
+    n, k, lanes, b = *here.pick((10, 128), (0, 0), (2**17 + 8, 2**14)), 16, 8
+    g = here.generator(0)
+    values = torch.empty(n * k, dtype=DTYPES[part], device=here.device).uniform_(-1, 1, generator=g)
+    # place j of group l of a step holds kept weight 16 j + l; here all are kept
+    order = torch.arange(k, device=here.device).view(-1, 8, lanes).permute(0, 2, 1).reshape(k)
+    columns = order.int().to(torch.uint16).repeat(n)
+    starts = (k // 8) * torch.arange(n + 1, dtype=torch.int32, device=here.device)
+    numbers = 8 * torch.arange(n, dtype=torch.int32, device=here.device)
+    packed = PackedCsr((n, k), lanes, values, columns, starts, numbers)
+    x = torch.randn(k, b, generator=g, device=here.device).to(DTYPES[part])
+    y = csr_infer(packed, x, kernels="triton")
+    ends = torch.tensor([0, n // 2, n - 1], device=here.device)
+    near(y[ends], values.view(n, k)[ends].double() @ x[order].double())
+
+
+def far_columns(here: Here, part: str) -> None:
+    """x and y of more than 2^31 numbers; the first and the last columns against float64."""
+    need_memory(here, 24)
+    for n, k, b in here.pick([(40, 20, 37)], [], [(40, 65536, 32803), (65540, 40, 32803)]):
+        p = problem(here, part, (n, k, 1), 0.05)
+        x = torch.empty(k, b, dtype=DTYPES[part], device=here.device)
+        x.uniform_(-1, 1, generator=here.generator(1))
+        y = csr_infer(PackedCsr.from_dense(p.w, p.keep), x, p.bias, kernels="triton")
+        ends = torch.tensor([0, b // 2, b - 1], device=here.device)
+        near(y[:, ends], formula(p._replace(x=x[:, ends]), torch.double)["y"])
+
+
+def near(found: Tensor, right: Tensor) -> None:
+    error = float((found.double() - right).norm() / right.norm())
+    if not error <= 1e-2:
+        raise Wrong(f"error {error:.2e}")
+
+
+def large(part: str, here: Here) -> Iterator[Case]:
+    yield Case("beyond 2^31 kept weights", part, partial(many_weights, here, part))
+    yield Case("beyond 2^31 numbers of x and y", part, partial(far_columns, here, part))
+
+
+# Benchmarks
+
+
+def benchmark(here: Here, part: str, size: int, sparsity: float, batch: int) -> dict[str, Any]:
+    """A random mask; with the dense product each way that torch has, of the same weights and their zeros."""
+    g = here.generator(0)
+    keep = torch.rand(size, size, generator=g, device=here.device) >= sparsity
+    w = torch.randn(size, size, generator=g, device=here.device).to(DTYPES[part]) * keep
+    x = torch.randn(size, batch, generator=g, device=here.device).to(DTYPES[part])
+    p = Problem(x, w, keep, w.new_zeros(size))
+    packed = PackedCsr.from_dense(w, keep)
+    batch_first = x.t().contiguous()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        csr = w.to_sparse_csr()
+    dense = {
+        "dense F.linear": lambda: F.linear(batch_first, w),
+        "dense w @ x": lambda: w @ x,
+    }
+    if batch == 1:
+        dense["dense mv"] = lambda: torch.mv(w, x[:, 0])
+    rivals = {"triton": lambda: csr_infer(packed, x, kernels="triton")}
+    rivals |= dense
+    if here.device == "cuda" or part == "ieee":  # a CPU has it in fp32 alone
+        rivals["torch CSR"] = lambda: csr @ x
+    workload = f"{size} square, {sparsity:.0%} pruned, batch {batch}"
+    with precision(part):
+        compare(ours(packed, p), formula(p, torch.double), formula(p, DTYPES[part]), part, {"y": size})
+        timed = rows(here, workload, floor(packed, batch), part, "triton", rivals)
+    figures: dict[str, float | None] = {}
+    if part == "bf16" and (size, sparsity) == TARGET:
+        mine = median(timed, "triton", "cold graph")
+        others = [t for name in dense if (t := median(timed, name, "cold graph"))]
+        best = min(others, default=None)
+        figures[f"times the best dense, cold, batch {batch}"] = ratio(best, mine)
+        figures["bytes of weights, of dense"] = packed.bytes() / (w.numel() * w.itemsize)
+    return {"times": timed, "figures": figures}
+
+
+def benchmarks(part: str, here: Here) -> Iterator[Case]:
+    full = WORKLOADS[part]
+    quick = full[:2] if part == "bf16" else []
+    for size, sparsity, batch in here.pick([(40, 0.9, 1), (40, 0.9, 8)], quick, full):
+        name = f"{size} square, {sparsity:.0%} pruned, batch {batch}"
+        yield Case(name, part, partial(benchmark, here, part, size, sparsity, batch))
