@@ -14,8 +14,9 @@ The batch has to be contiguous, all else may have any strides. Pixels at multipl
 
 What a kept weight touches is a row of pixels times the batch. The kernel takes 16 columns of the batch and a
 strip of the image at a time, copies the few rows of x that a row of y needs into a ring in the second-level
-cache, with zeros around them, and holds up to six pixels of one filter in registers. dv is found where
-weights are kept and nowhere else; db comes along for nothing, since dy is read anyway.
+cache, with zeros around them, and holds up to six pixels of one filter in registers. Between convolutions
+the copy can be saved: `Slices` are images that lie as the ring would. dv is found where weights are kept and
+nowhere else; db comes along for nothing, since dy is read anyway.
 
 A pruned weight is not multiplied: NaN and infinity in x reach y through kept weights only. The zeros around
 the image are multiplied like any pixel. Results do not depend on the number of threads, which is torch's.
@@ -44,11 +45,9 @@ PIXELS = 8  # of one filter in registers, at most
 class Taps:
     """The kept weights in the order in which one direction of the product meets them."""
 
-    starts: (
-        Tensor  # int32 [phases * filters * blocks + 1]: where those of a filter begin in a block of channels
-    )
+    starts: Tensor  # int32 [phases * blocks * filters + 1]: where those of a block and filter begin
     cells: Tensor  # uint16 [window, kept]: where x begins in the packed rows, for each rotation of the ring
-    order: Tensor | None  # int32 [kept]: which value, None: one after the other
+    order: Tensor | None  # int32 [kept]: which value, None: one after the other; blocks come one by one
     phases: Tensor  # int32 [phases, 2]: row and column of the first place in y
     channels: int
     filters: int
@@ -83,16 +82,22 @@ class Taps:
         window, more = kernel[0], (kernel[1] - 1) // step
         column, across = max(1, window * channels * step), places[1]  # cells to a column of packed rows
         widest = min(max(PIXELS, RING // (4 * CELL * column) - more), (1 << 16) // column - more)
-        if widest < 1:
+        if widest < min(2, across):
             raise ValueError(f"{channels} channels are too many for a kernel of {kernel[0]} x {kernel[1]}")
         strip = -(-across // -(-across // widest))
+        if strip < across:
+            strip -= strip % 2  # pairs for a pool
         length = strip + more
         rows, kept = len(phases) * filters, len(row)
         near = -(-column * (PIXELS + more) * 4 * CELL // NEAR)
         blocks = max(1, min(near, channels, kept // (WORTH * max(1, rows))))
         joined = -(-blocks // max(1, kept // (WORTH_DV * max(1, rows))))
+        part = (row // filters * blocks + channel * blocks // max(1, channels)) * filters + row % filters
+        if blocks > 1:
+            by = torch.sort(part, stable=True).indices
+            channel, i, j = channel[by], i[by], j[by]
+            order = (by if order is None else order[by]).int()
         starts = torch.zeros(rows * blocks + 1, dtype=torch.int32)
-        part = row * blocks + channel * blocks // max(1, channels)
         starts[1:] = torch.bincount(part, minlength=rows * blocks).cumsum(0)
         cells = torch.empty(window, kept, dtype=torch.uint16)
         for turn in range(window):
@@ -119,6 +124,20 @@ class Taps:
     def bytes(self) -> int:
         parts = [t for t in (self.starts, self.cells, self.order, self.phases) if t is not None]
         return sum(t.numel() * t.element_size() for t in parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Slices:
+    """Images [C, H, W, B] as a convolution may read them in place: 16 of the batch at a time, row by row."""
+
+    memory: Tensor  # [slices, H + 2 padding, C, W + 2 padding, 16], zeros around each image
+    padding: int
+
+    @property
+    def images(self) -> Tensor:
+        """[slices, C, H, W, 16]"""
+        p, (_, h, _, w, _) = self.padding, self.memory.shape
+        return self.memory[:, p : h - p, :, p : w - p].permute(0, 2, 1, 3, 4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +204,23 @@ class Conv2dIndex:
         return self.forward.places
 
     @property
+    def halves(self) -> tuple[int, int]:
+        """P and Q after a pool of 2 x 2."""
+        return self.out[0] // 2, self.out[1] // 2
+
+    @property
+    def direct(self) -> bool:
+        """Whether x may lie as it is read."""
+        return self.stride == 1 and self.forward.strip == self.forward.places[1]
+
+    def slices(self, batch: int) -> Slices | None:
+        """Room for an x that is read in place; None where that cannot be."""
+        (_, c, _, _), (h, w), p = self.shape, self.size, self.padding
+        if not self.direct:
+            return None
+        return Slices(torch.zeros(-(-batch // CELL), h + 2 * p, c, w + 2 * p, CELL), p)
+
+    @property
     def kept(self) -> int:
         return self.forward.cells.shape[1]
 
@@ -194,13 +230,16 @@ class Conv2dIndex:
 
     def positions(self) -> Tensor:
         """Where in the flattened W every kept weight is, int64 [kept]."""
-        _, c, kh, kw = self.shape
+        n, c, kh, kw = self.shape
         taps = self.forward
-        filters = torch.repeat_interleave(taps.starts[:: taps.blocks].diff().long())
+        filters = torch.repeat_interleave(taps.starts.diff().long()) % max(1, n)
         cell = taps.cells[0].long()
         row, cell = cell // (taps.step * taps.length), cell % (taps.step * taps.length)
         j = cell % taps.length * taps.step + cell // taps.length
-        return ((filters * c + row % c) * kh + row // c) * kw + j
+        found = ((filters * c + row % c) * kh + row // c) * kw + j
+        if taps.order is None:
+            return found
+        return torch.empty_like(found).index_copy_(0, taps.order.long(), found)
 
     def gather(self, dense: Tensor) -> Tensor:
         """The kept weights of a dense [N, C, kh, kw]."""
@@ -225,11 +264,17 @@ def floor(index: Conv2dIndex, batch: int) -> dict[str, int]:
 
 
 def reference(
-    index: Conv2dIndex, values: Tensor, x: Tensor, bias: Tensor | None = None, relu: bool = False
+    index: Conv2dIndex,
+    values: Tensor,
+    x: Tensor,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    pool: bool = False,
 ) -> Tensor:
     """The dense convolution."""
     y = F.conv2d(x.permute(3, 0, 1, 2), index.scatter(values), bias, index.stride, index.padding)
-    return (y.relu() if relu else y).permute(1, 2, 3, 0)
+    y = y.relu() if relu else y
+    return (F.max_pool2d(y, 2) if pool else y).permute(1, 2, 3, 0)
 
 
 def reference_grads(
@@ -252,10 +297,12 @@ def sparse_conv2d(
     relu: bool = False,
     out: Tensor | None = None,
     kernels: str = "auto",
+    pool: bool = False,
 ) -> Tensor:
-    """act(conv(x, W) + b) as [N, P, Q, B]; `relu` makes act the rectifier."""
-    y = x.new_empty(index.shape[0], *index.out, x.shape[-1]) if out is None else out
-    bind_sparse_conv2d(index, values, x, bias, y, relu, kernels)()
+    """act(conv(x, W) + b) as [N, P, Q, B]; `relu` makes act the rectifier; `pool` adds a maximum of 2 x 2."""
+    p, q = index.halves if pool else index.out
+    y = x.new_empty(index.shape[0], p, q, x.shape[-1]) if out is None else out
+    bind_sparse_conv2d(index, values, x, bias, y, relu, kernels, pool)()
     return y
 
 
@@ -284,19 +331,26 @@ def sparse_conv2d_weight_grad(
 def bind_sparse_conv2d(
     index: Conv2dIndex,
     values: Tensor,
-    x: Tensor,
+    x: Tensor | Slices,
     bias: Tensor | None,
-    y: Tensor,
+    y: Tensor | Slices,
     relu: bool = False,
     kernels: str = "auto",
+    pool: bool = False,
 ) -> Callable[[], None]:
-    """`sparse_conv2d` on fixed tensors, the result in `y` [N, P, Q, B]."""
-    _check(index, x, y, values=(values, index.kept), bias=(bias, index.shape[0]))
+    """`sparse_conv2d` on fixed tensors, the result in `y` [N, P, Q, B].
+
+    `pool` takes the maximum of 2 x 2 pixels; y is then [N, P // 2, Q // 2, B]. Native kernels also take
+    `Slices`: as x what `index.slices` made, as y what the next layer's made.
+    """
+    _check(index, x, y, pool, values=(values, index.kept), bias=(bias, index.shape[0]))
     if _native.use_native(kernels):
-        return _bind("sparse_conv2d", index.forward, x, y, values=values, bias=bias, relu=relu)
+        return _bind("sparse_conv2d", index.forward, x, y, values=values, bias=bias, relu=relu, pool=pool)
+    if isinstance(x, Slices) or isinstance(y, Slices):
+        raise ValueError(f"slices: expected native kernels, got kernels={kernels!r}, {_native.WHY}")
 
     def run() -> None:
-        y.copy_(reference(index, values, x, bias, relu))
+        y.copy_(reference(index, values, x, bias, relu, pool))
 
     return run
 
@@ -345,31 +399,35 @@ class _Arguments(ctypes.Structure):  # struct sparse_conv2d
         *[(f, ctypes.c_void_p) for f in ("dv", "dbias", "work")],
         *[(f, ctypes.c_int64) for f in ("kept", "channels", "height", "width")],
         *[(f, ctypes.c_int64) for f in ("x_channel", "x_row", "x_column", "filters", "y_height", "y_width")],
-        *[(f, ctypes.c_int64) for f in ("y_channel", "y_row", "y_column", "batch", "window", "step")],
-        *[(f, ctypes.c_int64) for f in ("first_row", "first_column", "length", "strip", "places_down")],
+        *[(f, ctypes.c_int64) for f in ("y_channel", "y_row", "y_column", "x_slice", "y_slice")],
+        *[(f, ctypes.c_int64) for f in ("batch", "window", "step", "first_row", "first_column")],
+        *[(f, ctypes.c_int64) for f in ("length", "strip", "places_down")],
         *[
             (f, ctypes.c_int64)
             for f in ("places_across", "phase_count", "y_step", "blocks", "joined", "slot")
         ],
-        *[(f, ctypes.c_int32) for f in ("relu", "threads")],
+        *[(f, ctypes.c_int32) for f in ("relu", "pool", "direct", "threads")],
     ]
 
 
 def _bind(
     entry: str,
     taps: Taps,
-    x: Tensor,
-    y: Tensor,
+    x: Tensor | Slices,
+    y: Tensor | Slices,
     values: Tensor | None = None,
     bias: Tensor | None = None,
     dv: Tensor | None = None,
     dbias: Tensor | None = None,
     relu: bool = False,
+    pool: bool = False,
 ) -> Callable[[], None]:
-    kept, batch = taps.cells.shape[1], x.shape[3]
+    direct = isinstance(x, Slices)
+    (x, x_slice, in_x), (y, y_slice, in_y) = _room(x), _room(y)
+    kept, batch = taps.cells.shape[1], min(in_x, in_y)
     pieces = -(-batch // CELL) * -(-taps.places[1] // taps.strip)
     threads = max(1, min(_native.threads(), pieces))
-    ring = taps.window * taps.channels * taps.step * taps.length * CELL
+    ring = 0 if direct else taps.window * taps.channels * taps.step * taps.length * CELL
     every = kept + taps.filters
     slot = ring + CELL * (every if dv is not None else 0) + CELL * PIXELS * taps.filters
     work = torch.empty(kept + 2 * CELL + threads * slot + (pieces * every if dv is not None else 0))
@@ -394,11 +452,13 @@ def _bind(
         x_row=x.stride(1),
         x_column=x.stride(2),
         filters=y.shape[0],
-        y_height=y.shape[1],
-        y_width=y.shape[2],
+        y_height=y.shape[1] * (1 + pool),
+        y_width=y.shape[2] * (1 + pool),
         y_channel=y.stride(0),
         y_row=y.stride(1),
         y_column=y.stride(2),
+        x_slice=x_slice,
+        y_slice=y_slice,
         batch=batch,
         window=taps.window,
         step=taps.step,
@@ -414,24 +474,45 @@ def _bind(
         joined=taps.joined,
         slot=slot,
         relu=relu,
+        pool=pool,
+        direct=direct,
         threads=threads,
     )
     return _native.bind(entry, arguments, taps, x, y, values, bias, dv, dbias, work)
 
 
-def _check(index: Conv2dIndex, x: Tensor, y: Tensor, **vectors: tuple[Tensor | None, int]) -> None:
+def _room(t: Tensor | Slices) -> tuple[Tensor, int, int]:
+    """[C, H, W, B] or the first slice; floats from 16 of the batch to the next; room for which batch."""
+    if not isinstance(t, Slices):
+        return t, CELL, t.shape[-1]
+    return t.images[0], t.memory.stride(0), CELL * len(t.memory)
+
+
+def _check(
+    index: Conv2dIndex,
+    x: Tensor | Slices,
+    y: Tensor | Slices,
+    pool: bool = False,
+    **vectors: tuple[Tensor | None, int],
+) -> None:
     n, c, _, _ = index.shape
-    batch = x.shape[-1]
+    if isinstance(x, Slices) and not (
+        index.direct and x.padding == index.padding and x.memory.is_contiguous()
+    ):
+        raise ValueError(f"x: expected what index.slices makes, got slices with padding {x.padding}")
+    batch = x.shape[-1] if isinstance(x, Tensor) else min(_room(x)[2], _room(y)[2])
     images = {
-        f"x or dx [{c}, {index.size}]": (x, (c, *index.size, batch)),
-        "y or dy": (y, (n, *index.out, batch)),
+        f"x or dx [{c}, {index.size}]": (x, (c, *index.size)),
+        "y or dy": (y, (n, *(index.halves if pool else index.out))),
     }
-    for name, (t, shape) in images.items():
+    for name, (image, pixels) in images.items():
+        t = image.images if isinstance(image, Slices) else image
+        shape = (-(-batch // CELL), *pixels, CELL) if isinstance(image, Slices) else (*pixels, batch)
         if t.shape != shape or t.dtype != torch.float32 or t.device.type != "cpu":
             raise ValueError(
                 f"{name}: expected fp32 {list(shape)} on a CPU, got {t.dtype} {list(t.shape)} on {t.device}"
             )
-        if batch > 1 and t.stride(3) != 1:
+        if batch > 1 and t.stride(-1) != 1:
             raise ValueError(f"{name}: expected a contiguous batch, got strides {t.stride()}")
     for name, (v, size) in vectors.items():
         if v is not None and (

@@ -38,8 +38,11 @@ ROUNDS, SECONDS = 5, 0.1  # rounds of all, interleaved, until the time is up
 def break_even(model: Model, batch: int, kernels: str) -> dict[str, float]:
     """Break-even density of every weight tensor for "native" or "torch" kernels; 0 where dense is best.
 
-    What the cache does not hold is measured now: a second or two for a small network.
+    What the cache does not hold is measured now: a second or two for a small network. A network with batch
+    norms stays dense.
     """
+    if model.norms:
+        return {}
     file = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sparselth" / "break_even.json"
     known: dict[str, float] = {}
     with contextlib.suppress(OSError, ValueError):

@@ -2,7 +2,8 @@
 
 Everything a step needs lies on the device: the step's number, the order of the images, learning rates, the
 optimizer's counts. The host waits for the device only where an evaluation is read. Fully connected layers
-go through `linear_grad_update`, which never writes their gradient; the rest through `masked_update`.
+go through `linear_grad_update`, which never writes their gradient; the rest through `masked_update`. A
+batch norm moves the running statistics of active replicas alone.
 Without CUDA the same launches run one by one, in Triton's interpreter.
 """
 
@@ -67,7 +68,7 @@ class Replay:
         bits = pruning.packed(model, mask)
         convs = [spec for spec, layer, *_ in model.producers if isinstance(layer, Conv)]
         fused = [spec for spec in model.weights if spec not in convs]
-        self.grad = torch.zeros_like(weights) if convs else None
+        self.grad = torch.zeros_like(weights) if convs or model.norms else None
         self.pulse = Pulse(
             torch.zeros(r, dtype=torch.float64, device=device),
             torch.zeros(r, device=device),
@@ -79,7 +80,7 @@ class Replay:
             for spec in fused
         }
         build = partial(Network, model, weights, bits=bits, linear=linear, conv=conv)
-        self.network = build(recipe.batch_size, self.grad, updates=updates)
+        self.network = build(recipe.batch_size, self.grad, updates=updates, active=self.pulse.active)
         self.convs = self._conv_lists(model, convs, mask)
         self.state_bytes = sum(t.numel() for t in bits.values())
         self.state_bytes += 0 if self.grad is None else 4 * self.grad.numel()
@@ -226,8 +227,8 @@ class Replay:
     def _conv_lists(
         self, model: Model, convs: list[TensorSpec], mask: Tensor
     ) -> tuple[list[list[Tensor]], list[Tensor | None]]:
-        """Slices of weights, gradients and moments of convolutions and their biases, and the masks."""
-        biases = [model.biases[model.weights.index(spec)] for spec in convs]
+        """Slices of weights, gradients and moments of convolutions, biases and batch norms; the masks."""
+        biases = [*(model.biases[model.weights.index(spec)] for spec in convs), *model.norms]
         spans = [slice(s.offset, s.offset + s.numel) for s in (*convs, *biases)]
         buffers = [self.weights, *([] if self.grad is None else [self.grad]), *self.moments]
         masks = [bitmask.pack(mask[:, span].contiguous()) for span in spans[: len(convs)]]

@@ -5,8 +5,8 @@
     cells.jsonl        one line per finished cell: kept weights, early stop, accuracies
     evaluations.jsonl  one line per evaluation on the validation set
     timings.jsonl      seconds per cell; the only measurements that differ from run to run
-    cells/KEY.safetensors        mask bits, the surviving trained weights, biases; level 0 adds the
-                                 weights of the rewind step, so that every ticket can be rebuilt
+    cells/KEY.safetensors        mask bits, the surviving trained weights, biases and batch norms; level 0
+                                 adds all of the rewind step, so that every ticket can be rebuilt
     checkpoints/KEY.safetensors  a cell that is under way
     figures/
 

@@ -51,8 +51,9 @@ class Diverged(SparselthError):
 class State:
     """One network's training at one step: all that is needed to go on to the same bits.
 
-    P = `model.flat_size`. While `layout` is set, training goes on in the compressed domain and the tensors
-    are [1, layout.size]; in a batch they are rows of the batch's tensors.
+    P = `model.flat_size`, running statistics of batch norms among the weights. While `layout` is set,
+    training goes on in the compressed domain and the tensors are [1, layout.size]; in a batch they are rows
+    of the batch's tensors.
     """
 
     step: int
@@ -208,9 +209,9 @@ def _groups(
 
 
 def _compressed(model: Model, mask: Tensor, break_even: Mapping[str, float], paths: Paths) -> frozenset[str]:
-    """The layers that are trained in the compressed domain."""
+    """The layers that are trained in the compressed domain; there are no kernels for batch norms there."""
     pools = {layer.size for layer in model.layers if isinstance(layer, MaxPool)}
-    if not pools <= {2} or paths.csr_linear.takes not in ("native", "torch"):
+    if model.norms or not pools <= {2} or paths.csr_linear.takes not in ("native", "torch"):
         return frozenset()
     kept = pruning.kept(model, mask)
     found = {s.name for s in model.weights if kept[s.name] < break_even.get(s.name, 0.0) * s.numel}
@@ -399,12 +400,12 @@ class _Dense:
             self.network = Network(model, weights, recipe.batch_size, self.grad)
         self.updates: list[tuple[int, Step]] = []  # the optimizer's first step, and its update
         self.state_bytes = 4 * self.grad.numel()
-        rows = 0
+        rows, n = 0, model.trained_size
         for start, some in groupby(jobs, lambda job: job.start_step):
             span = slice(rows, rows := rows + len([*some]))
             full = bool((mask[span].sum(1) == model.prunable).all())
             update, size = _updater(
-                *(weights[span], self.grad[span], [moment[span] for moment in moments]),
+                *(weights[span, :n], self.grad[span, :n], [moment[span, :n] for moment in moments]),
                 *(None if full else mask[span], recipe, paths),
             )
             self.updates.append((start, update))
@@ -476,6 +477,23 @@ def _updater(
 
     Beside it the bytes of its mask; `mask` None means that nothing is pruned.
     """
+    if (
+        not weights.is_contiguous()
+    ):  # with running statistics behind each row; torch's update knows no strides
+        rows = [slice(r, r + 1) for r in range(len(weights))]
+        each = [
+            _updater(
+                *(weights[row], grad[row], [moment[row] for moment in moments]),
+                *(None if mask is None else mask[row], recipe, paths),
+            )
+            for row in rows
+        ]
+
+        def update_each(step: int, lr: float) -> None:
+            for one, _ in each:
+                one(step, lr)
+
+        return update_each, sum(size for _, size in each)
     adam, momentum, decay = recipe.optimizer == "adam", recipe.momentum, recipe.weight_decay
     if paths.masked_update.takes == "torch":
         live = None if mask is None else mask.to(weights)

@@ -3,23 +3,24 @@ convolutions on a CPU, where oneDNN beats the products of `sparselth.nn` by a si
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparselth.models import Conv, Linear, MaxPool, Model, ReLU
+from sparselth.models import AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, ReLU
+from sparselth.nn import EPS, MOMENTUM
 
 _aten = torch.ops.aten
 
 
 class VendorNetwork:
-    """`sparselth.nn.Network` for R = 1 and any batch: the same buffers, shapes and gradients."""
+    """`sparselth.nn.Network` for R = 1 and any batch: the same buffers, shapes, gradients and statistics."""
 
     def __init__(self, model: Model, flat: Tensor, grad: Tensor | None = None, first: bool = True) -> None:
         """Not `first`: the gradient of the input is computed too, for timing a layer alone."""
         self.model, self.first = model, first
-        places = [i for i, layer in enumerate(model.layers) if isinstance(layer, Conv | Linear)]
-        self.producers = dict(zip(places, model.weights, strict=True))
         self.flat, self.grad = flat[0], None if grad is None else grad[0]
         self.kept: list[tuple[Tensor, ...]] = []  # of every layer, what backward needs
 
@@ -31,10 +32,16 @@ class VendorNetwork:
             kept: tuple[Tensor, ...] = (h,)
             match layer:
                 case Conv():
-                    h = F.conv2d(h, *self._parameters(self.flat, i), padding=layer.padding)
+                    weight, bias = self._parameters(self.flat, i)
+                    h = F.conv2d(h, weight, bias, padding=layer.padding)
                 case Linear():
                     kept = (h.flatten(1),)
                     h = F.linear(kept[0], *self._parameters(self.flat, i))
+                case BatchNorm():
+                    h, *moments = self._normalize(i, h)
+                    kept = kept[0], *moments
+                case AvgPool():
+                    h = h.mean((2, 3), keepdim=True)
                 case MaxPool(size):
                     h, places = _aten.max_pool2d_with_indices(h, [size, size])
                     kept = kept[0], places
@@ -58,8 +65,18 @@ class VendorNetwork:
                     torch.mm(d.T, h, out=slope)
                     torch.sum(d, 0, out=bias)
                     d = d @ self._parameters(self.flat, i)[0]
+                case BatchNorm():
+                    scale, *_ = self._parameters(self.flat, i)
+                    d = _aten.native_batch_norm_backward(
+                        *(self._like(d, h), h, scale, None, None, *places, True, EPS, [True] * 3)
+                    )
+                    d, *found = d
+                    for slope, new in zip(self._parameters(self.grad, i)[:2], found, strict=True):
+                        slope.copy_(new)
+                case AvgPool():
+                    d = (d.reshape(*h.shape[:2], 1, 1) / prod(h.shape[2:])).expand(h.shape)
                 case MaxPool(size):
-                    d = d.reshape(places[0].shape).contiguous(memory_format=torch.channels_last)
+                    d = self._like(d, places[0])
                     d = _aten.max_pool2d_with_indices_backward(
                         d, h, [size, size], [size, size], [0, 0], [1, 1], False, places[0]
                     )
@@ -79,9 +96,23 @@ class VendorNetwork:
             slope.copy_(found)
         return dx  # type: ignore[no-any-return]
 
-    def _parameters(self, flat: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        """Weight and bias of layer i, as torch has them."""
-        weight = self.producers[i]
-        bias = self.model.biases[self.model.weights.index(weight)]
-        w, b = (flat[s.offset : s.offset + s.numel].view(s.shape) for s in (weight, bias))
-        return w, b
+    def _normalize(self, i: int, h: Tensor) -> tuple[Tensor, ...]:
+        """Output of batch norm i, and the moments that its backward takes."""
+        training = self.grad is not None
+        scale, shift, mean, var = self._parameters(self.flat, i)
+        if h.numel() == h.shape[1]:  # one value has no variance
+            var = var.clone()
+        found: tuple[Tensor, ...] = _aten.native_batch_norm(
+            h, scale, shift, mean, var, training, MOMENTUM, EPS
+        )
+        return found
+
+    def _like(self, d: Tensor, h: Tensor) -> Tensor:
+        """A gradient in the shape and the order of memory of `h`."""
+        if h.dim() == 2:
+            return d.reshape(h.shape)
+        return d.reshape(h.shape).contiguous(memory_format=torch.channels_last)
+
+    def _parameters(self, flat: Tensor, i: int) -> list[Tensor]:
+        """The tensors of layer i, as torch has them."""
+        return [flat[s.offset : s.offset + s.numel].view(s.shape) for s in self.model.parts[i]]

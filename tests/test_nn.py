@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparselth.models import MODELS, Conv, Linear, MaxPool, Model, ReLU, get_model
+from sparselth.models import (
+    MODELS,
+    AvgPool,
+    BatchNorm,
+    Conv,
+    Layer,
+    Linear,
+    MaxPool,
+    Model,
+    ReLU,
+    get_model,
+)
 from sparselth.nn import Network, cross_entropy, cross_entropy_grad, init_weights, views
 from sparselth.streams import stream
 from sparselth.vendor import VendorNetwork
@@ -24,20 +35,27 @@ def rms_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def reference(model: Model, flat: Tensor, x: Tensor) -> Tensor:
+def reference(model: Model, flat: Tensor, x: Tensor, training: bool = True) -> Tensor:
     """Logits [R, classes, B] by torch.nn.functional, replica by replica, from x [R, K, B]."""
     named = views(model, flat)
     found = []
     for r in range(flat.shape[0]):
         h = x[r].T.reshape(-1, *model.input)
-        specs = iter(model.weights)
-        for layer in model.layers:
+        for layer, specs in zip(model.layers, model.parts, strict=True):
             if isinstance(layer, MaxPool):
                 h = F.max_pool2d(h, layer.size)
+            elif isinstance(layer, AvgPool):
+                h = h.mean((2, 3))
             elif isinstance(layer, ReLU):
                 h = h.relu()
+            elif isinstance(layer, BatchNorm):
+                shape = -1, *[1] * (h.dim() - 2)
+                scale, shift, mean, var = (named[spec.name][r].view(shape) for spec in specs)
+                if training:
+                    var, mean = torch.var_mean(h, [0, *range(2, h.dim())], correction=0, keepdim=True)
+                h = scale * (h - mean) / (var + 1e-5).sqrt() + shift
             else:
-                spec = next(specs)
+                spec = specs[0]
                 weight = named[spec.name][r].reshape(spec.shape)
                 bias = named[spec.name.replace("weight", "bias")][r, :, 0]
                 if isinstance(layer, Conv):
@@ -58,19 +76,15 @@ def check(
     vendor: bool = False,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    # on a grid, so that convolutions are exact in fp32 and no maximum of a pool is decided by rounding
-    flat = (
-        torch.randn(replicas, model.flat_size, generator=generator, dtype=torch.float64).mul(5).round() / 16
-    )
-    flat[:, : model.mask_size] *= torch.rand(replicas, model.mask_size, generator=generator) < keep
-    flat = flat.to(dtype)
+    flat = weights(model, replicas, generator, keep).to(dtype)
     x = torch.rand(replicas, model.shapes[0][0] * model.input[1] * model.input[2], batch, generator=generator)
     x = x.mul(8).sub(4).clamp_min(0).round() / 4  # half of it black: equal values in a pooling window
     y = torch.randint(model.classes, (replicas, 1, batch), generator=generator)
+    before = flat.clone()
     grad = torch.full_like(flat, float("nan"))  # every entry must be written
     network = VendorNetwork(model, flat, grad) if vendor else Network(model, flat, batch, grad)
     logits = network.forward(x.to(dtype))
-    expected_flat = flat.double().clone().requires_grad_()
+    expected_flat = before.double().requires_grad_()
     expected = reference(model, expected_flat, x.double())
     assert rms_error(logits, expected.detach()) < BOUND[dtype]
     network.backward(cross_entropy_grad(logits, y))
@@ -80,12 +94,40 @@ def check(
     loss.backward()
     assert expected_flat.grad is not None
     slopes, expected_slopes = views(model, grad), views(model, expected_flat.grad)
-    for name, slope in slopes.items():
-        assert slope.isfinite().all(), name
-        assert rms_error(slope, expected_slopes[name]) < 20 * BOUND[dtype], name
+    statistics = {spec.name for spec in model.statistics}  # nobody asks for their gradient
+    # a batch norm divides what cancelled by a deviation that may be 0: its gradients are good to an absolute
+    # error, and so are those of the biases before it, which are 0
+    slack = 1e3 * BOUND[dtype] if model.norms else 0
+    for name in slopes.keys() - statistics:
+        assert slopes[name].isfinite().all(), name
+        error = float((slopes[name].double() - expected_slopes[name]).norm())
+        assert error < slack + 20 * BOUND[dtype] * expected_slopes[name].norm().clamp_min(1e-30), name
+    assert torch.equal(flat[:, : model.trained_size], before[:, : model.trained_size])
+    network = VendorNetwork(model, flat) if vendor else Network(model, flat, batch)
+    logits, before = network.forward(x.to(dtype)).clone(), flat.clone()
+    assert rms_error(logits, reference(model, flat.double(), x.double(), training=False)) < BOUND[dtype]
+    assert torch.equal(flat, before)
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+def weights(model: Model, replicas: int, generator: torch.Generator, keep: float = 1.0) -> Tensor:
+    """Random weights [R, P], float64; running variances are positive, shifts of batch norms not 0.
+
+    They lie on a grid: convolutions are exact in fp32, and no maximum of a pool is decided by rounding.
+    """
+    flat = torch.randn(replicas, model.flat_size, generator=generator, dtype=torch.float64)
+    flat = flat.mul(5).round() / 16
+    flat[:, : model.mask_size] *= torch.rand(replicas, model.mask_size, generator=generator) < keep
+    for spec in model.statistics[1::2]:
+        flat[:, spec.offset : spec.offset + spec.numel].abs_().add_(1 / 16)
+    for spec in model.norms[1::2]:  # or rounding would decide what a ReLU makes of a channel that is constant
+        flat[:, spec.offset : spec.offset + spec.numel].add_(1 / 32)
+    return flat
+
+
+PLAIN = sorted(name for name in MODELS if not MODELS[name].norms)  # whose pools no rounding decides
+
+
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize(("replicas", "batch"), [(1, 1), (1, 60), (3, 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_models_against_autograd(name: str, replicas: int, batch: int, dtype: torch.dtype) -> None:
@@ -102,23 +144,28 @@ def test_the_vendors_layers_against_autograd(name: str, batch: int, dtype: torch
 
 @st.composite
 def networks(draw: st.DrawFn) -> Model:
-    """Small convolutional networks with odd sizes, padding, pools with a rest, and pools before ReLU."""
+    """Small convolutional networks with odd sizes, padding, pools with a rest, pools before ReLU, batch norm.
+
+    Behind a batch norm no further pool: rounding would decide its maxima.
+    """
     channels, height, width = draw(st.integers(1, 3)), draw(st.integers(5, 11)), draw(st.integers(5, 11))
-    layers: list[Conv | MaxPool | ReLU | Linear] = []
+    layers: list[Layer] = []
     size = min(height, width)
     for _ in range(draw(st.integers(0, 2))):
         kernel, padding = draw(st.sampled_from([1, 2, 3])), draw(st.integers(0, 2))
         layers.append(Conv(draw(st.integers(1, 4)), kernel, padding))
         size += 2 * padding - kernel + 1
-        order: list[MaxPool | ReLU] = [ReLU()]
-        if size >= 4:
+        order: list[Layer] = [ReLU()]
+        if size >= 4 and BatchNorm() not in layers:
             order.insert(draw(st.integers(0, 1)), MaxPool(draw(st.sampled_from([2, 3]))))
             size //= 3
-        layers += order
+        layers += [BatchNorm()] * draw(st.booleans()) + order
         if size < 4:
             break
+    if isinstance(layers[-1] if layers else None, ReLU) and draw(st.booleans()):
+        layers.append(AvgPool())
     if draw(st.booleans()):
-        layers += [Linear(draw(st.integers(1, 9))), ReLU()]
+        layers += [Linear(draw(st.integers(1, 9))), *[BatchNorm()] * draw(st.booleans()), ReLU()]
     return Model("random", (channels, height, width), (*layers, Linear(10)), {}, "")
 
 
@@ -159,7 +206,9 @@ def test_glorot_law_and_zero_biases(name: str) -> None:
         slack = 5 * std / spec.numel**0.5
         assert abs(values.mean()) < slack
         assert abs(values.std() - std) < slack
-    assert not flat[model.mask_size :].any()
+    for spec in model.unpruned:
+        fresh = 1.0 if spec.name.endswith(("scale", "var")) else 0.0
+        assert (flat[spec.offset : spec.offset + spec.numel] == fresh).all(), spec.name
     assert not torch.equal(flat, init_weights(model, stream(1, "ticket", 0, "init")))
 
 

@@ -13,7 +13,7 @@ from sparselth import pruning
 from sparselth.batches import Resident
 from sparselth.config import Recipe, Replica
 from sparselth.kernels._triton import INTERPRET
-from sparselth.models import Conv, Linear, MaxPool, Model, ReLU, get_model
+from sparselth.models import AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, ReLU, get_model
 from sparselth.nn import init_weights
 from sparselth.streams import stream
 from sparselth.train import Job, State, fit, scores
@@ -21,6 +21,17 @@ from sparselth.train import Job, State, fit, scores
 LENET = get_model("lenet-300-100")
 SMALL = Model("small", (1, 28, 28), (Linear(20), ReLU(), Linear(10)), {}, "")
 CONVS = Model("convs", (1, 28, 28), (Conv(2, 9), ReLU(), MaxPool(2), Linear(12), ReLU(), Linear(10)), {}, "")
+NORMS = Model(
+    "norms",
+    (1, 28, 28),
+    (
+        *(Conv(2, 9), BatchNorm(), MaxPool(2), ReLU(), Conv(3, 3), BatchNorm(), ReLU(), AvgPool()),
+        *(Linear(12), BatchNorm(), ReLU(), Linear(10)),
+    ),
+    {},
+    "",
+)
+FEW_NORMS = replace(NORMS, name="few-norms", layers=(MaxPool(4), Conv(2, 3), BatchNorm(), *NORMS.layers[6:]))
 ADAM = Recipe(steps=6, lr=1.2e-3, batch_size=7, eval_every=3)
 SGD = replace(ADAM, lr=0.05, optimizer="sgd", weight_decay=1e-3)
 interpreted = pytest.mark.skipif(not INTERPRET, reason="Triton's interpreter is off")
@@ -61,7 +72,7 @@ cells = st.lists(
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch", "reference"])
-@pytest.mark.parametrize("model", [LENET, CONVS], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [LENET, CONVS, NORMS], ids=lambda model: model.name)
 @given(cells=cells, recipe=st.sampled_from([ADAM, SGD, replace(SGD, momentum=0.0)]))
 @settings(max_examples=12)
 def test_a_replica_of_any_batch_equals_itself_alone(
@@ -81,8 +92,14 @@ def test_a_replica_of_any_batch_equals_itself_alone(
 @interpreted
 @pytest.mark.parametrize(
     ("model", "recipe", "replicas"),
-    [(SMALL, ADAM, 3), (SMALL, ADAM, 1), (SMALL, replace(SGD, momentum=0.0), 2), (CONVS, SGD, 2)],
-    ids=["small-adam", "small-adam-1", "small-sgd", "convs-sgd"],
+    [
+        (SMALL, ADAM, 3),
+        (SMALL, ADAM, 1),
+        (SMALL, replace(SGD, momentum=0.0), 2),
+        (CONVS, SGD, 2),
+        (FEW_NORMS, SGD, 2),
+    ],
+    ids=["small-adam", "small-adam-1", "small-sgd", "convs-sgd", "few-norms"],
 )
 def test_a_replica_of_a_triton_batch_equals_itself_alone(
     model: Model, recipe: Recipe, replicas: int, few: Resident
@@ -98,11 +115,13 @@ def test_a_replica_of_a_triton_batch_equals_itself_alone(
         same(found, alone)
         fit(model, few, [reference], recipe, kernels="reference")
         expected = reference.state
+        # a batch norm of three images divides rounding by what may be a small deviation
+        bound = 1e-4 if model.norms else 1e-5
         for ours, right in zip(
             (found.state.weights, *found.state.moments), (expected.weights, *expected.moments), strict=True
         ):
-            assert (ours - right).norm() <= 1e-5 * right.norm()
-        assert found.state.best_loss == pytest.approx(expected.best_loss, rel=1e-5)
+            assert (ours - right).norm() <= bound * right.norm()
+        assert found.state.best_loss == pytest.approx(expected.best_loss, rel=bound)
 
 
 def test_replicas_see_their_own_images_and_rates(digits: Resident) -> None:
@@ -116,14 +135,17 @@ def test_replicas_see_their_own_images_and_rates(digits: Resident) -> None:
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("model", [LENET, NORMS], ids=lambda model: model.name)
 @pytest.mark.parametrize("stop", [1, 3, 4])
-def test_a_stopped_batch_goes_on_to_the_same_bits(kernels: str, stop: int, digits: Resident) -> None:
+def test_a_stopped_batch_goes_on_to_the_same_bits(
+    kernels: str, model: Model, stop: int, digits: Resident
+) -> None:
     cells = [(0, 1.0, 0), (1, 0.1, 0), (2, 0.5, 2)]
-    whole, stopped = ([job(LENET, ADAM, *cell) for cell in cells] for _ in range(2))
-    fit(LENET, digits, whole, ADAM, kernels=kernels)
+    whole, stopped = ([job(model, ADAM, *cell) for cell in cells] for _ in range(2))
+    fit(model, digits, whole, ADAM, kernels=kernels)
     calls = iter(range(1000))
-    fit(LENET, digits, stopped, ADAM, kernels=kernels, should_stop=lambda: next(calls) >= stop)
+    fit(model, digits, stopped, ADAM, kernels=kernels, should_stop=lambda: next(calls) >= stop)
     assert min(job.state.step for job in stopped) < ADAM.steps
-    fit(LENET, digits, stopped, ADAM, kernels=kernels)
+    fit(model, digits, stopped, ADAM, kernels=kernels)
     for found, expected in zip(stopped, whole, strict=True):
         same(found, expected)

@@ -72,7 +72,14 @@ def conv_2() -> tuple[nn.Sequential, tuple[int, ...]]:
     return nn.Sequential(*layers, *head).eval(), (3, 16, 16)
 
 
-NETWORKS = {"lenet-300-100": lenet_300_100, "lenet-5": lenet_5, "conv-2": conv_2}
+def pools() -> tuple[nn.Sequential, tuple[int, ...]]:
+    """Convolutions with a ReLU before a pool, behind it, and none; odd sizes; a pool that none takes."""
+    layers = (nn.Conv2d(2, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 33, 3, padding=2))
+    more = (nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(33, 7, 2), nn.MaxPool2d(2), nn.MaxPool2d(2))
+    return nn.Sequential(*layers, *more, nn.Flatten(), nn.Linear(7, 4)).eval(), (2, 19, 23)
+
+
+NETWORKS = {"lenet-300-100": lenet_300_100, "lenet-5": lenet_5, "conv-2": conv_2, "pools": pools}
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -216,6 +223,16 @@ def test_convert_keeps_the_outputs_whatever_is_chosen(
     again = first.clone()
     converted(torch.randn(size, *shape))
     assert torch.equal(first, again)  # outputs are in memory of their own
+
+
+@pytest.mark.skipif(_native.LIB is None, reason="no native kernels")
+def test_a_convolution_takes_the_pool_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converting, "seconds", prefer("native", "mixed", "columns"))
+    torch.manual_seed(0)
+    model, shape = pools()
+    converted = sparse.convert(model, random_masks(model, 0.5), torch.randn(20, *shape), compact=False)
+    assert [form.place.name for form in converted.plan] == ["0", "3", "6", "8", "9", "10"]
+    assert [form.place.after for form in converted.plan][:3] == [(5, 9, 11), (33, 5, 6), (7, 2, 2)]
 
 
 def test_real_clock_zeros_in_the_weights_and_the_table(cache: Path) -> None:

@@ -45,7 +45,7 @@ def _models() -> Listing:
     rows, lines = [], []
     for model in MODELS.values():
         weights = {spec.name: spec.numel for spec in model.weights}
-        biases = sum(spec.numel for spec in model.biases)
+        biases, norms = (sum(spec.numel for spec in specs) for specs in (model.biases, model.norms))
         rows.append(
             {
                 "name": model.name,
@@ -53,12 +53,12 @@ def _models() -> Listing:
                 "dataset": model.dataset,
                 "prunable": model.prunable,
                 "biases": biases,
+                "batch_norms": norms,
                 "weights": weights,
             }
         )
-        lines.append(
-            f"{model.name:<16}{model.prunable:>10,} prunable weights, {biases:,} biases; {model.source}"
-        )
+        others = f"{biases:,} biases" + (f", {norms:,} of batch norms" if norms else "")
+        lines.append(f"{model.name:<16}{model.prunable:>10,} prunable weights, {others}; {model.source}")
         lines.append(f"  images of {' x '.join(map(str, model.input))}, as in {model.dataset}")
         for spec in model.weights:
             shape = " x ".join(map(str, spec.shape))

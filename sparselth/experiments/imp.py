@@ -169,7 +169,7 @@ def start_weights(config: ImpConfig, model: Model, run: Path, who: Replica) -> T
         return init_weights(model, stream(who.seed, who.arm, who.level, "init", who.draw))
     arrays, _ = load_arrays(cell_path(run, Replica(who.seed, "ticket", 0)))
     weights = torch.zeros(model.flat_size)
-    for spec in model.weights + model.biases:
+    for spec in model.weights + model.unpruned:
         values = torch.from_numpy(arrays[f"rewind/{spec.name}"])
         weights[spec.offset : spec.offset + spec.numel] = values.flatten()
     return weights
@@ -182,11 +182,11 @@ def _save_cell(run: Path, config: ImpConfig, model: Model, who: Replica, mask: T
         span = slice(spec.offset, spec.offset + spec.numel)
         arrays[f"mask/{spec.name}"] = pack(mask[span].view(spec.matrix).numpy())
         arrays[f"kept/{spec.name}"] = weights[span][mask[span]].numpy()
-    for spec in model.biases:
+    for spec in model.unpruned:
         arrays[f"bias/{spec.name}"] = weights[spec.offset : spec.offset + spec.numel].numpy()
     if state.kept_weights is not None:
         rewind = state.kept_weights[0].cpu()
-        for spec in model.weights + model.biases:
+        for spec in model.weights + model.unpruned:
             values = rewind[spec.offset : spec.offset + spec.numel].view(spec.shape)
             arrays[f"rewind/{spec.name}"] = values.numpy()
     header = {

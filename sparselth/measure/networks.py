@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from sparselth import data, pruning, runs, sparse, train
 from sparselth.batches import Batches, Resident
@@ -206,8 +207,20 @@ def bench_training(name: str, sparsity: float, batch: int, say: Say) -> Result:
 
 
 def sequential(model: Model, flat: Tensor) -> nn.Sequential:
-    """The model in torch.nn with the weights of a buffer [P], in evaluation mode."""
-    return network(model, flat).eval()
+    """The model in torch.nn with the weights of a buffer [P], in evaluation mode.
+
+    Batch norms are part of the products before them: what scales an output scales its weights.
+    """
+    found: list[nn.Module] = []
+    for module in network(model, flat).eval():
+        match module:
+            case nn.BatchNorm2d():
+                found[-1] = fuse_conv_bn_eval(found[-1], module)  # type: ignore[type-var]
+            case nn.BatchNorm1d():
+                found[-1] = fuse_linear_bn_eval(found[-1], module)  # type: ignore[type-var]
+            case _:
+                found.append(module)
+    return nn.Sequential(*found).eval()
 
 
 # ---- inference
@@ -397,7 +410,7 @@ def _steps(case: Case, recipe: Recipe, resident: Resident) -> dict[str, _Step]:
 
 def _torch_step(case: Case, recipe: Recipe, resident: Resident, layout: torch.memory_format) -> _Step:
     """Dense torch: images there as floats, its own autograd and fused optimizer."""
-    model, net = case.model, sequential(case.model, case.dense).to(memory_format=layout)
+    model, net = case.model, network(case.model, case.dense).to(memory_format=layout)
     optimizer: torch.optim.Optimizer
     if recipe.optimizer == "adam":
         optimizer = torch.optim.Adam(net.parameters(), lr=recipe.lr, fused=True)
@@ -471,15 +484,15 @@ def _our_step(
 
 def _gradient(model: Model, flat: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Of the mean cross-entropy, by torch's autograd in float64, [P]."""
-    net, (x, y) = sequential(model, flat).double(), batch
+    net, (x, y) = network(model, flat).double(), batch
     torch.autograd.backward(F.cross_entropy(net(x.double()), y))
     return _flat(model, [p.grad for p in net.parameters()])
 
 
 def _flat(model: Model, tensors: Sequence[Tensor | None]) -> Tensor:
-    """Weights and biases of a Sequential, by turns, as a float64 buffer [P]."""
+    """The parameters of a Sequential, layer by layer, as a float64 buffer [P]."""
     found = torch.zeros(model.flat_size, dtype=torch.float64)
-    specs = [spec for pair in zip(model.weights, model.biases, strict=True) for spec in pair]
+    specs = [spec for part in model.parts for spec in part[:2]]
     for spec, tensor in zip(specs, tensors, strict=True):
         assert tensor is not None
         found[spec.offset : spec.offset + spec.numel] = tensor.detach().flatten()
@@ -565,7 +578,7 @@ def _load(run: Path, model: Model, who: Replica) -> tuple[Tensor, Tensor, int]:
         span = slice(spec.offset, spec.offset + spec.numel)
         mask[span] = torch.from_numpy(unpack(arrays[f"mask/{spec.name}"], spec.matrix[1])).flatten()
         flat[span][mask[span]] = torch.from_numpy(arrays[f"kept/{spec.name}"])
-    for spec in model.biases:
+    for spec in model.unpruned:
         flat[spec.offset : spec.offset + spec.numel] = torch.from_numpy(arrays[f"bias/{spec.name}"])
     if who.level:
         return flat, mask, file.stat().st_size
@@ -583,7 +596,7 @@ def _stored(case: Case, dense: bool) -> int:
         else:
             arrays[f"mask/{spec.name}"] = pack(case.mask[span].view(spec.matrix).numpy())
             arrays[f"kept/{spec.name}"] = case.pruned[span][case.mask[span]].numpy()
-    for spec in case.model.biases:
+    for spec in case.model.unpruned:
         arrays[f"bias/{spec.name}"] = case.dense[spec.offset : spec.offset + spec.numel].numpy()
     shapes = {spec.name: spec.shape for spec in case.model.weights}
     return memory.file_bytes(

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from sparselth import pruning
 from sparselth.config import FRESH, ImpConfig, Recipe, Replica
 from sparselth.data import Images
-from sparselth.models import Conv, Linear, MaxPool, Model, ReLU, get_model
+from sparselth.models import AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, ReLU, get_model
 from sparselth.nn import init_weights
 from sparselth.streams import stream
 
@@ -56,25 +56,24 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 def network(model: Model, flat: Tensor) -> nn.Sequential:
     """The model in torch.nn, with the weights of a flat buffer [P]."""
     found: list[nn.Module] = []
-    specs = zip(model.weights, model.biases, strict=True)
-    for layer, before in zip(model.layers, model.shapes, strict=False):
+    for layer, before, specs in zip(model.layers, model.shapes, model.parts, strict=False):
         match layer:
             case Conv(out, kernel, padding):
                 found.append(nn.Conv2d(before[0], out, kernel, padding=padding))
             case MaxPool(size):
                 found.append(nn.MaxPool2d(size))
+            case AvgPool():
+                found.append(nn.AvgPool2d((before[1], before[2])))
+            case BatchNorm():
+                found.append(nn.BatchNorm2d(before[0]) if len(before) > 1 else nn.BatchNorm1d(before[0]))
             case ReLU():
                 found.append(nn.ReLU())
             case Linear(out):
                 found += [nn.Flatten()] * (len(before) > 1)
                 found.append(nn.Linear(prod(before), out))
-        if isinstance(layer, Conv | Linear):
-            product = found[-1]
-            assert isinstance(product, nn.Conv2d | nn.Linear)
-            weight, bias = next(specs)
-            for parameter, spec in ((product.weight, weight), (product.bias, bias)):
-                assert parameter is not None
-                parameter.data.copy_(flat[spec.offset : spec.offset + spec.numel].view(spec.shape))
+        tensors = [t for t in found[-1].state_dict().values() if t.dim()]  # but not the count of batches
+        for tensor, spec in zip(tensors, specs, strict=True):
+            tensor.copy_(flat[spec.offset : spec.offset + spec.numel].view(spec.shape))
     return nn.Sequential(*found)
 
 

@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from math import prod
@@ -29,11 +29,24 @@ from torch import Tensor, nn
 
 from sparselth import __version__
 from sparselth.kernels import _native
+from sparselth.kernels.sparse_conv2d import Slices
 from sparselth.kernels.step_parts import Call, bind_columns, bind_rows, sequence
 from sparselth.machine import cpu_name
 from sparselth.runs import write_atomically
 from sparselth.sparse.compaction import Part, Units, compact_parts, pruned_parts
-from sparselth.sparse.formats import SPARSE, Columns, Format, Rows, Stage, columns, formats, image, plain
+from sparselth.sparse.formats import (
+    SPARSE,
+    Columns,
+    Format,
+    Rows,
+    Stage,
+    columns,
+    formats,
+    halves,
+    has_native,
+    image,
+    plain,
+)
 
 MARGIN = 1.03
 TOLERANCE = 1e-5  # relative RMS against float64
@@ -296,11 +309,13 @@ class _Trial:
 
 
 def _stages(parts: list[Part]) -> list[Stage]:
-    """The parts with each ReLU joined to the product or pool before it."""
+    """The parts, each ReLU joined to the product or pool before it, and pools of 2 x 2 to a convolution."""
     found: list[Stage] = []
     for part in parts:
         if isinstance(part.module, nn.ReLU) and found and not found[-1].relu and _takes_relu(found[-1]):
-            found[-1] = Stage(found[-1].part, True)
+            found[-1] = replace(found[-1], relu=True)
+        elif found and found[-1].pool is None and _takes_pool(found[-1], part.module):
+            found[-1] = replace(found[-1], pool=part)
         else:
             found.append(Stage(part, False))
     return found
@@ -308,6 +323,12 @@ def _stages(parts: list[Part]) -> list[Stage]:
 
 def _takes_relu(stage: Stage) -> bool:
     return stage.product or isinstance(stage.part.module, nn.MaxPool2d | nn.AvgPool2d)
+
+
+def _takes_pool(stage: Stage, pool: nn.Module) -> bool:
+    module = stage.part.module
+    takes = isinstance(module, nn.Conv2d) and has_native(module)
+    return takes and isinstance(pool, nn.MaxPool2d) and halves(pool)
 
 
 def _parts(names: list[str], model: nn.Sequential, example: Tensor) -> list[Part]:
@@ -326,6 +347,7 @@ def _try_all(stages: list[Stage], example: Tensor, cache: _Cache) -> list[_Trial
         forms = formats(stage, len(example))
         bound = {form.name: _bound(form, x) for form in forms}
         exact = copy.deepcopy(stage.part.module).double()(x.double())
+        exact = stage.pool.module(exact) if stage.pool else exact
         reference = exact.relu() if stage.relu else exact
         errors = {name: _error(result(), reference, exact) for name, (_, result) in bound.items()}
         trial = _Trial(stage, forms, {}, errors)
@@ -386,7 +408,7 @@ def _cheapest(trials: list[_Trial], allowed: list[list[Format]], cache: _Cache) 
                 if total < found.get(form.gives, (math.inf,))[0]:
                     found[form.gives] = total, [*path, form]
         best = found
-    moves = _moves(trials[-1].stage.part.after, cache)
+    moves = _moves(trials[-1].stage.after, cache)
     return min(
         (cost + moves[layout, "rows"], i, path) for i, (layout, (cost, path)) in enumerate(best.items())
     )[2]
@@ -517,7 +539,10 @@ class _Segment:
 
 
 class _Chain:
-    """Forms in columns, bound to two buffers that take turns; without forms, room for `shape`."""
+    """Forms in columns, bound to two buffers that take turns; without forms, room for `shape`.
+
+    What goes from one sparse convolution to the next has a place of its own, where it can be read as it is.
+    """
 
     def __init__(self, forms: Sequence[Columns], batch: int, shape: tuple[int, ...] = ()) -> None:
         places = [form.place for form in forms]
@@ -526,13 +551,18 @@ class _Chain:
         here, there = columns(features, batch), columns(features if places else 0, batch)
         self.x = here[: prod(before), :batch]
         calls: list[Call] = []
-        for form, place in zip(forms, places, strict=True):
-            if not form.in_place:
-                calls += form.bind(_view(here, place.before, batch), _view(there, place.after, batch))
-                here, there = there, here
+        slices: Slices | None = None  # where convolution follows convolution
+        for i, (form, place) in enumerate(zip(forms, places, strict=True)):
+            x = slices or _view(here, place.before, batch)
+            room = forms[i + 1].slices if form.slices and i + 1 < len(forms) else None
+            slices = room(batch) if room else None
+            if slices:
+                calls += form.bind(x, slices)
+            elif form.in_place:
+                calls += form.bind(x, x)
             else:
-                view = _view(here, place.before, batch)
-                calls += form.bind(view, view)
+                calls += form.bind(x, _view(there, place.after, batch))
+                here, there = there, here
         self.y = here[: prod(after), :batch]
         self.shape = batch, *after
         self.turn_in, self.turn_out = bind_columns(self.x), bind_rows(self.y)

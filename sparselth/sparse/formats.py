@@ -8,11 +8,13 @@ Layouts of the activations:
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from sparselth.kernels import _native
 from sparselth.kernels.block_linear import BLOCKS, BlockWeight, block_linear
 from sparselth.kernels.csr_packed import Packed, bind_csr_packed
-from sparselth.kernels.sparse_conv2d import Conv2dIndex, bind_sparse_conv2d
+from sparselth.kernels.sparse_conv2d import Conv2dIndex, Slices, bind_sparse_conv2d
 from sparselth.kernels.step_parts import Call, bind_bias_relu, bind_max_pool
 from sparselth.sparse.compaction import Part, Select, rebuilt
 
@@ -41,10 +43,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Stage:
-    """What is chosen at once: a layer, and the ReLU behind it."""
+    """What is chosen at once: a layer, and the ReLU and the maximum of 2 x 2 pixels behind it."""
 
     part: Part
     relu: bool
+    pool: Part | None = None
 
     @property
     def product(self) -> bool:
@@ -57,9 +60,14 @@ class Stage:
 
     @property
     def place(self) -> Place:
-        part, relu = self.part, " and ReLU" if self.relu else ""
-        key = f"{part.module}{relu} on {list(part.before)} -> {list(part.after)}, kept {self.kept}"
-        return Place(part.name, key, part.before, part.after)
+        part, after = self.part, self.after
+        more = (" and ReLU" if self.relu else "") + (" and MaxPool2d" if self.pool else "")
+        key = f"{part.module}{more} on {list(part.before)} -> {list(after)}, kept {self.kept}"
+        return Place(part.name, key, part.before, after)
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        return self.pool.after if self.pool else self.part.after
 
     @property
     def dense_bytes(self) -> int:
@@ -88,10 +96,11 @@ class Columns:
 
     name: str
     place: Place
-    bind: Callable[[Tensor, Tensor], list[Call]]
+    bind: Callable[[Any, Any], list[Call]]
     bytes: int = 0
     seconds: float = 0.0
     in_place: bool = False  # y is the memory of x
+    slices: Callable[[int], Slices | None] | None = None  # x and y may be Slices, and x those for this batch
     layout: str = "columns"
     gives: str = "columns"
 
@@ -109,10 +118,11 @@ def formats(stage: Stage, batch: int) -> list[Format]:
     if isinstance(module, nn.Conv2d):
         turned = rebuilt(module, module.weight.detach().clone(memory_format=torch.channels_last), module.bias)
         found.append(
-            Rows("channels-last", stage.place, "channels-last", _torch(turned, relu), stage.dense_bytes)
+            Rows("channels-last", stage.place, "channels-last", _torch(turned, stage), stage.dense_bytes)
         )
-        if _native.LIB is not None and _has_native(module):
-            found.append(_sparse_conv2d(stage, module))
+        if _native.LIB is not None and has_native(module):
+            with contextlib.suppress(ValueError):  # too many channels
+                found.append(_sparse_conv2d(stage, module))
     elif isinstance(module, nn.Linear):
         found += [_dense_columns(stage, module), _csr(stage, module)]
         if _native.LIB is not None:
@@ -129,7 +139,7 @@ def formats(stage: Stage, batch: int) -> list[Format]:
 
 def plain(stage: Stage) -> Rows:
     """As torch does it."""
-    return Rows("dense", stage.place, "rows", _torch(stage.part.module, stage.relu), stage.dense_bytes)
+    return Rows("dense", stage.place, "rows", _torch(stage.part.module, stage), stage.dense_bytes)
 
 
 def columns(features: int, batch: int) -> Tensor:
@@ -146,13 +156,16 @@ def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def _torch(module: nn.Module, relu: bool) -> Callable[[Tensor], Tensor]:
-    if not relu:
+def _torch(module: nn.Module, stage: Stage) -> Callable[[Tensor], Tensor]:
+    relu, pool = stage.relu, stage.pool.module if stage.pool else None
+    if not relu and pool is None:
         return module
 
     def run(x: Tensor) -> Tensor:
         y: Tensor = module(x)
-        return y.relu_()
+        if relu:
+            y.relu_()
+        return y if pool is None else pool(y)
 
     return run
 
@@ -240,23 +253,23 @@ def _padded(x: Tensor) -> Tensor:
     return x.as_strided((len(x), _whole(x.shape[1])), x.stride())
 
 
-def _has_native(module: nn.Conv2d) -> bool:
+def has_native(module: nn.Conv2d) -> bool:
     square = all(len({*pair}) == 1 for pair in (module.stride, module.padding))
     plain = module.dilation == (1, 1) and module.padding_mode == "zeros"
     return square and plain and not isinstance(module.padding, str)
 
 
 def _sparse_conv2d(stage: Stage, module: nn.Conv2d) -> Columns:
-    began, bias, relu = time.perf_counter(), module.bias, stage.relu
+    began, bias, relu, pool = time.perf_counter(), module.bias, stage.relu, stage.pool is not None
     size = stage.part.before[1], stage.part.before[2]
     index = Conv2dIndex.of(module.weight != 0, size, module.stride[0], int(module.padding[0]), backward=False)
     values = index.gather(module.weight.detach())
 
-    def bind(x: Tensor, y: Tensor) -> list[Call]:
-        return [bind_sparse_conv2d(index, values, x, bias, y, relu)]
+    def bind(x: Tensor | Slices, y: Tensor | Slices) -> list[Call]:
+        return [bind_sparse_conv2d(index, values, x, bias, y, relu, pool=pool)]
 
     bytes_ = tensor_bytes([values, bias]) + index.bytes()
-    return Columns("native", stage.place, bind, bytes_, time.perf_counter() - began)
+    return Columns("native", stage.place, bind, bytes_, time.perf_counter() - began, slices=index.slices)
 
 
 def _bind(module: nn.Module, relu: bool, x: Tensor, y: Tensor) -> list[Call]:
@@ -265,14 +278,14 @@ def _bind(module: nn.Module, relu: bool, x: Tensor, y: Tensor) -> list[Call]:
         return []
     if isinstance(module, nn.ReLU):
         return [bind_bias_relu(y)]
-    if isinstance(module, nn.MaxPool2d) and _halves(module):
+    if isinstance(module, nn.MaxPool2d) and halves(module):
         return [bind_max_pool(x, y, relu)]
     if isinstance(module, Select):
         return [partial(_select, module.index, x, y)]
     return [partial(_pool, module, relu, x, y)]
 
 
-def _halves(pool: nn.MaxPool2d) -> bool:
+def halves(pool: nn.MaxPool2d) -> bool:
     settings = pool.kernel_size, pool.stride, pool.padding, pool.dilation
     return all(v in (n, (n, n)) for v, n in zip(settings, (2, 2, 0, 1), strict=True)) and not pool.ceil_mode
 

@@ -89,7 +89,12 @@ def compare(
     terms = index.out[0] * index.out[1] * batch
     assert error(dv, exact_dv, terms) < 3e-6
     assert error(db, exact_db, terms) < 1e-5  # of which torch itself makes 3e-6
-    for out in (y, dx):
+    outs = [y, dx]
+    if min(index.halves) > 0:
+        outs.append(image((n, *index.halves, batch), ld, offset, 7.0))
+        sc.sparse_conv2d(index, values, x, b, relu, outs[-1], kernels, pool=True)
+        assert torch.equal(outs[-1].permute(3, 0, 1, 2), F.max_pool2d(y.permute(3, 0, 1, 2), 2))
+    for out in outs:
         assert (around(out) == 7).all()
 
 
@@ -137,6 +142,71 @@ def test_any_shape(data: st.DataObject) -> None:
         torch.set_num_threads(1)
 
 
+@pytest.mark.skipif(_native.LIB is None, reason=_native.WHY)
+@CASES
+@given(st.data())
+def test_images_between_convolutions_are_read_in_place(data: st.DataObject) -> None:
+    first, batch = data.draw(st.composite(case)())
+    pool = min(first.halves) > 0 and data.draw(st.booleans())
+    h, w = first.halves if pool else first.out
+    padding = data.draw(st.integers(0, 2))
+    kernel = [data.draw(st.integers(1, min(3, size + 2 * padding))) for size in (h, w)]
+    mask = torch.rand(data.draw(st.integers(1, 9)), first.shape[0], *kernel) < 0.5
+    second = sc.Conv2dIndex.of(mask, (h, w), 1, padding)
+    third = sc.Conv2dIndex.of(torch.rand(4, len(mask), 1, 1) < 0.7, second.out, 1, 1)
+    layers = [(index, torch.randn(index.kept)) for index in (first, second, third)]
+    x = torch.randn(first.shape[1], *first.size, batch)
+    rooms = second.slices(batch), third.slices(batch)
+    assert rooms[0] is not None
+    assert rooms[1] is not None
+    y = torch.full((4, *third.out, batch), 7.0)
+    torch.set_num_threads(data.draw(st.integers(1, 4)))
+    try:
+        for (index, v), here, there in zip(layers, (x, *rooms), (*rooms, y), strict=True):
+            sc.bind_sparse_conv2d(index, v, here, None, there, True, pool=pool and index is first)()
+    finally:
+        torch.set_num_threads(1)
+    for index, v in layers:
+        x = sc.sparse_conv2d(index, v, x, None, True, pool=pool and index is first)
+    assert torch.equal(x, y)
+    for room in rooms:
+        room.images.zero_()
+        assert not room.memory.any()  # nothing around the images
+
+
+def test_blocks_of_channels_are_read_in_place(kernels: str) -> None:
+    torch.manual_seed(0)
+    index = sc.Conv2dIndex.of(torch.rand(8, 64, 3, 3) < 0.3, (8, 9), 1, 1)
+    assert index.forward.blocks > 1
+    room, x, values = index.slices(20), torch.randn(64, 8, 9, 20), torch.randn(index.kept)
+    assert room is not None
+    room.images[0], room.images[1, ..., :4] = x[..., :16], x[..., 16:]
+    y = torch.empty(8, 4, 4, 20)
+    if kernels == "torch":
+        with pytest.raises(ValueError, match="slices: expected native kernels"):
+            sc.bind_sparse_conv2d(index, values, room, None, y, pool=True)
+        return
+    sc.bind_sparse_conv2d(index, values, room, None, y, pool=True)()
+    assert torch.equal(y, sc.sparse_conv2d(index, values, x, kernels=kernels, pool=True))
+
+
+def test_what_cannot_be_read_in_place_says_so() -> None:
+    mask = torch.ones(2, 320, 3, 3, dtype=torch.bool)
+    assert sc.Conv2dIndex.of(mask, (3, 17), 1, 1).slices(5) is None  # strips
+    assert sc.Conv2dIndex.of(mask[:, :2], (6, 7), 2, 1).slices(5) is None
+    index = sc.Conv2dIndex.of(mask[:, :2], (6, 7), 1, 1)
+    room, values, y = index.slices(5), torch.ones(index.kept), torch.zeros(2, 6, 7, 5)
+    assert room is not None
+    with pytest.raises(ValueError, match=r"expected what index\.slices makes"):
+        sc.bind_sparse_conv2d(index, values, sc.Slices(room.memory, 0), None, y)
+    narrow = sc.Slices(room.memory[:, 1:], 1)
+    with pytest.raises(ValueError, match=r"y or dy: expected fp32 \[1, 2, 6, 7, 16\] on a CPU"):
+        sc.bind_sparse_conv2d(index, values, torch.zeros(2, 6, 7, 5), None, narrow)
+    if _native.LIB is not None:
+        with pytest.raises(ValueError, match="slices: expected native kernels"):
+            sc.bind_sparse_conv2d(index, values, room, None, y, kernels="torch")
+
+
 @CASES
 @given(st.data())
 def test_index_knows_the_mask(data: st.DataObject) -> None:
@@ -157,8 +227,9 @@ def test_threads_do_not_change_a_bit(kernels: str) -> None:
         for threads in (1, 2, 3, 4, 7):
             torch.set_num_threads(threads)
             y = sc.sparse_conv2d(index, values, x, kernels=kernels)
+            pooled = sc.sparse_conv2d(index, values, x, kernels=kernels, pool=True)
             dx = sc.sparse_conv2d_input_grad(index, values, dy, kernels=kernels)
-            found.append((y, dx, *sc.sparse_conv2d_weight_grad(index, dy, x, kernels=kernels)))
+            found.append((y, pooled, dx, *sc.sparse_conv2d_weight_grad(index, dy, x, kernels=kernels)))
     finally:
         torch.set_num_threads(1)
     if kernels == "native":
@@ -178,6 +249,10 @@ def test_nan_spreads_through_kept_weights_alone(kernels: str, value: float) -> N
     )
     y = sc.sparse_conv2d(index, torch.ones(index.kept), x, relu=True, kernels=kernels)
     assert torch.equal(~y.isfinite(), touched > 0)
+    pooled = sc.sparse_conv2d(index, torch.ones(index.kept), x, relu=True, kernels=kernels, pool=True)
+    assert torch.equal(
+        pooled.permute(3, 0, 1, 2).nan_to_num(7e7), F.max_pool2d(y.permute(3, 0, 1, 2), 2).nan_to_num(7e7)
+    )
     dx = sc.sparse_conv2d_input_grad(index, torch.ones(index.kept), dy, kernels=kernels)
     back = F.conv_transpose2d((~dy.isfinite()).float().permute(3, 0, 1, 2), mask.float(), padding=1)
     assert torch.equal(~dx.isfinite(), back.permute(1, 2, 3, 0) > 0)
