@@ -126,8 +126,8 @@ def _bound(run: Callable[..., Tensor], *arguments: Any) -> Bound:
 
 
 def _eager(case: Case) -> Form:
-    run, w = product(case), case.weight
-    return Form(tensor_bytes([w]), lambda x: _bound(run, x.clone(), w))
+    module = _module(case)  # as it is called in a network
+    return Form(tensor_bytes([case.weight]), lambda x: _bound(module, x.clone()))
 
 
 def _compiled(case: Case) -> Form:
