@@ -105,7 +105,8 @@ class Replay:
         for chunk in torch.split(images, data.chunk, 1):
             n = chunk.shape[1]
             if n not in by_size:
-                by_size[n] = Gather(data, r, n), build(n)
+                # in the interpreter evaluations would take all the time; a CPU has the same bits at any R
+                by_size[n] = Gather(data, r, n), build(n) if weights.is_cuda else Network(model, weights, n)
             self.validation.append((chunk.flatten(), *by_size[n]))
         self.images = images.shape[1]
         self.sums = torch.zeros(2, r, dtype=torch.int64, device=device)  # losses in 2^-32; right answers

@@ -20,7 +20,7 @@ Imp = Callable[..., RunRecord]
 
 USAGE = {
     "--model lenet6": "unknown model 'lenet6': did you mean 'lenet5'?",
-    "--model vgg": "unknown model 'vgg': choose from lenet-300-100, lenet5",
+    "--model vgg": "unknown model 'vgg': did you mean 'vgg19'?",
     "--levels 0": "--levels 0: expected 1 or more",
     "--rate 1.5": "--rate 1.5: expected a number between 0 and 1",
     "--rate 0": "--rate 0: expected a number between 0 and 1",
