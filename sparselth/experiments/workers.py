@@ -320,7 +320,6 @@ def _price(
         if config.device == "cuda":
             torch.cuda.synchronize()
 
-    measured(0, 1)  # warm up
     batches, validation = dict[int, float](), dict[int, float]()
     batches[1], validation[1] = measured(0, 1)
     alone = choose(config.kernels, config.device).masked_update.takes == "native"
