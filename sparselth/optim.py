@@ -23,6 +23,7 @@ under Triton an eighth of a byte a weight.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ _ONE = torch.ones(())
 Masks = Mapping[Tensor, Tensor]
 
 
-class _Masked(torch.optim.Optimizer):
+class _Masked(torch.optim.Optimizer, ABC):
     """What masks add to an optimizer of torch; stands before it in the order of bases."""
 
     def _begin(self, masks: Masks | None, kernels: str) -> None:
@@ -206,16 +207,17 @@ class _Masked(torch.optim.Optimizer):
             self._bits[id(param)] = param.stride(), bits
         return bits
 
+    @abstractmethod
     def _prepare(self, group: dict[str, Any], params: list[Tensor], state: Sequence[list[Any]]) -> bool:
         """Whether the two steps below know the group's options; completes the state."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _torch_step(self, group: dict[str, Any], *lists: list[Tensor]) -> None:
         """Parameters, gradients and state, on a CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _triton_step(self, group: dict[str, Any], lists: list[list[Tensor]], device: torch.device) -> None:
-        raise NotImplementedError
+        """The same in one launch."""
 
 
 class MaskedSGD(_Masked, torch.optim.SGD):

@@ -121,6 +121,17 @@ def surrounded(t: Tensor, shift: int = 0) -> Tensor:
     return place.copy_(t)
 
 
+def layed(t: Tensor, layout: str) -> Tensor:
+    """A matrix in another order of memory, or off the 16-byte grid, with NaN around or between."""
+    if layout == "transposed":
+        return t.t().contiguous().t()
+    if layout == "sliced":
+        wide = t.new_full((t.shape[0], 2 * t.shape[1] + 3), NAN)
+        wide[:, 3::2] = t
+        return wide[:, 3::2]
+    return surrounded(t, shift=1 if layout == "off the grid" else 0)
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """NaN are equal to themselves here, and 0.0 and -0.0 are not."""
     if a.shape != b.shape or a.dtype != b.dtype:

@@ -21,6 +21,7 @@ from gpu.common import (
     Wrong,
     compare,
     graphed,
+    layed,
     must_repeat,
     need_memory,
     poisoned,
@@ -97,16 +98,6 @@ def guarded(packed: PackedCsr) -> PackedCsr:
         return wide[256:-256].view(t.dtype)
 
     return PackedCsr(packed.shape, packed.lanes, *map(around, packed.arrays()))
-
-
-def layed(t: Tensor, layout: str) -> Tensor:
-    if layout == "transposed":
-        return t.t().contiguous().t()
-    if layout == "sliced":
-        wide = t.new_full((t.shape[0], 2 * t.shape[1] + 3), NAN)
-        wide[:, 3::2] = t
-        return wide[:, 3::2]
-    return surrounded(t, shift=1 if layout == "off the grid" else 0)
 
 
 def check(

@@ -21,6 +21,7 @@ from gpu.common import (
     Wrong,
     compare,
     graphed,
+    layed,
     must_repeat,
     need_memory,
     poisoned,
@@ -31,7 +32,7 @@ from sparselth.kernels.slot_linear import Slots, floor, slot_linear
 from sparselth.kernels.two_four_linear import TwoFour, two_four_linear
 
 Shape = tuple[int, int, int]  # B, N, K
-LAYOUTS = ("contiguous", "features-major", "sliced", "off the grid")
+LAYOUTS = ("contiguous", "transposed", "sliced", "off the grid")
 TINY: list[Shape] = [(1, 1, 1), (17, 20, 70), (3, 130, 580)]
 SMALL: list[Shape] = TINY + [
     *[(b, 300, 784) for b in (1, 15, 16, 31, 32, 33, 64, 100, 128, 129, 300)],
@@ -94,16 +95,6 @@ def guarded(slots: Slots) -> Slots:
         return wide[256:-256].view(t.dtype).view(t.shape)
 
     return Slots(slots.shape, *map(around, slots.tensors()))
-
-
-def layed(t: Tensor, layout: str) -> Tensor:
-    if layout == "features-major":
-        return t.t().contiguous().t()
-    if layout == "sliced":
-        wide = t.new_full((t.shape[0], 2 * t.shape[1] + 3), NAN)
-        wide[:, 3::2] = t
-        return wide[:, 3::2]
-    return surrounded(t, shift=1 if layout == "off the grid" else 0)
 
 
 def check(

@@ -312,7 +312,7 @@ def test_floor() -> None:
 OPCHECK = """
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 from sparselth.kernels.block_linear import BlockWeight, _operator, block_linear
 
 torch.manual_seed(0)
@@ -321,8 +321,8 @@ w[16:32, :32] = 0
 weight, x, bias = BlockWeight.from_dense(w, block=16), torch.randn(5, 50), torch.randn(40)
 for kernels in ("auto", "reference"):
     index = weight.columns, weight.starts, weight.order, list(weight.runs)
-    opcheck(_operator, (x, weight.values, *index, 40, bias, True, kernels))
-    opcheck(_operator, (x.t().contiguous().t(), weight.values, *index, 40, None, False, kernels))
+    library.opcheck(_operator, (x, weight.values, *index, 40, bias, True, kernels))
+    library.opcheck(_operator, (x.t().contiguous().t(), weight.values, *index, 40, None, False, kernels))
 compiled = torch.compile(lambda x: block_linear(x, weight, bias), fullgraph=True, backend="aot_eager")
 assert compiled(x).equal(block_linear(x, weight, bias))
 with pytest.raises(RuntimeError, match="autograd"):

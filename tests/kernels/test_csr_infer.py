@@ -389,12 +389,13 @@ def test_wrong_operands_are_named() -> None:
 
 OPCHECK = """
 import torch
+from torch import library
 from sparselth.kernels.csr_infer import PackedCsr, csr_infer
 weight, x, bias = torch.randn(12, 30), torch.randn(30, 5), torch.randn(12)
 packed = PackedCsr.from_dense(weight, torch.rand(12, 30) < 0.3, torch.bfloat16)
 x, bias = x.bfloat16(), bias.bfloat16()
 for b in (bias, None):
-    torch.library.opcheck(torch.ops.sparselth.csr_infer, (*packed.arrays(), x, b, packed.lanes, True, "auto"))
+    library.opcheck(torch.ops.sparselth.csr_infer, (*packed.arrays(), x, b, packed.lanes, True, "auto"))
 whole = torch.compile(lambda x: csr_infer(packed, x, bias, True), fullgraph=True, backend="aot_eager")
 assert torch.equal(whole(x), csr_infer(packed, x, bias, True))
 try:

@@ -331,13 +331,14 @@ def test_floor() -> None:
 
 OPCHECK = """
 import torch
+from torch import library
 from sparselth.kernels.bitmask import pack
 from sparselth.kernels.magnitude_threshold import _op, magnitude_threshold
 weights = [torch.randn(2, 3, 13), torch.randn(2, 4, 8)]
 masks = [pack(torch.rand(w.shape) < 0.7) for w in weights]
 for k in (torch.tensor([4, 0]), torch.tensor([[3, 2], [0, 1]])):
-    torch.library.opcheck(_op, (weights, k, masks))
-    torch.library.opcheck(_op, (weights, k, []))
+    library.opcheck(_op, (weights, k, masks))
+    library.opcheck(_op, (weights, k, []))
     compiled = torch.compile(magnitude_threshold, fullgraph=True, backend="eager")
     for a, b in zip(compiled(weights, k, masks)[0], magnitude_threshold(weights, k, masks)[0]):
         assert torch.equal(a, b)

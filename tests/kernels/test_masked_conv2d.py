@@ -387,15 +387,15 @@ def test_opcheck(environment: dict[str, str]) -> None:
     environment.pop("TRITON_INTERPRET", None)
     code = """
 import torch
-from torch.library import opcheck
+from torch import library
 from sparselth.kernels import masked_conv2d as op
 x, w, bias = (torch.randn(s, requires_grad=True) for s in ((2, 3, 4, 7, 6), (2, 5, 4, 3, 3), (2, 5)))
 mask = torch.randint(0, 256, (2, 5, 5), dtype=torch.uint8) & 0xF
 rest = [3, 3, 2, 1, 1, 0, 1, 2], "auto"
-opcheck(op._forward, (x, w, mask, bias, *rest))
+library.opcheck(op._forward, (x, w, mask, bias, *rest))
 y = op._forward(x, w, mask, None, *rest).detach()
-opcheck(op._dgrad, (y, w.detach(), mask, [7, 6], *rest))
-opcheck(op._wgrad, (y, x.detach(), mask, *rest))
+library.opcheck(op._dgrad, (y, w.detach(), mask, [7, 6], *rest))
+library.opcheck(op._wgrad, (y, x.detach(), mask, *rest))
 compiled = torch.compile(op.masked_conv2d, fullgraph=True, backend="aot_eager")
 torch.testing.assert_close(compiled(x, w, mask, bias, 1, 1), op.masked_conv2d(x, w, mask, bias, 1, 1))
 try:

@@ -275,19 +275,19 @@ def test_floor() -> None:
 
 OPCHECK = """
 import torch
-from torch.library import opcheck
+from torch import library
 from sparselth.kernels.masked_linear import _ds, _dw, _dx, _forward, masked_linear
 
 torch.manual_seed(0)
 shapes = (2, 5, 12), (2, 7, 12), (2, 7), (2, 7, 12)
 x, w, bias, scores = (torch.randn(shape, requires_grad=True) for shape in shapes)
 mask, dy = torch.randint(0, 16, (2, 7, 2), dtype=torch.uint8), torch.randn(2, 5, 7)
-opcheck(_forward, (x, w, mask, bias, scores, "auto"))
-opcheck(_forward, (x.mT.contiguous().mT, w, mask, None, None, "auto"))
+library.opcheck(_forward, (x, w, mask, bias, scores, "auto"))
+library.opcheck(_forward, (x.mT.contiguous().mT, w, mask, None, None, "auto"))
 x, w = x.detach(), w.detach()
-opcheck(_dx, (dy, w, mask, "auto"))
-opcheck(_dw, (dy, x, mask, "auto"))
-opcheck(_ds, (dy, x, w, "auto"))
+library.opcheck(_dx, (dy, w, mask, "auto"))
+library.opcheck(_dw, (dy, x, mask, "auto"))
+library.opcheck(_ds, (dy, x, w, "auto"))
 try:
     masked_linear(x, w, mask, kernels="triton")
 except ValueError as e:

@@ -273,14 +273,14 @@ def test_floor() -> None:
 
 OPCHECK = """
 import torch
-from torch.library import opcheck
+from torch import library
 from sparselth.kernels.slot_linear import Slots, _operator, slot_linear
 
 torch.manual_seed(0)
 slots = Slots.from_dense(torch.randn(7, 12).half())
 x, bias = torch.randn(5, 12).half(), torch.randn(7).half()
-opcheck(_operator, (*slots.tensors(), 7, 12, x, bias, True, "auto"))
-opcheck(_operator, (*slots.tensors(), 7, 12, x.t().contiguous().t(), None, False, "auto"))
+library.opcheck(_operator, (*slots.tensors(), 7, 12, x, bias, True, "auto"))
+library.opcheck(_operator, (*slots.tensors(), 7, 12, x.t().contiguous().t(), None, False, "auto"))
 compiled = torch.compile(lambda x: slot_linear(slots, x, bias), fullgraph=True, backend="eager")
 assert torch.equal(compiled(x), slot_linear(slots, x, bias))
 try:
