@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparselth import machine
-from sparselth.measure.clock import Race, Timing, wall
+from sparselth.clock import Race, Timing, wall
 
 TABLES: list[str] = []
 

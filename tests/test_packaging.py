@@ -33,6 +33,7 @@ ORDER = [
     "train",
     "runs",
     "machine",
+    "clock",
     "break_even",
     "sparse",
     "experiments.plan",

@@ -25,7 +25,7 @@ from sparselth.kernels import _native
 from sparselth.kernels.csr_packed import Packed
 from sparselth.kernels.step_parts import Call
 
-converting = importlib.import_module("sparselth.sparse.convert")
+timing = importlib.import_module("sparselth.sparse.times")
 Timer = Callable[[Mapping[str, Call]], Any]
 
 
@@ -36,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def times(found: Mapping[str, float], steady: bool = True) -> Any:
-    result = converting.Times(found)
+    result = timing.Times(found)
     result.steady = steady
     return result
 
@@ -177,7 +177,7 @@ def test_a_constant_channel_is_kept_where_the_border_sees_it(padding: int, mode:
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("what", ["a dead layer", "one live row", "full", "all dead"])
 def test_extreme_masks(name: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converting, "seconds", prefer("native", "mixed", "columns"))
+    monkeypatch.setattr(timing, "seconds", prefer("native", "mixed", "columns"))
     torch.manual_seed(0)
     model, shape = NETWORKS[name]()
     masks = random_masks(model, 2.0 if what != "all dead" else -1.0)
@@ -207,7 +207,7 @@ def test_extreme_masks(name: str, what: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_convert_keeps_the_outputs_whatever_is_chosen(
     name: str, fast: tuple[str, ...], density: float, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converting, "seconds", prefer(*fast))
+    monkeypatch.setattr(timing, "seconds", prefer(*fast))
     torch.manual_seed(1)
     model, shape = NETWORKS[name]()
     masks = random_masks(model, density)
@@ -227,7 +227,7 @@ def test_convert_keeps_the_outputs_whatever_is_chosen(
 
 @pytest.mark.skipif(_native.LIB is None, reason="no native kernels")
 def test_a_convolution_takes_the_pool_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converting, "seconds", prefer("native", "mixed", "columns"))
+    monkeypatch.setattr(timing, "seconds", prefer("native", "mixed", "columns"))
     torch.manual_seed(0)
     model, shape = pools()
     converted = sparse.convert(model, random_masks(model, 0.5), torch.randn(20, *shape), compact=False)
@@ -264,7 +264,7 @@ def test_choice_in_the_cache_is_not_measured_again(cache: Path, monkeypatch: pyt
         asked.extend(calls)
         return times(dict.fromkeys(calls, 1e-3))
 
-    monkeypatch.setattr(converting, "seconds", timer)
+    monkeypatch.setattr(timing, "seconds", timer)
     model, shape = lenet_5()
     masks, x = random_masks(model, 0.1), torch.randn(8, *shape)
     first = sparse.convert(model, masks, x).report
@@ -289,7 +289,7 @@ def test_times_among_other_programs_are_not_kept(cache: Path, monkeypatch: pytes
         asked.extend(calls)
         return times({name: 1e-3 / len(asked) for name in calls}, steady=False)
 
-    monkeypatch.setattr(converting, "seconds", timer)
+    monkeypatch.setattr(timing, "seconds", timer)
     model, shape = lenet_300_100()
     masks, x = random_masks(model, 0.1), torch.randn(8, *shape)
     sparse.convert(model, masks, x)
@@ -309,20 +309,20 @@ def test_the_clock_is_not_fooled_by_slow_calls(monkeypatch: pytest.MonkeyPatch) 
     def disturbed() -> None:
         nonlocal calls
         calls += 1
-        sleep(0.003 if calls % 2 else 0.001)
+        sleep(0.001 if calls % 3 else 0.003)
 
-    monkeypatch.setattr(converting, "time", SimpleNamespace(perf_counter=lambda: now))
-    found = converting.seconds({"disturbed": disturbed, "slow": lambda: sleep(0.002)})
+    monkeypatch.setattr(timing.clock, "time", SimpleNamespace(perf_counter=lambda: now))
+    found = timing.seconds({"disturbed": disturbed, "slow": lambda: sleep(0.002)})
     assert found["disturbed"] < found["slow"]
     assert not found.steady
-    assert converting.seconds({"even": lambda: sleep(0.002)}).steady
+    assert timing.seconds({"even": lambda: sleep(0.002)}).steady
 
 
 def test_dense_is_taken_unless_sparse_wins_by_three_percent(monkeypatch: pytest.MonkeyPatch) -> None:
     def timer(calls: Mapping[str, Call]) -> Any:
         return times({name: 0.98 if name.split()[0] in ("native", "mixed") else 1.0 for name in calls})
 
-    monkeypatch.setattr(converting, "seconds", timer)
+    monkeypatch.setattr(timing, "seconds", timer)
     model, shape = lenet_300_100()
     converted = sparse.convert(model, random_masks(model, 0.1), torch.randn(8, *shape))
     assert {layer.chosen for layer in converted.report.layers} == {"dense"}
@@ -339,7 +339,7 @@ def test_a_wrong_candidate_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> N
         return call
 
     monkeypatch.setattr(formats, "bind_csr_packed", wrong)
-    monkeypatch.setattr(converting, "seconds", prefer("native", "mixed"))
+    monkeypatch.setattr(timing, "seconds", prefer("native", "mixed"))
     model, shape = lenet_300_100()
     masks, x = random_masks(model, 0.1), torch.randn(8, *shape)
     converted = sparse.convert(model, masks, x)
@@ -350,7 +350,7 @@ def test_a_wrong_candidate_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("block", [16, 64])
 def test_block_pruned_weights_have_a_candidate(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converting, "seconds", prefer("blocks", "mixed"))
+    monkeypatch.setattr(timing, "seconds", prefer("blocks", "mixed"))
     torch.manual_seed(2)
     model = nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 130)).eval()
     live = {"0.weight": torch.rand(13, 19) < 0.2, "2.weight": torch.rand(9, 13) < 0.2}
@@ -367,7 +367,7 @@ def test_block_pruned_weights_have_a_candidate(block: int, monkeypatch: pytest.M
 
 
 def test_nan_reaches_what_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converting, "seconds", prefer("native", "mixed", "columns"))
+    monkeypatch.setattr(timing, "seconds", prefer("native", "mixed", "columns"))
     model, shape = lenet_300_100()
     x = torch.randn(5, *shape)
     converted = sparse.convert(model, random_masks(model, 0.2), x)
@@ -376,7 +376,7 @@ def test_nan_reaches_what_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dense_weights_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converting, "seconds", prefer("CSR", "native", "mixed", "to columns", "from columns"))
+    monkeypatch.setattr(timing, "seconds", prefer("CSR", "native", "mixed", "to columns", "from columns"))
     model = nn.Sequential(nn.Linear(211, 317), nn.ReLU(), nn.Linear(317, 10)).eval()
     converted = sparse.convert(model, random_masks(model, 0.2), torch.randn(5, 211), compact=False)
     del model
@@ -413,7 +413,7 @@ def test_misuse_is_one_line() -> None:
 
 
 def test_a_converted_network_is_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converting, "seconds", prefer("native", "mixed"))
+    monkeypatch.setattr(timing, "seconds", prefer("native", "mixed"))
     model, shape = lenet_300_100()
     x = torch.randn(2, *shape)
     converted = sparse.convert(model, None, x)

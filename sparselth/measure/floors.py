@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sparselth.measure import clock
+from sparselth import clock
 
 DTYPES = {
     "fp32": torch.float32,

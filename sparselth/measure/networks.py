@@ -28,13 +28,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from sparselth import data, pruning, runs, sparse, train
 from sparselth.batches import Batches, Resident
 from sparselth.break_even import break_even
+from sparselth.clock import Race, Sample, Timing, rounds, warm_wall
 from sparselth.config import Recipe, Replica
 from sparselth.dispatch import choose
 from sparselth.errors import SparselthError, UsageError
 from sparselth.machine import cpu_name
 from sparselth.masks import pack, unpack
 from sparselth.measure import energy, memory
-from sparselth.measure.clock import Race, Sample, Timing, rounds, warm_wall
 from sparselth.measure.memory import Memory, held
 from sparselth.measure.usual import network
 from sparselth.models import Conv, Model, get_model

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparselth import sparse
+from sparselth import clock, sparse
 from sparselth.kernels import _native
 from sparselth.kernels._triton import HAS_TRITON
 from sparselth.kernels.block_linear import BlockWeight, block_linear
@@ -30,7 +30,6 @@ from sparselth.kernels.csr_linear import CsrIndex, bind_csr_linear
 from sparselth.kernels.csr_packed import Packed, bind_csr_packed
 from sparselth.kernels.slot_linear import Slots, slot_linear
 from sparselth.kernels.sparse_conv2d import Conv2dIndex, bind_sparse_conv2d
-from sparselth.measure import clock
 from sparselth.measure.layers import Layer
 from sparselth.sparse.formats import columns, image, tensor_bytes
 

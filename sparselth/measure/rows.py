@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparselth import runs
+from sparselth import clock, runs
 from sparselth.errors import UsageError
-from sparselth.measure import clock, memory
+from sparselth.measure import memory
 from sparselth.measure.floors import DTYPES, SLACK, Anchors, precision
 from sparselth.measure.layers import Layer, block_of, defaults, distinct, facts, mask_of, of_model, parse
 from sparselth.measure.rivals import Bound, Case, Form, Rival, product, rivals

@@ -9,12 +9,9 @@ by itself wins by 3 % or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-import json
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,17 +19,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from sparselth import __version__
 from sparselth.kernels import _native
 from sparselth.kernels.sparse_conv2d import Slices
 from sparselth.kernels.step_parts import Call, bind_columns, bind_rows, sequence
-from sparselth.machine import cpu_name
-from sparselth.runs import write_atomically
 from sparselth.sparse.compaction import Part, Units, compact_parts, pruned_parts
 from sparselth.sparse.formats import (
     SPARSE,
@@ -47,12 +40,10 @@ from sparselth.sparse.formats import (
     image,
     plain,
 )
+from sparselth.sparse.times import Cache
 
 MARGIN = 1.03
 TOLERANCE = 1e-5  # relative RMS against float64
-ROUNDS, SECONDS = 7, 0.1  # rounds of all, interleaved, until the time is up
-CLOSE = 1.1  # what takes so many times as long as the fastest is measured again
-SPREAD = 1.5  # times the lower quartile that an upper one may be for times to be kept
 BATCHES = 4  # sizes for which buffers are kept
 
 
@@ -156,7 +147,7 @@ def convert(
         compacted = compact_parts(original)
         parts, units = _parts(compacted.names, compacted.model, example), compacted.units
     with torch.no_grad():
-        cache = _Cache(len(example))
+        cache = Cache(len(example))
         trials = _try_all(_stages(parts), example, cache)
         plans = _plans(trials, cache) | {"original": [plain(stage) for stage in _stages(original)]}
         networks = {name: _network(plan) for name, plan in plans.items()}
@@ -225,82 +216,6 @@ def explain(converted: Converted) -> str:
     return "\n".join(lines)
 
 
-class Times(dict[str, float]):
-    """Seconds by name; not `steady` where they varied so much that other programs must have been at work."""
-
-    steady = True
-
-
-def seconds(calls: Mapping[str, Call]) -> Times:
-    """The lower quartile of the seconds of each, all in turn: other programs only ever make a call slower.
-
-    The fastest and what comes close to it are measured again, for longer.
-    """
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    rivals, found = list(calls), Times()
-    for limit in (SECONDS, 2 * SECONDS):
-        began, rounds = time.perf_counter(), 0
-        while rounds < ROUNDS or time.perf_counter() - began < limit:
-            for name in rivals:
-                start = time.perf_counter()
-                calls[name]()
-                taken[name].append(time.perf_counter() - start)
-            rounds += 1
-        found.update((name, _quarter(taken[name], 1)) for name in rivals)
-        best = min(found.values(), default=0.0)
-        rivals = [name for name in found if found[name] <= CLOSE * best]
-        if len(rivals) < 2:
-            break
-    found.steady = all(_quarter(taken[name], 3) <= SPREAD * found[name] for name in rivals)
-    return found
-
-
-def _quarter(t: list[float], which: int) -> float:
-    return sorted(t)[which * (len(t) - 1) // 4]
-
-
-class _Cache:
-    """Times that were measured on this machine before, in the user's cache folder."""
-
-    def __init__(self, batch: int) -> None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        self.batch, self.file, self.new = batch, folder / "sparselth" / "convert.json", False
-        self.known: dict[str, dict[str, float]] = {}
-        self.unsure: dict[str, dict[str, float]] = {}  # not for the file: measured among other programs
-        with contextlib.suppress(OSError, ValueError):
-            self.known = json.loads(self.file.read_text())
-        if not isinstance(self.known, dict):
-            self.known = {}
-        level = _native.LEVEL or "no native kernels"
-        self.suffix = (
-            f", batch {batch}, {torch.get_num_threads()} threads, {cpu_name()}, {level}, "
-            f"torch {torch.__version__}, sparselth {__version__}"
-        )
-
-    def times(self, key: str, calls: Mapping[str, Call]) -> dict[str, float]:
-        """Seconds of each call; what is unknown is measured."""
-        key += self.suffix
-        known = self.unsure.get(key) or self.known.get(key)
-        if not isinstance(known, dict) or not all(isinstance(known.get(name), float) for name in calls):
-            known = seconds(calls)
-            if known.steady:
-                self.known[key], self.new = known, True
-            else:
-                again = seconds(calls)
-                known = self.unsure[key] = {name: min(known[name], again[name]) for name in calls}
-        return {name: known[name] for name in calls}
-
-    def save(self) -> None:
-        if self.new:
-            with contextlib.suppress(OSError):  # without a cache the next conversion measures again
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(
-                    self.file, (json.dumps(self.known, indent=1, sort_keys=True) + "\n").encode()
-                )
-
-
 @dataclass(frozen=True)
 class _Trial:
     """All ways to compute one stage, with their times and errors."""
@@ -346,7 +261,7 @@ def _parts(names: list[str], model: nn.Sequential, example: Tensor) -> list[Part
     return found
 
 
-def _try_all(stages: list[Stage], example: Tensor, cache: _Cache) -> list[_Trial]:
+def _try_all(stages: list[Stage], example: Tensor, cache: Cache) -> list[_Trial]:
     """Check and time every form of every stage on the activations that the example makes."""
     trials, x = [], example
     for stage in stages:
@@ -391,7 +306,7 @@ def _error(y: Tensor, reference: Tensor, scale: Tensor) -> float:
     return float(off / size) if size > 0 else float(off)
 
 
-def _plans(trials: list[_Trial], cache: _Cache) -> dict[str, list[Format]]:
+def _plans(trials: list[_Trial], cache: Cache) -> dict[str, list[Format]]:
     """The cheapest path of dense forms, of all, and of ours wherever we have one."""
     every = [trial.right() for trial in trials]
     dense: list[list[Format]] = [
@@ -402,7 +317,7 @@ def _plans(trials: list[_Trial], cache: _Cache) -> dict[str, list[Format]]:
     return {name: _cheapest(trials, forms, cache) for name, forms in allowed.items()}
 
 
-def _cheapest(trials: list[_Trial], allowed: list[list[Format]], cache: _Cache) -> list[Format]:
+def _cheapest(trials: list[_Trial], allowed: list[list[Format]], cache: Cache) -> list[Format]:
     best: dict[str, tuple[float, list[Format]]] = {"rows": (0.0, [])}
     for trial, forms in zip(trials, allowed, strict=True):
         moves = _moves(trial.stage.part.before, cache)
@@ -420,7 +335,7 @@ def _cheapest(trials: list[_Trial], allowed: list[list[Format]], cache: _Cache) 
     )[2]
 
 
-def _moves(shape: tuple[int, ...], cache: _Cache) -> dict[tuple[str, str], float]:
+def _moves(shape: tuple[int, ...], cache: Cache) -> dict[tuple[str, str], float]:
     """Seconds from one layout to another for activations of this shape."""
     x = torch.zeros(cache.batch, *shape)
     chain = _Chain([], len(x), shape)
@@ -442,7 +357,7 @@ def _race(
     plans: dict[str, list[Format]],
     networks: dict[str, Callable[[Tensor], Tensor]],
     example: Tensor,
-    cache: _Cache,
+    cache: Cache,
 ) -> dict[str, float]:
     """Seconds of whole networks; what is one and the same is timed once."""
     labels: dict[str, str] = {}

@@ -1,8 +1,10 @@
 """Races: every rival in every round, so that whatever disturbs the machine disturbs all of them alike.
 
-A sample is one function that does some work and gives its seconds per call:
+The order of each round is drawn anew, since who follows whom decides what lies in the caches. A sample is
+one function that does some work and gives its seconds per call:
 
-wall   on a CPU, several calls in a row on the same memory: caches are warm where they are large enough
+wall   on a CPU, several calls in a row on the same memory, one more before them that is not timed: caches
+       are warm where they are large enough
 cold   on CUDA, one call behind a write of four times the second-level cache; from a CUDA graph where the
        call can be captured, so that the time is the device's, else launched from Python
 warm   on CUDA, several calls in a row, from a graph where that can be
@@ -10,9 +12,10 @@ warm   on CUDA, several calls in a row, from a graph where that can be
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +27,7 @@ ROUNDS, SECONDS = 7, 0.12  # of a race: at least so many rounds, and go on for s
 FEWEST, SHARE = 5, 0.4  # a slow rival leaves with so many samples once they took so many seconds
 MOST = 200  # rounds
 SAMPLE = 2e-4  # seconds that the calls of one sample should last at least
+LONG = 0.02  # seconds of a call that no earlier one makes faster
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,20 @@ class Race:
         self.rivals, self.share = dict(rivals), share
         self.seconds: dict[str, list[float]] = {name: [] for name in rivals}
         self.spent = dict.fromkeys(rivals, 0.0)
+        self.order, self.draw = list(rivals), random.Random(0)
 
     def round(self) -> None:
         """One sample of each; not of those that are slow and have enough, where there is a share of time."""
-        for name, sample in self.rivals.items():
+        self.draw.shuffle(self.order)
+        for name in self.order:
             if self.share is None or len(self.seconds[name]) < FEWEST or self.spent[name] < self.share:
                 began = time.perf_counter()
-                self.seconds[name].append(sample())
+                self.seconds[name].append(self.rivals[name]())
                 self.spent[name] += time.perf_counter() - began
+
+    def only(self, names: Sequence[str]) -> Race:
+        """Another race of some of the rivals."""
+        return Race({name: self.rivals[name] for name in names}, self.share)
 
     def timings(self, skip: int = 0) -> dict[str, Timing]:
         """Medians and quartiles, without the first `skip` rounds."""
@@ -75,10 +85,12 @@ def rounds(race: Race, least: int = ROUNDS, seconds: float = SECONDS) -> None:
         race.round()
 
 
-def wall(call: Call, calls: int = 1) -> Sample:
-    """`calls` calls in a row by the processor's clock."""
+def wall(call: Call, calls: int = 1, before: Call | None = None) -> Sample:
+    """`calls` calls in a row by the processor's clock, behind `before`."""
 
     def sample() -> float:
+        if before:
+            before()
         began = time.perf_counter()
         for _ in range(calls):
             call()
@@ -88,9 +100,10 @@ def wall(call: Call, calls: int = 1) -> Sample:
 
 
 def warm_wall(call: Call) -> Sample:
-    """`wall` with as many calls as a sample needs; the call has run before."""
+    """`wall` with as many calls as a sample needs, behind an untimed one; the call has run before."""
     taken = min(wall(call)() for _ in range(2))
-    return wall(call, min(max(round(SAMPLE / max(taken, 1e-7)), 1), 1000))
+    calls = min(max(round(SAMPLE / max(taken, 1e-7)), 1), 1000)
+    return wall(call, calls, call if taken < LONG else None)
 
 
 def cold(call: Call, scratch: torch.Tensor) -> Sample:

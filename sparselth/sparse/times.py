@@ -1,0 +1,90 @@
+"""Seconds of candidates: raced against each other, and kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from sparselth import __version__, clock
+from sparselth.kernels import _native
+from sparselth.kernels.step_parts import Call
+from sparselth.machine import cpu_name
+from sparselth.runs import write_atomically
+
+# Rounds and seconds of a race at least, and how many times the fastest's time what goes on may take
+HEATS = (3, 0.03, 2.0), (7, 0.07, 1.1), (7, 0.2, 1.0)
+SPREAD = 1.5  # times the lower quartile that an upper one may be for times to be kept
+WAY = 2  # of measuring; times of another way are not used
+
+
+class Times(dict[str, float]):
+    """Seconds by name; not `steady` where they varied so much that other programs must have been at work."""
+
+    steady = True
+
+
+def seconds(calls: Mapping[str, Call]) -> Times:
+    """The lower quartile of the seconds of each, all in turn: other programs only ever make a call slower.
+
+    Who is far behind leaves early; the fastest and what comes close to it go on for longest.
+    """
+    for call in calls.values():
+        call()
+    race = clock.Race({name: clock.warm_wall(call) for name, call in calls.items()}, share=None)
+    found = Times()
+    for rounds, limit, near in HEATS:
+        clock.rounds(race, rounds, limit)
+        timings = race.timings()
+        found.update((name, timing.low) for name, timing in timings.items())
+        best = min(found.values(), default=0.0)
+        final = [name for name in timings if found[name] <= near * best]
+        if len(final) < 2:
+            break
+        race = race.only(final)
+    found.steady = all(timings[name].high <= SPREAD * found[name] for name in final)
+    return found
+
+
+class Cache:
+    """Times that were measured on this machine before, for batches of one size."""
+
+    def __init__(self, batch: int) -> None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        self.batch, self.file, self.new = batch, folder / "sparselth" / "convert.json", False
+        self.known: dict[str, dict[str, float]] = {}
+        self.unsure: dict[str, dict[str, float]] = {}  # not for the file: measured among other programs
+        with contextlib.suppress(OSError, ValueError):
+            self.known = json.loads(self.file.read_text())
+        if not isinstance(self.known, dict):
+            self.known = {}
+        level = _native.LEVEL or "no native kernels"
+        self.suffix = (
+            f", batch {batch}, {torch.get_num_threads()} threads, {cpu_name()}, {level}, "
+            f"torch {torch.__version__}, sparselth {__version__}, way {WAY}"
+        )
+
+    def times(self, key: str, calls: Mapping[str, Call]) -> dict[str, float]:
+        """Seconds of each call; what is unknown is measured."""
+        key += self.suffix
+        known = self.unsure.get(key) or self.known.get(key)
+        if not isinstance(known, dict) or not all(isinstance(known.get(name), float) for name in calls):
+            known = seconds(calls)
+            if known.steady:
+                self.known[key], self.new = known, True
+            else:
+                again = seconds(calls)
+                known = self.unsure[key] = {name: min(known[name], again[name]) for name in calls}
+        return {name: known[name] for name in calls}
+
+    def save(self) -> None:
+        if self.new:
+            with contextlib.suppress(OSError):  # without a cache the next conversion measures again
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(
+                    self.file, (json.dumps(self.known, indent=1, sort_keys=True) + "\n").encode()
+                )
