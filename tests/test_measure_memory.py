@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparselth import sparse
 from sparselth.measure import energy, memory
-from sparselth.measure.memory import Memory, held, peak
+from sparselth.measure.memory import Memory, held, peak, peaks
 from sparselth.runs import save_arrays
 
 
@@ -72,6 +72,14 @@ def test_peak_is_the_highest_sum_of_what_is_alive(capfd: pytest.CaptureFixture[s
     assert peak(together) == 6000
     assert peak(lambda: None) == 0
     assert capfd.readouterr() == ("", "")
+
+
+def test_peaks_of_several_calls_are_theirs_alone() -> None:
+    kept: list[torch.Tensor] = []
+    found = peaks({"kept": lambda: kept.append(torch.empty(500)), "given": lambda: torch.empty(250)})
+    assert found == {"kept": 2000, "given": 1000}
+    kept.clear()
+    assert peaks({"freed": lambda: torch.empty(10).add_(1), "none": lambda: None})["none"] == 0
 
 
 def test_peak_counts_the_scratch_of_an_operator() -> None:

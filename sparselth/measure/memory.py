@@ -20,15 +20,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import FunctionType, ModuleType
 
 import torch
 from safetensors.numpy import save
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from sparselth.runs import Arrays
+
+SPAN = "sparselth peak"
 
 
 @dataclass(frozen=True)
@@ -118,26 +121,43 @@ def tensors(*objects: object) -> Iterator[Tensor]:
 
 def peak(call: Callable[[], object], device: str = "cpu") -> int:
     """Bytes of torch's allocator that `call` adds at its highest, and may keep."""
+    return peaks({"": call}, device)[""]
+
+
+def peaks(calls: Mapping[str, Callable[[], object]], device: str = "cpu") -> dict[str, int]:
+    """`peak` of several calls; on a CPU the profiler starts once for all of them."""
     if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return {name: _cuda_peak(call) for name, call in calls.items()}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "trace.json")
         with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            result = call()
+            for i, call in enumerate(calls.values()):
+                with record_function(f"{SPAN} {i}"):
+                    call()
         with _silent():
             profiler.export_chrome_trace(str(file))
-        del result
         events = json.loads(file.read_text())["traceEvents"]
-    now = highest = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        now += event["args"]["Bytes"]
-        highest = max(highest, now)
-    return highest
+    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
+    spans = {e["name"]: (e["ts"], e["ts"] + e["dur"]) for e in events if "dur" in e}
+    found = {}
+    for i, name in enumerate(calls):
+        began, ended = spans[f"{SPAN} {i}"]
+        own = (change for at, change in sorted(changes, key=_at) if began <= at <= ended)
+        found[name] = max(accumulate(own, initial=0))
+    return found
+
+
+def _cuda_peak(call: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _at(change: tuple[float, int]) -> float:
+    return change[0]
 
 
 def file_bytes(arrays: Arrays, header: Mapping[str, object]) -> int:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ class Bench:
                 entry = self._entry(rival, case, right)
                 if entry is not None:
                     entries.append(entry)
+            self._peaks(entries, case)
             timed = {e.rival.name: e.bound[0] for e in entries if e.bound and not e.fault}
             cold, warm = self._race(timed)
             self._floors(entries, case, mask, cold)
@@ -120,15 +122,22 @@ class Bench:
             bound = form.bind(case.x)
             y = bound[1]()
             error, fault = right.check(y, rival)
-            del y
-            added = memory.peak(lambda: form.bind(case.x)[0](), self.device)
         except (RuntimeError, ValueError, ImportError) as problem:
             text = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
             if rival.kind == "ours":
-                return _Entry(rival, None, None, 0.0, None, 0, f"{type(problem).__name__}: {text}")
+                return _Entry(rival, None, None, 0.0, None, f"{type(problem).__name__}: {text}")
             self.notes.setdefault(f"{rival.name} ({case.dtype})", text)
             return None
-        return _Entry(rival, form, bound, conversion, error, form.bytes + added, fault)
+        return _Entry(rival, form, bound, conversion, error, fault)
+
+    def _peaks(self, entries: list[_Entry], case: Case) -> None:
+        """Bytes of each: its weights, and what a call adds with room for its activations."""
+        forms = {e.rival.name: e.form for e in entries if e.form}
+        calls = {name: partial(_once, form, case.x) for name, form in forms.items()}
+        added = memory.peaks(calls, self.device)
+        for entry in entries:
+            if entry.form:
+                entry.peak = entry.form.bytes + added[entry.rival.name]
 
     def _wanted(self, rival: Rival, cell: Cell) -> bool:
         if cell.only:
@@ -250,6 +259,10 @@ class Bench:
 Timings = dict[str, clock.Timing]
 
 
+def _once(form: Form, x: Tensor) -> None:
+    form.bind(x)[0]()
+
+
 @dataclass
 class _Entry:
     rival: Rival
@@ -257,8 +270,8 @@ class _Entry:
     bound: Bound | None
     conversion: float
     error: float | None
-    peak: int
     fault: str | None
+    peak: int = 0
     floor: float = 0.0
     bytes: int = 0
     flops: int = 0
