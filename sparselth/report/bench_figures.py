@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from sparselth.report.bench_tables import Row, buffer, crossing, percent, swept
 from sparselth.report.figures import STYLE, WIDTH, _save
@@ -87,8 +87,10 @@ def _roofline(rows: Sequence[Row], device: Mapping[str, Any]) -> Figure | None:
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_locator(NullLocator())
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        axis.set_minor_locator(NullLocator())
     axes.set_xlabel("FLOPs a byte, each number moved once")
     axes.set_ylabel("GFLOP/s on kept weights")
     plain = FuncFormatter(lambda v, _: f"{v:,g}")
