@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,16 +63,20 @@ class Race:
                 self.seconds[name].append(self.rivals[name]())
                 self.spent[name] += time.perf_counter() - began
 
-    def only(self, names: Sequence[str]) -> Race:
-        """Another race of some of the rivals."""
-        return Race({name: self.rivals[name] for name in names}, self.share)
+    def only(self, names: Collection[str], more: float = 0.0) -> Race:
+        """The same race between some of the rivals, with `more` seconds for slow ones."""
+        share = None if self.share is None else self.share + more
+        some = Race({name: self.rivals[name] for name in self.rivals if name in names}, share)
+        some.seconds, some.spent = self.seconds, self.spent
+        return some
 
     def timings(self, skip: int = 0) -> dict[str, Timing]:
         """Medians and quartiles, without the first `skip` rounds."""
         found = {}
-        for name, values in self.seconds.items():
-            low, median, high = statistics.quantiles(values[skip:], n=4)
-            found[name] = Timing(median, low, high, len(values) - skip)
+        for name in self.rivals:
+            values = self.seconds[name][skip:]
+            low, median, high = statistics.quantiles(values, n=4)
+            found[name] = Timing(median, low, high, len(values))
         return found
 
 
