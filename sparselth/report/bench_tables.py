@@ -215,9 +215,12 @@ def _error(value: float | None) -> str:
 def _cells(rows: Sequence[Row]) -> dict[tuple[str, int, str, str, float], list[Row]]:
     found: dict[tuple[str, int, str, str, float], list[Row]] = {}
     for row in rows:
-        key = row["shape"], row["batch"], row["dtype"], row["mask"], row["sparsity"]
-        found.setdefault(key, []).append(row)
+        found.setdefault(_cell(row), []).append(row)
     return found
+
+
+def _cell(row: Row) -> tuple[str, int, str, str, float]:
+    return row["shape"], row["batch"], row["dtype"], row["mask"], row["sparsity"]
 
 
 def _heading(row: Row) -> str:
@@ -347,18 +350,39 @@ def _auto(rows: Sequence[Row]) -> list[str]:
     own = [row for row in rows if row["kind"] == "auto" and row["speedup"]]
     if not own:
         return []
-    slow = sorted((row for row in own if row["speedup"] < EVEN[0]), key=lambda row: float(row["speedup"]))
     lowest = min(own, key=lambda row: float(row["speedup"]))
-    if not slow:
+    below = [row for row in own if row["speedup"] < EVEN[0]]
+    if not below:
         return [
             f"auto is never below 0.97x of dense; its least is {_ratio(lowest['speedup'])} ({_name(lowest)})."
         ]
-    named = ", ".join(
-        f"{_ratio(row['speedup'])} on {row['shape']} at batch {row['batch']:,} ({row['takes']})"
-        for row in slow[:6]
-    )
-    more = f", and {len(slow) - 6} more" if len(slow) > 6 else ""
-    return [f"FLAGGED: auto is below 0.97x of dense in {len(slow)} of {len(own)} cases: {named}{more}."]
+    cells = _cells(rows)
+    unclear = [row for row in below if row["speedup"] + _doubt(row, cells[_cell(row)]) >= EVEN[0]]
+    slow = sorted((row for row in below if row not in unclear), key=lambda row: float(row["speedup"]))
+    said = []
+    if slow:
+        named = ", ".join(
+            f"{_ratio(row['speedup'])} on {row['shape']} at batch {row['batch']:,} ({row['takes']})"
+            for row in slow[:6]
+        )
+        more = f", and {len(slow) - 6} more" if len(slow) > 6 else ""
+        said.append(
+            f"FLAGGED: auto is below 0.97x of dense in {len(slow)} of {len(own)} cases: {named}{more}."
+        )
+    if unclear:
+        least = min(unclear, key=lambda row: float(row["speedup"]))
+        said.append(
+            f"auto is below 0.97x in {len(unclear)} of {len(own)} cases by no more than the spread of the "
+            f"times explains; the least is {_ratio(least['speedup'])} ({_name(least)})."
+        )
+    return said
+
+
+def _doubt(row: Row, cell: list[Row]) -> float:
+    """Twice the standard error of a ratio of two medians, from their quartiles."""
+    bar = next(other for other in cell if other["implementation"] == row["dense_best"])
+    parts = [(one["iqr_s"] / one["median_s"]) ** 2 / one["samples"] for one in (row, bar)]
+    return 2 * 0.93 * float(row["speedup"]) * math.sqrt(sum(parts))
 
 
 def _name(row: Row) -> str:
