@@ -4,7 +4,8 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-NATIVE_TESTS := native csr_linear csr_packed sparse_conv2d step_parts masked_update
+KERNELS_HALF := tests/kernels tests/test_nn.py tests/test_replay.py
+NATIVE_TESTS := native csr_linear csr_packed sparse_conv2d sparse_conv2d_rows step_parts masked_update
 
 .PHONY: imp test check bench science properties sanitize clean
 .DEFAULT_GOAL := help
@@ -23,13 +24,13 @@ imp: $(STAMP)
 	@echo "== sparselth imp --model lenet5 (stop with Ctrl-C; the next 'make imp' goes on)"
 	@$(BIN)/sparselth imp --model lenet5 --resume
 
-# The kernels' tests beside all others, each in a process of its own: two cores, half the time.
+# Half of the tests beside the other half, each in a process of its own: two cores, half the time.
 test: $(STAMP)
-	@echo "== pytest, two at a time: everything but the kernels, then what the kernels' tests said"
+	@echo "== pytest, two halves at a time: here is one, what the kernels' half said comes after it"
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
-	$(BIN)/python -m pytest -q -m "not science" tests/kernels -o cache_dir=.pytest_cache/kernels >"$$log" 2>&1 & \
+	$(BIN)/python -m pytest -q -m "not science" $(KERNELS_HALF) -o cache_dir=.pytest_cache/kernels >"$$log" 2>&1 & \
 	kernels=$$!; \
-	$(BIN)/python -m pytest -q -m "not science" tests --ignore tests/kernels; others=$$?; \
+	$(BIN)/python -m pytest -q -m "not science" tests $(KERNELS_HALF:%=--ignore %); others=$$?; \
 	wait $$kernels; code=$$?; cat "$$log"; exit $$((others | code))
 
 check: $(STAMP)

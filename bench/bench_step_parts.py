@@ -7,6 +7,7 @@ read and written; it lies in the caches here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -19,12 +20,14 @@ from sparselth.kernels.bitmask import pack
 from sparselth.kernels.masked_update import bind_masked_adam, bind_masked_sgd
 from sparselth.kernels.step_parts import (
     bind_bias_relu,
+    bind_columns,
     bind_cross_entropy,
     bind_cross_entropy_grad,
     bind_gather,
     bind_max_pool,
     bind_max_pool_backward,
     bind_relu_backward,
+    bind_rows,
     floor,
     sequence,
 )
@@ -145,6 +148,32 @@ def test_step_parts(large: bool, interleaved: Callable[..., Any], show: Callable
         ours, theirs = (t[f"{name}, {kernels}"].low for kernels in ("native", "torch"))
         rows.append(
             f"  {name:<54}{1e6 * ours:9.2f} {1e6 * theirs:9.2f} {theirs / ours:6.1f}x   "
+            f"{size / 1e3:8.1f} kB, {size / ours / 1e9:4.1f} GB/s"
+        )
+    show("\n".join([*rows, "  first quartiles"]))
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["to columns", "back"])
+def test_changes_of_layout(back: bool, interleaved: Callable[..., Any], show: Callable[[str], None]) -> None:
+    """Beside torch's own and a copy of as many bytes, into memory that is there already."""
+    rivals: dict[str, tuple[Callable[[], object], int]] = {}
+    sizes = [(60, 784), (8, 4096), (64, 4096), (256, 4096), (64, 65_536)]
+    for b, k in sizes:
+        lines, columns = torch.randn(b, k), torch.randn(k, b)
+        turn, other = bind_rows(columns) if back else bind_columns(columns), torch.empty(b, k)
+        calls = max(1, (1 << 20) // (b * k))
+        rivals[f"{b} {k} ours"] = partial(turn, lines), calls
+        to, source = (lines, columns) if back else (columns, lines)
+        rivals[f"{b} {k} torch"] = partial(to.copy_, source.t()), calls
+        rivals[f"{b} {k} copy"] = partial(other.copy_, lines), calls
+    t = interleaved(rivals, rounds=20)
+    title = f"[B, K] {'from' if back else 'to'} [K, B], {_native.WHY}"
+    rows = [f"{title:<58}us ours     torch      copy   floor"]
+    for b, k in sizes:
+        ours, theirs, copied = (t[f"{b} {k} {name}"].low for name in ("ours", "torch", "copy"))
+        size = floor("transpose", b * k)["bytes"]
+        rows.append(
+            f"  {f'{b} x {k}':<54}{1e6 * ours:9.2f} {1e6 * theirs:9.2f} {1e6 * copied:9.2f}   "
             f"{size / 1e3:8.1f} kB, {size / ours / 1e9:4.1f} GB/s"
         )
     show("\n".join([*rows, "  first quartiles"]))

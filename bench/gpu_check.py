@@ -5,8 +5,8 @@
 Checks every kernel against float64 (random shapes, odd sizes, NaN, offsets beyond 2^31), then times those
 that passed, cold and warm, eager and as CUDA graphs, beside torch's dense rivals and the floor that the
 measured copy bandwidth and matrix rate leave. Ends with a short table and writes everything as JSON.
-Needs torch, Triton and numpy. Exit codes: 0 all ran and passed, 1 nothing to run on, 3 a check failed or
-something did not run to its end. A missed speed target is printed but fails nothing.
+Needs torch, Triton and numpy; convert safetensors, too. Exit codes: 0 all ran and passed, 1 nothing to run
+on, 3 a check failed or something did not run to its end. A missed speed target is printed but fails nothing.
 
     --quick         fewer shapes, one benchmark an op, no huge tensors: two minutes instead of eight
     --only NAME     this op alone, may be repeated
@@ -57,6 +57,8 @@ OPS = {  # the order of benchmarks, should time run out
     "csr_infer": Op(("bf16", "fp16", "ieee"), {"bf16": 24}, ("bf16", "ieee")),
     "slot_linear": Op(("bf16", "fp16"), {"bf16": 24}, ("bf16", "fp16")),
     "block_linear": Op(FLOATS, {"bf16": 14}, ("bf16", "ieee")),
+    "block_conv2d": Op(FLOATS, {"bf16": 16}, ("bf16", "ieee")),
+    "convert": Op(FLOATS, {}, ("bf16", "ieee")),
 }
 
 
@@ -87,6 +89,8 @@ TARGETS = [  # on an H200
     # 8192 square, bf16, batch 4096, 90 % pruned in blocks of 64
     Target("block_linear", "times the best dense", least=5.0),
     Target("block_linear", "times torch's tuned BSR", least=1.2),
+    # 256 channels, 3 x 3 on 14 x 14, bf16, batch 256, 90 % pruned in blocks of 64
+    Target("block_conv2d", "times the best dense", least=3.0),
 ]
 
 WIDTH = os.cpu_count() or 1  # processes that check (and compile) at a time; benchmarks run alone

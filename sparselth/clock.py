@@ -152,17 +152,18 @@ def _graphed(call: Call, calls: int) -> Call:
         for _ in range(calls):
             call()
 
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
+    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         call()
         call()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             plain()
     except RuntimeError:
         torch.cuda.synchronize()
+        torch.cuda.set_stream(current)  # a capture that breaks leaves its own
         return plain
     return graph.replay

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,32 @@ def imp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunRec
         words = ["imp", "--model", "lenet-300-100", "--dataset", "mnist5k", "--quiet", "--out", out]
         assert run([*words, "--steps", str(steps), *flags]) == 0
         return read(Path(out))
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def made_before() -> dict[tuple[str, ...], Path]:
+    return {}
+
+
+@pytest.fixture
+def finished(
+    imp: Callable[..., RunRecord],
+    made_before: dict[tuple[str, ...], Path],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., RunRecord]:
+    """`finished("--levels", "2")`: the run of `imp`, to read or damage; computed once for all tests."""
+
+    def call(*flags: str) -> RunRecord:
+        if flags not in made_before:
+            record = imp(*flags)
+            made_before[flags] = tmp_path_factory.mktemp("finished") / "run"
+            shutil.copytree(record.path, made_before[flags])
+            return record
+        shutil.copytree(made_before[flags], tmp_path / "run")
+        return read(Path("run"))
 
     return call
 

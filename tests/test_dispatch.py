@@ -13,7 +13,7 @@ from sparselth import dispatch, pruning
 from sparselth.batches import Resident
 from sparselth.config import Recipe, Replica
 from sparselth.errors import UsageError
-from sparselth.models import get_model
+from sparselth.models import MODELS, Conv, Linear, MaxPool, Model, ReLU, get_model
 from sparselth.nn import init_weights
 from sparselth.runs import RunRecord
 from sparselth.streams import stream
@@ -50,8 +50,20 @@ def test_triton_trains_what_the_reference_trains(name: str, recipe: Recipe, digi
     assert ours.best_loss == pytest.approx(reference.best_loss, rel=1e-5)
 
 
-def test_imp_through_triton_gives_the_numbers_of_the_reference(imp: Callable[..., RunRecord]) -> None:
-    flags = "--model lenet5 --levels 1 --seeds 0 --arms ticket --batch-size 1 --workers 1"
+SMALL = Model(
+    "small-convs",
+    (1, 28, 28),
+    (Conv(3, 5), MaxPool(2), ReLU(), Conv(4, 5), MaxPool(2), ReLU(), Linear(12), ReLU(), Linear(10)),
+    {"short": ADAM},
+    "",
+)
+
+
+def test_imp_through_triton_gives_the_numbers_of_the_reference(
+    imp: Callable[..., RunRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS, SMALL.name, SMALL)
+    flags = f"--model {SMALL.name} --levels 1 --seeds 0 --arms ticket --batch-size 1 --workers 1"
     ours, reference = (
         imp(*flags.split(" "), "--kernels", kernels, out=kernels, steps=1)
         for kernels in ("triton", "reference")

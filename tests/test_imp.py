@@ -204,9 +204,9 @@ def test_a_cell_does_not_depend_on_who_else_is_run(imp: Imp) -> None:
 
 
 def test_a_finished_run_is_not_computed_again(
-    imp: Imp, run_contents: Callable[[Path], dict[str, bytes]]
+    imp: Imp, finished: Imp, run_contents: Callable[[Path], dict[str, bytes]]
 ) -> None:
-    record = imp("--levels", "1", "--seeds", "0")
+    record = finished("--levels", "1", "--seeds", "0")
     times = {file: file.stat().st_mtime_ns for file in (record.path / "cells").iterdir()}
     before = run_contents(record.path)
     imp("--levels", "1", "--seeds", "0")
@@ -215,9 +215,9 @@ def test_a_finished_run_is_not_computed_again(
 
 
 def test_one_missing_cell_is_all_that_is_computed(
-    imp: Imp, run_contents: Callable[[Path], dict[str, bytes]]
+    imp: Imp, finished: Imp, run_contents: Callable[[Path], dict[str, bytes]]
 ) -> None:
-    record = imp("--levels", "1", "--seeds", "0")
+    record = finished("--levels", "1", "--seeds", "0")
     before = run_contents(record.path)
     times = {file.name: file.stat().st_mtime_ns for file in (record.path / "cells").iterdir()}
     (record.path / "cells" / "seed0-reinit-01.safetensors").unlink()
@@ -228,9 +228,9 @@ def test_one_missing_cell_is_all_that_is_computed(
 
 
 def test_torn_lines_and_left_overs_are_dropped(
-    imp: Imp, run_contents: Callable[[Path], dict[str, bytes]]
+    imp: Imp, finished: Imp, run_contents: Callable[[Path], dict[str, bytes]]
 ) -> None:
-    record = imp("--levels", "1", "--seeds", "0", "--arms", "ticket")
+    record = finished("--levels", "1", "--seeds", "0", "--arms", "ticket")
     before = run_contents(record.path)
     with (record.path / "cells.jsonl").open("rb+") as file:
         file.truncate(len(before["cells.jsonl"]) - 7)
@@ -268,14 +268,17 @@ def test_figures_are_drawn(small: RunRecord) -> None:
 
 
 def test_workers_can_be_spawned(
-    imp: Imp, run_contents: Callable[[Path], dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+    imp: Imp,
+    finished: Imp,
+    run_contents: Callable[[Path], dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # as on CUDA, which does not outlive a fork
-    flags = ("--levels", "1", "--arms", "ticket", "--seeds", "0")
-    forked = imp(*flags, out="forked")
+    flags = ("--levels", "1", "--seeds", "0", "--arms", "ticket")
+    forked = finished(*flags)
     context = multiprocessing.get_context("spawn")
     monkeypatch.setattr("sparselth.experiments.workers.multiprocessing.get_context", lambda _: context)
-    spawned = imp(*flags, out="spawned")
+    spawned = imp(*flags, "--workers", "1", out="spawned")
     assert run_contents(forked.path) == run_contents(spawned.path)
 
 

@@ -127,6 +127,28 @@ def test_masks_have_exact_counts(sparsity: float) -> None:
     wide = F.pad(mask, (0, 20)).view(8, 32, 10, 32).float().sum((1, 3))
     assert int((wide > 0).sum()) == max(1, round((1 - sparsity) * 80))
     assert set(wide.flatten().tolist()) <= {0.0, 1024.0, 384.0}  # whole blocks, cut at the edge
+    layer = parse("40x70x3x5@8x8p1")
+    mask, block = mask_of(layer, "block", sparsity, torch.Generator())
+    assert block == block_of(layer) == 16
+    wide = F.pad(mask.permute(2, 3, 0, 1), (0, 10, 0, 8)).view(15, 3, 16, 5, 16).float().sum((2, 4))
+    assert int((wide > 0).sum()) == max(1, round((1 - sparsity) * 225))  # of channels, each at one tap
+    assert set(wide.flatten().tolist()) <= {0.0, 256.0, 128.0, 96.0, 48.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "block"),
+    [
+        ("512x512x3x3@4x4", 64),
+        ("128x128x3x3@16x16", 32),
+        ("64x64x3x3@32x32", 16),
+        ("512x256x1x1@8x8/2", 32),
+        ("64x3x3x3@32x32", None),
+        ("512x512", 64),
+        ("512x511", 32),
+    ],
+)
+def test_blocks_of_a_layer(text: str, block: int | None) -> None:
+    assert block_of(parse(text)) == block
 
 
 def test_facts_of_a_mask() -> None:
@@ -139,11 +161,20 @@ def test_facts_of_a_mask() -> None:
         "tiles_16": pytest.approx(2 / 6),
         "tiles_64": 1.0,
     }
+    mask = torch.zeros(16, 32, 2, 2, dtype=torch.bool)
+    mask[:, 16:, 1, 0] = True
+    assert facts(mask)["tiles_16"] == pytest.approx(1 / 8)
 
 
 @pytest.mark.parametrize(
     ("text", "batch", "kind"),
-    [("64x48", 1, "random"), ("64x48", 5, "random"), ("128x160", 3, "block"), ("8x4x3x3@6x6/2", 2, "random")],
+    [
+        ("64x48", 1, "random"),
+        ("64x48", 5, "random"),
+        ("128x160", 3, "block"),
+        ("8x4x3x3@6x6/2", 2, "random"),
+        ("48x56x3x3@6x5/2", 2, "block"),
+    ],
 )
 def test_every_implementation_is_right(text: str, batch: int, kind: str) -> None:
     found = bench().measure(Cell(parse(text), batch, "fp32", kind, 0.75))

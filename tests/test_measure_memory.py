@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from sparselth import sparse
 from sparselth.measure import energy, memory
@@ -54,6 +55,11 @@ def test_held_finds_all_that_a_converted_network_is_made_of(compact: bool) -> No
     masks = {n: torch.rand_like(p) < 0.2 for n, p in model.named_parameters() if p.dim() > 1}
     converted = sparse.convert(model.eval(), masks, torch.zeros(4, 1, 8, 8), compact=compact)
     assert sum(held(converted.plan)) == sparse.weight_bytes(converted)
+
+
+def test_tensors_made_of_others_are_their_parts() -> None:
+    both = TwoTensor(torch.zeros(10), torch.zeros(10))
+    assert held([both, both.a]) == (80, 0)
 
 
 def test_peak_is_the_highest_sum_of_what_is_alive(capfd: pytest.CaptureFixture[str]) -> None:

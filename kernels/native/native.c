@@ -8,6 +8,7 @@
     X(csr_packed) \
     X(sparse_conv2d) \
     X(sparse_conv2d_weight_grad) \
+    X(sparse_conv2d_rows) \
     X(masked_update) \
     X(gather) \
     X(bias_relu) \
@@ -26,6 +27,7 @@
 #include "csr_linear.inc"
 #include "csr_packed.inc"
 #include "sparse_conv2d.inc"
+#include "sparse_conv2d_rows.inc"
 #include "step_parts.inc"
 #include "masked_update.inc"
 #undef VEC
@@ -47,6 +49,7 @@
 #include "csr_linear.inc"
 #include "csr_packed.inc"
 #include "sparse_conv2d.inc"
+#include "sparse_conv2d_rows.inc"
 #include "step_parts.inc"
 #include "masked_update.inc"
 #undef VEC
@@ -75,6 +78,7 @@
 #include "csr_linear.inc"
 #include "csr_packed.inc"
 #include "sparse_conv2d.inc"
+#include "sparse_conv2d_rows.inc"
 #include "step_parts.inc"
 #include "masked_update.inc"
 #undef VEC

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DTYPES, MASKS = ("fp32", "tf32", "bf16", "fp16"), ("random", "block", "magnitude")
 NETWORK_BATCHES = (1, 8, 64, 256)
 SECONDS, QUICK = 200.0, 45.0  # for the default table; 4 minutes with imports, figures and a last slow row
-FEW = 40  # rows up to which every implementation is printed
+FEW = 60  # rows up to which every implementation is printed
 
 
 @click.command()
@@ -113,6 +113,8 @@ def bench(
             parse(shape)
     say = _nothing if quiet else _progress
     chosen = _device(device, dtypes)
+    if train:
+        chosen = "cpu"
     import torch
 
     from sparselth.report import bench_tables
@@ -124,7 +126,7 @@ def bench(
     _writable(out, csv_file)
     facts, more = _facts(chosen), {}
     if model or train or (run and "magnitude" not in kinds):
-        result = _network(run, level, seed, model, train, sparsities[0], batches, data_dir, say)
+        result = _network(run, level, seed, model, train, sparsities[0], batches, data_dir, chosen, say)
         rows, text, failed = result.rows, result.text, result.failed
     else:
         from sparselth.measure import rows as measure
@@ -156,16 +158,17 @@ def _network(
     sparsity: float,
     batches: tuple[int, ...],
     data_dir: Path | None,
+    device: str,
     say: Callable[[str], None],
 ) -> Result:
     from sparselth.measure import networks
 
     if run is not None:
-        return networks.bench_run(run, level, seed, batches or NETWORK_BATCHES, data_dir, say)
+        return networks.bench_run(run, level, seed, batches or NETWORK_BATCHES, data_dir, say, device)
     name = model or "lenet-300-100"
     if train:
         return networks.bench_training(name, sparsity, (batches or (60,))[0], say)
-    return networks.bench_model(name, sparsity, batches or NETWORK_BATCHES, say)
+    return networks.bench_model(name, sparsity, batches or NETWORK_BATCHES, say, device)
 
 
 def _sparsities(words: Sequence[str]) -> tuple[float, ...]:

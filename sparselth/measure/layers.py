@@ -168,27 +168,35 @@ def distinct(found: Iterable[Layer]) -> list[Layer]:
 
 
 def mask_of(layer: Layer, kind: str, sparsity: float, draw: torch.Generator) -> tuple[Tensor, int | None]:
-    """A random mask of the weight with exact counts, and the side of the blocks that it was drawn in."""
-    n, k = layer.matrix
+    """A random mask of the weight with exact counts, and the side of the blocks that it was drawn in.
+
+    A block of a convolution has its channels at one tap: neighbours in channels-last images.
+    """
+    n, c, *kernel = layer.shape
+    taps = prod(kernel)
     if kind == "random":
-        return _random(n * k, sparsity, draw).view(layer.shape), None
+        return _random(n * c * taps, sparsity, draw).view(layer.shape), None
     block = block_of(layer)
     assert block is not None
-    down, across = -(-n // block), -(-k // block)
-    blocks = _random(down * across, sparsity, draw).view(down, across)
-    mask = blocks.repeat_interleave(block, 0).repeat_interleave(block, 1)[:n, :k]
-    return mask.reshape(layer.shape).contiguous(), block
+    down, across = -(-n // block), -(-c // block)
+    blocks = _random(down * taps * across, sparsity, draw).view(down, taps, across)
+    mask = blocks.repeat_interleave(block, 0).repeat_interleave(block, 2)[:n, :, :c]
+    return mask.movedim(1, 2).reshape(layer.shape).contiguous(), block
 
 
 def block_of(layer: Layer) -> int | None:
     """The largest block of which a weight has 64 or more; None: it is too small for blocks."""
-    n, k = layer.matrix
-    return next((b for b in BLOCKS if n >= b and k >= b and (n // b) * (k // b) >= 64), None)
+    n, c, *kernel = layer.shape
+    taps = prod(kernel)
+    return next((b for b in BLOCKS if n >= b and c >= b and (n // b) * (c // b) * taps >= 64), None)
 
 
 def facts(mask: Tensor) -> dict[str, float]:
-    """What a kernel could use of a mask: density, dead rows and columns, and tiles that hold a weight."""
-    rows = mask.flatten(1)
+    """What a kernel could use of a mask: density, dead rows and columns, and tiles that hold a weight.
+
+    Tiles of a convolution's matrix [N, (tap, channel)].
+    """
+    rows = mask.movedim(1, -1).flatten(1)
     inputs = mask.transpose(0, 1).flatten(1)
     return {
         "density": float(mask.float().mean()),

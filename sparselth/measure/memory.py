@@ -107,7 +107,9 @@ def tensors(*objects: object) -> Iterator[Tensor]:
             continue
         seen[id(thing)] = thing
         if isinstance(thing, Tensor):
-            if thing.layout == torch.sparse_csr:
+            if hasattr(thing, "__tensor_flatten__"):  # holds others, as torch's semi-structured ones
+                stack += [getattr(thing, name) for name in thing.__tensor_flatten__()[0]]
+            elif thing.layout == torch.sparse_csr:
                 stack += [thing.crow_indices(), thing.col_indices(), thing.values()]
             else:
                 yield thing

@@ -1,10 +1,13 @@
 """Whole networks from end to end: dense at its best beside the pruned one, in time, memory and answers.
 
 `bench_run` takes the ticket of a finished run and its test images, `bench_model` a model with a random
-mask, `bench_training` one step of training. Every time stands beside an error against float64 found in the
-same run, and a row whose check fails is marked, is nobody's best and sets `failed`. All rivals see the same
-images and take turns under one clock, with torch's number of threads. The dense rivals may have the images
-in the order of memory they like best, for nothing; the pruned network gets them as they come.
+mask, both on a CPU or on CUDA; `bench_training` takes one step of training, on a CPU. All in fp32; on CUDA
+without TF32, and timed in CUDA graphs where a rival can be captured.
+
+Every time stands beside an error against float64 found in the same run, and a row whose check fails is
+marked, is nobody's best and sets `failed`. All rivals see the same images and take turns under one clock,
+with torch's number of threads. The dense rivals may have the images in the order of memory they like best,
+for nothing; the pruned network gets them as they come.
 """
 
 from __future__ import annotations
@@ -28,13 +31,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from sparselth import data, pruning, runs, sparse, train
 from sparselth.batches import Batches, Resident
 from sparselth.break_even import break_even
-from sparselth.clock import Race, Sample, Timing, rounds, warm_wall
+from sparselth.clock import Race, Sample, Timing, rounds, warm, warm_wall
 from sparselth.config import Recipe, Replica
 from sparselth.dispatch import choose
 from sparselth.errors import SparselthError, UsageError
 from sparselth.machine import cpu_name
 from sparselth.masks import pack, unpack
 from sparselth.measure import energy, memory
+from sparselth.measure.floors import precision
 from sparselth.measure.memory import Memory, held
 from sparselth.measure.usual import network
 from sparselth.models import Conv, Model, get_model
@@ -45,6 +49,7 @@ from sparselth.vendor import VendorNetwork
 Say = Callable[[str], None]
 Call = Callable[[], object]
 TOLERANCE = 1e-5  # largest error of a logit, relative to the largest logit
+TOLERANCE_CUDA = 1e-4  # cuDNN may convolve by transforms that lose some digits
 GRADIENT, GRADIENT_CONV = 1e-5, 1e-2  # norm of the error; in a pool a near-tie falls either way
 CHECKED = 256  # images of a batch that are also computed in float64
 EVEN = 0.97, 1.03  # between them nobody wins
@@ -83,6 +88,7 @@ def bench_run(
     batches: Sequence[int],
     data_dir: Path | None,
     say: Say,
+    device: str = "cpu",
 ) -> Result:
     """The ticket of a level of a run beside the run's dense network, on the test images of its data set.
 
@@ -106,9 +112,11 @@ def bench_run(
         f"{config.model}, seed {who.seed}, ticket of level {who.level} of {path}: "
         f"{_percent(case)} of the weights, on {len(x):,} test images of {images.spec.title}"
     )
-    inference = _inference(case, x, batches, (dense_file, file), say)
-    say("memory of a training step")
-    pairs = inference.memory | _memory_of_training(case, config.recipe, resident)
+    inference = _inference(case, x, batches, (dense_file, file), say, device)
+    pairs = inference.memory
+    if device == "cpu":
+        say("memory of a training step")
+        pairs |= _memory_of_training(case, config.recipe, resident)
     right = inference.pruned_logits.argmax(1) == labels
     accuracy = float(right.double().mean())
     with torch.no_grad():
@@ -131,21 +139,21 @@ def bench_run(
             "test_accuracy": accuracy,
             "dense_test_accuracy": before,
         }
-    text = _text(title, _table(inference.rows), memory.table(pairs), sentences)
+    text = _text(title, _table(inference.rows), memory.table(pairs), sentences, device)
     return Result(inference.rows, text, inference.failed or not as_recorded)
 
 
-def bench_model(name: str, sparsity: float, batches: Sequence[int], say: Say) -> Result:
+def bench_model(name: str, sparsity: float, batches: Sequence[int], say: Say, device: str = "cpu") -> Result:
     """A model with fresh weights, of which every layer keeps the same share, chosen at random, on noise."""
     _check_batches(batches)
     case = _random_case(get_model(name), sparsity)
     images = torch.randn(max(*batches, CHECKED), *case.model.input, generator=stream(0, "bench", 0, "images"))
     files = _stored(case, dense=True), _stored(case, dense=False)
-    inference = _inference(case, images, batches, files, say)
+    inference = _inference(case, images, batches, files, say, device)
     title = (
         f"{name}, random mask, {100 * (1 - case.sparsity):.3g} % of every layer's weights, on random images"
     )
-    text = _text(title, _table(inference.rows), memory.table(inference.memory), inference.sentences)
+    text = _text(title, _table(inference.rows), memory.table(inference.memory), inference.sentences, device)
     return Result(inference.rows, text, inference.failed)
 
 
@@ -173,7 +181,7 @@ def bench_training(name: str, sparsity: float, batch: int, say: Say) -> Result:
         exact = reference[label == "sparselth"]
         errors[label] = float((step.gradient() - exact).norm() / exact.norm())
         footprints[label] = step.memory()
-    times = _race({label: step.run for label, step in steps.items()})
+    times = _race({label: step.run for label, step in steps.items()}, "cpu")
     dead = steps["sparselth"].dead_are_zero()
 
     wrong = {label for label, error in errors.items() if not error <= limit}
@@ -202,6 +210,8 @@ def bench_training(name: str, sparsity: float, batch: int, say: Say) -> Result:
     sentences += _failures(rows)
     title = f"{name}, one step of training with Adam, random mask, {_percent(case)} of every layer's weights"
     pair = {f"training, batch {batch}": (footprints["torch"], footprints["sparselth"])}
+    if torch.cuda.is_available():
+        sentences.append("There is a GPU here, but steps of training are measured on the CPU.")
     text = _text(title, _table(rows), memory.table(pair), sentences)
     return Result(rows, text, bool(wrong))
 
@@ -231,18 +241,21 @@ class _Inference:
     rows: list[dict[str, Any]]
     sentences: list[str]
     memory: dict[str, tuple[Memory, Memory]]
-    pruned_logits: Tensor  # of the last batch size, on all images
+    pruned_logits: Tensor  # of the last batch size, on all images, on the CPU
     failed: bool
 
 
 @torch.no_grad()
+@precision("fp32")
 def _inference(
-    case: Case, images: Tensor, batches: Sequence[int], files: tuple[int, int], say: Say
+    case: Case, images: Tensor, batches: Sequence[int], files: tuple[int, int], say: Say, device: str
 ) -> _Inference:
-    dense, pruned = sequential(case.model, case.dense), sequential(case.model, case.pruned)
+    dense, pruned = (sequential(case.model, flat).to(device) for flat in (case.dense, case.pruned))
+    images, most = images.to(device), TOLERANCE if device == "cpu" else TOLERANCE_CUDA
+    wait = torch.cuda.synchronize if device == "cuda" else _nothing
     dense_bytes = sum(held([*dense.parameters()]))
     expected = _logits(pruned, images, 500)
-    meter = energy.meter("cpu")
+    meter = energy.meter(device)
     found = _Inference([], [], {}, expected, False)
     notes = [meter.why]
     for batch in batches:
@@ -255,7 +268,7 @@ def _inference(
             raise SparselthError(f"{case.model.name} cannot be converted: {error}") from None
         conversion = time.perf_counter() - began
         footprints: dict[str, Memory | None] = {
-            "sparselth": memory.running(converted.plan, partial(converted, x), file=files[1])
+            "sparselth": memory.running(converted.plan, partial(converted, x), device, files[1])
         }
         say(f"{case.model.name}, batch {batch}: dense at its best")
         calls, why_not = _dense_rivals(dense, x)
@@ -265,14 +278,15 @@ def _inference(
             errors[label] = _error(call(), dense, x)
             footprints[label] = None  # not torch's allocator
             if label != "onnxruntime":
-                footprints[label] = memory.running([*dense.parameters()], call, file=files[0])
+                footprints[label] = memory.running([*dense.parameters()], call, device, files[0])
         calls["sparselth"] = partial(converted, x)
         errors["sparselth"] = _error(converted(x), pruned, x)
         say(f"{case.model.name}, batch {batch}: timing")
-        times = _race(calls)
-        wrong = {label for label, error in errors.items() if not error <= TOLERANCE}
-        found.pruned_logits = logits = _logits(converted, images, batch)
-        differing, ties = _differing(logits, expected)
+        times = _race(calls, device)
+        wrong = {label for label, error in errors.items() if not error <= most}
+        logits = _logits(converted, images, batch)
+        found.pruned_logits = logits.cpu()
+        differing, ties = _differing(logits, expected, most)
         if differing > ties:
             wrong.add("sparselth")
         best = _best(times, wrong | {"sparselth"})
@@ -286,7 +300,9 @@ def _inference(
                 "peak_bytes": footprint.peak if footprint else None,
                 "file_bytes": files[label == "sparselth"],
                 "max_rel_error": errors[label] if math.isfinite(errors[label]) else None,
-                "joules": energy.per_call(meter, calls[label]) if label in (best, "sparselth") else None,
+                "joules": energy.per_call(meter, calls[label], wait)
+                if label in (best, "sparselth")
+                else None,
                 "check": "failed" if label in wrong else "passed",
             }
             if label == "sparselth":
@@ -312,7 +328,8 @@ def _dense_rivals(net: nn.Sequential, x: Tensor) -> tuple[dict[str, Call], list[
     if any(isinstance(module, nn.Conv2d) for module in net):
         turned = copy.deepcopy(net).to(memory_format=torch.channels_last)
         calls["dense channels-last"] = partial(turned, x.contiguous(memory_format=torch.channels_last))
-    for label, make in (("dense compiled", _compiled), ("onnxruntime", _onnx)):
+    others = {"dense compiled": _compiled} | ({} if x.is_cuda else {"onnxruntime": _onnx})
+    for label, make in others.items():
         try:
             calls[label] = make(net, x)
         except Exception as error:  # whatever stands between a user and a compiler, or a package
@@ -374,11 +391,11 @@ def _error(y: object, net: nn.Sequential, x: Tensor) -> float:
     return float((y[:CHECKED].double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
 
 
-def _differing(logits: Tensor, expected: Tensor) -> tuple[int, int]:
+def _differing(logits: Tensor, expected: Tensor, most: float = TOLERANCE) -> tuple[int, int]:
     """Images whose predicted class differs, and those of them whose two classes tie within rounding."""
     ours, theirs = logits.argmax(1, keepdim=True), expected.argmax(1, keepdim=True)
     gap = expected.gather(1, theirs) - expected.gather(1, ours)
-    tie = (gap <= TOLERANCE * expected.abs().amax(1, keepdim=True)) & logits.isfinite().all(1, keepdim=True)
+    tie = (gap <= most * expected.abs().amax(1, keepdim=True)) & logits.isfinite().all(1, keepdim=True)
     return int((ours != theirs).sum()), int(((ours != theirs) & tie).sum())
 
 
@@ -692,18 +709,16 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _text(title: str, table: str, footprints: str, sentences: Sequence[str]) -> str:
-    where = f"{cpu_name()}, threads {torch.get_num_threads()}, torch {torch.__version__}, fp32"
+def _text(title: str, table: str, footprints: str, sentences: Sequence[str], device: str = "cpu") -> str:
+    where = f"{cpu_name()}, threads {torch.get_num_threads()}"
+    if device == "cuda":
+        where = torch.cuda.get_device_name()
+    where += f", torch {torch.__version__}, fp32"
     legend = (
         "speed-up: against dense at its best. peak: weights, indices and activations; for a step gradients "
         "and moments too. error: against float64, of the logits relative to the largest, of a step that of "
         "the gradient's norm. make: conversion, and measuring what this machine had not measured before."
     )
-    if torch.cuda.is_available():
-        sentences = [
-            *sentences,
-            "There is a GPU here, but whole networks are converted for CPUs only so far.",
-        ]
     said = "\n".join(textwrap.fill(line, 100, subsequent_indent="  ") for line in sentences)
     return "\n".join([title, where, "", table, textwrap.fill(legend, 100), "", footprints, "", said])
 
@@ -717,8 +732,9 @@ def _percent(case: Case) -> str:
     return f"{100 * (1 - case.sparsity):.3g} %"
 
 
-def _race(calls: Mapping[str, Call]) -> dict[str, Timing]:
-    race = Race({label: _rested(call) for label, call in calls.items()})
+def _race(calls: Mapping[str, Call], device: str) -> dict[str, Timing]:
+    sample = warm if device == "cuda" else _rested
+    race = Race({label: sample(call) for label, call in calls.items()})
     rounds(race)
     return race.timings()
 
@@ -733,6 +749,10 @@ def _rested(call: Call) -> Sample:
         return sample()
 
     return rested
+
+
+def _nothing() -> None:
+    pass
 
 
 def _ms(seconds: float) -> str:

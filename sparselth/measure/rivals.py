@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from sparselth import clock, sparse
 from sparselth.kernels import _native
 from sparselth.kernels._triton import HAS_TRITON
+from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d
 from sparselth.kernels.block_linear import BlockWeight, block_linear
 from sparselth.kernels.csr_infer import PackedCsr, csr_infer
 from sparselth.kernels.csr_linear import CsrIndex, bind_csr_linear
 from sparselth.kernels.csr_packed import Packed, bind_csr_packed
 from sparselth.kernels.slot_linear import Slots, slot_linear
 from sparselth.kernels.sparse_conv2d import Conv2dIndex, bind_sparse_conv2d
+from sparselth.kernels.sparse_conv2d_rows import PackedConv2d, sparse_conv2d_rows_call
 from sparselth.measure.layers import Layer
 from sparselth.sparse.formats import columns, image, tensor_bytes
 
@@ -94,7 +96,9 @@ def rivals() -> list[Rival]:
         Rival("csr_infer", "ours", _has_csr_infer, _csr_infer),
         Rival("slot_linear", "ours", _has_slots, _slot_linear),
         Rival("block_linear", "ours", lambda c: c.linear and c.block is not None, _block_linear),
+        Rival("block_conv2d", "ours", lambda c: not c.linear and c.block is not None, _block_conv2d),
         Rival("sparse_conv2d", "ours", _has_sparse_conv2d, _sparse_conv2d),
+        Rival("sparse_conv2d_rows", "ours", _has_sparse_conv2d, _sparse_conv2d_rows, rows=True),
         Rival("compaction", "ours", lambda c: c.dead_inputs >= DEAD and _converts(c), _compaction),
         Rival("auto", "auto", _converts, _auto, rows=True),
     ]
@@ -310,6 +314,16 @@ def _block_linear(case: Case) -> Form:
     return Form(weight.bytes(), lambda x: _bound(block_linear, x.clone(), weight))
 
 
+def _block_conv2d(case: Case) -> Form:
+    assert case.block
+    weight, layer = BlockFilters.from_dense(case.weight, block=case.block), case.layer
+    where = weight, None, layer.stride, layer.padding
+    return Form(
+        weight.bytes(),
+        lambda x: _bound(block_conv2d, x.clone(memory_format=torch.channels_last), *where),
+    )
+
+
 def _has_sparse_conv2d(case: Case) -> bool:
     return not case.linear and case.native and case.layer.shape[2] == case.layer.shape[3]
 
@@ -337,6 +351,13 @@ def _sparse_conv2d(case: Case) -> Form:
     return Form(tensor_bytes([values]) + index.bytes(), bind)
 
 
+def _sparse_conv2d_rows(case: Case) -> Form:
+    layer = case.layer
+    assert layer.size
+    packed = PackedConv2d.of(case.weight, layer.size, layer.stride, layer.padding, len(case.x))
+    return Form(packed.bytes(), lambda x: _bound(sparse_conv2d_rows_call(packed), x.clone()))
+
+
 def _module(case: Case) -> nn.Sequential:
     layer = case.layer
     module: nn.Module
@@ -350,7 +371,7 @@ def _module(case: Case) -> nn.Sequential:
 
 
 def _converts(case: Case) -> bool:
-    return case.device == "cpu" and case.dtype == "fp32"
+    return case.device == "cuda" or case.dtype == "fp32"
 
 
 def _compaction(case: Case) -> Form:

@@ -38,6 +38,7 @@ ORDER = 64, 1, 256, 8, 1024, 4096  # batches of the default table
 SWEEP = Layer((2048, 2048), origin="square")  # where the break-even sparsity is sought
 SWEEP_BATCHES, SWEEP_SPARSITIES = (64, 1, 8, 256), (0.5, 0.7, 0.8, 0.95)
 SWEPT = "dense eager", "dense columns", "CSR", "csr_linear", "csr_packed", "slot_linear"
+BLOCKED = "128x128x3x3@16x16", "512x512x3x3@4x4"  # convolutions of it that are pruned in blocks, too
 LARGEST_CPU = 1.5e10  # FLOPs of one dense call in the default table on a CPU
 CELL, CALLS = 0.3, 60  # seconds that a cell takes about, and dense calls
 COMPILING = 0.12  # share of the time for torch.compile
@@ -432,9 +433,10 @@ def default_cells(device: str, sparsities: Sequence[float], layers: Sequence[Lay
     squares = [layer for layer in layers if layer.origin == "square"]
     small = [layer for layer in squares if device == "cuda" or layer.shape[0] <= SWEEP.shape[0]]
     others = cells(squares if device == "cuda" else small[:1], (64, 1), dtypes, ("random",), sparsities)
-    blocks = cells(small, (64, 1), ("fp32",), ("block",), sparsities)
+    filters = [layer for layer in layers if layer.text in BLOCKED]
+    blocks = cells([*small, *filters], (64, 1), ("fp32",), ("block",), sparsities)
     if device == "cuda":
-        blocks += cells(squares, (4096, 64, 1), ("bf16",), ("block",), sparsities)
+        blocks += cells([*squares, *filters], (4096, 64, 1), ("bf16",), ("block",), sparsities)
     sweep = [
         Cell(SWEEP, batch, "fp32", "random", s, only=() if s in sparsities else SWEPT)
         for batch in SWEEP_BATCHES

@@ -15,12 +15,12 @@ EVEN = 0.97, 1.03  # speed-ups between them are no win and no loss
 BUSY = 0.5  # of a machine's cores at work for others, above which times are said to be of little use
 SHORT = {"dense eager": "eager", "dense columns": "columns", "dense compiled": "compiled"}
 HEAD = (
-    f"{'batch':>5}{'dense':>9} {'its best':<8} {'sparse, best':<13}{'time':>8}{'IQR':>6}{'speed-up':>9}"
-    f"{'floor':>6}{'bytes':>6}{'peak':>8}{'error':>6}{'made in':>8}{'pays':>7}{'auto':>7}"
+    f"{'batch':>5}{'dense':>8} {'its best':<8} {'sparse, best':<18}{'time':>8}{'IQR':>5}{'speed-up':>9}"
+    f"{'floor':>6}{'bytes':>6}{'peak':>8}{'error':>6}{'made in':>8}{'pays':>7}{'auto':>6}"
 )
 HEAD_ALL = (
-    f"{'batch':>5} {'implementation':<15}{'time':>9}{'IQR':>8}{'speed-up':>9}{'floor':>7}{'bytes':>8}"
-    f"{'weights':>9}{'peak':>9}{'error':>8}{'made in':>9}{'pays after':>13}"
+    f"{'batch':>5} {'implementation':<19}{'time':>9}{'IQR':>6}{'speed-up':>9}{'floor':>7}{'bytes':>8}"
+    f"{'weights':>9}{'peak':>9}{'error':>8}{'made in':>9}{'pays after':>11}"
 )
 LEGEND = """\
 dense: the fastest dense of eager, compiled, channels-last (convolutions) and columns (features-major).
@@ -239,22 +239,22 @@ def _line(cell: list[Row]) -> str:
         key=lambda row: float(row["median_s"]),
         default=None,
     )
-    text = f"{cell[0]['batch']:>5}{seconds(dense['median_s'] if dense else None):>9}"
+    text = f"{cell[0]['batch']:>5}{seconds(dense['median_s'] if dense else None):>8}"
     text += f" {SHORT.get(dense['implementation'], 'ch.-last') if dense else '–':<8} "
     best = sparse_best(cell)
     if best is None:
-        text += f"{'–':<84}"
+        text += f"{'–':<81}"
     else:
         pays = f"{best['pays_after']:,}" if best["pays_after"] else "never"
         text += (
-            f"{best['implementation']:<13}{seconds(best['median_s']):>8}"
-            f"{_share(best['iqr_s'] / best['median_s']):>6}{_ratio(best['speedup']):>9}"
+            f"{best['implementation']:<18}{seconds(best['median_s']):>8}"
+            f"{_share(best['iqr_s'] / best['median_s']):>5}{_ratio(best['speedup']):>9}"
             f"{_share(best['floor_fraction']):>6}"
             f"{_share(best['weight_bytes'] / best['dense_weight_bytes']):>6}{size(best['peak_bytes']):>8}"
             f"{_error(best['max_rel_error']):>6}{seconds(best['conversion_s']):>8}{pays:>7}"
         )
     auto = next((row for row in cell if row["kind"] == "auto"), None)
-    return text + f"{_ratio(auto['speedup'] if auto else None):>7}"
+    return text + f"{_ratio(auto['speedup'] if auto else None):>6}"
 
 
 def _every(cell: list[Row]) -> list[str]:
@@ -269,10 +269,10 @@ def _every(cell: list[Row]) -> list[str]:
         iqr = None if row["median_s"] is None else row["iqr_s"] / row["median_s"]
         share = None if row["weight_bytes"] is None else row["weight_bytes"] / row["dense_weight_bytes"]
         lines.append(
-            f"{'' if lines else row['batch']:>5} {name:<15}{seconds(row['median_s']):>9}"
-            f"{_share(iqr):>8}{_ratio(row['speedup']):>9}{_share(row['floor_fraction']):>7}"
+            f"{'' if lines else row['batch']:>5} {name:<19}{seconds(row['median_s']):>9}"
+            f"{_share(iqr):>6}{_ratio(row['speedup']):>9}{_share(row['floor_fraction']):>7}"
             f"{_share(share):>8}{size(row['weight_bytes']):>9}{size(row['peak_bytes']):>9}"
-            f"{_error(row['max_rel_error']):>8}{seconds(row['conversion_s']):>9}{pays:>13}".rstrip()
+            f"{_error(row['max_rel_error']):>8}{seconds(row['conversion_s']):>9}{pays:>11}".rstrip()
         )
     return lines
 

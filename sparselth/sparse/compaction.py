@@ -4,7 +4,7 @@ A unit is a neuron of a Linear, a filter of a Conv2d, or an input. One that nobo
 with no inputs is a constant relu(bias), which the next layer's bias takes over; a convolution with zero
 padding sees an edge around a constant and can take over zeros only, so there other constants stay.
 
-Exact up to the rounding of fp32. What was cut is no longer multiplied: NaN or infinity in it, which a dense
+Exact up to rounding. What was cut is no longer multiplied: NaN or infinity in it, which a dense
 product spreads by 0 * NaN, is then not seen.
 """
 
@@ -23,6 +23,7 @@ KINDS = (
     *(nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten),
     *(nn.Dropout, nn.Dropout2d, nn.Identity),
 )
+DTYPES = torch.float32, torch.bfloat16, torch.float16
 SELECT = 0.75  # share of live inputs up to which picking them out pays for the copy
 
 
@@ -77,18 +78,20 @@ def pruned_parts(model: nn.Sequential, masks: Mapping[str, Tensor] | None, examp
 
     masks: parameter name ("0.weight") -> bool of its shape, True = kept; zeros in the weights are pruned
     with or without. example [B, ...] tells the shapes. What does nothing at inference is left out.
-    ValueError: training mode, another device or dtype than the CPU's fp32, a layer that is not in KINDS, a
-    mask that fits no weight, an example that does not fit.
+    ValueError: training mode, another device than a CPU or CUDA, another dtype than fp32, bf16 and fp16, or
+    another one of the model than of the example; a layer that is not in KINDS, a mask that fits no weight, an
+    example that does not fit.
     """
     masks = dict(masks or {})
     if not _is_plain(model):
         raise ValueError(f"model: expected a torch.nn.Sequential, got {type(model).__name__}")
     if any(module.training for module in model.modules()):
         raise ValueError("model: expected evaluation mode, got training mode: call model.eval() first")
-    if example.dtype != torch.float32 or not example.is_cpu or example.dim() < 2 or not example.numel():
+    there = example.dtype in DTYPES and (example.is_cpu or example.is_cuda)
+    if not there or example.dim() < 2 or not example.numel():
         raise ValueError(
-            f"example: expected a batch in fp32 on a CPU, got {example.dtype} {list(example.shape)} "
-            f"on {example.device}"
+            "example: expected a batch in fp32, bf16 or fp16 on a CPU or CUDA, "
+            f"got {example.dtype} {list(example.shape)} on {example.device}"
         )
     parts: list[Part] = []
     x = example[:1]
@@ -180,11 +183,14 @@ class _Layer:
         given = self.module.bias
         self.weight = self.module.weight.detach().clone()
         self.bias = self.weight.new_zeros(len(self.weight)).double() if given is None else given.double()
-        self.live = torch.ones(len(self.weight), dtype=torch.bool)
+        self.live = self._all(len(self.weight))
 
     def view(self, units: int) -> None:
         self.weight = self.weight.view(len(self.weight), units, -1)
-        self.reads = torch.ones(units, dtype=torch.bool)
+        self.reads = self._all(units)
+
+    def _all(self, units: int) -> Tensor:
+        return torch.ones(units, dtype=torch.bool, device=self.weight.device)
 
     def constant(self) -> Tensor:
         """Which live units have no inputs."""
@@ -193,7 +199,7 @@ class _Layer:
     def takes_over(self, values: Tensor) -> Tensor:
         """Which units of constant `values` [C, pixels] the bias can stand for."""
         if isinstance(self.module, nn.Linear):
-            return torch.ones(len(values), dtype=torch.bool)
+            return self._all(len(values))
         even = (values == values[:, :1]).all(1)
         bare = self.module.padding == "valid" or not any(_padding(self.module))
         if bare or self.module.padding_mode != "zeros":
@@ -204,7 +210,7 @@ class _Layer:
         weight = self.weight[self.live][:, self.reads]
         shape = (-1,) if isinstance(self.module, nn.Linear) else self.module.weight.shape[1:]
         weight = weight.reshape(len(weight), *(shape if len(shape) == 1 else (-1, *shape[1:])))
-        bias = self.bias[self.live].float()
+        bias = self.bias[self.live].to(weight.dtype)
         return rebuilt(self.module, weight, bias if self.module.bias is not None or bias.any() else None)
 
     def units(self) -> Units:
@@ -264,9 +270,10 @@ def _check(name: str, module: nn.Module, x: Tensor) -> None:
             f"layer {name!r}: expected Flatten(1, -1), got ({module.start_dim}, {module.end_dim})"
         )
     for parameter in module.parameters(recurse=False):
-        if parameter.dtype != torch.float32 or not parameter.is_cpu:
+        if parameter.dtype != x.dtype or parameter.device != x.device:
             raise ValueError(
-                f"layer {name!r}: expected fp32 on a CPU, got {parameter.dtype} on {parameter.device}"
+                f"layer {name!r}: expected {x.dtype} on {x.device} like the example, "
+                f"got {parameter.dtype} on {parameter.device}"
             )
 
 

@@ -3,6 +3,7 @@
 Layouts of the activations:
     rows           [B, K] or [B, C, H, W], as torch has them
     channels-last  the same images, the channels side by side
+    turned         [B, K], each feature's batch side by side: what csr_infer reads and writes on CUDA
     columns        [K or C * H * W, B]: features-major, each feature's batch side by side, for our kernels
 """
 
@@ -21,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparselth.kernels import _native
+from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d
 from sparselth.kernels.block_linear import BLOCKS, BlockWeight, block_linear
 from sparselth.kernels.csr_packed import Packed, bind_csr_packed
 from sparselth.kernels.sparse_conv2d import Conv2dIndex, Slices, bind_sparse_conv2d
+from sparselth.kernels.sparse_conv2d_rows import PackedConv2d, sparse_conv2d_rows_call
 from sparselth.kernels.step_parts import Call, bind_bias_relu, bind_max_pool
 from sparselth.sparse.compaction import Part, Select, rebuilt
 
@@ -87,7 +90,7 @@ class Rows:
 
     @property
     def gives(self) -> str:
-        return self.layout if len(self.place.after) == 3 else "rows"
+        return "rows" if self.layout == "channels-last" and len(self.place.after) != 3 else self.layout
 
 
 @dataclass(frozen=True)
@@ -106,32 +109,27 @@ class Columns:
 
 
 Format = Rows | Columns
-SPARSE = "native", "CSR", "blocks"
+SPARSE = "native", "native rows", "CSR", "blocks", "csr_infer", "slot_linear", "two_four_linear"
 FULL = 0.5  # share of the weights in live blocks that must be kept for blocks to be tried
 
 
 def formats(stage: Stage, batch: int) -> list[Format]:
-    """All ways that this machine has for a stage at about this batch, plain torch first."""
+    """All ways that a CPU has for a stage at about this batch, plain torch first."""
     module, relu = stage.part.module, stage.relu
-    dense = plain(stage)
-    found: list[Format] = [dense]
+    found: list[Format] = [*dense(stage)]
     if isinstance(module, nn.Conv2d):
-        turned = rebuilt(module, module.weight.detach().clone(memory_format=torch.channels_last), module.bias)
-        found.append(
-            Rows("channels-last", stage.place, "channels-last", _torch(turned, stage), stage.dense_bytes)
-        )
+        found += blocks(stage)
         if _native.LIB is not None and has_native(module):
             with contextlib.suppress(ValueError):  # too many channels
                 found.append(_sparse_conv2d(stage, module))
+            with contextlib.suppress(ValueError):  # too wide
+                found.append(_sparse_conv2d_rows(stage, module, batch))
     elif isinstance(module, nn.Linear):
         found += [_dense_columns(stage, module), _csr(stage, module)]
         if _native.LIB is not None:
             found.append(_csr_packed(stage, module, batch))
-        if (block := _block(module.weight)) is not None:
-            found.append(_block_linear(stage, module, block))
+        found += blocks(stage)
     else:
-        if len(stage.part.before) == 3:
-            found.append(Rows("channels-last", stage.place, "channels-last", dense.run, stage.dense_bytes))
         in_place, bind = isinstance(module, nn.Flatten | nn.ReLU), partial(_bind, module, relu)
         found.append(Columns("columns", stage.place, bind, stage.dense_bytes, in_place=in_place))
     return found
@@ -140,6 +138,29 @@ def formats(stage: Stage, batch: int) -> list[Format]:
 def plain(stage: Stage) -> Rows:
     """As torch does it."""
     return Rows("dense", stage.place, "rows", _torch(stage.part.module, stage), stage.dense_bytes)
+
+
+def dense(stage: Stage) -> list[Rows]:
+    """As torch does it; of images also with the channels side by side."""
+    module, first = stage.part.module, plain(stage)
+    if isinstance(module, nn.Linear) or len(stage.part.before) != 3:
+        return [first]
+    run = first.run
+    if isinstance(module, nn.Conv2d):
+        turned = module.weight.detach().clone(memory_format=torch.channels_last)
+        run = _torch(rebuilt(module, turned, module.bias), stage)
+    return [first, Rows("channels-last", stage.place, "channels-last", run, stage.dense_bytes)]
+
+
+def blocks(stage: Stage, kernels: str = "auto") -> list[Rows]:
+    """The form of a weight that was pruned in blocks, if it was; `kernels` as the op has it."""
+    module = stage.part.module
+    if not isinstance(module, nn.Linear | nn.Conv2d) or (block := _block(module.weight)) is None:
+        return []
+    if isinstance(module, nn.Linear):
+        return [_block_linear(stage, module, block, kernels)]
+    plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return [_block_conv2d(stage, module, block, kernels)] if plain else []
 
 
 def columns(features: int, batch: int) -> Tensor:
@@ -223,28 +244,40 @@ def _csr_packed(stage: Stage, module: nn.Linear, batch: int) -> Columns:
 
 
 def _block(weight: Tensor) -> int | None:
-    """The largest block in which this weight was pruned, if it was."""
-    kept = int((weight != 0).sum())
+    """The largest block in which this weight was pruned, if it was; of a convolution at every tap."""
+    there = (weight != 0).view(*weight.shape[:2], -1).permute(2, 0, 1)
+    kept = int(there.sum())
     for block in reversed(BLOCKS):
-        n, k = weight.shape
-        if not kept or min(n, k) < block:
+        if not kept or min(weight.shape[:2]) < block:
             continue
-        live = F.max_pool2d((weight != 0).float()[None], block, ceil_mode=True)
-        there = float(live.sum()) * block * block
-        if there < FULL * n * k and kept >= FULL * there:
+        live = float(F.max_pool2d(there.float(), block, ceil_mode=True).sum()) * block * block
+        if live < FULL * weight.numel() and kept >= FULL * live:
             return block
     return None
 
 
-def _block_linear(stage: Stage, module: nn.Linear, block: int) -> Rows:
+def _block_linear(stage: Stage, module: nn.Linear, block: int, kernels: str) -> Rows:
     began, bias, relu = time.perf_counter(), module.bias, stage.relu
     weight = BlockWeight.from_dense(module.weight.detach(), None, block)
 
     def run(x: Tensor) -> Tensor:
-        return block_linear(x, weight, bias, relu)
+        return block_linear(x, weight, bias, relu, kernels)
 
     size = tensor_bytes([bias]) + weight.bytes()
     return Rows("blocks", stage.place, "rows", run, size, time.perf_counter() - began)
+
+
+def _block_conv2d(stage: Stage, module: nn.Conv2d, block: int, kernels: str) -> Rows:
+    began, bias, relu = time.perf_counter(), module.bias, stage.relu
+    weight, pool = BlockFilters.from_dense(module.weight.detach(), None, block), stage.pool
+    padding: Any = module.padding
+
+    def run(x: Tensor) -> Tensor:
+        y = block_conv2d(x, weight, bias, module.stride, padding, module.dilation, relu, kernels)
+        return pool.module(y) if pool else y
+
+    size = tensor_bytes([bias]) + weight.bytes()
+    return Rows("blocks", stage.place, "channels-last", run, size, time.perf_counter() - began)
 
 
 def _whole(batch: int) -> int:
@@ -274,6 +307,14 @@ def _sparse_conv2d(stage: Stage, module: nn.Conv2d) -> Columns:
 
     bytes_ = tensor_bytes([values, bias]) + index.bytes()
     return Columns("native", stage.place, bind, bytes_, time.perf_counter() - began, slices=index.slices)
+
+
+def _sparse_conv2d_rows(stage: Stage, module: nn.Conv2d, batch: int) -> Rows:
+    began, bias, size = time.perf_counter(), module.bias, (stage.part.before[1], stage.part.before[2])
+    packed = PackedConv2d.of(module.weight, size, module.stride[0], int(module.padding[0]), batch)
+    run = sparse_conv2d_rows_call(packed, bias, stage.relu, stage.pool is not None)
+    bytes_ = tensor_bytes([bias]) + packed.bytes()
+    return Rows("native rows", stage.place, "rows", run, bytes_, time.perf_counter() - began)
 
 
 def _bind(module: nn.Module, relu: bool, x: Tensor, y: Tensor) -> list[Call]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from sparselth import __version__, clock
-from sparselth.kernels import _native
 from sparselth.kernels.step_parts import Call
-from sparselth.machine import cpu_name
 from sparselth.runs import write_atomically
 
 # Rounds and seconds of a race at least, and how many times the fastest's time what goes on may take
@@ -28,14 +26,15 @@ class Times(dict[str, float]):
     steady = True
 
 
-def seconds(calls: Mapping[str, Call]) -> Times:
+def seconds(calls: Mapping[str, Call], sample: Callable[[Call], clock.Sample] = clock.warm_wall) -> Times:
     """The lower quartile of the seconds of each, all in turn: other programs only ever make a call slower.
 
-    Who is far behind leaves early; the fastest and what comes close to it go on for longest.
+    `sample` makes samples of a call. Who is far behind leaves early; the fastest and what comes close to it
+    go on for longest.
     """
     for call in calls.values():
         call()
-    race = clock.Race({name: clock.warm_wall(call) for name, call in calls.items()}, share=None)
+    race = clock.Race({name: sample(call) for name, call in calls.items()}, share=None)
     found = Times()
     for rounds, limit, near in HEATS:
         clock.rounds(race, rounds, limit)
@@ -51,9 +50,9 @@ def seconds(calls: Mapping[str, Call]) -> Times:
 
 
 class Cache:
-    """Times that were measured on this machine before, for batches of one size."""
+    """Times that were measured on this machine before, for batches of one size on one device (its key)."""
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, device: str) -> None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         self.batch, self.file, self.new = batch, folder / "sparselth" / "convert.json", False
         self.known: dict[str, dict[str, float]] = {}
@@ -62,22 +61,22 @@ class Cache:
             self.known = json.loads(self.file.read_text())
         if not isinstance(self.known, dict):
             self.known = {}
-        level = _native.LEVEL or "no native kernels"
         self.suffix = (
-            f", batch {batch}, {torch.get_num_threads()} threads, {cpu_name()}, {level}, "
-            f"torch {torch.__version__}, sparselth {__version__}, way {WAY}"
+            f", batch {batch}, {device}, torch {torch.__version__}, sparselth {__version__}, way {WAY}"
         )
 
-    def times(self, key: str, calls: Mapping[str, Call]) -> dict[str, float]:
-        """Seconds of each call; what is unknown is measured."""
+    def times(
+        self, key: str, calls: Mapping[str, Call], sample: Callable[[Call], clock.Sample]
+    ) -> dict[str, float]:
+        """Seconds of each call; what is unknown is measured by samples as `sample` makes them."""
         key += self.suffix
         known = self.unsure.get(key) or self.known.get(key)
         if not isinstance(known, dict) or not all(isinstance(known.get(name), float) for name in calls):
-            known = seconds(calls)
+            known = seconds(calls, sample)
             if known.steady:
                 self.known[key], self.new = known, True
             else:
-                again = seconds(calls)
+                again = seconds(calls, sample)
                 known = self.unsure[key] = {name: min(known[name], again[name]) for name in calls}
         return {name: known[name] for name in calls}
 

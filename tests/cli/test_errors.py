@@ -109,8 +109,8 @@ def test_a_damaged_config_is_named(cli: Cli, tmp_path: Path) -> None:
     assert "speed" in one_line(err)
 
 
-def test_a_run_of_another_configuration_is_refused(cli: Cli, imp: Imp) -> None:
-    record = imp("--levels", "1", "--seeds", "0", "--arms", "ticket")
+def test_a_run_of_another_configuration_is_refused(cli: Cli, finished: Imp) -> None:
+    record = finished("--levels", "1", "--seeds", "0", "--arms", "ticket")
     before = {file: file.read_bytes() for file in record.path.rglob("*") if file.is_file()}
     flags = "--model lenet-300-100 --dataset mnist5k --steps 100 --seeds 0 --arms ticket --levels 2"
     for resume in ([], ["--resume"]):
@@ -120,8 +120,8 @@ def test_a_run_of_another_configuration_is_refused(cli: Cli, imp: Imp) -> None:
     assert {file: file.read_bytes() for file in record.path.rglob("*") if file.is_file()} == before
 
 
-def test_an_unfinished_run_wants_resume(cli: Cli, imp: Imp) -> None:
-    record = imp("--levels", "1", "--seeds", "0", "--arms", "ticket")
+def test_an_unfinished_run_wants_resume(cli: Cli, finished: Imp) -> None:
+    record = finished("--levels", "1", "--seeds", "0", "--arms", "ticket")
     (record.path / "cells" / "seed0-ticket-01.safetensors").unlink()
     flags = "--model lenet-300-100 --dataset mnist5k --steps 100 --seeds 0 --arms ticket --levels 1"
     code, _, err = cli("imp", "--quiet", *flags.split(), "--out", str(record.path))
@@ -129,8 +129,8 @@ def test_an_unfinished_run_wants_resume(cli: Cli, imp: Imp) -> None:
     assert "unfinished, 1 of 2 cells are missing; add --resume" in one_line(err)
 
 
-def test_a_damaged_cell_is_named(cli: Cli, imp: Imp) -> None:
-    record = imp("--levels", "1", "--seeds", "0", "--arms", "ticket")
+def test_a_damaged_cell_is_named(cli: Cli, finished: Imp) -> None:
+    record = finished("--levels", "1", "--seeds", "0", "--arms", "ticket")
     cell = record.path / "cells" / "seed0-ticket-00.safetensors"
     cell.write_bytes(cell.read_bytes()[:-100])
     (record.path / "cells" / "seed0-ticket-01.safetensors").unlink()
@@ -238,8 +238,8 @@ def test_torchvision_of_another_release_is_one_line(environment: dict[str, str],
     assert not (tmp_path / "runs").exists()
 
 
-def test_resuming_on_another_machine_is_said(cli: Cli, imp: Imp) -> None:
-    record = imp("--levels", "1", "--seeds", "0", "--arms", "ticket")
+def test_resuming_on_another_machine_is_said(cli: Cli, finished: Imp) -> None:
+    record = finished("--levels", "1", "--seeds", "0", "--arms", "ticket")
     file = record.path / "environment.json"
     facts = json.loads(file.read_text())
     facts["packages"]["torch"] = "1.0.0"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -332,39 +331,25 @@ with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
 """
 
 
-WGMMA = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from sparselth.kernels.block_linear import AOT, TILES
-
-wanted = {(kind, tile) for kind in ("half", "tf32") for tile in TILES[kind] if tile.rows >= 64}
-for aot in AOT[: sum(map(len, TILES.values()))]:
-    c = aot.constants
-    kind = "half" if aot.signature["x_ptr"] == "*bf16" else c["PRECISION"]
-    tile = next(t for t in TILES[kind] if (t.rows, t.columns) == (c["BLOCK_B"], c["BLOCK_N"]))
-    if (kind, tile) not in wanted:
-        continue
-    names = aot.kernel.arg_names
-    source = ASTSource(
-        fn=aot.kernel,
-        signature={name: aot.signature.get(name, "constexpr") for name in names},
-        constexprs=aot.constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aot.aligned},
-    )
-    options = {"num_warps": aot.num_warps, "num_stages": aot.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert "wgmma.mma_async" in compiled.asm["ptx"], (kind, tile)
-    # the pipeline has all its stages
-    stage = (tile.rows + tile.columns) * tile.depth * (2 if kind == "half" else 4)
-    assert compiled.metadata.shared >= tile.stages * stage, (kind, tile)
-    wanted.remove((kind, tile))
-assert not wanted, wanted
-"""
+def test_without_the_interpreter(without_interpreter: Callable[[str], str]) -> None:
+    without_interpreter(OPCHECK)
 
 
-@pytest.mark.parametrize("script", [OPCHECK, WGMMA], ids=["opcheck", "wgmma"])
-def test_without_the_interpreter(script: str, environment: dict[str, str]) -> None:
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_large_tiles_take_warp_groups_and_all_stages(
+    machine_code: Callable[[str], list[dict[str, Any]]],
+) -> None:
+    wanted = {(kind, tile) for kind in ("half", "tf32") for tile in module.TILES[kind] if tile.rows >= 64}
+    hopper = [facts for facts in machine_code("block_linear") if facts["capability"] == 90]
+    for facts in hopper[: sum(map(len, module.TILES.values()))]:
+        c = facts["constants"]
+        kind = "half" if facts["signature"]["x_ptr"] == "*bf16" else c["PRECISION"]
+        sizes = int(c["BLOCK_B"]), int(c["BLOCK_N"])
+        tile = next(t for t in module.TILES[kind] if (t.rows, t.columns) == sizes)
+        if (kind, tile) not in wanted:
+            continue
+        assert facts["wgmma"], (kind, tile)
+        # the pipeline has all its stages
+        stage = (tile.rows + tile.columns) * tile.depth * (2 if kind == "half" else 4)
+        assert facts["shared_bytes"] >= tile.stages * stage, (kind, tile)
+        wanted.remove((kind, tile))
+    assert not wanted, wanted

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,12 +15,10 @@ KERNELS = sorted(
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_no_spills_wide_accesses_few_registers(name: str, environment: dict[str, str]) -> None:
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(HERE / "aot.py"), name]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+def test_no_spills_wide_accesses_few_registers(
+    name: str, machine_code: Callable[[str], list[dict[str, Any]]]
+) -> None:
+    found = machine_code(name)
     assert found
     for facts in found:
         which = f"{facts['kernel']} {facts['constants']} sm_{facts['capability']}: {facts}"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -351,12 +348,10 @@ def test_floor_counts_live_sectors() -> None:
     assert floor(weight, 7, bits, bias, 1) == {"bytes": 16 * (8 + 4 + 6) + 18 + data, "flops": flops}
 
 
-def test_weights_and_moments_take_16_bytes_an_access(environment: dict[str, str]) -> None:
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(Path(__file__).with_name("aot.py")), "linear_grad_update"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for facts in json.loads(done.stdout):
+def test_weights_and_moments_take_16_bytes_an_access(
+    machine_code: Callable[[str], list[dict[str, Any]]],
+) -> None:
+    for facts in machine_code("linear_grad_update"):
         if facts["constants"]["UNIT_W"] == "4":
             # 16 weights a thread: four accesses for each load and store of w and its moments
             assert facts["wide"] >= 8 * (1 + int(facts["constants"]["MOMENTS"])), facts

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -390,12 +386,10 @@ def test_floor_counts_live_sectors() -> None:
     assert floor(weights, [None, None], 1) == {"bytes": 20 * 42, "flops": 6 * 42}
 
 
-def test_every_access_to_weights_and_moments_is_wide(environment: dict[str, str]) -> None:
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(Path(__file__).with_name("aot.py")), "masked_update"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for facts in json.loads(done.stdout):
+def test_every_access_to_weights_and_moments_is_wide(
+    machine_code: Callable[[str], list[dict[str, Any]]],
+) -> None:
+    for facts in machine_code("masked_update"):
         moments = int(facts["constants"]["MOMENTS"])
         # 8 weights a thread: two accesses of 16 bytes for each load of w, g, a, b and store of w, a, b
         assert facts["wide"] == 2 * (3 + 2 * moments), facts

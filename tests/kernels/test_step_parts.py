@@ -487,3 +487,22 @@ def test_transpose_with_many_threads_and_misuse(way: str) -> None:
     for wrong in (torch.ones(3, 6), torch.ones(4, 5), torch.ones(6, 4).t(), torch.ones(4, 6).double()):
         with pytest.raises(ValueError, match=r"expected (contiguous fp32 of 4 rows|6 numbers a row)"):
             fill(wrong)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", [(3, 700_001), (61, 36_001), (1500, 1500), (1, 1 << 21), (256, 8192)])
+def test_transpose_beyond_the_caches(shape: tuple[int, int], way: str) -> None:
+    kernels = kernels_of(way)
+    rows, columns = shape
+    x, memory = torch.randn(shape), torch.full((columns + 1, rows + 3), CANARY)
+    inside = memory[:columns, :rows]
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        inside.zero_()
+        bind_columns(inside, kernels)(x)
+        assert torch.equal(inside, x.t())
+        back = torch.full((rows + 1, columns), CANARY)
+        bind_rows(inside, kernels)(back[:rows])
+        assert torch.equal(back[:rows], x)
+        assert bool((back[rows:] == CANARY).all())
+    assert bool((memory[:, rows:] == CANARY).all() and (memory[columns:] == CANARY).all())

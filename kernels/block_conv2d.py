@@ -1,0 +1,631 @@
+r"""Inference with filters pruned in blocks:  y = act(conv2d(x, w) + b),  of w only the blocks that live.
+
+    y[m, n] = act(b[n] + sum over live (i, j, c) of  x[p s + i d - pad, q s + j d - pad, c] w[n, i, j, c])
+
+| name   | shape           | dtype            |                        Floor, s = itemsize:
+| x      | [B, C, H, W]    | fp32, fp16, bf16 | channels-last          bytes = (L b^2 + |x| + |y| + N) s
+| y      | [B, N, P, Q]    | as x             | channels-last                + 4 (L + 2 N / b + 1)
+| bias   | [N]             | as x, or None    |                        FLOPs = 2 B P Q L b^2
+| values | [L, b, b]       | as x             | the L live blocks, [n, c] each
+| places | [L]             | int32            | their i 2^24 + j 2^16 + block of channels
+| starts | [N / b + 1]     | int32            | where each block of filters begins its list there; the end
+| order  | [N / b]         | int32            | block of filters of each list
+
+The matrix of a convolution is [N, (i, j, c)], and m = (image, p, q) are the rows of what it meets: a block is
+b filters by b channels at one tap (i, j), and those channels of a pixel lie side by side. b is 16, 32, 64 or
+128; N, and C at every tap, are rounded up to blocks, with weights of 0. x in another layout is copied.
+
+The live blocks of b filters are a list, lists go from the longest to the shortest, as in block_linear. A live
+block is multiplied whole: NaN and infinity in x pass all of its weights. Pruned blocks are not there, and
+filters without a live block give act(b). Sums are in fp32, fp32 products in TF32 where torch's convolutions
+are; two runs give equal bits.
+
+On a CPU what a list meets is gathered into columns, for one product that is its b filters of y. Where about
+half of the blocks live, or a fifth of those of 16, and in tiny layers, the vendor's dense convolution is as
+fast or faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, library
+
+from sparselth.kernels._triton import HAS_TRITON, INTERPRET, Aot, tl, triton
+from sparselth.kernels.bitmask import use_triton
+from sparselth.kernels.block_linear import BLOCKS, DTYPES, KERNELS, SUMMED, BlockWeight, _sum_kernel
+from sparselth.kernels.masked_conv2d import Geometry, Pair, geometry
+
+LARGEST = 127  # taps down or across, for which `places` has room
+
+
+class Tile(NamedTuple):
+    """What a program computes: rows (pixels of y) x columns (filters), in steps of `depth` channels."""
+
+    rows: int
+    columns: int  # or the block, where that is less
+    depth: int  # or the block
+    warps: int
+    stages: int
+
+
+# From large to small, for many pixels and for few; of large ones two programs share a multiprocessor of an
+# H100. IEEE fp32 has no tensor cores, and larger tiles take too many registers for that.
+TILES = {
+    "half": (
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 64, 64, 4, 4),
+        Tile(64, 64, 64, 4, 4),
+        Tile(32, 32, 64, 4, 4),
+        Tile(16, 16, 64, 1, 4),
+    ),
+    "tf32": (
+        Tile(128, 128, 32, 8, 3),
+        Tile(128, 64, 32, 4, 4),
+        Tile(64, 64, 32, 4, 4),
+        Tile(32, 32, 32, 4, 4),
+        Tile(16, 16, 32, 1, 4),
+    ),
+    "ieee": (
+        Tile(64, 64, 16, 4, 4),
+        Tile(32, 32, 16, 4, 4),
+        Tile(16, 16, 16, 1, 4),
+    ),
+}
+SMALL = 64  # rows; tiles of more are taken where they make ENOUGH programs
+ENOUGH = 512
+SPLIT_BELOW = 264  # programs: fewer leave half of a big GPU idle, and long lists are split
+SHORTEST = 4  # steps of a part of a list
+GROUP = 4  # tiles of pixels that go through the lists side by side
+
+# On a CPU, in numbers of x that are gathered at a time: 1 MB, which a cache holds.
+GATHERED = 1 << 18
+SINGLY = 100  # blocks for each run of lists: up to here and up to GATHERED all blocks are one batch
+
+
+@dataclass(frozen=True, eq=False)
+class BlockFilters:
+    """w [N, C, kh, kw] by its live blocks."""
+
+    shape: tuple[int, int, int, int]
+    values: Tensor  # [L, b, b]; on a CPU with n innermost, so that a list is one matrix [k, n] to torch
+    places: Tensor
+    starts: Tensor
+    order: Tensor
+    runs: tuple[int, ...]  # lists of one length: how many, how long, and so on, longest first
+
+    @staticmethod
+    def from_dense(weight: Tensor, mask: Tensor | None = None, block: int = 64) -> BlockFilters:
+        """Of a weight [N, C, kh, kw] and a bool mask, True = kept; without a mask, what is not 0 is kept."""
+        if weight.dim() != 4 or weight.dtype not in DTYPES or 0 in weight.shape:
+            raise ValueError(
+                "expected a weight [N, C, kh, kw] in fp32, fp16 or bf16, "
+                f"got {weight.dtype} {list(weight.shape)}"
+            )
+        if block not in BLOCKS:
+            raise ValueError(f"expected blocks of 16, 32, 64 or 128, got {block}")
+        n, c, down, across = weight.shape
+        if max(down, across) > LARGEST:
+            raise ValueError(f"expected at most {LARGEST} x {LARGEST} taps, got {down} x {across}")
+        mask = weight != 0 if mask is None else mask
+        if mask.dtype != torch.bool or mask.shape != weight.shape or mask.device != weight.device:
+            raise ValueError(
+                f"expected a bool mask {list(weight.shape)} on {weight.device}, "
+                f"got {mask.dtype} {list(mask.shape)} on {mask.device}"
+            )
+        flat, kept = (F.pad(t.permute(0, 2, 3, 1), (0, -c % block)).flatten(1) for t in (weight, mask))
+        blocks = BlockWeight.from_dense(flat, kept, block)
+        wide = -(-c // block)
+        tap, channel = blocks.columns // wide, blocks.columns % wide
+        places = (tap // across << 24) + (tap % across << 16) + channel
+        shape = n, c, down, across
+        return BlockFilters(shape, blocks.values, places, blocks.starts, blocks.order, blocks.runs)
+
+    @property
+    def block(self) -> int:
+        return self.values.shape[2]
+
+    @property
+    def occupancy(self) -> float:
+        """Live blocks of all blocks."""
+        n, c, down, across = self.shape
+        return self.places.numel() / (-(-n // self.block) * -(-c // self.block) * down * across)
+
+    def bytes(self) -> int:
+        """Memory of values and index."""
+        return sum(t.numel() * t.element_size() for t in (self.values, self.places, self.starts, self.order))
+
+    def to_dense(self) -> Tensor:
+        return _dense(self.values, self.places, self.starts, self.order, self.shape)
+
+    def to(self, device: torch.device | str) -> BlockFilters:
+        values, places, starts, order = (
+            t.to(device) for t in (self.values, self.places, self.starts, self.order)
+        )
+        values = values.mT.contiguous().mT if values.device.type == "cpu" else values.contiguous()
+        return BlockFilters(self.shape, values, places, starts, order, self.runs)
+
+
+def _unpacked(places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """i, j and the block of channels."""
+    return places >> 24, places >> 16 & 0xFF, places & 0xFFFF
+
+
+def _dense(values: Tensor, places: Tensor, starts: Tensor, order: Tensor, shape: Sequence[int]) -> Tensor:
+    n, c, down, across = shape
+    block, lists = values.shape[2], order.numel()
+    rows = torch.repeat_interleave(order, starts.diff())
+    i, j, channel = _unpacked(places)
+    dense = values.new_zeros(lists, -(-c // block), down, across, block, block)
+    dense[rows, channel, i, j] = values
+    dense = dense.permute(0, 4, 1, 5, 2, 3).reshape(lists * block, -1, down, across)
+    return dense[:n, :c].contiguous(memory_format=torch.channels_last)
+
+
+def floor(
+    x: Tensor, weight: BlockFilters, stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1
+) -> dict[str, int]:
+    n, _, *kernel = weight.shape
+    p, q = geometry(kernel, stride, padding, dilation).out(*x.shape[2:])
+    pixels = len(x) * p * q
+    return {
+        "bytes": weight.bytes() + (x.numel() + pixels * n + n) * x.element_size(),
+        "flops": 2 * pixels * weight.values.numel(),
+    }
+
+
+def _torch(
+    x: Tensor,
+    values: Tensor,
+    places: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    runs: Sequence[int],
+    n: int,
+    bias: Tensor | None,
+    relu: bool,
+    g: Geometry,
+) -> Tensor:
+    """Products of gathered columns in fp32: lists of one length together, as many pixels as a cache holds."""
+    block, dtype, batch, lists = values.shape[2], x.dtype, len(x), order.numel()
+    p, q = g.out(*x.shape[2:])
+    (top, left), (across, down) = g.padding, g.stride[::-1]
+    x = x.permute(0, 2, 3, 1).float()
+    edges = (0, -x.shape[3] % block, left, left, top, top)
+    x = F.pad(x, edges) if any(edges) else x.contiguous()
+    _, h, wide, c = x.shape
+    # runs of b channels as rows of a matrix: where the windows of y begin, and the way from there to a block
+    pieces, pixels, blocks = x.view(-1, block), batch * p * q, places.numel()
+    first = torch.arange(batch)[:, None, None] * h + torch.arange(p)[:, None] * down
+    first = ((first * wide + torch.arange(q) * across) * (c // block)).view(1, -1, 1)
+    i, j, channel = _unpacked(places.long())
+    way = (i * (g.dilation[0] * wide) + j * g.dilation[1]) * (c // block) + channel
+    w, order = values.mT.float(), order.long()
+    if blocks * pixels * block <= GATHERED and blocks <= SINGLY * len(runs) // 2:
+        columns = pieces.index_select(0, (way[:, None, None] + first).flatten()).view(blocks, pixels, block)
+        rows = torch.repeat_interleave(order, starts.diff())
+        y = x.new_zeros(lists, pixels, block).index_add_(0, rows, torch.bmm(columns, w)).transpose(0, 1)
+        y = y.reshape(pixels, -1)
+    else:
+        y = x.new_empty(pixels, lists, block)
+        row, at = 0, 0  # list, block
+        for count, length in zip(runs[::2], runs[1::2], strict=True):
+            if not length:
+                y[:, order[row:]] = 0
+                break
+            depth = length * block
+            most = max(1, GATHERED // (pixels * depth))  # lists at a time
+            share = pixels if most > 1 else max(1, min(pixels, GATHERED // depth))
+            for part in (min(most, count - done) for done in range(0, count, most)):
+                end = at + part * length
+                weights, ways = w[at:end].reshape(part, depth, block), way[at:end].view(part, 1, length)
+                target = order[row : row + part]
+                for begin in range(0, pixels, share):
+                    some = slice(begin, begin + share)
+                    index = (first[:, some] + ways).flatten()
+                    columns = pieces.index_select(0, index).view(part, -1, depth)
+                    if part == 1:
+                        torch.mm(columns[0], weights[0], out=y[some, int(target)])
+                    else:
+                        y[some].index_copy_(1, target, torch.bmm(columns, weights).transpose(0, 1))
+                row, at = row + part, end
+    y = y.view(batch, p, q, -1)[..., :n]
+    if bias is not None:
+        y = y.add_(bias)
+    y = y.relu_() if relu else y
+    return y.to(dtype).contiguous().permute(0, 3, 1, 2)
+
+
+@triton.jit
+def _step(
+    acc,
+    t,
+    place,
+    rows_ptr,
+    values_ptr,
+    row,
+    column,
+    offs_w,
+    C,
+    H,
+    W,
+    GEOMETRY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """acc += x w^T for DEPTH channels of a block of the list."""
+    offs_d = tl.arange(0, DEPTH)
+    down, across = (place >> 24) * GEOMETRY[3][0], (place >> 16 & 0xFF) * GEOMETRY[3][1]
+    first = 0 if DEPTH == BLOCK else tl.multiple_of(t * DEPTH % BLOCK, DEPTH)
+    i = t if DEPTH == BLOCK else t * DEPTH // BLOCK
+    offs_c = tl.multiple_of((place & 0xFFFF) * BLOCK + first, DEPTH) + offs_d
+    # what lies outside is negative: one comparison, where LLVM takes several through the stack
+    h, w = row + down, column + across
+    inside = ((h | w | (H - 1 - h) | (W - 1 - w)) >= 0)[:, None]
+    if not EVEN_C:
+        inside = inside & (offs_c < C)[None, :]
+    way = (down * W + across) * C
+    x = tl.load(rows_ptr[:, None] + (way + offs_c)[None, :], mask=inside, other=0.0)
+    w = tl.load(values_ptr + i * (BLOCK * BLOCK) + first + (offs_w + offs_d[:, None]))
+    if UPCAST:
+        x = x.to(tl.float32)
+        w = w.to(tl.float32)
+    return tl.dot(x, w, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _block_conv2d_kernel(
+    x_ptr,  # [B, H, W, C]
+    values_ptr,
+    places_ptr,
+    starts_ptr,
+    order_ptr,
+    bias_ptr,
+    out_ptr,  # [M, N], or of every part of the lists one
+    M,
+    N,
+    C,
+    H,
+    W,
+    P,
+    Q,
+    lists,
+    splits,
+    GEOMETRY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    PARTS: tl.constexpr = BLOCK // BLOCK_N
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = lists * PARTS
+    pid = tl.program_id(0)
+    pid_m, pid_n = tl.swizzle2d(pid // tiles_n, pid % tiles_n, tiles_m, tiles_n, GROUP)
+    start = tl.load(starts_ptr + pid_n // PARTS)
+    end = tl.load(starts_ptr + pid_n // PARTS + 1)
+    filters = tl.load(order_ptr + pid_n // PARTS)
+    if SPLIT:
+        share = tl.cdiv(end - start, splits)
+        start += tl.program_id(1) * share
+        end = tl.minimum(start + share, end)
+        out_ptr += tl.program_id(1).to(tl.int64) * M * N
+
+    # the pixel where the window of each row begins, in the padding perhaps
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    image = offs_m // (P * Q)
+    pixel = offs_m - image * (P * Q)
+    row = pixel // Q * GEOMETRY[1][0] - GEOMETRY[2][0]
+    row = tl.where(offs_m < M, row, -(1 << 30))  # no tap comes back from there
+    column = pixel % Q * GEOMETRY[1][1] - GEOMETRY[2][1]
+    rows_ptr = x_ptr + ((image.to(tl.int64) * H + row) * W + column) * C
+
+    part = pid_n % PARTS * BLOCK_N
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_w = offs_n[None, :] * BLOCK
+    values_ptr += start.to(tl.int64) * (BLOCK * BLOCK) + part * BLOCK
+    places_ptr += start
+    blocks = end - start
+    STEPS: tl.constexpr = BLOCK // DEPTH
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    place = tl.load(places_ptr, mask=blocks > 0, other=0)
+    if UPCAST:  # the interpreter of Triton 3.6 takes no loaded bound of a for loop
+        t = 0
+        while t < blocks * STEPS:
+            acc = _step(
+                acc,
+                t,
+                place,
+                rows_ptr,
+                values_ptr,
+                row,
+                column,
+                offs_w,
+                C,
+                H,
+                W,
+                GEOMETRY,
+                BLOCK,
+                DEPTH,
+                EVEN_C,
+                PRECISION,
+                UPCAST,
+            )
+            t += 1
+            place = tl.load(places_ptr + t // STEPS, mask=t // STEPS < blocks, other=0)
+    else:
+        for t in range(blocks * STEPS):
+            # a step ahead, or the pipeline would spend half of its stages on places
+            ahead = tl.load(places_ptr + (t + 1) // STEPS, mask=(t + 1) // STEPS < blocks, other=0)
+            acc = _step(
+                acc,
+                t,
+                place,
+                rows_ptr,
+                values_ptr,
+                row,
+                column,
+                offs_w,
+                C,
+                H,
+                W,
+                GEOMETRY,
+                BLOCK,
+                DEPTH,
+                EVEN_C,
+                PRECISION,
+                UPCAST,
+            )
+            place = ahead
+    first_n = filters.to(tl.int64) * BLOCK + part
+    in_n = offs_n < (N - first_n).to(tl.int32)
+    if not SPLIT:
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + first_n + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+        if RELU:
+            acc = tl.where(acc < 0, 0.0, acc)
+    out_ptrs = out_ptr + first_n + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & in_n[None, :])
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "half"
+    # not cudnn.allow_tf32, which raises where convolutions and recurrent layers are set differently
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+
+
+def choose(kind: str, block: int, pixels: int, lists: int, blocks: int) -> tuple[Tile, int]:
+    """The tile of a product, and into how many parts each list is split."""
+    for tile in TILES[kind]:
+        if (tile.rows > 16 and tile.rows >= 2 * pixels) or block < tile.columns == 128:
+            continue
+        programs = _programs(tile, block, pixels, lists)
+        if programs >= ENOUGH or tile.rows <= SMALL:
+            break
+    steps = blocks * block // (lists * min(block, tile.depth))
+    return tile, max(1, min(SPLIT_BELOW // programs, steps // SHORTEST))
+
+
+def _programs(tile: Tile, block: int, pixels: int, lists: int) -> int:
+    return -(-pixels // tile.rows) * lists * (block // min(block, tile.columns))
+
+
+def launch(
+    x: Tensor,
+    values: Tensor,
+    places: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    n: int,
+    bias: Tensor | None,
+    relu: bool,
+    g: Geometry,
+    chosen: tuple[Tile, int] | None = None,
+) -> Tensor:
+    """y by Triton; `chosen` instead of what `choose` says."""
+    (batch, c, h, w), block, lists = x.shape, values.shape[2], order.numel()
+    p, q = g.out(h, w)
+    pixels = batch * p * q
+    if max(pixels, (h + sum(g.padding)) * w * c) >= 2**31 - 2**9:  # of y, and of an image: 32 bits wide
+        raise ValueError(
+            f"expected less than 2^31 pixels of y and numbers in an image, got {pixels} and {h * w * c}"
+        )
+    x, values = x.permute(0, 2, 3, 1).contiguous(), values.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    kind = _kind(x.dtype)
+    tile, splits = chosen or choose(kind, block, pixels, lists, places.numel())
+    y = x.new_empty(batch, p, q, n)
+    out = x.new_empty(splits, pixels, n, dtype=torch.float32) if splits > 1 else y
+    with torch.cuda.device_of(x):
+        _block_conv2d_kernel[_programs(tile, block, pixels, lists), splits](
+            x,
+            values,
+            places,
+            starts,
+            order,
+            bias,
+            out,
+            pixels,
+            n,
+            c,
+            h,
+            w,
+            p,
+            q,
+            lists,
+            splits,
+            GEOMETRY=tuple(g),
+            BLOCK=block,
+            HAS_BIAS=bias is not None and splits == 1,
+            RELU=relu and splits == 1,
+            SPLIT=splits > 1,
+            EVEN_C=c % block == 0,
+            BLOCK_M=tile.rows,
+            BLOCK_N=min(block, tile.columns),
+            DEPTH=min(block, tile.depth),
+            GROUP=GROUP,
+            PRECISION="tf32" if kind == "tf32" else "ieee",
+            UPCAST=INTERPRET,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        if splits > 1:
+            _sum_kernel[(-(-y.numel() // SUMMED),)](
+                out, bias, y, y.numel(), n, splits, HAS_BIAS=bias is not None, RELU=relu, SIZE=SUMMED
+            )
+    return y.permute(0, 3, 1, 2)
+
+
+def block_conv2d(
+    x: Tensor,
+    weight: BlockFilters,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    relu: bool = False,
+    kernels: str = "auto",
+) -> Tensor:
+    """act(conv2d(x, w) + bias), channels-last; `relu` makes act the rectifier. Not differentiable.
+
+    `kernels`: "triton", "torch" (products of gathered columns), "reference" (the dense convolution), or
+    "auto": Triton on CUDA, else torch.
+    """
+    n, c, *kernel = weight.shape
+    values = weight.values
+    if x.dim() != 4 or x.shape[1] != c or x.dtype != values.dtype or x.device != values.device:
+        raise ValueError(
+            f"expected x [B, {c}, H, W] in {values.dtype} on {values.device}, "
+            f"got {list(x.shape)} in {x.dtype} on {x.device}"
+        )
+    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(
+            f"expected bias [{n}] in {x.dtype} on {x.device}, "
+            f"got {list(bias.shape)} in {bias.dtype} on {bias.device}"
+        )
+    g = geometry(kernel, stride, padding, dilation)
+    if min(g.out(*x.shape[2:])) < 1:
+        raise ValueError(f"expected a kernel no larger than the padded image, got {list(x.shape)} with {g}")
+    flat = [v for pair in g for v in pair]
+    index = weight.places, weight.starts, weight.order
+    # the operator is for the compiler and for autograd, which it refuses; a call of it takes 50 us
+    wanted = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+    run = _operator if wanted else _forward
+    return run(x, values, *index, weight.runs, n, bias, relu, flat, kernels)
+
+
+def _forward(
+    x: Tensor,
+    values: Tensor,
+    places: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    runs: Sequence[int],
+    n: int,
+    bias: Tensor | None,
+    relu: bool,
+    geometry: Sequence[int],
+    kernels: str,
+) -> Tensor:
+    g = _geometry(geometry)
+    if len(x) == 0:
+        return _empty(x, n, g)
+    if kernels not in KERNELS:
+        raise ValueError(f"expected kernels {', '.join(KERNELS)}, got {kernels}")
+    if kernels != "torch" and use_triton(kernels, x):
+        return launch(x, values, places, starts, order, n, bias, relu, g)
+    if kernels == "reference":
+        dense = _dense(values, places, starts, order, (n, x.shape[1], *g.kernel))
+        y = F.conv2d(x, dense, bias, g.stride, g.padding, g.dilation)
+        y = y.relu_() if relu else y
+        return y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return _torch(x, values, places, starts, order, runs, n, bias, relu, g)
+
+
+_operator = library.custom_op("sparselth::block_conv2d", _forward, mutates_args=())
+
+
+@_operator.register_fake
+def _(x, values, places, starts, order, runs, n, bias, relu, geometry, kernels):
+    return _empty(x, n, _geometry(geometry))
+
+
+def _geometry(flat: Sequence[int]) -> Geometry:
+    return Geometry(*zip(flat[::2], flat[1::2], strict=True))
+
+
+def _empty(x: Tensor, n: int, g: Geometry) -> Tensor:
+    p, q = g.out(*x.shape[2:])
+    return x.new_empty(len(x), p, q, n).permute(0, 3, 1, 2)
+
+
+# What the compile gate checks: every tile, the small ones with channels that end within a block; blocks of
+# every size; split lists
+
+# Registers, and narrow accesses: those of the bias and of the places. Large tiles take up to 224 registers
+# on sm_80; on sm_90 those of 8 warps at most 128.
+LIMITS = {"half": (224, 23), "tf32": (200, 23), "ieee": (128, 13)}
+
+
+def _aot(kind: str, block: int, tile: Tile, even: bool = True, split: bool = False) -> Aot:
+    """The kernel as `launch` starts it; channels of x and y are multiples of 16."""
+    constants = {
+        "GEOMETRY": ((3, 3), (2, 2), (1, 1), (1, 1)),
+        "BLOCK": block,
+        "HAS_BIAS": not split,
+        "RELU": not split,
+        "SPLIT": split,
+        "EVEN_C": even,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": min(block, tile.columns),
+        "DEPTH": min(block, tile.depth),
+        "GROUP": GROUP,
+        "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "UPCAST": False,
+    }
+    pointer = "*bf16" if kind == "half" else "*fp32"
+    types = dict.fromkeys(("places_ptr", "starts_ptr", "order_ptr"), "*i32")
+    types |= {"out_ptr": "*fp32"} if split else {}
+    signature = {
+        name: types.get(name, pointer if name.endswith("_ptr") else "i32")
+        for name in _block_conv2d_kernel.arg_names
+        if name not in constants
+    }
+    registers, narrow = LIMITS[kind]
+    return Aot(
+        kernel=_block_conv2d_kernel,
+        signature=signature,
+        constants=constants,
+        aligned=tuple(name for name in signature if name.endswith("_ptr") or name in ("N", "C")),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        max_registers=registers,
+        narrow=narrow,
+    )
+
+
+def _shipped() -> list[Aot]:
+    found = []
+    for kind, tiles in TILES.items():
+        found += [_aot(kind, max(64, t.columns), t, even=t.rows > 32) for t in tiles]
+    half = TILES["half"]
+    found += [_aot("half", 16, half[1]), _aot("half", 32, half[2]), _aot("half", 128, half[-1], split=True)]
+    return found
+
+
+AOT = _shipped() if HAS_TRITON else []

@@ -1,0 +1,138 @@
+"""Forms one after the other as one function, from batch first to batch first, layouts changed between."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from math import prod
+
+import torch
+from torch import Tensor
+
+from sparselth.kernels.sparse_conv2d import Slices
+from sparselth.kernels.step_parts import Call, bind_columns, bind_rows, sequence
+from sparselth.sparse.formats import Columns, Format, Rows, columns, image
+
+BATCHES = 4  # sizes for which buffers are kept
+
+
+def network(plan: list[Format]) -> Callable[[Tensor], Tensor]:
+    """Batch first to batch first; forms in columns that follow each other are one chain."""
+    steps: list[Callable[[Tensor], Tensor]] = []
+    layout = "rows"
+    for in_columns, group in groupby(plan, key=lambda form: isinstance(form, Columns)):
+        forms = list(group)
+        if in_columns:
+            steps.append(_Segment([form for form in forms if isinstance(form, Columns)]))
+            layout = "rows"
+            continue
+        for form in forms:
+            assert isinstance(form, Rows)
+            if form.layout != layout:
+                steps.append(partial(turn, layout=form.layout))
+            steps.append(form.run)
+            layout = form.gives
+    if layout != "rows":
+        steps.append(partial(turn, layout="rows"))
+
+    if len(steps) == 1:
+        return steps[0]
+
+    def run(x: Tensor) -> Tensor:
+        for step in steps:
+            x = step(x)
+        return x
+
+    return run
+
+
+def turn(x: Tensor, layout: str) -> Tensor:
+    """The same numbers in the order in memory that rows, channels-last or turned have."""
+    if layout == "channels-last" and x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.t().contiguous().t() if layout == "turned" else x.contiguous()
+
+
+def bound(form: Format, x: Tensor) -> tuple[Call, Callable[[], Tensor]]:
+    """A call that computes this form on x, and a function that does and gives the result."""
+    if isinstance(form, Rows):
+        run, turned = form.run, turn(x, form.layout)
+        return (lambda: run(turned)), (lambda: run(turned))
+    chain = Chain([form], len(x))
+
+    def result() -> Tensor:
+        chain.fill(x)
+        chain.run()
+        return chain.result()
+
+    return chain.run, result
+
+
+class _Segment:
+    """Forms in columns on batches of any size; buffers are kept for the last few sizes."""
+
+    def __init__(self, forms: list[Columns]) -> None:
+        self.forms, self.lock = forms, threading.Lock()
+        self.chains: dict[tuple[int, int], Chain] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        key = len(x), torch.get_num_threads()
+        with self.lock:
+            chain = self.chains.get(key)
+            if chain is None:
+                if len(self.chains) == BATCHES:
+                    del self.chains[next(iter(self.chains))]
+                chain = self.chains[key] = Chain(self.forms, len(x))
+            chain.fill(x)
+            chain.run()
+            return chain.result()
+
+
+class Chain:
+    """Forms in columns, bound to two buffers that take turns; without forms, room for `shape`.
+
+    What goes from one sparse convolution to the next has a place of its own, where it can be read as it is.
+    """
+
+    def __init__(self, forms: Sequence[Columns], batch: int, shape: tuple[int, ...] = ()) -> None:
+        places = [form.place for form in forms]
+        before, after = (places[0].before, places[-1].after) if places else (shape, shape)
+        features = max(prod(shape) for shape in (before, *(place.after for place in places)))
+        here, there = columns(features, batch), columns(features if places else 0, batch)
+        self.x = here[: prod(before), :batch]
+        calls: list[Call] = []
+        slices: Slices | None = None  # where convolution follows convolution
+        for i, (form, place) in enumerate(zip(forms, places, strict=True)):
+            x = slices or _view(here, place.before, batch)
+            room = forms[i + 1].slices if form.slices and i + 1 < len(forms) else None
+            slices = room(batch) if room else None
+            if slices:
+                calls += form.bind(x, slices)
+            elif form.in_place:
+                calls += form.bind(x, x)
+            else:
+                calls += form.bind(x, _view(there, place.after, batch))
+                here, there = there, here
+        self.y = here[: prod(after), :batch]
+        self.shape = batch, *after
+        self.turn_in, self.turn_out = bind_columns(self.x), bind_rows(self.y)
+        self.run = sequence(calls) if calls else _nothing
+
+    def fill(self, x: Tensor) -> None:
+        self.turn_in(x if x.is_contiguous() else x.contiguous())
+
+    def result(self) -> Tensor:
+        """Batch first, in memory of its own."""
+        y = torch.empty(self.shape)
+        self.turn_out(y)
+        return y
+
+
+def _view(memory: Tensor, shape: tuple[int, ...], batch: int) -> Tensor:
+    return image(memory[: prod(shape)], shape, batch)
+
+
+def _nothing() -> None:
+    pass

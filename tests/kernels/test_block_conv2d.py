@@ -1,0 +1,421 @@
+"""Against the formula in float64; whatever the mask; dead blocks are not there, live ones count whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparselth.kernels import block_conv2d as module
+from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d, choose, floor, launch
+from sparselth.kernels.block_linear import BLOCKS
+from sparselth.kernels.masked_conv2d import geometry
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
+RTOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # 3 times torch's own
+NAN, INF = float("nan"), float("inf")
+WAYS = ("triton", "torch", "reference")
+MASKS = ("random", "empty", "full", "one weight", "one block row", "half of the block rows")
+Pair = tuple[int, int]
+
+
+def masked(
+    kind: str, n: int, c: int, kernel: Pair, block: int, seed: int = 0, density: float = 0.4
+) -> Tensor:
+    """A mask of blocks, with pruned weights inside the live ones too."""
+    g = torch.Generator().manual_seed(seed)
+    rows, columns = -(-n // block), -(-c // block)
+    live = torch.rand(rows, columns, *kernel, generator=g) < density
+    if kind == "full":
+        return torch.ones(n, c, *kernel, dtype=torch.bool)
+    if kind == "empty":
+        live[:] = False
+    elif kind == "one block row":
+        live[:] = False
+        live[rows // 2] = True
+    elif kind == "half of the block rows":
+        live[::2] = False
+    mask = live.repeat_interleave(block, 0).repeat_interleave(block, 1)[:n, :c]
+    mask &= torch.rand(n, c, *kernel, generator=g) < 0.8
+    if kind == "one weight":
+        mask[:] = False
+        mask[n - 1, c // 2, kernel[0] - 1, kernel[1] // 2] = True
+    return mask
+
+
+class Problem:
+    def __init__(
+        self,
+        b: int,
+        c: int,
+        n: int,
+        size: Pair,
+        kernel: Pair,
+        where: tuple[Pair, Pair, Pair] = ((1, 1), (0, 0), (1, 1)),
+        block: int = 16,
+        dtype: torch.dtype = torch.float32,
+        kind: str = "random",
+        seed: int = 0,
+    ) -> None:
+        g = torch.Generator().manual_seed(seed)
+        shapes: tuple[tuple[int, ...], ...] = (b, c, *size), (n, c, *kernel), (n,)
+        x, w, self.bias = (torch.randn(s, generator=g).to(DEVICE, dtype) for s in shapes)
+        self.x = x.contiguous(memory_format=torch.channels_last)
+        self.mask = masked(kind, n, c, kernel, block, seed).to(DEVICE)
+        self.where, self.kept = where, torch.where(self.mask, w, 0)
+        self.weight = BlockFilters.from_dense(torch.where(self.mask, w, NAN), self.mask, block)
+
+    def run(self, relu: bool = False, kernels: str = "auto") -> Tensor:
+        return block_conv2d(self.x, self.weight, self.bias, *self.where, relu, kernels)
+
+    def launch(self, *args: object) -> Tensor:
+        w = self.weight
+        index = w.values, w.places, w.starts, w.order, len(self.bias)
+        g = geometry(w.shape[2:], *self.where)
+        return launch(self.x, *index, self.bias, True, g, *args)  # type: ignore[arg-type]
+
+    def right(self, relu: bool) -> Tensor:
+        y = F.conv2d(self.x.double(), self.kept.double(), self.bias.double(), *self.where)
+        return y.relu() if relu else y
+
+    def scale(self) -> Tensor:
+        """What y would be without cancellation."""
+        x, w, bias = (t.abs().double() for t in (self.x, self.kept, self.bias))
+        return F.conv2d(x, w, bias, *self.where)
+
+    def check(self, y: Tensor, relu: bool = False, tf32: bool = False) -> None:
+        right = self.right(relu)
+        assert y.shape == right.shape
+        assert y.permute(0, 2, 3, 1).is_contiguous()
+        assert y.dtype == self.x.dtype
+        assert (y.double() - right).norm() <= (2e-3 if tf32 else RTOL[y.dtype]) * self.scale().norm()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ieee() -> Iterator[None]:
+    """Convolutions in fp32, which are in TF32 by default on CUDA."""
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "ieee"
+    yield
+    conv.fp32_precision = before
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poison() -> Iterator[None]:
+    """What a launcher allocates is full of NaN."""
+    new_empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *size: int, **kwargs: object) -> Tensor:
+        t = new_empty(self, *size, **kwargs)  # type: ignore[call-overload]
+        return t.fill_(NAN) if t.is_floating_point() else t  # type: ignore[no-any-return]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", poisoned)
+        yield
+
+
+LAYERS = {  # b, c, n, size, kernel, (stride, padding, dilation)
+    "ones": (1, 1, 1, (1, 1), (1, 1)),
+    "1x1, stride 2": (3, 67, 35, (5, 4), (1, 1), ((2, 2), (0, 0), (1, 1))),
+    "3x3": (2, 17, 67, (3, 5), (3, 3), ((1, 1), (1, 1), (1, 1))),
+    "5x5, stride 2": (1, 19, 20, (7, 6), (5, 5), ((2, 2), (2, 2), (1, 1))),
+    "3x2, all differ": (2, 32, 16, (6, 8), (3, 2), ((2, 1), (1, 3), (1, 2))),
+}
+
+
+@pytest.mark.parametrize("kernels", WAYS)
+@pytest.mark.parametrize("dtype", RTOL, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    ("layer", "block"), [(name, b) for name in LAYERS for b in BLOCKS if b <= 32 or "5x5" not in name]
+)
+def test_it_is_the_formula(layer: str, block: int, dtype: torch.dtype, kernels: str) -> None:
+    p = Problem(*LAYERS[layer], block=block, dtype=dtype)  # type: ignore[arg-type]
+    relu = layer != "3x3"
+    p.check(p.run(relu, kernels), relu)
+
+
+@pytest.mark.parametrize("kernels", WAYS)
+@pytest.mark.parametrize("kind", MASKS)
+def test_every_mask(kind: str, kernels: str) -> None:
+    for block, n, c in ((16, 50, 35), (64, 128, 70)):
+        p = Problem(1, c, n, (2, 3), (2, 3), ((1, 1), (1, 1), (1, 1)), block, kind=kind)
+        y = p.run(kernels=kernels)
+        p.check(y)
+        dead = ~p.mask.flatten(1).any(1)
+        wide = F.pad(dead, (0, -n % block), value=True).view(-1, block).all(1).repeat_interleave(block)[:n]
+        assert y[:, wide].equal(p.bias[wide][None, :, None, None].expand_as(y[:, wide]))
+        assert bool(wide.any()) == (kind not in ("random", "full"))
+        if kind == "empty":
+            assert not block_conv2d(p.x, p.weight, padding=1, kernels=kernels).any()
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_format_holds_any_mask(block: int, kind: str) -> None:
+    for n, c, kernel in ((1, 1, (1, 1)), (block, 2 * block, (2, 3)), (block + 5, 2 * block - 7, (3, 1))):
+        mask = masked(kind, n, c, kernel, block).to(DEVICE)
+        w = torch.randn(n, c, *kernel, device=DEVICE)
+        packed = BlockFilters.from_dense(torch.where(mask, w, NAN), mask, block)
+        kept = torch.where(mask, w, 0)
+        assert packed.to_dense().equal(kept)
+        assert BlockFilters.from_dense(kept, block=block).to_dense().equal(kept)
+        assert packed.to(DEVICE).to_dense().equal(kept)
+        rows, columns = -(-n // block), -(-c // block)
+        live = F.pad(mask.float().permute(2, 3, 0, 1), (0, columns * block - c, 0, rows * block - n))
+        count = int(live.view(-1, rows, block, columns, block).amax((2, 4)).sum())
+        assert packed.occupancy == count / (rows * columns * kernel[0] * kernel[1])
+        assert packed.bytes() == 4 * count * block**2 + 4 * (count + rows + 1 + rows)
+        lengths = packed.starts.diff()
+        assert lengths.sort(descending=True).values.equal(lengths)
+        assert packed.order.sort().values.equal(torch.arange(rows, dtype=torch.int32, device=DEVICE))
+    assert packed.block == block
+
+
+def test_a_block_is_a_run_of_channels_at_one_tap() -> None:
+    w = torch.zeros(32, 48, 5, 3, device=DEVICE)
+    w[16:, 32:, 4, 2] = 1
+    packed = BlockFilters.from_dense(w, block=16)
+    assert packed.places.tolist() == [(4 << 24) + (2 << 16) + 2]
+    assert packed.occupancy == 1 / 90
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_nan_and_infinity_pass_live_blocks_alone(value: float, kernels: str) -> None:
+    w = torch.zeros(32, 48, 3, 3, device=DEVICE)
+    w[:16, :16, 1, 0] = 1  # what lies to the left
+    w[5, 3] = 0
+    w[16:, 16:32, 1, 1] = 1
+    weight = BlockFilters.from_dense(w, block=16)
+    x = torch.ones(2, 48, 4, 4, device=DEVICE)
+    x[1, 3, 2, 1] = x[:, 40] = value  # one that 16 filters see, and channels that none sees
+    y = block_conv2d(x, weight, padding=1, kernels=kernels)
+    seen = torch.zeros_like(y, dtype=torch.bool)
+    seen[1, :16, 2, 2] = True
+    assert y.isfinite().equal(~seen)
+    assert y[1, 5, 2, 2].isnan()  # the pruned weight of a live block
+    assert block_conv2d(x, weight, padding=1, relu=True, kernels=kernels)[1, 5, 2, 2].isnan()
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_what_lies_around_x_is_not_read(kernels: str) -> None:
+    """Images amid NaN, and the padding is 0."""
+    p = Problem(2, 32, 20, (5, 4), (3, 3), ((1, 1), (1, 1), (1, 1)))
+    wide = p.x.new_full((p.x.numel() + 4096,), NAN)
+    inner = wide[2048:-2048].view(2, 5, 4, 32).copy_(p.x.permute(0, 2, 3, 1))
+    right = p.run(kernels=kernels)
+    assert block_conv2d(inner.permute(0, 3, 1, 2), p.weight, p.bias, *p.where, kernels=kernels).equal(right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_every_tile_and_split_lists(dtype: torch.dtype) -> None:
+    for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
+        conv = torch.backends.cudnn.conv
+        before, conv.fp32_precision = conv.fp32_precision, precision
+        try:
+            kind = module._kind(dtype)
+            assert kind == ("half" if dtype != torch.float32 else precision)
+            for tile in module.TILES[kind]:
+                for block in (16, min(128, 2 * tile.columns)):
+                    where = ((1, 1), (0, 1), (1, 1))
+                    p = Problem(1, block + 9, block - 3, (3, 4), (1, 2), where, block, dtype, seed=2)
+                    for splits in (1, 3):
+                        y = p.launch((tile, splits))
+                        p.check(y, relu=True, tf32=precision == "tf32" and DEVICE == "cuda")
+                        if (tile.rows, block) == (32, 16):
+                            assert y.equal(p.launch((tile, splits)))
+        finally:
+            conv.fp32_precision = before
+
+
+def test_the_choice_of_tiles() -> None:
+    def chosen(kind: str, block: int, pixels: int, n: int, blocks: int) -> tuple[int, int, int]:
+        tile, splits = choose(kind, block, pixels, -(-n // block), blocks)
+        return tile.rows, min(block, tile.columns), splits
+
+    assert chosen("half", 64, 60 * 1024, 256, 60) == (128, 64, 1)
+    assert chosen("half", 128, 60 * 1024, 256, 30) == (128, 128, 1)
+    assert chosen("half", 64, 60 * 64, 256, 60) == (64, 64, 1)
+    assert chosen("half", 64, 16, 512, 60) == (16, 16, 1)
+    assert chosen("half", 64, 16, 512, 576) == (16, 16, 8)
+    assert chosen("half", 16, 49, 16, 1000) == (64, 16, 250)
+    assert chosen("ieee", 64, 1024, 64, 9) == (64, 64, 9)
+    assert chosen("tf32", 16, 40, 256, 0) == (64, 16, 1)
+    for kind in module.TILES:
+        for block in BLOCKS:
+            for pixels in (1, 16, 17, 33, 100, 5000):
+                tile, splits = choose(kind, block, pixels, 7, 0)
+                assert splits == 1
+                assert tile.rows <= 16 or tile.rows < 2 * pixels
+                assert tile.columns <= max(64, block)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_strides_do_not_matter(kernels: str) -> None:
+    p = Problem(3, 20, 18, (4, 5), (3, 3), ((1, 1), (1, 1), (1, 1)))
+    right = p.run(kernels=kernels)
+    wide = p.x.new_full((3, 43, 4, 5), NAN)
+    wide[:, 3::2] = p.x
+    bias = p.bias.new_full((36,), NAN)
+    bias[::2] = p.bias
+    batch_last = p.x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    for x in (p.x.contiguous(), wide[:, 3::2], batch_last, F.pad(p.x, (2, 1), value=NAN)[..., 2:7]):
+        found = block_conv2d(x, p.weight, bias[::2], *p.where, kernels=kernels)
+        assert found.equal(right)
+
+
+def test_all_ways_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks as one batch; several lists together; list by list in parts that differ in size."""
+    p = Problem(2, 40, 120, (5, 6), (3, 3), ((1, 1), (1, 1), (1, 1)), kind="half of the block rows")
+    for singly, gathered in ((100, 1 << 18), (0, 1 << 18), (0, 1), (0, 5000), (0, 30_000)):
+        monkeypatch.setattr(module, "SINGLY", singly)
+        monkeypatch.setattr(module, "GATHERED", gathered)
+        found = p.run(kernels="torch")
+        p.check(found)
+        assert found.equal(p.run(kernels="torch"))
+
+
+SIZES = st.tuples(st.integers(1, 7), st.integers(1, 7))
+
+
+@settings(max_examples=CASES)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 70)),
+    SIZES,
+    st.tuples(st.sampled_from([1, 2, 3, 5]), st.sampled_from([1, 2, 3, 5])),
+    st.tuples(*[st.tuples(st.integers(low, 3), st.integers(low, 3)) for low in (1, 0, 1)]),
+    st.sampled_from(BLOCKS),
+    st.sampled_from(list(RTOL)),
+    st.sampled_from(MASKS),
+    st.booleans(),
+    st.sampled_from(["triton", "torch"]),
+    st.integers(0, 10**6),
+)
+def test_any_shape(
+    shape: tuple[int, int, int],
+    size: Pair,
+    kernel: Pair,
+    where: tuple[Pair, Pair, Pair],
+    block: int,
+    dtype: torch.dtype,
+    kind: str,
+    relu: bool,
+    kernels: str,
+    seed: int,
+) -> None:
+    assume(min(geometry(kernel, *where).out(*size)) > 0)
+    p = Problem(*shape, size, kernel, where, block, dtype, kind, seed)
+    assert p.weight.to_dense().equal(p.kept)
+    p.check(p.run(relu, kernels), relu)
+
+
+def test_auto_and_an_empty_batch() -> None:
+    p = Problem(1, 20, 30, (4, 4), (3, 3))
+    usual = "triton" if DEVICE == "cuda" else "torch"
+    assert p.run().equal(p.run(kernels=usual))
+    for kernels in WAYS:
+        assert block_conv2d(p.x[:0], p.weight, p.bias, kernels=kernels).shape == (0, 30, 2, 2)
+
+
+def test_what_does_not_fit_is_said() -> None:
+    w = torch.ones(20, 30, 3, 3, device=DEVICE)
+    weight, x = BlockFilters.from_dense(w, block=16), torch.ones(4, 30, 5, 5, device=DEVICE)
+    for args, words in (
+        (
+            (w[0],),
+            r"expected a weight \[N, C, kh, kw\] in fp32, fp16 or bf16, got torch.float32 \[30, 3, 3\]",
+        ),
+        ((w[:0],), r"got torch.float32 \[0, 30, 3, 3\]"),
+        ((w.double(),), "got torch.float64"),
+        ((w, None, 48), "expected blocks of 16, 32, 64 or 128, got 48"),
+        ((w.new_ones(1, 1, 128, 1),), "expected at most 127 x 127 taps, got 128 x 1"),
+        ((w, w), r"expected a bool mask \[20, 30, 3, 3\]"),
+        ((w, w[1:] > 0), r"got torch.bool \[19, 30, 3, 3\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            BlockFilters.from_dense(*args)
+    for args, words in (
+        ((x[:, 1:], weight), r"expected x \[B, 30, H, W\] in torch.float32 on .*, got \[4, 29, 5, 5\]"),
+        ((x[0], weight), r"got \[30, 5, 5\]"),
+        ((x.half(), weight), r"got \[4, 30, 5, 5\] in torch.float16"),
+        ((x.to("meta"), weight), "on meta"),
+        ((x, weight, x[0, 0, 0]), r"expected bias \[20\] in torch.float32"),
+        ((x[..., :2], weight), "expected a kernel no larger than the padded image"),
+        ((x, weight, None, 0), "stride and dilation from 1"),
+        (
+            (x, weight, None, 1, 0, 1, False, "cuda"),
+            "expected kernels auto, triton, torch, reference, got cuda",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            block_conv2d(*args)
+    far = torch.empty(1, 30, 2**13, 2**14, device="meta")
+    index = weight.values, weight.places, weight.starts, weight.order
+    with pytest.raises(ValueError, match=r"expected less than 2\^31 pixels of y and numbers in an image"):
+        launch(far, *index, 20, None, False, geometry((3, 3), 1, 0, 1))
+
+
+def test_floor() -> None:
+    weight = BlockFilters.from_dense(torch.ones(40, 50, 3, 3).half(), block=16)
+    blocks = 3 * 4 * 9
+    assert floor(torch.ones(7, 50, 6, 5), weight, 2, 1) == {
+        "bytes": 2 * blocks * 256 + 4 * (blocks + 4 + 3) + 4 * (7 * 50 * 30 + 7 * 40 * 9 + 40),
+        "flops": 2 * 7 * 9 * blocks * 256,
+    }
+
+
+OPCHECK = """
+import pytest
+import torch
+from torch import library
+from sparselth.kernels.block_conv2d import BlockFilters, _operator, block_conv2d
+
+torch.manual_seed(0)
+w = torch.randn(40, 20, 3, 3)
+w[16:32, :16, 1] = 0
+weight, x, bias = BlockFilters.from_dense(w, block=16), torch.randn(2, 20, 5, 5), torch.randn(40)
+where = [3, 3, 2, 2, 1, 1, 1, 1]
+for kernels in ("auto", "reference"):
+    index = weight.places, weight.starts, weight.order, list(weight.runs)
+    library.opcheck(_operator, (x, weight.values, *index, 40, bias, True, where, kernels))
+    turned = x.contiguous(memory_format=torch.channels_last)
+    library.opcheck(_operator, (turned, weight.values, *index, 40, None, False, where, kernels))
+compiled = torch.compile(lambda x: block_conv2d(x, weight, bias, 2, 1), fullgraph=True, backend="aot_eager")
+assert compiled(x).equal(block_conv2d(x, weight, bias, 2, 1))
+with pytest.raises(RuntimeError, match="autograd"):
+    block_conv2d(x.requires_grad_(), weight).sum().backward()
+with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+    block_conv2d(x.detach(), weight, kernels="triton")
+"""
+
+
+def test_without_the_interpreter(without_interpreter: Callable[[str], str]) -> None:
+    without_interpreter(OPCHECK)
+
+
+def test_large_tiles_take_warp_groups_and_all_stages(
+    machine_code: Callable[[str], list[dict[str, Any]]],
+) -> None:
+    wanted = {(kind, tile) for kind in ("half", "tf32") for tile in module.TILES[kind] if tile.rows >= 64}
+    hopper = [facts for facts in machine_code("block_conv2d") if facts["capability"] == 90]
+    for facts in hopper[: sum(map(len, module.TILES.values()))]:
+        c = facts["constants"]
+        kind = "half" if facts["signature"]["x_ptr"] == "*bf16" else c["PRECISION"]
+        sizes = int(c["BLOCK_M"]), int(c["BLOCK_N"])
+        tile = next(t for t in module.TILES[kind] if (t.rows, t.columns) == sizes)
+        if (kind, tile) not in wanted:
+            continue
+        assert facts["wgmma"], (kind, tile)
+        # the pipeline has all its stages
+        stage = (tile.rows + tile.columns) * tile.depth * (2 if kind == "half" else 4)
+        assert facts["shared_bytes"] >= tile.stages * stage, (kind, tile)
+        wanted.remove((kind, tile))
+    assert not wanted, wanted

@@ -1,0 +1,246 @@
+"""Sparse convolution of images as torch has them against float64, at every level this machine has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparselth.kernels import _native
+from sparselth.kernels import sparse_conv2d_rows as sr
+from sparselth.kernels.sparse_conv2d_rows import PackedConv2d
+
+CASES = settings(max_examples=int(os.environ.get("SPARSELTH_CASES", "25")), deadline=None)
+native = pytest.mark.skipif(_native.LIB is None, reason=_native.WHY)
+LAYERS = {  # [N, C, kh, kw], size, stride, padding, batch, kept
+    "strips": ((9, 64, 3, 3), (32, 32), 1, 1, 1, 0.1),
+    "strips, stride 2": ((9, 64, 3, 3), (32, 32), 2, 1, 2, 0.1),
+    "blocks": ((6, 130, 3, 3), (8, 8), 1, 1, 1, 0.2),
+    "groups of 4 x 4": ((5, 40, 3, 3), (4, 4), 1, 1, 9, 0.2),
+    "groups of 2 x 2": ((5, 7, 3, 3), (2, 2), 1, 1, 33, 0.5),
+    "1 x 1": ((5, 7, 1, 1), (9, 12), 1, 0, 3, 0.5),
+    "stride 2, 1 x 1": ((5, 7, 1, 1), (9, 12), 2, 0, 3, 0.5),
+    "LeNet-5, first": ((6, 1, 5, 5), (28, 28), 1, 2, 5, 0.3),
+    "LeNet-5, second": ((16, 6, 5, 5), (14, 14), 1, 0, 5, 0.3),
+    "stride beyond the kernel": ((3, 2, 2, 2), (9, 8), 3, 0, 16, 0.7),
+    "padding beyond the kernel": ((3, 2, 2, 3), (5, 8), 2, 4, 3, 0.5),
+    "nothing kept": ((3, 2, 3, 3), (5, 6), 1, 1, 5, 0.0),
+    "all kept": ((3, 2, 3, 3), (5, 70), 1, 1, 2, 1.0),
+    "one of everything": ((1, 1, 1, 1), (1, 1), 1, 0, 1, 1.0),
+}
+
+
+@pytest.fixture(params=[*(_native.levels() or ["torch"])])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What to ask for: the native kernel at each level in turn, or torch's where there is none."""
+    if request.param == "torch":
+        yield "torch"
+        return
+    _native.choose(request.param)
+    yield "native"
+    assert _native.LEVEL is not None
+    _native.choose(_native.LEVEL)
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    if _native.LEVEL:
+        _native.choose(_native.LEVEL)
+
+
+def weight(shape: tuple[int, ...], kept: float, seed: int = 0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=draw) * (torch.rand(shape, generator=draw) < kept)
+
+
+def inside(shape: tuple[int, ...], offset: int, fill: float) -> tuple[Tensor, Tensor]:
+    """A contiguous tensor with `fill` before and behind it, and all that memory."""
+    size = torch.Size(shape).numel()
+    memory = torch.full((offset + size + 64,), fill)
+    return memory, memory[offset : offset + size].view(shape)
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """RMS error, relative to numbers of size 1 where the exact ones are smaller."""
+    if not exact.numel():
+        return 0.0
+    scale = max(1.0, float(exact.square().mean().sqrt()))
+    return float((found.double() - exact).square().mean().sqrt()) / scale
+
+
+def compare(packed: PackedConv2d, batch: int, kernels: str, offset: int, bias: bool, relu: bool) -> None:
+    n, c, _, _ = packed.shape
+    _, x = inside((batch, c, *packed.size), offset, torch.nan)
+    x.normal_()
+    b = torch.randn(n) if bias else None
+    exact = sr.reference(packed, x.double(), None if b is None else b.double(), relu)
+    memory, y = inside((batch, n, *packed.out), offset, 7.0)
+    y.fill_(torch.nan)
+    sr.bind_sparse_conv2d_rows(packed, x, b, y, relu, kernels=kernels)()
+    assert error(y, exact) < 1e-6
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        again = sr.sparse_conv2d_rows(packed, x, b, relu, kernels=kernels)
+        if _native.use_native(kernels):
+            assert torch.equal(again, y)  # to the bit, whatever the threads
+    if min(packed.halves) > 0:
+        pooled_memory, pooled = inside((batch, n, *packed.halves), offset, 7.0)
+        sr.bind_sparse_conv2d_rows(packed, x, b, pooled, relu, True, kernels)()
+        if _native.use_native(kernels):
+            assert torch.equal(pooled, F.max_pool2d(y, 2))
+        assert error(pooled, F.max_pool2d(exact, 2)) < 1e-6
+        pooled.fill_(7.0)
+        assert bool((pooled_memory == 7.0).all())
+    y.fill_(7.0)
+    assert bool((memory == 7.0).all())  # nothing beside y was written
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_against_float64(name: str, kernels: str) -> None:
+    shape, size, stride, padding, batch, kept = LAYERS[name]
+    torch.manual_seed(0)
+    w = weight(shape, kept)
+    packed = PackedConv2d.of(w, size, stride, padding, batch)
+    assert torch.equal(packed.scatter(), w)
+    torch.set_num_threads(2)
+    compare(packed, batch, kernels, 1, bias=True, relu=True)
+
+
+def test_layers_are_what_their_names_say() -> None:
+    def packed(name: str) -> PackedConv2d:
+        shape, size, stride, padding, batch, kept = LAYERS[name]
+        return PackedConv2d.of(weight(shape, kept), size, stride, padding, batch)
+
+    for name, rows in (("strips", 16), ("strips, stride 2", 8)):
+        assert packed(name).strip == rows
+        assert packed(name).strip < packed(name).out[0]
+    assert packed("blocks").blocks > 1
+    assert [packed(f"groups of {name}").group for name in ("4 x 4", "2 x 2")] == [3, 11]
+    assert packed("LeNet-5, first").group == 1
+
+
+@CASES
+@given(st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    if _native.LIB is not None:
+        _native.choose(data.draw(st.sampled_from(_native.levels()), "level"))
+    kernel = [data.draw(st.integers(1, 5)) for _ in "ij"]
+    padding, stride = data.draw(st.integers(0, 3), "padding"), data.draw(st.integers(1, 3), "stride")
+    size = [data.draw(st.one_of(st.integers(max(1, k - 2 * padding), 13), st.just(40))) for k in kernel]
+    shape = (data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9)), *kernel)
+    kept = data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]), "kept")
+    w = weight(shape, kept, data.draw(st.integers(0, 1000), "seed"))
+    if data.draw(st.booleans()):
+        w[data.draw(st.integers(0, shape[0] - 1))] = float(data.draw(st.booleans()))
+    batch = data.draw(st.one_of(st.integers(1, 20), st.just(65)), "batch")
+    meant = data.draw(st.one_of(st.just(batch), st.integers(1, 70)), "meant")
+    torch.set_num_threads(data.draw(st.integers(1, 4), "threads"))
+    with pytest.MonkeyPatch.context() as patch:  # strips, blocks and threads even here
+        patch.setattr(sr, "NEAR", data.draw(st.sampled_from([256, sr.NEAR]), "near"))
+        patch.setattr(sr, "FAR", data.draw(st.sampled_from([1024, sr.FAR]), "far"))
+        patch.setattr(sr, "WORTH", data.draw(st.sampled_from([1, sr.WORTH]), "worth"))
+        patch.setattr(sr, "WORK", 1)
+        packed = PackedConv2d.of(w, (size[0], size[1]), stride, padding, meant)
+        assert torch.equal(packed.scatter(), w)
+        offset = data.draw(st.integers(0, 17), "offset")
+        compare(packed, batch, "auto", offset, data.draw(st.booleans()), data.draw(st.booleans()))
+
+
+@native
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("size", [(8, 33), (4, 4)])
+def test_nan_spreads_through_kept_weights_alone(size: tuple[int, int], value: float, kernels: str) -> None:
+    mask = (weight((6, 5, 3, 3), 0.1) != 0).float()
+    packed = PackedConv2d.of(mask, size, 1, 1, 4)
+    x = torch.randn(4, 5, *size)
+    x[1, 2, 3, size[1] - 1] = x[2, 4, 0, 0] = value
+    touched = F.conv2d((~x.isfinite()).float(), mask, padding=1) > 0
+    assert bool(touched.any())
+    y = sr.sparse_conv2d_rows(packed, x, relu=True, kernels=kernels)
+    assert torch.equal(~y.isfinite(), touched)
+    pooled = sr.sparse_conv2d_rows(packed, x, relu=True, pool=True, kernels=kernels)
+    assert torch.equal(pooled.nan_to_num(7e7), F.max_pool2d(y, 2).nan_to_num(7e7))
+
+
+def test_a_call_takes_any_batch_and_layout(kernels: str) -> None:
+    w, bias = weight((5, 6, 3, 3), 0.4), torch.randn(5)
+    packed = PackedConv2d.of(w, (4, 4), 1, 1, 8)
+    call = sr.sparse_conv2d_rows_call(packed, bias, kernels=kernels)
+    first: list[tuple[Tensor, Tensor]] = []
+    for batch in (8, 1, 0, 13, 8):
+        x = torch.randn(batch, 6, 4, 4)
+        y = call(x.contiguous(memory_format=torch.channels_last))
+        assert y.shape == (batch, 5, 4, 4)
+        assert error(y, sr.reference(packed, x.double(), bias.double())) < 1e-6
+        first.append((y, y.clone()))
+    assert all(torch.equal(y, copy) for y, copy in first)  # outputs are in memory of their own
+
+
+def test_calls_of_several_threads_do_not_meet() -> None:
+    packed = PackedConv2d.of(weight((32, 16, 3, 3), 0.4), (16, 16), 1, 1)
+    call = sr.sparse_conv2d_rows_call(packed)
+    images = [torch.randn(1, 16, 16, 16) for _ in range(8)]
+    alone = [call(x) for x in images]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            found = list(pool.map(call, images))
+            assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
+
+
+def test_bound_forms_follow_their_memory(kernels: str) -> None:
+    packed = PackedConv2d.of(weight((3, 2, 3, 3), 0.5), (6, 7), 1, 1, 2)
+    x, bias, y = torch.randn(2, 2, 6, 7), torch.randn(3), torch.empty(2, 3, 6, 7)
+    run = sr.bind_sparse_conv2d_rows(packed, x, bias, y, kernels=kernels)
+    for _ in range(2):
+        for t in (x, bias, packed.values):
+            t.normal_()
+        run()
+        assert error(y, sr.reference(packed, x.double(), bias.double())) < 1e-6
+
+
+def test_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "LIB", None)
+    packed = PackedConv2d.of(weight((3, 2, 3, 3), 0.5), (6, 7), 2, 1)
+    compare(packed, 9, "auto", 3, bias=True, relu=True)
+    with pytest.raises(ValueError, match="native kernels are missing"):
+        sr.sparse_conv2d_rows(packed, torch.zeros(9, 2, 6, 7), kernels="native")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p, x: sr.sparse_conv2d_rows(p, x[:, 1:]), r"x: expected fp32 \[9, 2, 6, 7\] on a CPU"),
+        (lambda p, x: sr.sparse_conv2d_rows(p, x.double()), "got torch.float64"),
+        (lambda p, x: sr.sparse_conv2d_rows(p, x, x), r"bias: expected contiguous fp32 \[3\]"),
+        (lambda p, x: sr.sparse_conv2d_rows(p, x, kernels="fast"), "kernels is 'fast'"),
+        (lambda p, x: sr.bind_sparse_conv2d_rows(p, x, None, x), r"y: expected fp32 \[9, 3, 4, 5\]"),
+        (lambda p, x: sr.bind_sparse_conv2d_rows(p, x.mT.contiguous().mT, None, x), "expected a contiguous"),
+        (lambda p, x: PackedConv2d.of(x[0], (6, 7)), r"expected a weight \[N, C, kh, kw\] in fp32"),
+        (lambda p, x: PackedConv2d.of(x > 0, (6, 7)), "got torch.bool"),
+        (lambda p, x: PackedConv2d.of(x, (5, 7)), "expected images of 6 x 7 or more, got 5 x 7"),
+        (lambda p, x: PackedConv2d.of(x, (9, 9), 0), "padding 0, stride 0"),
+        (lambda p, x: PackedConv2d.of(x[..., :3, :3], (3, 65536)), "images of 3 x 65536 are too wide"),
+    ],
+)
+def test_refused(call: Callable[[PackedConv2d, Tensor], object], message: str) -> None:
+    packed = PackedConv2d.of(torch.ones(3, 2, 3, 3), (6, 7))
+    with pytest.raises(ValueError, match=message):
+        call(packed, torch.zeros(9, 2, 6, 7))
+
+
+def test_floor_and_bytes() -> None:
+    packed = PackedConv2d.of(torch.ones(3, 2, 3, 3), (6, 7), 1, 1)
+    least = sr.floor(packed, 10)
+    assert least["flops"] == 2 * 54 * 42 * 10
+    assert packed.bytes() == 6 * 54 + 4 * (3 * packed.blocks + 1)
+    assert least["bytes"] == packed.bytes() + 4 * 10 * 42 * 5
