@@ -15,6 +15,7 @@ import torch
 
 from sparselth.measure.floors import Anchors
 from sparselth.measure.layers import parse
+from sparselth.measure.memory import keep_freed
 from sparselth.measure.rivals import rivals
 from sparselth.measure.rows import Bench, Cell
 from sparselth.report.bench_tables import table
@@ -26,6 +27,7 @@ BATCHES = (1, 64, 256)
 
 @pytest.fixture(scope="module")
 def anchors() -> Anchors:
+    keep_freed()
     found = Anchors(DEVICE, ("fp32",))
     found.measure()
     return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -78,6 +80,32 @@ def test_peak_is_the_highest_sum_of_what_is_alive(capfd: pytest.CaptureFixture[s
     assert peak(together) == 6000
     assert peak(lambda: None) == 0
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_is_freed_is_kept(kept: bool) -> None:
+    """Three blocks of 28 MB at a time, again and again: 20,000 page faults each time, or none."""
+    code = f"""
+import ctypes, resource
+from sparselth.measure.memory import keep_freed
+if {kept}:
+    assert keep_freed()
+libc, size = ctypes.CDLL(None), ctypes.c_size_t(28 << 20)
+libc.malloc.restype = ctypes.c_void_p
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [ctypes.c_void_p(libc.malloc(size)) for _ in range(3)]
+    for block in blocks:
+        libc.memset(block, 1, size)
+    for block in blocks:
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+found = [faults() for _ in range(6)]
+print(sum(found[3:]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 1000) is kept
 
 
 def test_peaks_of_several_calls_are_theirs_alone() -> None:

@@ -36,6 +36,7 @@ from sparselth.sparse.device import Device
 timing = importlib.import_module("sparselth.sparse.times")
 devices = importlib.import_module("sparselth.sparse.device")
 Timer = Callable[[Mapping[str, Call], Any], Any]
+NATIVE = "csr_packed", "sparse_conv2d", "native"  # the last is a network of ours
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +188,7 @@ def test_a_constant_channel_is_kept_where_the_border_sees_it(padding: int, mode:
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("what", ["a dead layer", "one live row", "full", "all dead"])
 def test_extreme_masks(name: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "seconds", prefer("native", "mixed", "columns"))
+    monkeypatch.setattr(timing, "seconds", prefer(*NATIVE, "mixed", "columns"))
     torch.manual_seed(0)
     model, shape = NETWORKS[name]()
     masks = random_masks(model, 2.0 if what != "all dead" else -1.0)
@@ -206,8 +207,9 @@ def test_extreme_masks(name: str, what: str, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     "fast",
     [
-        ("native", "mixed", "columns", "to columns", "from columns"),
-        ("native rows", "mixed"),
+        (*NATIVE, "mixed", "columns", "to columns", "from columns"),
+        ("csr_linear", "sparse_conv2d", "mixed", "columns", "to columns", "from columns"),
+        ("sparse_conv2d_rows", "mixed"),
         ("CSR", "channels-last", "mixed", "to columns", "from columns", "to channels-last"),
         ("dense columns", "dense"),
         ("original",),
@@ -223,11 +225,12 @@ def test_convert_keeps_the_outputs_whatever_is_chosen(
     model, shape = NETWORKS[name]()
     masks = random_masks(model, density)
     converted = sparse.convert(model, masks, torch.randn(batch, *shape))
-    if fast[0] == "native" and _native.LIB is not None:
-        assert {layer.chosen for layer in converted.report.layers} == {"native"}
-    if fast[0] == "native rows" and _native.LIB is not None:
+    if fast[0].startswith("csr_") and _native.LIB is not None:
+        wanted = {4: "sparse_conv2d", 2: fast[0]}
+        assert all(layer.chosen == wanted[len(layer.shape)] for layer in converted.report.layers)
+    if fast[0] == "sparse_conv2d_rows" and _native.LIB is not None:
         images = [layer.chosen for layer in converted.report.layers if len(layer.shape) == 4]
-        assert images == ["native rows"] * len(images)
+        assert images == ["sparse_conv2d_rows"] * len(images)
     if fast[0] == "CSR":
         assert converted.report.layers[-1].chosen == "CSR"
     for size in (batch, 5):
@@ -239,9 +242,31 @@ def test_convert_keeps_the_outputs_whatever_is_chosen(
     assert torch.equal(first, again)  # outputs are in memory of their own
 
 
+@pytest.mark.parametrize("fast", [NATIVE, ("CSR", "sparse_conv2d_rows"), ("channels-last", "dense columns")])
+@pytest.mark.parametrize("images", [False, True])
+def test_dead_inputs_are_picked_out_for_dense_forms_alone(
+    fast: tuple[str, ...], images: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves = "to columns", "from columns", "to channels-last", "from channels-last"
+    monkeypatch.setattr(timing, "seconds", prefer(*fast, *moves, "mixed"))
+    torch.manual_seed(0)
+    first = nn.Conv2d(9, 4, 3, padding=1) if images else nn.Linear(9, 4)
+    model = nn.Sequential(first, nn.ReLU(), nn.Flatten(), nn.Linear(4 * 25 if images else 4, 3)).eval()
+    masks = random_masks(model, 2.0)
+    masks["0.weight"][:, 2:7] = False
+    x = torch.randn(6, *((9, 5, 5) if images else (9,)))
+    converted = sparse.convert(model, masks, x)
+    assert converted.report.units[0].inputs == (9, 4)
+    assert [form.place.name for form in converted.plan] == ["0", "2", "3"]
+    assert converted.plan[0].place.before == tuple(x.shape[1:])
+    if _native.LIB is not None or fast != NATIVE:
+        assert converted.report.layers[0].chosen in fast
+    close(converted(x), dense(model, masks, x))
+
+
 @pytest.mark.skipif(_native.LIB is None, reason="no native kernels")
 def test_a_convolution_takes_the_pool_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "seconds", prefer("native", "mixed", "columns"))
+    monkeypatch.setattr(timing, "seconds", prefer(*NATIVE, "mixed", "columns"))
     torch.manual_seed(0)
     model, shape = pools()
     converted = sparse.convert(model, random_masks(model, 0.5), torch.randn(20, *shape), compact=False)
@@ -334,7 +359,7 @@ def test_the_clock_is_not_fooled_by_slow_calls(monkeypatch: pytest.MonkeyPatch) 
 
 def test_dense_is_taken_unless_sparse_wins_by_three_percent(monkeypatch: pytest.MonkeyPatch) -> None:
     def timer(calls: Mapping[str, Call], sample: Any) -> Any:
-        return times({name: 0.98 if name.split()[0] in ("native", "mixed") else 1.0 for name in calls})
+        return times({name: 0.98 if name.split()[0] in (*NATIVE, "mixed") else 1.0 for name in calls})
 
     monkeypatch.setattr(timing, "seconds", timer)
     model, shape = lenet_300_100()
@@ -353,18 +378,18 @@ def test_a_wrong_candidate_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> N
         return call
 
     monkeypatch.setattr(formats, "bind_csr_packed", wrong)
-    monkeypatch.setattr(timing, "seconds", prefer("native", "mixed"))
+    monkeypatch.setattr(timing, "seconds", prefer(*NATIVE, "mixed"))
     model, shape = lenet_300_100()
     masks, x = random_masks(model, 0.1), torch.randn(8, *shape)
     converted = sparse.convert(model, masks, x)
-    assert "native" not in {layer.chosen for layer in converted.report.layers}
+    assert "csr_packed" not in {layer.chosen for layer in converted.report.layers}
     assert "(wrong by" in sparse.explain(converted)
     close(converted(x), dense(model, masks, x))
 
 
 @pytest.mark.parametrize("block", [16, 64])
 def test_block_pruned_weights_have_a_candidate(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "seconds", prefer("blocks", "mixed"))
+    monkeypatch.setattr(timing, "seconds", prefer("block_linear", "mixed"))
     torch.manual_seed(2)
     model = nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 130)).eval()
     live = {"0.weight": torch.rand(13, 19) < 0.2, "2.weight": torch.rand(9, 13) < 0.2}
@@ -374,16 +399,16 @@ def test_block_pruned_weights_have_a_candidate(block: int, monkeypatch: pytest.M
     for batch in (1, 33):
         x = torch.randn(batch, 300)
         converted = sparse.convert(model, masks, x, compact=False)
-        assert {layer.chosen for layer in converted.report.layers} == {"blocks"}
+        assert {layer.chosen for layer in converted.report.layers} == {"block_linear"}
         close(converted(x), dense(model, masks, x))
     random = sparse.convert(model, random_masks(model, 0.1), x)
-    assert all("blocks" not in layer.times for layer in random.report.layers)
+    assert all("block_linear" not in layer.times for layer in random.report.layers)
 
 
 def test_block_pruned_filters_have_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of channels at one tap, in images of any layout, with a pool behind."""
     monkeypatch.setattr(
-        timing, "seconds", prefer("blocks", "mixed", "to channels-last", "from channels-last")
+        timing, "seconds", prefer("block_conv2d", "mixed", "to channels-last", "from channels-last")
     )
     torch.manual_seed(2)
     first, second = nn.Conv2d(40, 33, 3, 2, 1), nn.Conv2d(33, 50, (3, 2), padding=(0, 1), dilation=(1, 2))
@@ -395,19 +420,19 @@ def test_block_pruned_filters_have_a_candidate(monkeypatch: pytest.MonkeyPatch) 
     for batch in (1, 5):
         x = torch.randn(batch, 40, 13, 14)
         converted = sparse.convert(model, masks, x, compact=False)
-        chosen = [layer.chosen for layer in converted.report.layers if "blocks" in layer.times]
-        assert chosen == ["blocks", "blocks"]
+        chosen = [layer.chosen for layer in converted.report.layers if "block_conv2d" in layer.times]
+        assert chosen == ["block_conv2d", "block_conv2d"]
         close(converted(x), dense(model, masks, x))
     random = sparse.convert(model, random_masks(model, 0.1), x)
-    assert all("blocks" not in layer.times for layer in random.report.layers)
+    assert all("block_conv2d" not in layer.times for layer in random.report.layers)
     second.padding_mode = "circular"
     circular = sparse.convert(model, masks, x, compact=False)
     close(circular(x), dense(model, masks, x))
-    assert sum("blocks" in layer.times for layer in circular.report.layers) == 1
+    assert sum("block_conv2d" in layer.times for layer in circular.report.layers) == 1
 
 
 def test_nan_reaches_what_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "seconds", prefer("native", "mixed", "columns"))
+    monkeypatch.setattr(timing, "seconds", prefer(*NATIVE, "mixed", "columns"))
     model, shape = lenet_300_100()
     x = torch.randn(5, *shape)
     converted = sparse.convert(model, random_masks(model, 0.2), x)
@@ -416,7 +441,7 @@ def test_nan_reaches_what_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dense_weights_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "seconds", prefer("CSR", "native", "mixed", "to columns", "from columns"))
+    monkeypatch.setattr(timing, "seconds", prefer("CSR", *NATIVE, "mixed", "to columns", "from columns"))
     model = nn.Sequential(nn.Linear(211, 317), nn.ReLU(), nn.Linear(317, 10)).eval()
     converted = sparse.convert(model, random_masks(model, 0.2), torch.randn(5, 211), compact=False)
     del model
@@ -453,7 +478,7 @@ def test_misuse_is_one_line() -> None:
 
 
 def test_a_converted_network_is_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "seconds", prefer("native", "mixed"))
+    monkeypatch.setattr(timing, "seconds", prefer(*NATIVE, "mixed"))
     model, shape = lenet_300_100()
     x = torch.randn(2, *shape)
     converted = sparse.convert(model, None, x)
@@ -542,14 +567,14 @@ def test_waiting_is_noticed() -> None:
     ("candidate", "numbers"),
     [
         *[("csr_infer", numbers) for numbers in NUMBERS],
-        *[("blocks", numbers) for numbers in NUMBERS],
+        *[("block_linear", numbers) for numbers in NUMBERS],
         *[(name, numbers) for name in ("slot_linear", "two_four_linear") for numbers in ("bf16", "fp16")],
     ],
 )
 def test_every_candidate_of_cuda(candidate: str, numbers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "seconds", prefer(candidate, *MOVES))
     dtype = NUMBERS[numbers]
-    model = tiny(dtype, block=16 if candidate == "blocks" else None)
+    model = tiny(dtype, block=16 if candidate == "block_linear" else None)
     converted = sparse.convert(model, None, torch.randn(3, 64).to(dtype), compact=False, kernels="triton")
     report = converted.report
     assert not report.left_out

@@ -33,8 +33,8 @@ from sparselth.measure.usual import network
 from sparselth.models import get_model
 from sparselth.nn import init_weights
 from sparselth.sparse import times
+from sparselth.sparse.formats import OURS_GPU
 
-OURS = "csr_infer", "slot_linear", "blocks"
 HALF = "slot_linear", "two_four_linear"  # for 16 bits alone
 MOVES = "mixed", "to turned", "from turned", "to channels-last", "from channels-last"
 
@@ -116,7 +116,7 @@ def prefer(*names: str) -> Iterator[None]:
 
 
 def must_have_ours(converted: sparse.Converted) -> None:
-    failed = {name: why for name, why in converted.report.left_out.items() if name.split()[-1] in OURS}
+    failed = {name: why for name, why in converted.report.left_out.items() if name.split()[-1] in OURS_GPU}
     if failed:
         raise Wrong("; ".join(f"{name}: {why}" for name, why in failed.items()))
 
@@ -140,7 +140,7 @@ def replayed(converted: sparse.Converted, x: Tensor) -> Tensor:
 @torch.no_grad()
 def forced(here: Here, part: str, name: str, form: str, batch: int) -> dict[str, float]:
     """A network in this form wherever there is one, on several batches and in a CUDA graph."""
-    net = made(here, part, name, 0.2, 16 if form == "blocks" else None)
+    net = made(here, part, name, 0.2, 16 if form.startswith("block_") else None)
     x = images(here, part, net, name, batch)
     with precision(part), prefer(form, *MOVES):
         converted = sparse.convert(net, None, x, compact=False, kernels="triton")
@@ -182,11 +182,11 @@ def chosen(converted: sparse.Converted) -> str:
 
 def checks(part: str, here: Here) -> Iterator[Case]:
     batches = here.pick((3,), (3, 16), (3, 16))
-    for form in ("csr_infer", "blocks", *(HALF if part in ("bf16", "fp16") else ())):
+    for form in ("csr_infer", "block_linear", *(HALF if part in ("bf16", "fp16") else ())):
         for batch in batches:
             run = partial(forced, here, part, "two layers", form, batch)
             yield Case(f"{form}, batch {batch}", part, run)
-    for form in ("channels-last", "blocks"):
+    for form in ("channels-last", "block_conv2d"):
         run = partial(forced, here, part, "convolutions", form, 3)
         yield Case(f"convolutions, {form}", part, run)
     if here.size != "tiny":

@@ -117,8 +117,10 @@ def bench(
         chosen = "cpu"
     import torch
 
+    from sparselth.measure.memory import keep_freed
     from sparselth.report import bench_tables
 
+    keep_freed()
     if threads is not None:
         torch.set_num_threads(threads)
     if out is None and not as_json:

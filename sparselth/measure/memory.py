@@ -32,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from sparselth.runs import Arrays
 
 SPAN = "sparselth peak"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,19 @@ def _cuda_peak(call: Callable[[], object]) -> int:
 
 def _at(change: tuple[float, int]) -> float:
     return change[0]
+
+
+def keep_freed() -> bool:
+    """Let this process keep what it frees, as one that serves for long does; False: without glibc.
+
+    glibc gives large blocks back to the system now and then, and then a call pays for thousands of page
+    faults that the next one does not have. Blocks above 32 MB are always given back.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_THRESHOLD, 32 << 20))
 
 
 def file_bytes(arrays: Arrays, header: Mapping[str, object]) -> int:

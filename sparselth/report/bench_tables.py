@@ -19,8 +19,8 @@ HEAD = (
     f"{'floor':>6}{'bytes':>6}{'peak':>8}{'error':>6}{'made in':>8}{'pays':>7}{'auto':>6}"
 )
 HEAD_ALL = (
-    f"{'batch':>5} {'implementation':<19}{'time':>9}{'IQR':>6}{'speed-up':>9}{'floor':>7}{'bytes':>8}"
-    f"{'weights':>9}{'peak':>9}{'error':>8}{'made in':>9}{'pays after':>11}"
+    f"{'batch':>5} {'implementation':<26}{'time':>9}{'IQR':>6}{'speed-up':>9}{'floor':>7}{'bytes':>8}"
+    f"{'peak':>9}{'error':>8}{'made in':>9}{'pays after':>11}"
 )
 LEGEND = """\
 dense: the fastest dense of eager, compiled, channels-last (convolutions) and columns (features-major).
@@ -269,10 +269,10 @@ def _every(cell: list[Row]) -> list[str]:
         iqr = None if row["median_s"] is None else row["iqr_s"] / row["median_s"]
         share = None if row["weight_bytes"] is None else row["weight_bytes"] / row["dense_weight_bytes"]
         lines.append(
-            f"{'' if lines else row['batch']:>5} {name:<19}{seconds(row['median_s']):>9}"
+            f"{'' if lines else row['batch']:>5} {name:<26}{seconds(row['median_s']):>9}"
             f"{_share(iqr):>6}{_ratio(row['speedup']):>9}{_share(row['floor_fraction']):>7}"
-            f"{_share(share):>8}{size(row['weight_bytes']):>9}{size(row['peak_bytes']):>9}"
-            f"{_error(row['max_rel_error']):>8}{seconds(row['conversion_s']):>9}{pays:>11}".rstrip()
+            f"{_share(share):>8}{size(row['peak_bytes']):>9}{_error(row['max_rel_error']):>8}"
+            f"{seconds(row['conversion_s']):>9}{pays:>11}".rstrip()
         )
     return lines
 

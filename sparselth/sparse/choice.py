@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselth.kernels.step_parts import Call
-from sparselth.sparse.compaction import Part
+from sparselth.sparse.compaction import Part, Select
 from sparselth.sparse.device import Device
 from sparselth.sparse.formats import SPARSE, Columns, Format, Rows, Stage, halves, has_native
 from sparselth.sparse.network import Chain, bound, turn
@@ -47,13 +47,17 @@ def allowed(own: float, rounding: float) -> float:
 def stages(parts: list[Part]) -> list[Stage]:
     """The parts, each ReLU joined to the product or pool before it, and pools of 2 x 2 to a convolution."""
     found: list[Stage] = []
+    select: Part | None = None
     for part in parts:
-        if isinstance(part.module, nn.ReLU) and found and not found[-1].relu and _takes_relu(found[-1]):
+        if isinstance(part.module, Select):
+            select = part
+        elif isinstance(part.module, nn.ReLU) and found and not found[-1].relu and _takes_relu(found[-1]):
             found[-1] = replace(found[-1], relu=True)
         elif found and found[-1].pool is None and _takes_pool(found[-1], part.module):
             found[-1] = replace(found[-1], pool=part)
         else:
-            found.append(Stage(part, False))
+            found.append(Stage(part, False, select=select))
+            select = None
     return found
 
 
@@ -75,9 +79,7 @@ def try_all(
     for stage in stages:
         forms = device.formats(stage, x, left_out)
         calls = {form.name: bound(form, x) for form in forms}
-        exact = copy.deepcopy(stage.part.module).double()(x.double())
-        exact = stage.pool.module(exact) if stage.pool else exact
-        reference = exact.relu() if stage.relu else exact
+        reference, exact = stage.double(x)
         errors, timed = {}, {}
         for name, (call, result) in calls.items():
             y = result()
@@ -120,7 +122,7 @@ def paths(trials: list[Trial], device: Device, cache: Cache) -> dict[str, list[F
     def moves(shape: tuple[int, ...]) -> dict[tuple[str, str], float]:
         return _moves(shape, device, cache, sample)
 
-    layouts = [moves(trial.stage.part.before) for trial in trials] + [moves(trials[-1].stage.after)]
+    layouts = [moves(trial.stage.before) for trial in trials] + [moves(trials[-1].stage.after)]
     allowed = {"dense": dense, "mixed": every, label: ours}
     return {name: _cheapest(trials, forms, layouts) for name, forms in allowed.items()}
 

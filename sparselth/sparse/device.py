@@ -23,7 +23,17 @@ from sparselth.kernels.csr_infer import PackedCsr, csr_infer
 from sparselth.kernels.slot_linear import WIDEST, Slots, slot_linear
 from sparselth.kernels.two_four_linear import CAPABILITY, COLUMNS, ROWS, TwoFour, two_four_linear
 from sparselth.machine import cpu_name, version
-from sparselth.sparse.formats import Format, Rows, Stage, blocks, dense, formats, tensor_bytes
+from sparselth.sparse.formats import (
+    OURS_CPU,
+    OURS_GPU,
+    Format,
+    Rows,
+    Stage,
+    blocks,
+    dense,
+    formats,
+    tensor_bytes,
+)
 from sparselth.sparse.network import bound
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -64,8 +74,8 @@ class Device:
     def ours(self) -> tuple[str, tuple[str, ...]]:
         """What a network of our kernels wherever there is one is called, and the names of their forms."""
         if self.on_gpus:
-            return "triton", ("csr_infer", "slot_linear", "blocks")
-        return "native", ("native", "native rows")
+            return "triton", OURS_GPU
+        return "native", OURS_CPU
 
     def __str__(self) -> str:
         """For people."""
@@ -154,13 +164,15 @@ def _tf32(kind: type[nn.Module]) -> bool:
 
 def _gpu_forms(stage: Stage, batch: int, device: Device) -> dict[str, Callable[[], list[Rows]]]:
     """What is tried: name -> how to make it."""
-    kernels, module = device.kernels, stage.part.module
+    kernels, module = device.kernels, stage.whole
     found: dict[str, Callable[[], list[Rows]]] = {"dense": partial(dense, stage)}
     if not isinstance(module, nn.Linear | nn.Conv2d):
         return found
     triton = use_triton(kernels, module.weight)
     if triton:
-        found["blocks"] = partial(blocks, stage, kernels)
+        found["block_linear" if isinstance(module, nn.Linear) else "block_conv2d"] = partial(
+            blocks, stage, kernels
+        )
     if isinstance(module, nn.Conv2d):
         return found
     (n, k), half = module.weight.shape, device.dtype != torch.float32

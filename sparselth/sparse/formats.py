@@ -10,11 +10,12 @@ Layouts of the activations:
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 from sparselth.kernels import _native
 from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d
 from sparselth.kernels.block_linear import BLOCKS, BlockWeight, block_linear
+from sparselth.kernels.csr_linear import CsrIndex, bind_csr_linear
 from sparselth.kernels.csr_packed import Packed, bind_csr_packed
 from sparselth.kernels.sparse_conv2d import Conv2dIndex, Slices, bind_sparse_conv2d
 from sparselth.kernels.sparse_conv2d_rows import PackedConv2d, sparse_conv2d_rows_call
 from sparselth.kernels.step_parts import Call, bind_bias_relu, bind_max_pool
-from sparselth.sparse.compaction import Part, Select, rebuilt
+from sparselth.sparse.compaction import Part, rebuilt
 
 COLUMNS = 16  # a batch above 1 gets room for a multiple: one cache line
 VECTOR = 8  # floats that the native products take at once, or half of them
@@ -46,11 +48,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Stage:
-    """What is chosen at once: a layer, and the ReLU and the maximum of 2 x 2 pixels behind it."""
+    """What is chosen at once: a layer, and the ReLU and the maximum of 2 x 2 pixels behind it.
+
+    Where inputs of it are dead, `select` picks out the others for its dense forms; those of sparse weights
+    have no use for that and take `whole`.
+    """
 
     part: Part
     relu: bool
     pool: Part | None = None
+    select: Part | None = None
 
     @property
     def product(self) -> bool:
@@ -63,14 +70,37 @@ class Stage:
 
     @property
     def place(self) -> Place:
-        part, after = self.part, self.after
+        part, before, after = self.part, self.before, self.after
         more = (" and ReLU" if self.relu else "") + (" and MaxPool2d" if self.pool else "")
-        key = f"{part.module}{more} on {list(part.before)} -> {list(after)}, kept {self.kept}"
-        return Place(part.name, key, part.before, after)
+        key = f"{part.module}{more} on {list(before)} -> {list(after)}, kept {self.kept}"
+        return Place(part.name, key, before, after)
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        return self.select.before if self.select else self.part.before
 
     @property
     def after(self) -> tuple[int, ...]:
         return self.pool.after if self.pool else self.part.after
+
+    @cached_property
+    def whole(self) -> nn.Module:
+        """The layer with its dead inputs."""
+        module = self.part.module
+        if self.select is None or not isinstance(module, nn.Linear | nn.Conv2d):
+            return module
+        index, weight = self.select.module.index, module.weight
+        assert isinstance(index, Tensor)
+        wide = weight.new_zeros(len(weight), self.before[0], *weight.shape[2:])
+        wide[:, index] = weight
+        return rebuilt(module, wide, module.bias)
+
+    def double(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """In float64: what it computes, and that before the ReLU."""
+        y = x.double()
+        for part in (self.select, self.part, self.pool):
+            y = copy.deepcopy(part.module).double()(y) if part else y
+        return y.relu() if self.relu else y, y
 
     @property
     def dense_bytes(self) -> int:
@@ -109,13 +139,15 @@ class Columns:
 
 
 Format = Rows | Columns
-SPARSE = "native", "native rows", "CSR", "blocks", "csr_infer", "slot_linear", "two_four_linear"
+OURS_CPU = "csr_linear", "csr_packed", "sparse_conv2d", "sparse_conv2d_rows"
+OURS_GPU = "csr_infer", "slot_linear", "block_linear", "block_conv2d"
+SPARSE = *OURS_CPU, *OURS_GPU, "two_four_linear", "CSR"
 FULL = 0.5  # share of the weights in live blocks that must be kept for blocks to be tried
 
 
 def formats(stage: Stage, batch: int) -> list[Format]:
     """All ways that a CPU has for a stage at about this batch, plain torch first."""
-    module, relu = stage.part.module, stage.relu
+    module, relu = stage.whole, stage.relu
     found: list[Format] = [*dense(stage)]
     if isinstance(module, nn.Conv2d):
         found += blocks(stage)
@@ -127,7 +159,7 @@ def formats(stage: Stage, batch: int) -> list[Format]:
     elif isinstance(module, nn.Linear):
         found += [_dense_columns(stage, module), _csr(stage, module)]
         if _native.LIB is not None:
-            found.append(_csr_packed(stage, module, batch))
+            found += [_csr_linear(stage, module), _csr_packed(stage, module, batch)]
         found += blocks(stage)
     else:
         in_place, bind = isinstance(module, nn.Flatten | nn.ReLU), partial(_bind, module, relu)
@@ -143,7 +175,7 @@ def plain(stage: Stage) -> Rows:
 def dense(stage: Stage) -> list[Rows]:
     """As torch does it; of images also with the channels side by side."""
     module, first = stage.part.module, plain(stage)
-    if isinstance(module, nn.Linear) or len(stage.part.before) != 3:
+    if isinstance(module, nn.Linear) or len(stage.before) != 3:
         return [first]
     run = first.run
     if isinstance(module, nn.Conv2d):
@@ -154,7 +186,7 @@ def dense(stage: Stage) -> list[Rows]:
 
 def blocks(stage: Stage, kernels: str = "auto") -> list[Rows]:
     """The form of a weight that was pruned in blocks, if it was; `kernels` as the op has it."""
-    module = stage.part.module
+    module = stage.whole
     if not isinstance(module, nn.Linear | nn.Conv2d) or (block := _block(module.weight)) is None:
         return []
     if isinstance(module, nn.Linear):
@@ -183,6 +215,8 @@ def _torch(module: nn.Module, stage: Stage) -> Callable[[Tensor], Tensor]:
     if isinstance(module, nn.Linear):  # a module's call takes microseconds, as long as a small layer
         w, bias = module.weight, module.bias
         product = lambda x: F.linear(x, w, bias)  # noqa: E731
+    if stage.select:
+        product = nn.Sequential(stage.select.module, module).eval()
     if not relu and pool is None:
         return product
 
@@ -205,7 +239,7 @@ def _dense_columns(stage: Stage, module: nn.Linear) -> Columns:
             return [partial(torch.mm, w, x, out=y)]
         return [partial(torch.addmm, bias[:, None], w, x, out=y)]
 
-    return Columns("dense columns", stage.place, bind, stage.dense_bytes)
+    return Columns("dense columns", stage.place, bind, tensor_bytes([w, bias]))
 
 
 def _csr(stage: Stage, module: nn.Linear) -> Columns:
@@ -232,6 +266,18 @@ def _csr(stage: Stage, module: nn.Linear) -> Columns:
     return Columns("CSR", stage.place, bind, size, time.perf_counter() - began)
 
 
+def _csr_linear(stage: Stage, module: nn.Linear) -> Columns:
+    began, bias, relu = time.perf_counter(), module.bias, stage.relu
+    index = CsrIndex.of(module.weight != 0, backward=False)
+    values = index.gather(module.weight.detach())
+
+    def bind(x: Tensor, y: Tensor) -> list[Call]:
+        return [bind_csr_linear(index, values, _padded(x), bias, _padded(y), relu)]
+
+    size = tensor_bytes([values, bias]) + index.bytes()
+    return Columns("csr_linear", stage.place, bind, size, time.perf_counter() - began)
+
+
 def _csr_packed(stage: Stage, module: nn.Linear, batch: int) -> Columns:
     began, bias, relu = time.perf_counter(), module.bias, stage.relu
     packed = Packed.of(module.weight, _whole(batch))
@@ -240,7 +286,7 @@ def _csr_packed(stage: Stage, module: nn.Linear, batch: int) -> Columns:
         return [bind_csr_packed(packed, _padded(x), bias, _padded(y), relu)]
 
     size = tensor_bytes([bias]) + packed.bytes()
-    return Columns("native", stage.place, bind, size, time.perf_counter() - began)
+    return Columns("csr_packed", stage.place, bind, size, time.perf_counter() - began)
 
 
 def _block(weight: Tensor) -> int | None:
@@ -264,7 +310,7 @@ def _block_linear(stage: Stage, module: nn.Linear, block: int, kernels: str) -> 
         return block_linear(x, weight, bias, relu, kernels)
 
     size = tensor_bytes([bias]) + weight.bytes()
-    return Rows("blocks", stage.place, "rows", run, size, time.perf_counter() - began)
+    return Rows("block_linear", stage.place, "rows", run, size, time.perf_counter() - began)
 
 
 def _block_conv2d(stage: Stage, module: nn.Conv2d, block: int, kernels: str) -> Rows:
@@ -277,7 +323,7 @@ def _block_conv2d(stage: Stage, module: nn.Conv2d, block: int, kernels: str) -> 
         return pool.module(y) if pool else y
 
     size = tensor_bytes([bias]) + weight.bytes()
-    return Rows("blocks", stage.place, "channels-last", run, size, time.perf_counter() - began)
+    return Rows("block_conv2d", stage.place, "channels-last", run, size, time.perf_counter() - began)
 
 
 def _whole(batch: int) -> int:
@@ -298,7 +344,7 @@ def has_native(module: nn.Conv2d) -> bool:
 
 def _sparse_conv2d(stage: Stage, module: nn.Conv2d) -> Columns:
     began, bias, relu, pool = time.perf_counter(), module.bias, stage.relu, stage.pool is not None
-    size = stage.part.before[1], stage.part.before[2]
+    size = stage.before[1], stage.before[2]
     index = Conv2dIndex.of(module.weight != 0, size, module.stride[0], int(module.padding[0]), backward=False)
     values = index.gather(module.weight.detach())
 
@@ -306,15 +352,17 @@ def _sparse_conv2d(stage: Stage, module: nn.Conv2d) -> Columns:
         return [bind_sparse_conv2d(index, values, x, bias, y, relu, pool=pool)]
 
     bytes_ = tensor_bytes([values, bias]) + index.bytes()
-    return Columns("native", stage.place, bind, bytes_, time.perf_counter() - began, slices=index.slices)
+    return Columns(
+        "sparse_conv2d", stage.place, bind, bytes_, time.perf_counter() - began, slices=index.slices
+    )
 
 
 def _sparse_conv2d_rows(stage: Stage, module: nn.Conv2d, batch: int) -> Rows:
-    began, bias, size = time.perf_counter(), module.bias, (stage.part.before[1], stage.part.before[2])
+    began, bias, size = time.perf_counter(), module.bias, (stage.before[1], stage.before[2])
     packed = PackedConv2d.of(module.weight, size, module.stride[0], int(module.padding[0]), batch)
     run = sparse_conv2d_rows_call(packed, bias, stage.relu, stage.pool is not None)
     bytes_ = tensor_bytes([bias]) + packed.bytes()
-    return Rows("native rows", stage.place, "rows", run, bytes_, time.perf_counter() - began)
+    return Rows("sparse_conv2d_rows", stage.place, "rows", run, bytes_, time.perf_counter() - began)
 
 
 def _bind(module: nn.Module, relu: bool, x: Tensor, y: Tensor) -> list[Call]:
@@ -325,18 +373,12 @@ def _bind(module: nn.Module, relu: bool, x: Tensor, y: Tensor) -> list[Call]:
         return [bind_bias_relu(y)]
     if isinstance(module, nn.MaxPool2d) and halves(module):
         return [bind_max_pool(x, y, relu)]
-    if isinstance(module, Select):
-        return [partial(_select, module.index, x, y)]
     return [partial(_pool, module, relu, x, y)]
 
 
 def halves(pool: nn.MaxPool2d) -> bool:
     settings = pool.kernel_size, pool.stride, pool.padding, pool.dilation
     return all(v in (n, (n, n)) for v, n in zip(settings, (2, 2, 0, 1), strict=True)) and not pool.ceil_mode
-
-
-def _select(index: Tensor, x: Tensor, y: Tensor) -> None:
-    y.copy_(x.index_select(0, index))
 
 
 def _pool(module: nn.Module, relu: bool, x: Tensor, y: Tensor) -> None:
