@@ -28,6 +28,7 @@ BATCHES = (1, 64, 256)
 @pytest.fixture(scope="module")
 def anchors() -> Anchors:
     keep_freed()
+    torch.set_num_threads(1)
     found = Anchors(DEVICE, ("fp32",))
     found.measure()
     return found

@@ -58,3 +58,4 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info["sparselth"] = machine.environment()
+    machine_info.pop("node", None)  # the results are published

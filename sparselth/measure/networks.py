@@ -40,6 +40,7 @@ from sparselth.masks import pack, unpack
 from sparselth.measure import energy, memory
 from sparselth.measure.floors import precision
 from sparselth.measure.memory import Memory, held
+from sparselth.measure.rivals import quiet_compiler
 from sparselth.measure.usual import network
 from sparselth.models import Conv, Model, get_model
 from sparselth.nn import init_weights
@@ -339,6 +340,7 @@ def _dense_rivals(net: nn.Sequential, x: Tensor) -> tuple[dict[str, Call], list[
 
 
 def _compiled(net: nn.Sequential, x: Tensor) -> Call:
+    quiet_compiler()
     torch.compiler.reset()  # or the eighth batch size would no longer be compiled
     call = partial(torch.compile(copy.deepcopy(net), dynamic=False), x)
     call()

@@ -112,6 +112,11 @@ def can_compile() -> bool:
     return torch.cuda.is_available() or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
+def quiet_compiler() -> None:
+    """No warning of torch.compile's that this machine has no GPU."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
 def product(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
     """torch's own for this layer."""
     if case.linear:
@@ -134,7 +139,7 @@ def _eager(case: Case) -> Form:
 
 
 def _compiled(case: Case) -> Form:
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    quiet_compiler()
     importlib.import_module("torch._dynamo").reset()  # else a limit of shapes, behind which it is eager
     run, w = torch.compile(product(case), dynamic=False), case.weight
     with torch.no_grad():

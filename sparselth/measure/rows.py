@@ -36,7 +36,7 @@ AGAIN = 6  # times that the floors are measured again
 
 ORDER = 64, 1, 256, 8, 1024, 4096  # batches of the default table
 SWEEP = Layer((2048, 2048), origin="square")  # where the break-even sparsity is sought
-SWEEP_BATCHES, SWEEP_SPARSITIES = (64, 1, 8, 256), (0.5, 0.7, 0.8, 0.95)
+SWEEP_BATCHES, SWEEP_SPARSITIES = (64, 1, 8, 256), (0.3, 0.5, 0.7, 0.8, 0.95)
 SWEPT = "dense eager", "dense columns", "CSR", "csr_linear", "csr_packed", "slot_linear"
 BLOCKED = "128x128x3x3@16x16", "512x512x3x3@4x4"  # convolutions of it that are pruned in blocks, too
 LARGEST_CPU = 1.5e10  # FLOPs of one dense call in the default table on a CPU
