@@ -4,7 +4,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-KERNELS_HALF := tests/kernels tests/test_nn.py tests/test_replay.py
+KERNELS_HALF := tests/kernels tests/test_nn.py tests/test_replay.py tests/test_sparse.py
 NATIVE_TESTS := native csr_linear csr_packed sparse_conv2d sparse_conv2d_rows step_parts masked_update
 
 .PHONY: imp test check bench science properties sanitize clean

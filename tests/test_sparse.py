@@ -30,6 +30,9 @@ from sparselth.kernels import _native, bitmask
 from sparselth.kernels.csr_packed import Packed
 from sparselth.kernels.step_parts import Call
 from sparselth.measure.floors import precision
+from sparselth.measure.networks import sequential
+from sparselth.models import MODELS
+from sparselth.nn import init_weights
 from sparselth.sparse.choice import allowed
 from sparselth.sparse.device import Device
 
@@ -262,6 +265,21 @@ def test_dead_inputs_are_picked_out_for_dense_forms_alone(
     if _native.LIB is not None or fast != NATIVE:
         assert converted.report.layers[0].chosen in fast
     close(converted(x), dense(model, masks, x))
+
+
+@pytest.mark.parametrize("fast", [NATIVE, ("csr_linear", "sparse_conv2d_rows"), ("CSR", "channels-last")])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_of_ours(name: str, fast: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    moves = "columns", "to columns", "from columns", "to channels-last", "from channels-last"
+    monkeypatch.setattr(timing, "seconds", prefer(*fast, *moves, "mixed"))
+    model = MODELS[name]
+    net = sequential(model, init_weights(model, torch.Generator().manual_seed(0))).requires_grad_(False)
+    masks = random_masks(net, 0.1)
+    x = torch.randn(2, *model.input, generator=torch.Generator().manual_seed(1))
+    converted = sparse.convert(net, masks, x)
+    if _native.LIB is not None:
+        assert {layer.chosen for layer in converted.report.layers} <= {*fast}
+    close(converted(x), dense(net, masks, x))
 
 
 @pytest.mark.skipif(_native.LIB is None, reason="no native kernels")
