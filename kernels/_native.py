@@ -81,6 +81,13 @@ def address(t: torch.Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
+def scratch(size: int) -> torch.Tensor:
+    """Zeros that a kernel works on; whoever measures memory tells them from weights by their mark."""
+    work = torch.zeros(size)
+    work.is_scratch = True  # type: ignore[attr-defined]
+    return work
+
+
 def threads() -> int:
     """Threads for a call: torch's."""
     return torch.get_num_threads()

@@ -303,7 +303,7 @@ def _bind(
     slot += n * RUN // 8 * LONGEST if packed.blocks > 1 else 0
     slot += packed.group * n * p * q if pool else 0
     slot = -(-slot // LINE) * LINE
-    work = torch.zeros(threads * slot + 2 * LINE)
+    work = _native.scratch(threads * slot + 2 * LINE)
     arguments = _Arguments(
         starts=packed.starts.data_ptr(),
         cells=packed.cells.data_ptr(),

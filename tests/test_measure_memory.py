@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from sparselth import sparse
+from sparselth.kernels import _native
+from sparselth.kernels.sparse_conv2d_rows import PackedConv2d, sparse_conv2d_rows_call
 from sparselth.measure import energy, memory
 from sparselth.measure.memory import Memory, held, peak, peaks
 from sparselth.runs import save_arrays
@@ -62,6 +64,17 @@ def test_held_finds_all_that_a_converted_network_is_made_of(compact: bool) -> No
 def test_tensors_made_of_others_are_their_parts() -> None:
     both = TwoTensor(torch.zeros(10), torch.zeros(10))
     assert held([both, both.a]) == (80, 0)
+
+
+@pytest.mark.skipif(_native.LIB is None, reason=_native.WHY)
+def test_what_a_kernel_works_on_is_no_weight() -> None:
+    packed = PackedConv2d.of(torch.ones(3, 2, 3, 3), (8, 8), padding=1)
+    run, x = sparse_conv2d_rows_call(packed), torch.ones(1, 2, 8, 8)
+    run(x)  # makes its buffers
+    found = memory.running(run, lambda: run(x))
+    assert found.weights == 4 * packed.kept
+    assert found.indices <= packed.bytes() - found.weights + 64  # and where each thread's filters begin
+    assert found.activations > 4 * 3 * 8 * 8 + 4 * 2 * 10 * 10  # y, and x with zeros around
 
 
 def test_peak_is_the_highest_sum_of_what_is_alive(capfd: pytest.CaptureFixture[str]) -> None:

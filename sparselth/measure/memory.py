@@ -57,7 +57,8 @@ def running(
 ) -> Memory:
     """Memory of a network at inference; `call` runs it, and is the first call of buffers that are kept."""
     weights, indices = held(network)
-    return Memory(weights, indices, peak(call, device), file=file)
+    kept = sum(t.untyped_storage().nbytes() for t in tensors(network) if _is_scratch(t))
+    return Memory(weights, indices, kept + peak(call, device), file=file)
 
 
 def table(pairs: Mapping[str, tuple[Memory, Memory]]) -> str:
@@ -84,11 +85,14 @@ def table(pairs: Mapping[str, tuple[Memory, Memory]]) -> str:
 
 
 def held(*objects: object, but: tuple[object, ...] = ()) -> tuple[int, int]:
-    """Bytes of the storages that `objects` keep alive and `but` does not: of numbers, and of indices."""
+    """Bytes of the storages that `objects` keep alive and `but` does not: of numbers, and of indices.
+
+    What kernels keep to work on is neither.
+    """
     known = {_place(t) for t in tensors(*but)}
     numbers = indices = 0
     for t in tensors(*objects):
-        if _place(t) not in known:
+        if _place(t) not in known and not _is_scratch(t):
             known.add(_place(t))
             size = t.untyped_storage().nbytes()
             if t.dtype.is_floating_point:
@@ -182,6 +186,10 @@ def file_bytes(arrays: Arrays, header: Mapping[str, object]) -> int:
 
 
 _REFERENCE = ctypes.byref(ctypes.c_int())
+
+
+def _is_scratch(t: Tensor) -> bool:
+    return getattr(t, "is_scratch", False)
 
 
 def _place(t: Tensor) -> tuple[torch.device, int]:
