@@ -29,7 +29,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,22 +36,25 @@ from torch import Tensor, library
 
 from sparselth.kernels._triton import HAS_TRITON, INTERPRET, Aot, tl, triton
 from sparselth.kernels.bitmask import use_triton
-from sparselth.kernels.block_linear import BLOCKS, DTYPES, KERNELS, SUMMED, BlockWeight, _sum_kernel
+from sparselth.kernels.block_linear import (
+    BLOCKS,
+    DTYPES,
+    ENOUGH,
+    KERNELS,
+    SHORTEST,
+    SMALL,
+    SPLIT_BELOW,
+    SUMMED,
+    BlockWeight,
+    Tile,
+    _sum_kernel,
+)
 from sparselth.kernels.masked_conv2d import Geometry, Pair, geometry
 
 LARGEST = 127  # taps down or across, for which `places` has room
 
 
-class Tile(NamedTuple):
-    """What a program computes: rows (pixels of y) x columns (filters), in steps of `depth` channels."""
-
-    rows: int
-    columns: int  # or the block, where that is less
-    depth: int  # or the block
-    warps: int
-    stages: int
-
-
+# Rows are pixels of y; a step is at most a block deep.
 # From large to small, for many pixels and for few; of large ones two programs share a multiprocessor of an
 # H100. IEEE fp32 has no tensor cores, and larger tiles take too many registers for that.
 TILES = {
@@ -76,10 +78,6 @@ TILES = {
         Tile(16, 16, 16, 1, 4),
     ),
 }
-SMALL = 64  # rows; tiles of more are taken where they make ENOUGH programs
-ENOUGH = 512
-SPLIT_BELOW = 264  # programs: fewer leave half of a big GPU idle, and long lists are split
-SHORTEST = 4  # steps of a part of a list
 GROUP = 4  # tiles of pixels that go through the lists side by side
 
 # On a CPU, in numbers of x that are gathered at a time: 1 MB, which a cache holds.

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from sparselth.kernels import _native
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -63,3 +65,41 @@ print(json.dumps(aot.examine({name!r})))
         return facts
 
     return found
+
+
+@pytest.fixture(scope="session")
+def takes_warp_groups(
+    machine_code: Callable[[str], list[dict[str, Any]]],
+) -> Callable[[str, dict[str, tuple[Any, ...]], str], None]:
+    """`takes_warp_groups("block_linear", TILES, "BLOCK_B")`: on sm_90, tiles of 64 rows or more do."""
+
+    def check(name: str, tiles: dict[str, tuple[Any, ...]], rows: str) -> None:
+        wanted = {(kind, tile) for kind in ("half", "tf32") for tile in tiles[kind] if tile.rows >= 64}
+        hopper = [facts for facts in machine_code(name) if facts["capability"] == 90]
+        for facts in hopper[: sum(map(len, tiles.values()))]:
+            c = facts["constants"]
+            kind = "half" if facts["signature"]["x_ptr"] == "*bf16" else c["PRECISION"]
+            sizes = int(c[rows]), int(c["BLOCK_N"])
+            tile = next(t for t in tiles[kind] if (t.rows, t.columns) == sizes)
+            if (kind, tile) not in wanted:
+                continue
+            assert facts["wgmma"], (kind, tile)
+            # the pipeline has all its stages
+            stage = (tile.rows + tile.columns) * tile.depth * (2 if kind == "half" else 4)
+            assert facts["shared_bytes"] >= tile.stages * stage, (kind, tile)
+            wanted.remove((kind, tile))
+        assert not wanted, wanted
+
+    return check
+
+
+@pytest.fixture(params=[*(_native.levels() or ["torch"])])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What to ask for: the native kernels at each level in turn, or torch's where there are none."""
+    if request.param == "torch":
+        yield "torch"
+        return
+    _native.choose(request.param)
+    yield "native"
+    assert _native.LEVEL is not None
+    _native.choose(_native.LEVEL)

@@ -336,20 +336,6 @@ def test_without_the_interpreter(without_interpreter: Callable[[str], str]) -> N
 
 
 def test_large_tiles_take_warp_groups_and_all_stages(
-    machine_code: Callable[[str], list[dict[str, Any]]],
+    takes_warp_groups: Callable[[str, dict[str, tuple[Any, ...]], str], None],
 ) -> None:
-    wanted = {(kind, tile) for kind in ("half", "tf32") for tile in module.TILES[kind] if tile.rows >= 64}
-    hopper = [facts for facts in machine_code("block_linear") if facts["capability"] == 90]
-    for facts in hopper[: sum(map(len, module.TILES.values()))]:
-        c = facts["constants"]
-        kind = "half" if facts["signature"]["x_ptr"] == "*bf16" else c["PRECISION"]
-        sizes = int(c["BLOCK_B"]), int(c["BLOCK_N"])
-        tile = next(t for t in module.TILES[kind] if (t.rows, t.columns) == sizes)
-        if (kind, tile) not in wanted:
-            continue
-        assert facts["wgmma"], (kind, tile)
-        # the pipeline has all its stages
-        stage = (tile.rows + tile.columns) * tile.depth * (2 if kind == "half" else 4)
-        assert facts["shared_bytes"] >= tile.stages * stage, (kind, tile)
-        wanted.remove((kind, tile))
-    assert not wanted, wanted
+    takes_warp_groups("block_linear", module.TILES, "BLOCK_B")

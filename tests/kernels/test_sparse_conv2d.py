@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -29,18 +29,6 @@ LAYERS = {  # [N, C, kh, kw], size, stride, padding, batch, kept
     "all kept": ((3, 2, 3, 3), (5, 6), 1, 1, 33, 1.0),
     "one of everything": ((1, 1, 1, 1), (1, 1), 1, 0, 1, 1.0),
 }
-
-
-@pytest.fixture(params=[*(_native.levels() or ["torch"])])
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What to ask for: the native kernels at each level in turn, or torch's where there are none."""
-    if request.param == "torch":
-        yield "torch"
-        return
-    _native.choose(request.param)
-    yield "native"
-    assert _native.LEVEL is not None
-    _native.choose(_native.LEVEL)
 
 
 def error(found: Tensor, wanted: Tensor, terms: int = 1) -> float:

@@ -37,18 +37,6 @@ LAYERS = {  # [N, C, kh, kw], size, stride, padding, batch, kept
 }
 
 
-@pytest.fixture(params=[*(_native.levels() or ["torch"])])
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What to ask for: the native kernel at each level in turn, or torch's where there is none."""
-    if request.param == "torch":
-        yield "torch"
-        return
-    _native.choose(request.param)
-    yield "native"
-    assert _native.LEVEL is not None
-    _native.choose(_native.LEVEL)
-
-
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
     threads = torch.get_num_threads()
