@@ -23,6 +23,7 @@ from sparselth.kernels._triton import HAS_TRITON, INTERPRET, Aot, tl, triton
 
 BLOCK = 1024  # bytes of bits a program packs or unpacks
 COUNT_BLOCK = 4096  # elements a program counts
+PROGRAMS = 2**31 - 1  # the first axis of a CUDA grid; the others end at 65,535
 MAGIC = 0x0102040810204080  # times eight bytes of 0 or 1: their bits, packed, in the highest byte
 
 
@@ -115,9 +116,10 @@ def _unpack_kernel(bits_ptr, mask_ptr, n_bytes, K, BLOCK: tl.constexpr, RAGGED: 
 
 
 @triton.jit
-def _count_kernel(a_ptr, b_ptr, out_ptr, W, BLOCK: tl.constexpr, XOR: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    offs = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _count_kernel(a_ptr, b_ptr, out_ptr, W, chunks, BLOCK: tl.constexpr, XOR: tl.constexpr):
+    program = tl.program_id(0)
+    row = (program // chunks).to(tl.int64)
+    offs = (program % chunks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(a_ptr + row * W + offs, mask=offs < W, other=0)
     if XOR:
         x = x ^ tl.load(b_ptr + row * W + offs, mask=offs < W, other=0)
@@ -181,9 +183,15 @@ def launch_count(bits: Tensor, other: Tensor | None, rows: bool, *, kernels: str
         a, b = (_words(x, rows) for x in (bits, bits if other is None else other))
         if a.dtype != b.dtype:
             a, b = a.view(torch.uint8), b.view(torch.uint8)
-        grid = (out.numel(), triton.cdiv(a.shape[-1], COUNT_BLOCK))
+        width = a.shape[-1]
+        chunks = triton.cdiv(width, COUNT_BLOCK)
+        at_once = max(PROGRAMS // chunks, 1)  # rows: one grid holds all but the most absurd masks
+        parts = (x.view(-1, width).split(at_once) for x in (a, b))
         with torch.cuda.device_of(bits):
-            _count_kernel[grid](a, b, out, a.shape[-1], BLOCK=COUNT_BLOCK, XOR=other is not None, num_warps=4)
+            for p, q, ones in zip(*parts, out.view(-1).split(at_once), strict=True):
+                _count_kernel[(len(p) * chunks,)](
+                    p, q, ones, width, chunks, BLOCK=COUNT_BLOCK, XOR=other is not None, num_warps=4
+                )
     return out
 
 
@@ -275,7 +283,7 @@ AOT = [
     _aot(_unpack_kernel, "*u8", ragged=True, registers=160),
     Aot(
         kernel=_count_kernel,
-        signature={"a_ptr": "*i32", "b_ptr": "*i32", "out_ptr": "*i64", "W": "i64"},
+        signature={"a_ptr": "*i32", "b_ptr": "*i32", "out_ptr": "*i64", "W": "i64", "chunks": "i32"},
         constants={"BLOCK": COUNT_BLOCK, "XOR": True},
         aligned=("a_ptr", "b_ptr", "out_ptr", "W"),
         num_warps=4,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -94,6 +96,53 @@ def test_counts(kernels: str, lead: list[int], k: int, keep: float, seed: int) -
             found = bitmask.launch_count(p, other, rows, kernels=kernels)
             assert found.dtype == torch.int64
             assert torch.equal(found, ones.sum(-1) if rows else ones.sum())
+
+
+class Counted:
+    """Stands for a kernel: notes the grids that its launcher asks for."""
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        self.grids.append(grid)
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "programs"),
+    [
+        ((268_570_626,), False, 65_570),  # 65,537 x 4,098 bytes, no multiple of 4: bytes, not words
+        ((2**34,), False, 2**20),
+        ((70_000, 3), True, 70_000),
+        ((3, 65_536 * 4096 * 4), True, 3 * 65_536),
+        ((2**31 + 5, 1), True, 2**31 + 5),
+    ],
+    ids=str,
+)
+def test_grids_of_any_mask_are_a_devices(
+    shape: tuple[int, ...], rows: bool, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA grid has at most 2**31 - 1 programs along x and 65,535 along y and z. Nothing is allocated."""
+    monkeypatch.undo()
+    counted = Counted()
+    monkeypatch.setattr(bitmask, "_count_kernel", counted)
+    monkeypatch.setattr(bitmask, "use_triton", lambda kernels, t: True)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: contextlib.nullcontext())
+    bits = torch.empty(shape, dtype=torch.uint8, device="meta")
+    bitmask.launch_count(bits, None, rows, kernels="triton")
+    for x, *others in counted.grids:
+        assert 1 <= x < 2**31
+        assert all(1 <= n <= 65_535 for n in others)
+    assert sum(math.prod(grid) for grid in counted.grids) == programs
+
+
+def test_rows_beyond_one_grid_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bitmask, "PROGRAMS", 7)
+    for shape in ((40, 8 * 32 * 4 * 3), (40, 9), (1, 8 * 32 * 4 * 9)):
+        a, b = random_mask(shape, 0.5), random_mask(shape, 0.5, 1)
+        found = bitmask.launch_count(packed(a), packed(b), True, kernels="triton")
+        assert torch.equal(found, (a ^ b).sum(-1))
 
 
 @triton.jit
