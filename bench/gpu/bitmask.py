@@ -11,8 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu.common import NAN, Case, Here, Wrong, need_memory, poisoned, surrounded
+from gpu.common import Case, Here
 from gpu.timing import rows
+from oracle import (
+    NAN,
+    Wrong,
+    need_memory,
+    poisoned,
+    surrounded,
+)
 from sparselth.kernels.bitmask import floor, launch_count, launch_pack, launch_unpack, reference_pack
 
 SHAPES = [(1,), (7,), (8,), (3, 5, 10), (2, 300, 784), (1, 13), (65, 1), (4, 1000, 33)]
@@ -56,7 +63,7 @@ def checks(part: str, here: Here) -> Iterator[Case]:
 
 def vast(here: Here) -> None:
     """A mask of more than 2^31 weights, with rows that end within a byte."""
-    need_memory(here, 12)
+    need_memory(12)
     n, k = here.pick((37, 44), (0, 0), (65537, 32780))
     keep = torch.empty(n, k, dtype=torch.bool, device=here.device).random_(generator=here.generator(0))
     bits = launch_pack(keep, kernels="triton")

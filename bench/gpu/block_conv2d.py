@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.common import (
+from gpu.common import Case, Here
+from gpu.timing import median, ratio, rows
+from oracle import (
     DTYPES,
     INF,
     NAN,
     UNIT,
-    Case,
-    Here,
     Wrong,
     compare,
     graphed,
@@ -27,7 +27,6 @@ from gpu.common import (
     precision,
     surrounded,
 )
-from gpu.timing import median, ratio, rows
 from sparselth.kernels.block_conv2d import TILES, BlockFilters, block_conv2d, floor, launch
 from sparselth.kernels.block_linear import BLOCKS
 from sparselth.kernels.masked_conv2d import geometry
@@ -272,7 +271,7 @@ def checks(part: str, here: Here) -> Iterator[Case]:
 
 def vast(here: Here, part: str, s: Setup) -> None:
     """x or y of more than 2^31 numbers: the first and last images are those of a small problem."""
-    need_memory(here, 16)
+    need_memory(16)
     small = problem(here, part, s._replace(b=2))
     p, q = geometry(s.kernel, *s.where).out(*s.size)
     x = small.x.new_empty(s.b, *s.size, s.c).permute(0, 3, 1, 2)

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.common import (
+from gpu.common import Case, Here
+from gpu.timing import median, once, ratio, rows
+from oracle import (
     DTYPES,
     INF,
     NAN,
     UNIT,
-    Case,
-    Here,
     Wrong,
     compare,
     graphed,
@@ -29,7 +29,6 @@ from gpu.common import (
     precision,
     surrounded,
 )
-from gpu.timing import median, once, ratio, rows
 from sparselth.kernels.block_linear import BLOCKS, TILES, BlockWeight, Tile, block_linear, floor, launch
 
 Shape = tuple[int, int, int, int]  # B, N, K, block
@@ -226,7 +225,7 @@ def said(shape: Shape) -> str:
 
 def vast(here: Here, part: str, shape: Shape) -> None:
     """x or y of more than 2^31 numbers: the last rows are those of the small problem there."""
-    need_memory(here, 14)
+    need_memory(14)
     batch, n, k, block = shape
     g = here.generator(0)
     x = torch.empty(batch, k, dtype=DTYPES[part], device=here.device).uniform_(-1, 1, generator=g)

@@ -1,206 +1,93 @@
-"""What the checks of all ops share: cases, inputs, poisoned memory, and the comparison with float64."""
+"""What the cases of all ops share. Each op has a file bench/gpu/NAME.py with up to four functions:
+
+    smoke(here)       the op once at the shape of its target beside float64, in every dtype that a target is
+                      about; and once captured in a CUDA graph, whose replay gives the bits of a plain call
+    targets(here)     the figures of TARGETS in bench/gpu_check.py, each with the one rival that it needs
+    large(here)       offsets beyond 2^31, grids beyond 65,535
+    benchmarks(here)  every other time and rival: other shapes and dtypes, tuned or compiled rivals, tiles
+
+Each yields `Case`s, cheap to make: whatever allocates or touches the device does so in `run`. All checks but
+these are pytest's, in tests/kernels (tests/kernels/oracle.py is theirs and ours); they run on the device too.
+
+A case gives back None, or a dict of facts for the results, of which three have a meaning:
+
+    times     rows of gpu.timing.rows
+    figures   {name: number or None}; names are unique within an op, and those of TARGETS are looked up there
+    wrong     why a float64 check of what was timed failed: times and figures stay, but are marked
+
+`judged(compare, ...)` runs a check and gives {} or {"wrong": why}: `return {"times": t, "figures": f} | why`.
+A case that raises Wrong, or anything, has failed; Skip is no failure. A failure of another case takes nothing
+from the times.
+
+`here.size` is "full" on a device and "tiny" on a CPU, in Triton's interpreter, where each runs once, untimed
+(`python bench/gpu_check.py --interpret --only NAME`): `here.pick(tiny, full)`. `here.anchors` holds measured
+rates and may lack any of them: `here.floor`, `here.copying` and `ratio` then give None.
+
+Rivals whose operands are to be streamed, not found in a cache, are `gpu.timing.Copies(make, bytes)`, with
+`make()` giving a call on operands of its own, of so many bytes: their "cold" time is that of calls on enough
+copies in turn, in one graph. For all others it is that of one call behind a read of clean memory. Floors and
+figures: bytes as DRAM moves them (64-byte granules), and "l2_bytes" where the L2 cache bounds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
 
-GUARD = 256  # elements before and behind every tensor of a check
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
-UNIT = {  # the relative error of one rounding; in TF32 of a product, whose operands are cut off
-    "bf16": 2**-8,
-    "fp16": 2**-11,
-    "tf32": 2**-9,
-    "ieee": 2**-24,
-}
-NAN, INF = float("nan"), float("inf")
-
-
-class Wrong(Exception):
-    """A check that failed; its text says what, and by how much."""
-
-
-class Skip(Exception):
-    """A case that this machine has too little memory for."""
+from oracle import Wrong
 
 
 @dataclass(frozen=True)
 class Case:
-    """One check or one benchmark: a failure takes the times from its part of the op."""
+    """Something to run, of a part of the op: a dtype, or whatever else its times are told apart by."""
 
     name: str
     part: str
     run: Callable[[], dict[str, Any] | None]
+    seconds: float = (
+        1.0  # about how long on a device, kernels compiled; four times that and 60 s are its limit
+    )
 
 
 @dataclass(frozen=True)
 class Here:
-    """Where the cases run. `size`: "tiny" in the interpreter, else "quick" or "full"."""
+    """Where the cases run."""
 
     device: str
     size: str
     anchors: dict[str, Any] = field(default_factory=dict)
 
-    def pick(self, tiny: Any, quick: Any, full: Any) -> Any:
-        return {"tiny": tiny, "quick": quick, "full": full}[self.size]
+    def pick(self, tiny: Any, *full: Any) -> Any:
+        return tiny if self.size == "tiny" else full[-1]
 
     def generator(self, seed: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(seed)
 
-    def floor(self, least: Mapping[str, int], part: str) -> float | None:
-        """Seconds that the measured copy bandwidth and matrix rate leave at best."""
-        if not self.anchors:
+    def copying(self, count: float) -> float | None:
+        """Seconds in which as many bytes are read and written by a copy."""
+        rate = self.anchors.get("copy_bytes_per_s")
+        return count / rate if rate else None
+
+    def floor(self, least: Mapping[str, float], part: str) -> float | None:
+        """Seconds that measured rates leave at best to `bytes`, `flops` and, where given, `l2_bytes`."""
+        rates = self.anchors.get("flops_per_s", {})
+        terms = [
+            (least["bytes"], self.anchors.get("copy_bytes_per_s")),
+            (least["flops"], rates.get(part, rates.get("ieee"))),
+            (least.get("l2_bytes", 0), self.anchors.get("l2_bytes_per_s")),
+        ]
+        if any(amount and not rate for amount, rate in terms):
             return None
-        rate = self.anchors["flops_per_s"].get(part, self.anchors["flops_per_s"]["ieee"])
-        return float(max(least["bytes"] / self.anchors["copy_bytes_per_s"], least["flops"] / rate))
+        return max((amount / rate for amount, rate in terms if rate), default=0.0)
 
 
-@contextmanager
-def precision(part: str) -> Iterator[None]:
-    """fp32 products in TF32 or not, torch's and ours."""
-    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = [s.fp32_precision for s in settings]
+def judged(check: Callable[..., object], *args: Any, **kwargs: Any) -> dict[str, str]:
+    """{}, or {"wrong": why} where a check fails: what was timed then stands in the results, marked."""
     try:
-        for s in settings:
-            s.fp32_precision = "tf32" if part == "tf32" else "ieee"
-        yield
-    finally:
-        for s, value in zip(settings, before, strict=True):
-            s.fp32_precision = value
-
-
-def fill(t: Tensor) -> Tensor:
-    """NaN, or for integers what no correct index or count looks like."""
-    if t.is_floating_point():
-        return t.fill_(NAN)
-    return t.fill_(0x55555555 if t.itemsize >= 4 else 0x55)
-
-
-@contextmanager
-def poisoned(guard: int = GUARD) -> Iterator[None]:
-    """Whatever is allocated inside is full of NaN, and nothing may write in front of it or behind it."""
-    kept: list[Tensor] = []
-    plain = torch.empty
-
-    def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*args: Any, **kwargs: Any) -> Tensor:
-            t = allocate(*args, **kwargs)
-            if not t.numel() or t.device.type == "meta":
-                return t
-            if not guard:
-                return fill(t)
-            wide = fill(plain(t.numel() + 2 * guard, dtype=t.dtype, device=t.device))
-            kept.append(wide)
-            return wide.as_strided(t.shape, t.stride(), guard)
-
-        return call
-
-    with (
-        mock.patch.object(torch, "empty", poison(torch.empty)),
-        mock.patch.object(torch, "empty_like", poison(torch.empty_like)),
-        mock.patch.object(Tensor, "new_empty", poison(Tensor.new_empty)),
-    ):
-        yield
-    for wide in kept:
-        edges = torch.cat([wide[:guard], wide[-guard:]])
-        if not same_bits(edges, fill(plain(2 * guard, dtype=wide.dtype, device=wide.device))):
-            raise Wrong(f"wrote outside a tensor of {wide.numel() - 2 * guard} {wide.dtype}")
-
-
-def surrounded(t: Tensor, shift: int = 0) -> Tensor:
-    """A copy with NaN (bytes: 255) before and behind it, `shift` elements off the 16-byte grid."""
-    wide = torch.empty(t.numel() + 2 * GUARD + shift, dtype=t.dtype, device=t.device)
-    wide.fill_(255 if t.dtype == torch.uint8 else NAN)
-    place = wide[GUARD + shift : GUARD + shift + t.numel()].view(t.shape)
-    return place.copy_(t)
-
-
-def layed(t: Tensor, layout: str) -> Tensor:
-    """A matrix in another order of memory, or off the 16-byte grid, with NaN around or between."""
-    if layout == "transposed":
-        return t.t().contiguous().t()
-    if layout == "sliced":
-        wide = t.new_full((t.shape[0], 2 * t.shape[1] + 3), NAN)
-        wide[:, 3::2] = t
-        return wide[:, 3::2]
-    return surrounded(t, shift=1 if layout == "off the grid" else 0)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """NaN are equal to themselves here, and 0.0 and -0.0 are not."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
-
-
-def must_repeat(first: Mapping[str, Tensor], second: Mapping[str, Tensor], why: str = "a second run") -> None:
-    for name, t in first.items():
-        if not same_bits(t, second[name]):
-            raise Wrong(f"{name}: {why} gave other bits")
-
-
-def compare(
-    found: Mapping[str, Tensor],
-    right: Mapping[str, Tensor],
-    torchs: Mapping[str, Tensor],
-    part: str,
-    terms: Mapping[str, int],
-    absolute: Mapping[str, Tensor] | None = None,
-) -> dict[str, float]:
-    """Relative RMS errors against float64; Wrong beyond 3 times torch's own at the same dtype.
-
-    Torch may be lucky, so at least half a rounding of the result counts as its own, and half of what a sum of
-    that many terms in fp32 loses in any order. `absolute` is the formula on absolute values: of results that
-    cancel it gives the size they could have had.
-    """
-    errors = {}
-    for name, r in right.items():
-        f, t = found[name], torchs[name]
-        if f.shape != r.shape:
-            raise Wrong(f"{name}: shape {list(f.shape)} instead of {list(r.shape)}")
-        size = float(r.double().norm())
-        if absolute is not None:
-            size = max(size, float(absolute[name].double().norm()) / terms[name] ** 0.5)
-        size = size or 1.0
-        error, own = (float((x.double() - r).norm()) / size for x in (f, t))
-        usual = UNIT[part] / 2 + 0.2 * UNIT["ieee"] * terms[name] ** 0.5
-        allowed = 3 * max(own, usual)
-        if not error <= allowed:
-            raise Wrong(f"{name}: error {error:.2e}, torch's own {own:.2e}, allowed {allowed:.2e}")
-        errors[name] = error
-    return errors
-
-
-def must_be_zero(t: Tensor, where: Tensor, what: str) -> None:
-    if int(t[where].count_nonzero()):
-        raise Wrong(f"{what}: {int(t[where].count_nonzero())} of {int(where.sum())} are not 0")
-
-
-def need_memory(here: Here, gib: float) -> None:
-    """Skip where a CUDA device has less than that free."""
-    if here.device == "cuda":
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info()[0] / 2**30
-        if free < gib:
-            raise Skip(f"needs {gib:.0f} GiB, {free:.0f} are free")
-
-
-def graphed(run: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
-    """`calls` calls as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            run()
-    return graph
+        check(*args, **kwargs)
+    except Wrong as why:
+        return {"wrong": str(why)}
+    return {}

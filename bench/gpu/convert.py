@@ -14,11 +14,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from gpu.common import (
+from gpu.common import Case, Here
+from gpu.timing import rows
+from oracle import (
     DTYPES,
     NAN,
-    Case,
-    Here,
     Skip,
     Wrong,
     compare,
@@ -27,7 +27,6 @@ from gpu.common import (
     poisoned,
     precision,
 )
-from gpu.timing import rows
 from sparselth import sparse
 from sparselth.measure.usual import network
 from sparselth.models import get_model
@@ -217,7 +216,7 @@ def floor(net: nn.Sequential, x: Tensor, converted: sparse.Converted) -> dict[st
 def benchmark(here: Here, part: str, workload: Workload) -> dict[str, Any]:
     """Converted beside the network as it was, eager, channels-last and compiled."""
     name, sparsity, batch = workload
-    need_memory(here, 8)
+    need_memory(8)
     net = made(here, part, name, 1 - sparsity)
     x = images(here, part, net, name, batch)
     with precision(part):

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.common import (
+from gpu.common import Case, Here
+from gpu.timing import median, ratio, rows
+from oracle import (
     DTYPES,
     INF,
     NAN,
-    Case,
-    Here,
     Wrong,
     compare,
     graphed,
@@ -28,7 +28,6 @@ from gpu.common import (
     precision,
     surrounded,
 )
-from gpu.timing import median, ratio, rows
 from sparselth.kernels.csr_infer import PackedCsr, csr_infer, floor
 
 Shape = tuple[int, int, int]  # N, K, B
@@ -194,7 +193,7 @@ def said(shape: Shape) -> str:
 
 def many_weights(here: Here, part: str) -> None:
     """More than 2^31 kept weights, of full rows; the first, a middle and the last rows against float64."""
-    need_memory(here, 24)
+    need_memory(24)
     n, k, lanes, b = *here.pick((10, 128), (0, 0), (2**17 + 8, 2**14)), 16, 8
     g = here.generator(0)
     values = torch.empty(n * k, dtype=DTYPES[part], device=here.device).uniform_(-1, 1, generator=g)
@@ -212,7 +211,7 @@ def many_weights(here: Here, part: str) -> None:
 
 def far_columns(here: Here, part: str) -> None:
     """x and y of more than 2^31 numbers; the first and the last columns against float64."""
-    need_memory(here, 24)
+    need_memory(24)
     for n, k, b in here.pick([(40, 20, 37)], [], [(40, 65536, 32803), (65540, 40, 32803)]):
         p = problem(here, part, (n, k, 1), 0.05)
         x = torch.empty(k, b, dtype=DTYPES[part], device=here.device)

@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 
-from gpu.common import DTYPES, Here, precision
+from gpu.common import Here
 from gpu.timing import l2_bytes, once
+from oracle import (
+    DTYPES,
+    precision,
+)
 from sparselth import machine
 from sparselth.kernels._triton import HAS_TRITON
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu.common import (
+from gpu.common import Case, Here
+from gpu.timing import median, ratio, rows
+from oracle import (
     INF,
     NAN,
     UNIT,
-    Case,
-    Here,
     Wrong,
     compare,
     graphed,
@@ -26,7 +26,6 @@ from gpu.common import (
     precision,
     same_bits,
 )
-from gpu.timing import median, ratio, rows
 from sparselth.kernels.bitmask import reference_pack, reference_unpack
 from sparselth.kernels.linear_grad_update import floor, linear_grad_update
 from sparselth.kernels.masked_update import adam_reference, masked_adam_many, sgd_reference
@@ -307,7 +306,7 @@ def checks(part: str, here: Here) -> Iterator[Case]:
 
 def vast(here: Here, replicas: int, side: int) -> None:
     """Plain SGD in place on R x side x side weights: the corners of every replica are those of a product."""
-    need_memory(here, 5 * replicas * side * side / 2**30)
+    need_memory(5 * replicas * side * side / 2**30)
     g, n = here.generator(0), here.pick(77, 0, side)
     b, end = 16, min(n, 64)
     w = torch.empty(replicas, n, n, device=here.device).normal_(generator=g)

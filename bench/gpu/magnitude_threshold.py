@@ -11,8 +11,17 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from gpu.common import INF, NAN, Case, Here, Wrong, need_memory, poisoned, same_bits, surrounded
+from gpu.common import Case, Here
 from gpu.timing import median, ratio, rows
+from oracle import (
+    INF,
+    NAN,
+    Wrong,
+    need_memory,
+    poisoned,
+    same_bits,
+    surrounded,
+)
 from sparselth.kernels import magnitude_threshold as module
 from sparselth.kernels.bitmask import reference_pack, reference_unpack
 from sparselth.kernels.magnitude_threshold import floor, launch, split
@@ -205,7 +214,7 @@ def proven(here: Here, part: str, n: int) -> None:
 
 def vast(here: Here, part: str) -> None:
     """More than 2^31 weights in one tensor, with rows that end within a byte."""
-    need_memory(here, 16)
+    need_memory(16)
     size = here.pick((37, 44), (0, 0), (65537, 32780))
     w = torch.empty(1, *size, dtype=DTYPES[part], device=here.device).normal_(generator=here.generator(0))
     k = w.numel() - w.numel() // 5
@@ -214,7 +223,7 @@ def vast(here: Here, part: str) -> None:
 
 
 def apart(here: Here, part: str) -> None:
-    need_memory(here, 10)
+    need_memory(10)
     gap = here.pick(2**12, 0, 2**31) + 16
     flat = torch.empty(gap + 48, dtype=DTYPES[part], device=here.device)
     w = flat.as_strided((2, 3, 16), (gap, 16, 1))

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.common import (
+from gpu.common import Case, Here
+from gpu.timing import rows
+from oracle import (
     DTYPES,
     INF,
     NAN,
-    Case,
-    Here,
     Wrong,
     compare,
     graphed,
@@ -27,7 +27,6 @@ from gpu.common import (
     precision,
     surrounded,
 )
-from gpu.timing import rows
 from sparselth.kernels import masked_conv2d as op
 from sparselth.kernels.bitmask import reference_pack
 from sparselth.kernels.masked_conv2d import floor, masked_conv2d
@@ -258,7 +257,7 @@ def checks(part: str, here: Here) -> Iterator[Case]:
 
 def apart(here: Here, part: str) -> None:
     """Replicas of x, w and dy 2^31 elements apart."""
-    need_memory(here, 10)
+    need_memory(10)
     gap = here.pick(2**13, 0, 2**31) + 16
     small = problem(here, part, Setup(2, 2, 16, (6, 5), 24, (3, 3), padding=(1, 1)))
     flat = torch.full((gap + 2**13,), NAN, dtype=small.x.dtype, device=here.device)
@@ -276,7 +275,7 @@ def apart(here: Here, part: str) -> None:
 
 def vast(here: Here, part: str) -> None:
     """More than 2^31 numbers in y, fewer in y[r]; the last images are those of a small problem."""
-    need_memory(here, 32)
+    need_memory(32)
     size, batch = here.pick(8, 0, 512), here.pick(2, 0, 64)
     p = problem(here, part, Setup(3, batch, 8, (size, size), 44, (1, 1)))
     last = p._replace(x=p.x[:, -1:], dy=p.dy[:, -1:])

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.common import (
+from gpu.common import Case, Here
+from gpu.timing import median, ratio, rows
+from oracle import (
     DTYPES,
     INF,
     NAN,
-    Case,
-    Here,
     Wrong,
     compare,
     graphed,
@@ -27,7 +27,6 @@ from gpu.common import (
     precision,
     surrounded,
 )
-from gpu.timing import median, ratio, rows
 from sparselth.kernels.bitmask import reference_pack
 from sparselth.kernels.masked_linear import floor, masked_linear
 
@@ -242,7 +241,7 @@ def chosen(here: Here, part: str) -> list[Shape]:
 
 def apart(here: Here, part: str) -> None:
     """Replicas that lie 2^31 elements apart, in x, w, dy and in the mask."""
-    need_memory(here, 12)
+    need_memory(12)
     gap = here.pick(2**12, 0, 2**31) + 16
     small = problem(here, part, (2, 18, 24, 40))
 
@@ -262,7 +261,7 @@ def apart(here: Here, part: str) -> None:
 
 def vast(here: Here, part: str, shape: Shape) -> None:
     """A tensor of more than 2^31 elements: the last rows and columns are those of the small problem there."""
-    need_memory(here, 24)
+    need_memory(24)
     r, b, n, k = shape
     g, dtype = here.generator(0), DTYPES[part]
     x, w, dy = (
@@ -299,7 +298,7 @@ def vast(here: Here, part: str, shape: Shape) -> None:
 
 def far_rows(here: Here, part: str) -> None:
     """Rows as far apart as is taken: offsets within one tile of 128 rows come close to 2^31."""
-    need_memory(here, 8)
+    need_memory(8)
     small, stride = problem(here, part, (1, 18, 128, 40)), here.pick(2**8, 0, 2**24 - 8)
     flat = torch.empty(127 * stride + 40, dtype=small.w.dtype, device=here.device)
     w = flat.as_strided((1, 128, 40), (0, stride, 1)).copy_(small.w)

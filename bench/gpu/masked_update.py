@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu.common import (
+from gpu.common import Case, Here
+from gpu.timing import median, ratio, rows
+from oracle import (
     INF,
     NAN,
     UNIT,
-    Case,
-    Here,
     Wrong,
     graphed,
     must_be_zero,
     must_repeat,
     need_memory,
 )
-from gpu.timing import median, ratio, rows
 from sparselth.kernels.bitmask import reference_pack, reference_unpack
 from sparselth.kernels.masked_update import floor, masked_adam_many, masked_sgd_many
 
@@ -277,7 +276,7 @@ def checks(part: str, here: Here) -> Iterator[Case]:
 
 def vast(here: Here, replicas: int, size: int) -> None:
     """Plain SGD in place on R x P weights: the ends of every replica are those of a small step."""
-    need_memory(here, 9 * replicas * size / 2**30)
+    need_memory(9 * replicas * size / 2**30)
     g, p = here.generator(0), here.pick(777, 0, size)
     w, grad = (torch.empty(replicas, p, device=here.device).normal_(generator=g) for _ in range(2))
     bits = torch.randint(0, 256, (replicas, -(-p // 8)), generator=g, device=here.device, dtype=torch.uint8)

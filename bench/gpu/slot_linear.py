@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.common import (
+from gpu.common import Case, Here
+from gpu.timing import median, ratio, rows
+from oracle import (
     DTYPES,
     NAN,
-    Case,
-    Here,
     Wrong,
     compare,
     graphed,
@@ -27,7 +27,6 @@ from gpu.common import (
     poisoned,
     surrounded,
 )
-from gpu.timing import median, ratio, rows
 from sparselth.kernels.slot_linear import Slots, floor, slot_linear
 from sparselth.kernels.two_four_linear import TwoFour, two_four_linear
 
@@ -190,7 +189,7 @@ def said(shape: Shape) -> str:
 
 def many_weights(here: Here, part: str) -> None:
     """More than 2^31 pairs of slots; the first and the last block of rows against float64."""
-    need_memory(here, 20)
+    need_memory(20)
     blocks, k, b = here.pick((3, 128, 5), (0, 0, 0), (2**11 + 8, 2**16, 16))
     g, chunks = here.generator(0), k // 64
     values = torch.empty(blocks, chunks, 256, 8, dtype=DTYPES[part], device=here.device)
@@ -211,7 +210,7 @@ def many_weights(here: Here, part: str) -> None:
 
 def far_rows(here: Here, part: str) -> None:
     """x, then y, of more than 2^31 numbers; the first and the last rows against float64."""
-    need_memory(here, 24)
+    need_memory(24)
     for b, n, k in here.pick([(37, 40, 20)], [], [(32803, 40, 65536), (32803, 65540, 40)]):
         p = problem(here, part, (1, n, k), 0.05)
         x = torch.empty(b, k, dtype=DTYPES[part], device=here.device)

@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from gpu.common import Here, graphed
+from gpu.common import Here
+from oracle import (
+    graphed,
+)
 
 SAMPLE = 2e-4  # seconds that calls in a row should last at least
 SPENT = 0.4  # seconds after which a slow rival leaves the race, if it has 3 samples
@@ -24,10 +28,19 @@ SPENT = 0.4  # seconds after which a slow rival leaves the race, if it has 3 sam
 Run = Callable[[], object]
 
 
+@dataclass(frozen=True)
+class Copies:
+    """A rival whose operands shall come from memory: `make()` is a call on a copy of them, of `bytes`."""
+
+    make: Callable[[], Run]
+    bytes: int
+
+
 def race(
-    here: Here, rivals: Mapping[str, Run], ours: str, no_graph: tuple[str, ...] = ()
+    here: Here, rivals: Mapping[str, Run | Copies], ours: str, no_graph: tuple[str, ...] = ()
 ) -> dict[str, dict[str, Any]]:
     """{rival: {way: {median_s, q1_s, q3_s, samples} or {none: why}}}; on a CPU all run once, untimed."""
+    rivals = {name: rival.make() if isinstance(rival, Copies) else rival for name, rival in rivals.items()}
     if here.device == "cpu":
         for run in rivals.values():
             run()
@@ -103,7 +116,7 @@ def rows(
     least: Mapping[str, int],
     part: str,
     ours: str,
-    rivals: Mapping[str, Run],
+    rivals: Mapping[str, Run | Copies],
     no_graph: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
     """A race as rows of the results."""

@@ -32,8 +32,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.common import Case, Here, Wrong, graphed, must_be_zero, must_repeat, precision, same_bits
+from gpu.common import Case, Here
 from gpu.timing import Run, once, ratio, repeated
+from oracle import (
+    Wrong,
+    graphed,
+    must_be_zero,
+    must_repeat,
+    precision,
+    same_bits,
+)
 from sparselth import pruning
 from sparselth.batches import Batches, Gather, Resident
 from sparselth.config import ImpConfig, Recipe, Replica

@@ -7,17 +7,23 @@ comes after. A case that breaks the CUDA context ends the process; the next one 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import time
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpu import device
-from gpu.common import Case, Here, Skip, Wrong
+from gpu.common import Case, Here
+from oracle import (
+    Skip,
+    Wrong,
+)
 
 
 def work(
@@ -47,7 +53,7 @@ def work(
             say(missing=why)
             return
         module = importlib.import_module(f"gpu.{op}")
-        cases = [case for kind, part in wanted for case in getattr(module, kind)(part, here)]
+        cases = [case for kind, part in wanted for case in planned(module, kind, part, here)]
         say(plan=[[case.name, case.part] for case in cases])
         for i, case in enumerate(cases[first:], first):
             say(begin=i)
@@ -57,6 +63,16 @@ def work(
                     torch.cuda.synchronize()
                 except RuntimeError:  # sticky: nothing works in this process any more
                     os._exit(70)
+
+
+def planned(module: Any, kind: str, part: str, here: Here) -> Iterable[Case]:
+    """The cases of one part, of ops that take a part and of those that yield all."""
+    cases = getattr(module, kind, None)
+    if cases is None:
+        return []
+    if "part" in inspect.signature(cases).parameters:
+        return list(cases(part, here))
+    return [case for case in cases(here) if case.part == part]
 
 
 def attempt(case: Case, on: str) -> dict[str, Any]:

@@ -1,0 +1,194 @@
+"""What tests compare with: float64 formulas, poisoned memory, layouts; on a CPU or on a CUDA device.
+
+Tests of Triton kernels run twice: by `make test` in Triton's interpreter, on small shapes, and on a CUDA
+device (bench/gpu_check.py) on those that meet every tile. `pick` chooses between the two. Whatever is made on
+`DEVICE` is where the kernels run.
+"""
+
+from __future__ import annotations
+
+import unittest
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GUARD = 256  # elements before and behind every tensor of a check
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
+UNIT = {  # the relative error of one rounding; in TF32 of a product, whose operands are cut off
+    "bf16": 2**-8,
+    "fp16": 2**-11,
+    "tf32": 2**-9,
+    "ieee": 2**-24,
+}
+NAN, INF = float("nan"), float("inf")
+T = TypeVar("T")
+
+
+class Wrong(AssertionError):
+    """A check that failed; its text says what, and by how much."""
+
+
+class Skip(unittest.SkipTest):
+    """A case that this machine has too little memory for."""
+
+
+def pick(interpreter: T, device: T) -> T:
+    """What Triton's interpreter can do within a test's time, or what a CUDA device shall do."""
+    return device if DEVICE == "cuda" else interpreter
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+@contextmanager
+def precision(part: str) -> Iterator[None]:
+    """fp32 products in TF32 or not, torch's and ours."""
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = [s.fp32_precision for s in settings]
+    try:
+        for s in settings:
+            s.fp32_precision = "tf32" if part == "tf32" else "ieee"
+        yield
+    finally:
+        for s, value in zip(settings, before, strict=True):
+            s.fp32_precision = value
+
+
+def fill(t: Tensor) -> Tensor:
+    """NaN, or for integers what no correct index or count looks like."""
+    if t.is_floating_point():
+        return t.fill_(NAN)
+    return t.fill_(0x55555555 if t.itemsize >= 4 else 0x55)
+
+
+@contextmanager
+def poisoned(guard: int = GUARD) -> Iterator[None]:
+    """Whatever is allocated inside is full of NaN, and nothing may write in front of it or behind it."""
+    kept: list[Tensor] = []
+    plain = torch.empty
+
+    def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            t = allocate(*args, **kwargs)
+            if not t.numel() or t.device.type == "meta":
+                return t
+            if not guard:
+                return fill(t)
+            wide = fill(plain(t.numel() + 2 * guard, dtype=t.dtype, device=t.device))
+            kept.append(wide)
+            return wide.as_strided(t.shape, t.stride(), guard)
+
+        return call
+
+    with (
+        mock.patch.object(torch, "empty", poison(torch.empty)),
+        mock.patch.object(torch, "empty_like", poison(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", poison(Tensor.new_empty)),
+    ):
+        yield
+    for wide in kept:
+        edges = torch.cat([wide[:guard], wide[-guard:]])
+        if not same_bits(edges, fill(plain(2 * guard, dtype=wide.dtype, device=wide.device))):
+            raise Wrong(f"wrote outside a tensor of {wide.numel() - 2 * guard} {wide.dtype}")
+
+
+def surrounded(t: Tensor, shift: int = 0) -> Tensor:
+    """A copy with NaN (bytes: 255) before and behind it, `shift` elements off the 16-byte grid."""
+    wide = torch.empty(t.numel() + 2 * GUARD + shift, dtype=t.dtype, device=t.device)
+    wide.fill_(255 if t.dtype == torch.uint8 else NAN)
+    place = wide[GUARD + shift : GUARD + shift + t.numel()].view(t.shape)
+    return place.copy_(t)
+
+
+def layed(t: Tensor, layout: str) -> Tensor:
+    """A matrix in another order of memory, or off the 16-byte grid, with NaN around or between."""
+    if layout == "transposed":
+        return t.t().contiguous().t()
+    if layout == "sliced":
+        wide = t.new_full((t.shape[0], 2 * t.shape[1] + 3), NAN)
+        wide[:, 3::2] = t
+        return wide[:, 3::2]
+    return surrounded(t, shift=1 if layout == "off the grid" else 0)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """NaN are equal to themselves here, and 0.0 and -0.0 are not."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+
+
+def must_repeat(first: Mapping[str, Tensor], second: Mapping[str, Tensor], why: str = "a second run") -> None:
+    for name, t in first.items():
+        if not same_bits(t, second[name]):
+            raise Wrong(f"{name}: {why} gave other bits")
+
+
+def compare(
+    found: Mapping[str, Tensor],
+    right: Mapping[str, Tensor],
+    torchs: Mapping[str, Tensor],
+    part: str,
+    terms: Mapping[str, int],
+    absolute: Mapping[str, Tensor] | None = None,
+) -> dict[str, float]:
+    """Relative RMS errors against float64; Wrong beyond 3 times torch's own at the same dtype.
+
+    Torch may be lucky, so at least half a rounding of the result counts as its own, and half of what a sum of
+    that many terms in fp32 loses in any order. `absolute` is the formula on absolute values: of results that
+    cancel it gives the size they could have had.
+    """
+    errors = {}
+    for name, r in right.items():
+        f, t = found[name], torchs[name]
+        if f.shape != r.shape:
+            raise Wrong(f"{name}: shape {list(f.shape)} instead of {list(r.shape)}")
+        size = float(r.double().norm())
+        if absolute is not None:
+            size = max(size, float(absolute[name].double().norm()) / terms[name] ** 0.5)
+        size = size or 1.0
+        error, own = (float((x.double() - r).norm()) / size for x in (f, t))
+        usual = UNIT[part] / 2 + 0.2 * UNIT["ieee"] * terms[name] ** 0.5
+        allowed = 3 * max(own, usual)
+        if not error <= allowed:
+            raise Wrong(f"{name}: error {error:.2e}, torch's own {own:.2e}, allowed {allowed:.2e}")
+        errors[name] = error
+    return errors
+
+
+def must_be_zero(t: Tensor, where: Tensor, what: str) -> None:
+    if int(t[where].count_nonzero()):
+        raise Wrong(f"{what}: {int(t[where].count_nonzero())} of {int(where.sum())} are not 0")
+
+
+def need_memory(gib: float) -> None:
+    """Skip where a CUDA device has less than that free."""
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0] / 2**30
+        if free < gib:
+            raise Skip(f"needs {gib:.0f} GiB, {free:.0f} are free")
+
+
+def graphed(run: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
+    """`calls` calls as a CUDA graph."""
+    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        run()
+        run()
+    current.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                run()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails leaves its own
+    return graph
