@@ -5,8 +5,10 @@ one function that does some work and gives its seconds per call:
 
 wall   on a CPU, several calls in a row on the same memory, one more before them that is not timed: caches
        are warm where they are large enough
-cold   on CUDA, one call behind a write of four times the second-level cache; from a CUDA graph where the
-       call can be captured, so that the time is the device's, else launched from Python
+cold   on CUDA, one call behind a read of four times the second-level cache: a write would leave lines there
+       that go back to memory within the call, and count in its time. From a CUDA graph where the call can be
+       captured, so that the time is the device's, else launched from Python; the start of the graph, some
+       microseconds, counts in all rivals
 warm   on CUDA, several calls in a row, from a graph where that can be
 """
 
@@ -17,8 +19,11 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+
+from sparselth.kernels._graphs import replayed
 
 Call = Callable[[], object]
 Sample = Callable[[], float]
@@ -113,22 +118,27 @@ def warm_wall(call: Call) -> Sample:
 
 
 def cold(call: Call, scratch: torch.Tensor) -> Sample:
-    """One call after `scratch` was written."""
-    return _events(scratch.zero_, _graphed(call, 1), 1)
+    """One call after `scratch` was read."""
+    return _events(partial(flush, scratch), replayed(call, 1), 1)
 
 
 def warm(call: Call) -> Sample:
     """Calls in a row that together last for a sample."""
     taken = _events(call, call, 1)()
     calls = min(max(round(SAMPLE / max(taken, 1e-7)), 1), 50)
-    several = _graphed(call, calls)
+    several = replayed(call, calls)
     return _events(several, several, calls)
 
 
 def scratch() -> torch.Tensor:
-    """What `cold` writes: four times the second-level cache."""
+    """What `cold` reads: four times the second-level cache."""
     size = int(torch.cuda.get_device_properties(0).L2_cache_size)
-    return torch.empty(4 * size, dtype=torch.uint8, device="cuda")
+    return torch.zeros(size, dtype=torch.float32, device="cuda")
+
+
+def flush(scratch: torch.Tensor) -> None:
+    """Fill the caches with clean lines of `scratch`."""
+    scratch.sum()
 
 
 def _events(before: Call, call: Call, calls: int) -> Sample:
@@ -145,27 +155,3 @@ def _events(before: Call, call: Call, calls: int) -> Sample:
         return float(start.elapsed_time(stop)) / 1e3 / calls
 
     return sample
-
-
-def _graphed(call: Call, calls: int) -> Call:
-    """`calls` calls as a CUDA graph; without one where the call cannot be captured."""
-
-    def plain() -> None:
-        for _ in range(calls):
-            call()
-
-    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        call()
-        call()
-    current.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            plain()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        torch.cuda.set_stream(current)  # a capture that breaks leaves its own
-        return plain
-    return graph.replay

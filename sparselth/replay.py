@@ -13,7 +13,7 @@ import gc
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from sparselth.batches import Batches, Gather, Resident
 from sparselth.config import Recipe, Replica
 from sparselth.dispatch import Paths
 from sparselth.kernels import bitmask
+from sparselth.kernels._graphs import capture, warm_up
 from sparselth.kernels.linear_grad_update import linear_grad_update
 from sparselth.kernels.masked_update import masked_adam_many, masked_sgd_many
 from sparselth.models import Conv, Model, TensorSpec
@@ -175,25 +176,16 @@ class Replay:
     def _capture(self) -> None:
         """Record the graphs, behind calls that compile and measure: while nobody is active all stays."""
         gc.collect()  # graphs of batches before must not die within a capture
-        side = _side(self.weights.device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self.clock.zero_()
-                self._step()
-                self._evaluate()
-        torch.cuda.current_stream().wait_stream(side)
+
+        def both() -> None:
+            self.clock.zero_()
+            self._step()
+            self._evaluate()
+
+        warm_up(both, WARM_UP)
         memory = torch.cuda.graph_pool_handle()
-
-        def record(call: Callable[[], None], times: int = 1) -> Callable[[], None]:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=memory, stream=side):
-                for _ in range(times):
-                    call()
-            return graph.replay
-
-        self.run = {n: record(self._step, n) for n in (1, self.many)}
-        self.evaluate = record(self._evaluate)
+        self.run = {n: capture(self._step, n, memory).replay for n in (1, self.many)}
+        self.evaluate = capture(self._evaluate, 1, memory).replay
 
     def _enter_epoch(self, epoch: int) -> None:
         """Put the epoch's order on the device, and have the next one drawn while this one runs."""
@@ -271,9 +263,3 @@ def _update_linear(
         optimizer=recipe.optimizer,
         kernels="triton",
     )
-
-
-@lru_cache(maxsize=8)
-def _side(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all warm-ups and captures: libraries keep a workspace for every stream they meet."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

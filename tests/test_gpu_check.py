@@ -278,6 +278,8 @@ def test_a_race_counts_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
     from gpu import timing
     from gpu.common import Here
 
+    from sparselth import clock
+
     class Graph:
         def __init__(self, run: Any, calls: int) -> None:
             if run is rivals["no graph"]:
@@ -307,11 +309,9 @@ def test_a_race_counts_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
         "no graph": lambda: spend(2e-5),
         "broken": broken,
     }
-    plain = torch.empty
     monkeypatch.setattr(timing, "graphed", Graph)
     monkeypatch.setattr(timing, "once", once)
-    monkeypatch.setattr(timing, "l2_bytes", lambda: 16)
-    monkeypatch.setattr(torch, "empty", lambda *args, device, **kwargs: plain(*args, **kwargs))
+    monkeypatch.setattr(clock, "scratch", lambda: torch.zeros(4))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     found = timing.race(Here("cuda", "full"), rivals, "ours")
     assert set(found["ours"]) == {"cold", "warm", "graph", "cold graph"}

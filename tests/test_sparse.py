@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparselth import clock, sparse
-from sparselth.kernels import _native, bitmask
+from sparselth.kernels import _graphs, _native, bitmask
 from sparselth.kernels.csr_packed import Packed
 from sparselth.kernels.step_parts import Call
 from sparselth.measure.floors import precision
@@ -725,7 +725,7 @@ def test_what_a_graph_cannot_hold_is_left_out(monkeypatch: pytest.MonkeyPatch) -
     capturing, captured = [False], [0]
 
     @contextmanager
-    def graph(_: object) -> Iterator[None]:
+    def graph(*_: object, **__: object) -> Iterator[None]:
         capturing[0], captured[0] = True, captured[0] + 1
         yield
         capturing[0] = False
@@ -743,8 +743,11 @@ def test_what_a_graph_cannot_hold_is_left_out(monkeypatch: pytest.MonkeyPatch) -
         return fast(calls, sample)
 
     right, fast = devices.csr_infer, prefer("csr_infer", "dense", *MOVES)
-    for name in ("Stream", "CUDAGraph", "current_stream", "synchronize", "set_stream"):
+    for name in ("CUDAGraph", "current_stream", "current_device", "synchronize", "set_stream"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", MagicMock())
+    for name in ("side", "_end"):
+        monkeypatch.setattr(_graphs, name, MagicMock())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda at: "NVIDIA H200")

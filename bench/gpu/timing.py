@@ -1,9 +1,9 @@
 """Races: every rival in every round, by CUDA events, in four ways.
 
-cold        one call after a buffer of four times the L2 cache was written, launched from Python
+cold        one call behind a read of four times the L2 cache (`sparselth.clock`), launched from Python
 warm        several calls in a row, launched from Python
 graph       several calls in a CUDA graph, replayed: what the device alone needs
-cold graph  one call in a graph behind such a write; the start of the graph, some microseconds, counts
+cold graph  one call in a graph behind such a read; the start of the graph, some microseconds, counts
 
 A call that the host is too slow to launch in time is as slow as that: eager is what a user of eager sees.
 """
@@ -13,14 +13,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from gpu.common import Here
-from oracle import (
-    graphed,
-)
+from oracle import graphed
+from sparselth import clock
 
 SAMPLE = 2e-4  # seconds that calls in a row should last at least
 SPENT = 0.4  # seconds after which a slow rival leaves the race, if it has 3 samples
@@ -45,7 +45,7 @@ def race(
         for run in rivals.values():
             run()
         return {name: {} for name in rivals}
-    scratch = torch.empty(4 * l2_bytes(), dtype=torch.uint8, device="cuda")
+    flush = partial(clock.flush, clock.scratch())
     starts: dict[tuple[str, str], tuple[Run | None, Run, int]] = {}
     found: dict[str, dict[str, Any]] = {name: {} for name in rivals}
     for name, run in rivals.items():
@@ -60,7 +60,7 @@ def race(
         estimate = once(None, run)
         calls = min(max(round(SAMPLE / max(estimate, 1e-7)), 1), 50)
         before = run if estimate < 0.01 else None  # what the cold sample flushed comes back
-        starts[name, "cold"] = scratch.zero_, run, 1
+        starts[name, "cold"] = flush, run, 1
         starts[name, "warm"] = before, repeated(run, calls), calls
         if name in no_graph:
             found[name]["graph"] = {"none": "not captured"}
@@ -72,7 +72,7 @@ def race(
             found[name]["graph"] = {"none": str(error).splitlines()[0]}
             continue
         starts[name, "graph"] = several.replay, several.replay, calls
-        starts[name, "cold graph"] = scratch.zero_, single.replay, 1
+        starts[name, "cold graph"] = flush, single.replay, 1
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in starts}
     for _ in range(here.pick(1, 12, 25)):
         for key, (before, run, calls) in starts.items():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sparselth import clock
 from sparselth.kernels import _native
+from sparselth.kernels._graphs import capture, warm_up
 from sparselth.kernels.bitmask import use_triton
 from sparselth.kernels.csr_infer import PackedCsr, csr_infer
 from sparselth.kernels.slot_linear import WIDEST, Slots, slot_linear
@@ -143,18 +144,8 @@ class Device:
         y = run()
         if not self.cuda or self.is_free(y, x):
             return
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            run()
-        current.wait_stream(side)
-        try:
-            with torch.cuda.graph(torch.cuda.CUDAGraph()):
-                run()
-        except Exception:
-            torch.cuda.synchronize()
-            torch.cuda.set_stream(current)  # a capture that breaks leaves its own
-            raise
+        warm_up(run)
+        capture(run)
 
 
 def _tf32(kind: type[nn.Module]) -> bool:

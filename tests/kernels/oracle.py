@@ -16,6 +16,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from sparselth.kernels import _graphs
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 256  # elements before and behind every tensor of a check
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
@@ -178,17 +180,5 @@ def need_memory(gib: float) -> None:
 
 def graphed(run: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
     """`calls` calls as a CUDA graph."""
-    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        run()
-        run()
-    current.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                run()
-    finally:
-        torch.cuda.set_stream(current)  # a capture that fails leaves its own
-    return graph
+    _graphs.warm_up(run)
+    return _graphs.capture(run, calls)
