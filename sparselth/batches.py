@@ -7,8 +7,10 @@ of (replica, step) alone, so a resumed run continues where it stopped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -129,3 +131,55 @@ class Batches:
             order = split[torch.randperm(len(split), generator=generator)]
             orders.append(order[: self.steps_per_epoch * self.batch].view(-1, self.batch))
         return torch.stack(orders)
+
+
+class Event(Protocol):
+    """A place in the queue of a device, as torch.cuda.Event: `synchronize` waits until it is there."""
+
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+class Done:
+    """The event of a device that does everything at once."""
+
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+class Orders:
+    """The image indices of one epoch after another on the device, `order` [R, steps, B], without a wait.
+
+    While an epoch runs the next one is drawn, by a thread, into the other of two host buffers. The copy out
+    of a buffer may still be pending when its next turn comes: it is filled only behind the copy's `event`.
+    """
+
+    def __init__(self, batches: Batches, epochs: int, event: Callable[[], Event]) -> None:
+        shape = len(batches.replicas), batches.steps_per_epoch, batches.batch
+        cuda = batches.data.device != "cpu"
+        self.batches, self.epochs, self.epoch = batches, epochs, -1
+        self.order = torch.zeros(shape, dtype=torch.int64, device=batches.data.device)
+        self.host = [torch.zeros(shape, dtype=torch.int64, pin_memory=cuda) for _ in range(2)]
+        self.copied = [event() for _ in range(2)]
+        self.thread = ThreadPoolExecutor(1)
+        self.next: tuple[int, Future[int]] = -1, Future()
+
+    def enter(self, epoch: int) -> None:
+        """Put an epoch's order on the device, behind what is queued there."""
+        if epoch == self.epoch:
+            return
+        if epoch != self.next[0]:
+            self.next = epoch, self.thread.submit(self._draw, epoch)
+        drawn = self.next[1].result()
+        self.order.copy_(self.host[drawn], non_blocking=True)
+        self.copied[drawn].record()
+        self.epoch = epoch
+        if epoch + 1 < self.epochs:
+            self.next = epoch + 1, self.thread.submit(self._draw, epoch + 1)
+
+    def _draw(self, epoch: int) -> int:
+        """The buffer that holds the epoch's order now."""
+        place, order = epoch % 2, self.batches.draw(epoch)
+        self.copied[place].synchronize()
+        self.host[place].copy_(order)
+        return place

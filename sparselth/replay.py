@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparselth import pruning
-from sparselth.batches import Batches, Gather, Resident
+from sparselth.batches import Batches, Done, Event, Gather, Orders, Resident
 from sparselth.config import Recipe, Replica
 from sparselth.dispatch import Paths
 from sparselth.kernels import bitmask
@@ -92,13 +91,9 @@ class Replay:
         self.starts = torch.tensor(list(start_steps), dtype=torch.float32, device=device)
 
         self.batches = Batches(data, replicas, recipe.batch_size)
-        shape = r, self.batches.steps_per_epoch, recipe.batch_size
-        self.order, self.epoch = torch.zeros(shape, dtype=torch.int64, device=device), -1
-        self.flight: list[torch.cuda.Event] = []
-        self.next: tuple[int, Future[Tensor]] | None = None
-        if weights.is_cuda:
-            self.pool = ThreadPoolExecutor(1)
-            self.pinned = [torch.zeros(shape, dtype=torch.int64, pin_memory=True) for _ in range(2)]
+        self.event: Callable[[], Event] = torch.cuda.Event if weights.is_cuda else Done
+        self.orders = Orders(self.batches, -(-recipe.steps // self.batches.steps_per_epoch), self.event)
+        self.flight: list[Event] = []
 
         images = torch.stack([data.split(who.seed)[1] for who in replicas]).to(device)
         self.validation = []
@@ -124,7 +119,7 @@ class Replay:
         done = 0
         while done < steps and not should_stop():
             epoch, place = divmod(step + done, self.batches.steps_per_epoch)
-            self._enter_epoch(epoch)
+            self.orders.enter(epoch)
             n = min(self.many, steps - done, self.batches.steps_per_epoch - place)
             if n in self.run:
                 self.run[n]()
@@ -146,18 +141,18 @@ class Replay:
 
     def _throttle(self) -> None:
         """Wait for the launch before the last one: the host may be ahead, but not by a whole run."""
-        if self.weights.is_cuda:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            self.flight.append(event)
-            if len(self.flight) > 2:
-                self.flight.pop(0).synchronize()
+        event = self.event()
+        event.record()
+        self.flight.append(event)
+        if len(self.flight) > 2:
+            self.flight.pop(0).synchronize()
 
     def _step(self) -> None:
         pulse = self.pulse
         torch.index_select(self.rates, 0, self.clock.expand(len(pulse.lr)), out=pulse.lr)
         torch.sub(self.clock + 1, self.starts, out=pulse.count)
-        index = self.order.index_select(1, self.clock % self.order.shape[1])
+        order = self.orders.order
+        index = order.index_select(1, self.clock % order.shape[1])
         x, y = self.batches.gather(index.flatten())
         self.network.backward(cross_entropy_grad(self.network.forward(x), y))
         self._update_convs()
@@ -186,23 +181,6 @@ class Replay:
         memory = torch.cuda.graph_pool_handle()
         self.run = {n: capture(self._step, n, memory).replay for n in (1, self.many)}
         self.evaluate = capture(self._evaluate, 1, memory).replay
-
-    def _enter_epoch(self, epoch: int) -> None:
-        """Put the epoch's order on the device, and have the next one drawn while this one runs."""
-        if epoch == self.epoch:
-            return
-        self.epoch = epoch
-        if not self.weights.is_cuda:
-            self.order.copy_(self.batches.draw(epoch))
-            return
-        drawn = self.next[1].result() if self.next and self.next[0] == epoch else self._draw(epoch)
-        self.order.copy_(drawn, non_blocking=True)
-        if (epoch + 1) * self.batches.steps_per_epoch < self.recipe.steps:
-            self.next = epoch + 1, self.pool.submit(self._draw, epoch + 1)
-
-    def _draw(self, epoch: int) -> Tensor:
-        """An epoch's order in pinned memory, free again since the device is at most two launches behind."""
-        return self.pinned[epoch % 2].copy_(self.batches.draw(epoch))
 
     def _parts(
         self, model: Model, spec: TensorSpec, bits: dict[str, Tensor]

@@ -277,7 +277,6 @@ def test_a_race_counts_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock of our own: 10 us a call, 200 ms for the slow one, which leaves early."""
     from gpu import timing
     from gpu.common import Here
-
     from sparselth import clock
 
     class Graph:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from sparselth import pruning
-from sparselth.batches import Resident
+from sparselth.batches import Batches, Event, Orders, Resident
 from sparselth.config import Recipe, Replica
 from sparselth.kernels._triton import INTERPRET
 from sparselth.models import AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, ReLU, get_model
 from sparselth.nn import init_weights
+from sparselth.replay import MANY, Replay
 from sparselth.streams import stream
 from sparselth.train import Job, State, fit, scores
 
@@ -122,6 +129,99 @@ def test_a_replica_of_a_triton_batch_equals_itself_alone(
         ):
             assert (ours - right).norm() <= bound * right.norm()
         assert found.state.best_loss == pytest.approx(expected.best_loss, rel=bound)
+
+
+class Queue:
+    """A device that is as late as it may be: it does nothing before somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.queued: list[Callable[[], object]] = []
+        self.done = 0
+
+    def put(self, what: Callable[[], object]) -> None:
+        self.queued.append(what)
+
+    def run(self, until: int) -> None:
+        while self.done < until:
+            self.queued[self.done]()
+            self.done += 1
+
+    def event(self) -> Event:
+        return Place(self)
+
+
+class Place:
+    """An event in its queue; one that was never recorded has passed."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue, self.at = queue, 0
+
+    def record(self) -> None:
+        self.at = len(self.queue.queued)
+
+    def synchronize(self) -> None:
+        self.queue.run(self.at)
+
+
+class Late:
+    """A tensor of that device."""
+
+    def __init__(self, queue: Queue, of: Tensor) -> None:
+        self.queue, self.of = queue, of
+
+    def fill_(self, value: int) -> None:
+        self.queue.put(lambda: self.of.fill_(value))
+
+    def copy_(self, other: Tensor, non_blocking: bool) -> None:
+        assert non_blocking
+        self.queue.put(lambda: self.of.copy_(other))
+
+
+class AtOnce:
+    """An executor whose thread is as quick as it may be."""
+
+    def submit(self, call: Callable[[int], int], epoch: int) -> Future[int]:
+        future: Future[int] = Future()
+        future.set_result(call(epoch))
+        return future
+
+
+@pytest.mark.parametrize("an_epoch", [5, 8, 20, 21, 40, 41])
+@pytest.mark.parametrize("stretch", [1000, 13])
+def test_every_step_reads_the_order_of_its_epoch(an_epoch: int, stretch: int, few: Resident) -> None:
+    """The host side of a replay over a device that lags behind as far as the host lets it."""
+    queue, epochs = Queue(), 6
+    batches = Batches(few, [Replica(0, "ticket", 0), Replica(1, "ticket", 0)], 1)
+    batches.steps_per_epoch = an_epoch
+    replay: Any = object.__new__(Replay)
+    replay.batches, replay.many, replay.flight, replay.event = batches, MANY, [], queue.event
+    replay.orders = orders = Orders(batches, epochs, queue.event)
+    order, clock, seen = orders.order, torch.zeros(1, dtype=torch.int64), []
+    replay.clock, replay.orders.order, replay.orders.thread = Late(queue, clock), Late(queue, order), AtOnce()
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            seen.append(order[:, int(clock) % an_epoch].clone())
+            clock.add_(1)
+
+    replay.run = {n: partial(queue.put, partial(steps, n)) for n in (1, MANY)}
+    for step in range(0, epochs * an_epoch, stretch):
+        assert replay.advance(step, min(stretch, epochs * an_epoch - step), lambda: False) > 0
+    queue.run(len(queue.queued))
+    assert len(seen) == epochs * an_epoch
+    drawn = [batches.draw(epoch) for epoch in range(epochs)]
+    wrong = [
+        i for i, index in enumerate(seen) if not torch.equal(index, drawn[i // an_epoch][:, i % an_epoch])
+    ]
+    assert not wrong
+
+
+def test_host_memory_that_a_stream_reads_is_in_one_place() -> None:
+    """Where events guard it: `Orders`."""
+    root = Path(__file__).resolve().parents[1]
+    files = [*(root / "sparselth").rglob("*.py"), *(root / "kernels").glob("*.py")]
+    found = {f.name for f in files for word in ("pin_memory", "non_blocking") if word in f.read_text()}
+    assert found == {"batches.py"}
 
 
 def test_replicas_see_their_own_images_and_rates(digits: Resident) -> None:

@@ -222,7 +222,7 @@ def beside_single_launches(here: Here, part: str, kernels: str) -> None:
         else:
             replay.clock.zero_()
             for step in range(steps):
-                replay._enter_epoch(step // replay.batches.steps_per_epoch)
+                replay.orders.enter(step // replay.batches.steps_per_epoch)
                 replay._step()
             replay._evaluate()
             measured = replay.means()
