@@ -44,7 +44,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from sparselth.kernels._graphs import replayed
 from sparselth.kernels._triton import HAS_TRITON, INTERPRET, Aot, tl, triton
 from sparselth.kernels.bitmask import launch_count, launch_unpack, use_triton
 
@@ -430,8 +429,9 @@ def _sum_kernel(
     TAPS: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    n, r = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    offs_byte = tl.program_id(0) * BYTES + tl.arange(0, BYTES)[:, None]
+    parts = tl.cdiv(K, 8 * BYTES)  # of a row of dw; rows are many on this axis alone
+    n, r = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(1).to(tl.int64)
+    offs_byte = tl.program_id(0) % parts * BYTES + tl.arange(0, BYTES)[:, None]
     place = offs_byte * 8 + tl.arange(0, 8)[None, :]  # [BYTES, 8]
     byte = tl.load(mask_ptr + r * stride_mr + n * stride_mn + offs_byte, mask=offs_byte * 8 < K, other=0)
     keep = ((byte >> tl.arange(0, 8)[None, :].to(tl.uint8)) & 1) != 0
@@ -440,8 +440,8 @@ def _sum_kernel(
     acc = tl.zeros((BYTES, 8), dtype=tl.float32)
     for _ in range(chunks):
         acc += tl.load(slab, mask=keep, other=0.0)
-        slab += tl.num_programs(2).to(tl.int64) * slab_rows * slab_columns
-    dw = dw_ptr + (r * tl.num_programs(1) + n) * K + place
+        slab += tl.num_programs(1).to(tl.int64) * slab_rows * slab_columns
+    dw = dw_ptr + (r * (tl.num_programs(0) // parts) + n) * K + place
     tl.store(dw, acc.to(dw_ptr.dtype.element_ty), mask=place < K)
 
 
@@ -473,8 +473,7 @@ def _wgrad_tile(dtype: torch.dtype, precision: str, n: int, c: int, k: int) -> T
     """Of wgrad: n x k of dw, m pixels deep."""
     n, k = _power_of_2(n, 16, 128), _power_of_2(k, 16, 64 if c % 64 == 0 else 32)
     if dtype == torch.float32 and precision == "ieee":
-        # with 3 stages ptxas 12.9 fits 128 x 64 into 80 registers for sm_80, by spilling 16 bytes
-        return Tile(16, n, k, 8, 4) if n * k >= 4096 else Tile(16, n, k, 4, 3)
+        return Tile(16, n, k, 8 if n * k >= 4096 else 4, 3)
     return Tile(32 if dtype == torch.float32 else 64, n, k, 4, 3)
 
 
@@ -551,7 +550,7 @@ def launch_product(
             TRANSPOSED=transposed,
             BLOCK_N=tile.n,
             BLOCK_K=tile.k,
-            num_warps=_power_of_2(tile.n * tile.k // 512, 4, 16),  # 16 weights a thread; 32 of them spill
+            num_warps=8,
         )
         _list_kernel[r * out_tiles,](occupied, live, count, k_tiles, BLOCK=_power_of_2(k_tiles, 16, 1 << 30))
         _conv_kernel[_ceil(m, tile.m) * out_tiles, r](
@@ -621,7 +620,7 @@ def launch_wgrad(dy: Tensor, x: Tensor, mask: Tensor, g: Geometry) -> Tensor:
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        _sum_kernel[_ceil(mask.shape[2], bytes_), n, r](
+        _sum_kernel[_ceil(mask.shape[2], bytes_) * n, r](
             slab, mask, dw, chunks, k, *slab.shape[2:], c, *mask.stride()[:2], TAPS=taps, BYTES=bytes_
         )
     return dw
@@ -638,7 +637,6 @@ class Choice:
     seconds: dict[str, float]
 
 
-CALLS = 10  # in a row, of what is timed
 CHOICES: dict[tuple[Any, ...], Choice] = {}
 
 
@@ -674,24 +672,23 @@ def _dispatch(
 
 
 def _measure(device: torch.device, runs: dict[str, Callable[[], Tensor]]) -> Choice:
-    """Medians over 5 rounds of CALLS calls in a row, in a CUDA graph, which is how steps run; those that no
-    graph can hold are launched from Python.
+    """Medians over 5 rounds of 10 calls in a row, launches from Python included.
 
-    One more round comes first. Inside a graph capture the first call takes the vendor's.
+    One more round comes first, which compiles. Inside a graph capture the first call takes the vendor's.
     """
     if torch.cuda.is_current_stream_capturing():
         return Choice("reference", {})
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     with torch.cuda.device(device):
-        calls = {name: replayed(run, CALLS) for name, run in runs.items()}
         for _ in range(6):
-            for name, several in calls.items():
+            for name, run in runs.items():
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
-                several()
+                for _ in range(10):
+                    run()
                 stop.record()
                 stop.synchronize()
-                seconds[name].append(start.elapsed_time(stop) / 1e3 / CALLS)
+                seconds[name].append(start.elapsed_time(stop) / 1e4)
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     return Choice(min(medians, key=lambda name: medians[name]), medians)
 
@@ -909,7 +906,7 @@ def _shipped() -> list[Aot]:
         found.append(_aot(_wgrad_kernel, dtype, constants, dw, c > 1, tile.warps, tile.stages))
     for transposed in (False, True):
         cut = {"TAPS": 9, "TRANSPOSED": transposed, "BLOCK_N": 128, "BLOCK_K": 64}
-        found.append(_aot(_pack_kernel, torch.bfloat16, cut, (64, 33), warps=16))
+        found.append(_aot(_pack_kernel, torch.bfloat16, cut, (112, 65), warps=8))
     found.append(_aot(_sum_kernel, torch.float32, {"TAPS": 9, "BYTES": 128}, (48, 65)))
     return found
 
