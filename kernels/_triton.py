@@ -50,6 +50,7 @@ class Aot:
     num_stages: int
     max_registers: int
     narrow: int = 0  # global loads and stores of less than 16 bytes that are meant
+    waiting: int = 0  # loads in a loop that wait for another load of the same turn, and are meant to
 
 
 __all__ = ["HAS_TRITON", "INTERPRET", "Aot", "tl", "triton"]

@@ -40,7 +40,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from sparselth.kernels import _native
 from sparselth.kernels._triton import Aot, tl, triton
@@ -444,8 +443,7 @@ Row = tuple[Any, ...]
 Tables = tuple[Tensor, Tensor]
 
 _TABLES: dict[tuple[int, ...], Tables] = {}
-# a CUDA graph reads its tables for as long as it lives, and it is of no use without its weights
-_CAPTURED: dict[tuple[int, ...], tuple[Tables, list[StorageWeakRef]]] = {}
+_CAPTURED: dict[tuple[int, ...], Tables] = {}  # a CUDA graph reads its tables for as long as it lives
 
 
 @torch.no_grad()
@@ -632,7 +630,7 @@ def _launch(
         *(n for w in lists[0] for n in (w.numel(), _stride(w, len(lr)))),
         *(0 if t is None else t.data_ptr() for column in columns for t in column),
     )
-    capturing = _capturing(lr)
+    capturing = lr.is_cuda and torch.cuda.is_current_stream_capturing()
     tables = _TABLES.get(key)
     if tables is None:
         if capturing:
@@ -641,11 +639,9 @@ def _launch(
             )
         if len(_TABLES) >= 64:  # gradients that never come back to the same place
             _TABLES.clear()
-        _let_go()
         tables = _TABLES[key] = _tables(lists, lr)
     if capturing:
-        _let_go()
-        _CAPTURED[key] = tables, [StorageWeakRef(w.untyped_storage()) for w in lists[0]]
+        _CAPTURED[key] = tables
     table, chunks = tables
     if len(chunks):
         with torch.cuda.device_of(lr):
@@ -662,17 +658,6 @@ def _launch(
                 enable_fp_fusion=False,
             )
     torch.autograd.graph.increment_version(lists[0])
-
-
-def _capturing(lr: Tensor) -> bool:
-    return lr.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _let_go() -> None:
-    """Of the tables of graphs whose weights are gone."""
-    gone = [key for key, (_, weights) in _CAPTURED.items() if any(w.expired() for w in weights)]
-    for key in gone:
-        del _CAPTURED[key]
 
 
 def _tables(lists: Lists, lr: Tensor) -> Tables:
@@ -724,6 +709,7 @@ AOT = [
         num_stages=1,
         max_registers=80,
         narrow=(23, 27, 33)[moments],  # the tables, bytes of mask, and rounds of single weights
+        waiting=(8, 12, 16)[moments],  # what a byte of mask has nothing of is not read
     )
     for moments, nesterov, decoupled in (
         (0, False, False),

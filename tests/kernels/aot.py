@@ -1,8 +1,10 @@
-"""Compile a kernel file's AOT list for sm_80 and sm_90 without a GPU; print what the machine code is like.
+"""Compile a kernel file's AOT list without a GPU; print what the machine code is like.
 
-    python tests/kernels/aot.py masked_linear
+    python tests/kernels/aot.py masked_linear          sm_80 and sm_90, all that is known, JSON
+    python tests/kernels/aot.py --account [NAME ...]   sm_90, a row of a Markdown table each
 
-Runs in a process of its own, because kernels imported for the interpreter cannot be compiled.
+Runs in a process of its own, because kernels imported for the interpreter cannot be compiled. Which Triton
+compiles is PYTHONPATH's affair: build/triton-3.6.0-cp311 in front of it holds the device's.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from contextlib import redirect_stdout
+from io import StringIO
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -25,8 +29,12 @@ os.environ.pop("TRITON_INTERPRET", None)
 warnings.filterwarnings("ignore")
 
 import triton  # noqa: E402
+from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+
+import sass  # noqa: E402
+from sass import Instruction  # noqa: E402
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -51,6 +59,19 @@ def text(cubin: bytes) -> bytes:
     return b"".join(cubin[offset : offset + length] for *_, offset, length in code)
 
 
+def warnings_of(ptx: str, said: str, capability: int) -> list[str]:
+    """The numbers of ptxas' warnings; C7515 is a wgmma that waits. `said` is empty of a cached kernel."""
+    if not said:
+        if "wgmma" not in ptx:
+            return []
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(ptx)
+            file.flush()
+            words = [BIN / "ptxas", "-v", f"--gpu-name=sm_{capability}a", file.name, "-o", os.devnull]
+            said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+    return sorted(set(re.findall(r"\bC7\d{3}\b", said)))
+
+
 def build(aot: Any, capability: int) -> tuple[dict[str, Any], bytes]:
     """Registers and spills (bytes of local memory), and the instructions."""
     names = aot.kernel.arg_names
@@ -61,7 +82,9 @@ def build(aot: Any, capability: int) -> tuple[dict[str, Any], bytes]:
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aot.aligned}
     source = ASTSource(fn=aot.kernel, signature=signature, constexprs=aot.constants, attrs=attrs)
     options = {"num_warps": aot.num_warps, "num_stages": aot.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    said = StringIO()
+    with redirect_stdout(said):
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = output("cuobjdump", "--dump-resource-usage", content=compiled.asm["cubin"])
     facts = {
         "kernel": aot.kernel.__name__,
@@ -73,33 +96,21 @@ def build(aot: Any, capability: int) -> tuple[dict[str, Any], bytes]:
         "shared_bytes": int(compiled.metadata.shared),
         "max_registers": aot.max_registers,
         "allowed_narrow": aot.narrow,
+        "allowed_waiting": aot.waiting,
+        "threads": 32 * aot.num_warps,
+        "warnings": warnings_of(compiled.asm["ptx"], said.getvalue(), capability),
+        "triton": triton.__version__,
     }
     return facts, text(compiled.asm["cubin"])
 
 
-def listings(codes: list[bytes], capability: int) -> list[str]:
-    """Each code as assembly. The disassembler takes 0.3 s to start: all go through it as one."""
-    found = re.findall(
-        r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*;)",
-        output("nvdisasm", "-ndf", "-b", f"SM{capability}", content=b"".join(codes)),
-        re.MULTILINE,
-    )
+def listings(codes: list[bytes], capability: int) -> list[list[Instruction]]:
+    """Each code as instructions. The disassembler takes 0.3 s to start: all go through it as one."""
+    found = sass.parse(output("nvdisasm", "-ndf", "-b", f"SM{capability}", content=b"".join(codes)))
     ends = [end // 16 for end in accumulate(map(len, codes), initial=0)]  # 16 bytes an instruction
     if len(found) != ends[-1]:
         raise ValueError(f"nvdisasm names {len(found)} of {ends[-1]} instructions for sm_{capability}")
-    return ["\n".join(found[begin:end]) for begin, end in pairwise(ends)]
-
-
-def read(listing: str) -> dict[str, int]:
-    """The widths of global accesses, in bits; how much there is of what."""
-    accesses = re.findall(r"\b(?:LDGSTS|LDG|STG|RED|ATOMG)\b(?:\.[\w.]+)?", listing)
-    return {
-        "wide": sum(".128" in access for access in accesses),
-        "narrow": sum(".128" not in access for access in accesses),
-        "instructions": listing.count("\n") + 1,
-        "mma": len(re.findall(r"\b(?:HMMA|HGMMA|IMMA|QGMMA)\b", listing)),
-        "wgmma": len(re.findall(r"\b(?:HGMMA|QGMMA)\b", listing)),
-    }
+    return [sass.moved(found[begin:end], 16 * begin) for begin, end in pairwise(ends)]
 
 
 CASES: list[tuple[Any, int]] = []  # here for the pool's processes, which are forked and find it full
@@ -109,16 +120,18 @@ def build_case(i: int) -> tuple[dict[str, Any], bytes]:
     return build(*CASES[i])
 
 
-def examine(name: str) -> list[dict[str, Any]]:
-    """The facts of every configuration of a kernel file, for sm_80 and sm_90 in turn."""
+def examine(name: str, capabilities: tuple[int, ...] = (80, 90)) -> list[dict[str, Any]]:
+    """The facts of every configuration of a kernel file, for each capability in turn."""
+    knobs.nvidia.dump_ptxas_log = True
     module = importlib.import_module(f"sparselth.kernels.{name}")
-    CASES[:] = [(aot, capability) for aot in module.AOT for capability in (80, 90)]
+    CASES[:] = [(aot, capability) for aot in module.AOT for capability in capabilities]
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
         built = pool.map(build_case, range(len(CASES)), chunksize=1)
-    for capability in (80, 90):
+    for capability in capabilities:
         some = [(facts, code) for facts, code in built if facts["capability"] == capability]
-        for (facts, _), listing in zip(some, listings([code for _, code in some], capability), strict=True):
-            facts |= read(listing)
+        codes = listings([code for _, code in some], capability)
+        for (facts, _), instructions in zip(some, codes, strict=True):
+            facts |= sass.facts(instructions, facts["threads"])
     return [facts for facts, _ in built]
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,29 +15,30 @@ from typing import Any
 import pytest
 
 from sparselth.kernels import _native
+from triton_of_the_device import folder
 
 HERE = Path(__file__).resolve().parent
 
 
-@pytest.fixture(scope="session")
-def without_interpreter() -> Iterator[Callable[[str], str]]:
-    """`without_interpreter(source)`: its stdout, run in a process of its own; asserts exit code 0."""
+@contextmanager
+def server(*first: str) -> Iterator[Callable[[str], str]]:
+    """What `without_interpreter` is, with these folders in front of PYTHONPATH."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = {
-        "PYTHONPATH": str(HERE.parents[1]),
+        "PYTHONPATH": os.pathsep.join([*first, str(HERE.parents[1])]),
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # leaves CUDA alone, which does not outlive a fork
     }
     command = [sys.executable, str(HERE / "without_interpreter.py")]
-    server: list[subprocess.Popen[str]] = []
+    processes: list[subprocess.Popen[str]] = []
 
     def run(source: str) -> str:
-        if not server:
-            server.append(
+        if not processes:
+            processes.append(
                 subprocess.Popen(
                     command, env=environment | paths, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
                 )
             )
-        stdin, stdout = server[0].stdin, server[0].stdout
+        stdin, stdout = processes[0].stdin, processes[0].stdout
         assert stdin is not None
         assert stdout is not None
         print(json.dumps(source), file=stdin, flush=True)
@@ -45,26 +47,43 @@ def without_interpreter() -> Iterator[Callable[[str], str]]:
         return str(done["out"])
 
     yield run
-    for process in server:
+    for process in processes:
         process.communicate()  # the end of its input is its end
+
+
+@pytest.fixture(scope="session")
+def without_interpreter() -> Iterator[Callable[[str], str]]:
+    """`without_interpreter(source)`: its stdout, run in a process of its own; asserts exit code 0."""
+    with server() as run:
+        yield run
+
+
+def examined(run: Callable[[str], str], name: str, capabilities: str) -> list[dict[str, Any]]:
+    source = f"""
+import json, sys
+sys.path.insert(0, {str(HERE)!r})
+import aot
+print(json.dumps(aot.examine({name!r}, {capabilities})))
+"""
+    facts: list[dict[str, Any]] = json.loads(run(source))
+    return facts
 
 
 @pytest.fixture(scope="session")
 def machine_code(without_interpreter: Callable[[str], str]) -> Callable[[str], list[dict[str, Any]]]:
     """`machine_code("masked_linear")`: what aot.py finds in each configuration, compiled once."""
+    return cache(lambda name: examined(without_interpreter, name, "(80, 90)"))
 
-    @cache
-    def found(name: str) -> list[dict[str, Any]]:
-        source = f"""
-import json, sys
-sys.path.insert(0, {str(HERE)!r})
-import aot
-print(json.dumps(aot.examine({name!r})))
-"""
-        facts: list[dict[str, Any]] = json.loads(without_interpreter(source))
-        return facts
 
-    return found
+@pytest.fixture(scope="session")
+def machine_code_of_the_device() -> Iterator[Callable[[str], list[dict[str, Any]]]]:
+    """The same for sm_90 and the device's Triton, which is fetched where it is missing."""
+    try:
+        place = folder()
+    except OSError as why:
+        pytest.skip(str(why))
+    with server(str(place)) as run:
+        yield cache(lambda name: examined(run, name, "(90,)"))
 
 
 @pytest.fixture(scope="session")

@@ -1,27 +1,73 @@
-"""The compile gate: every kernel, in every configuration it ships with, for sm_80 and sm_90; no GPU."""
+"""The compile gate: every kernel, in every configuration it ships with, for sm_80 and sm_90; no GPU.
+
+With the pinned Triton and with the device's. Another one's allocation of registers is its own affair: what a
+compiler of another month does differently is a warning.
+"""
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from triton_of_the_device import DEVICE
+
 HERE = Path(__file__).resolve().parent
-KERNELS = sorted(
-    file.stem for file in (HERE.parents[1] / "kernels").glob("*.py") if "\nAOT = " in file.read_text()
-)
+ROOT = HERE.parents[1]
+KERNELS = sorted(file.stem for file in (ROOT / "kernels").glob("*.py") if "\nAOT = " in file.read_text())
+GATED = {DEVICE} | {
+    version
+    for file in (ROOT / "constraints").glob("*.txt")
+    for version in re.findall(r"^triton==(.*)$", file.read_text(), re.MULTILINE)
+}
+# what is being mended
+KNOWN = {
+    "masked_linear": r"ptxas warns: C7515",
+    "masked_conv2d": r"ptxas warns: C7515",
+    "block_linear": r"ptxas warns: C7515",
+    "block_conv2d": r"ptxas warns: C7515",
+    "slot_linear": r"\d+ waiting",
+}
+
+pytestmark = pytest.mark.host
 
 
+def complaints(facts: dict[str, Any]) -> list[str]:
+    """What is wrong with a kernel's machine code."""
+    found = []
+    if facts["spilled_bytes"]:
+        found.append(f"{facts['spilled_bytes']} bytes of spills")
+    for what in ("registers", "narrow", "waiting"):
+        most = facts["max_registers" if what == "registers" else f"allowed_{what}"]
+        have = len(facts[what]) if what == "waiting" else facts[what]
+        if have > most:
+            found.append(f"{have} {what}, at most {most} are meant")
+    found += [f"ptxas warns: {number}" for number in facts["warnings"]]
+    return found
+
+
+@pytest.mark.parametrize("compiler", ["installed", "device"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_no_spills_wide_accesses_few_registers(
-    name: str, machine_code: Callable[[str], list[dict[str, Any]]]
-) -> None:
+def test_machine_code(name: str, compiler: str, request: pytest.FixtureRequest) -> None:
+    """No spills, wide accesses, few registers; no wgmma that waits at each product, no load for a load."""
+    machine_code: Callable[[str], list[dict[str, Any]]] = request.getfixturevalue(
+        "machine_code" if compiler == "installed" else "machine_code_of_the_device"
+    )
     found = machine_code(name)
     assert found
+    wrong = []
     for facts in found:
-        which = f"{facts['kernel']} {facts['constants']} sm_{facts['capability']}: {facts}"
-        assert facts["spilled_bytes"] == 0, which
-        assert facts["registers"] <= facts["max_registers"], which
-        assert facts["narrow"] <= facts["allowed_narrow"], which
+        constants = " ".join(f"{key}={value}" for key, value in facts["constants"].items())
+        which = f"{facts['kernel']} sm_{facts['capability']} {facts['signature']} {constants}"
+        for complaint in complaints(facts):
+            if name not in KNOWN or not re.match(KNOWN[name], complaint):
+                wrong.append(f"{which}: {complaint}")
+    version = found[0]["triton"]
+    if version in GATED:
+        assert not wrong, f"triton {version}:\n" + "\n".join(wrong)
+    elif wrong:
+        warnings.warn(f"triton {version}, which is not pinned:\n" + "\n".join(wrong), stacklevel=1)
