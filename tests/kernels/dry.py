@@ -1,0 +1,379 @@
+"""Dry launches: the real launchers on CPU tensors; Triton specialises every launch for sm_90 and runs none.
+
+    python tests/kernels/dry.py [NAME ...]    each op at its target, large and odd shapes: are grids legal?
+    python tests/kernels/dry.py --compile     and does every kernel compile, in what shared memory?
+
+What Triton knows of a kernel, types, which numbers are 1 or multiples of 16, which pointers are multiples of
+16, comes from its own binder, as on a device. What a kernel would have written is zeros. Large memory is
+only reserved, so that shapes may be as large as on a device.
+
+Runs in a process without the interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import driver, jit
+
+from sparselth.kernels.bitmask import launch_count, launch_pack, launch_unpack
+from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d
+from sparselth.kernels.block_linear import BlockWeight, block_linear
+from sparselth.kernels.csr_infer import PackedCsr, csr_infer
+from sparselth.kernels.linear_grad_update import linear_grad_update
+from sparselth.kernels.magnitude_threshold import launch as magnitude_launch
+from sparselth.kernels.masked_conv2d import masked_conv2d
+from sparselth.kernels.masked_linear import masked_linear
+from sparselth.kernels.masked_update import masked_adam_many, masked_sgd_many
+from sparselth.kernels.slot_linear import Slots, slot_linear
+
+TARGET = GPUTarget("cuda", 90, 32)
+GRID = (2**31 - 1, 65535, 65535)  # of compute capability 9.0, as of any since 3.0
+SHARED = 232448  # bytes a program may have on an H100 or H200
+ALLOCATORS = (
+    *((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided")),
+    *((Tensor, "new_empty"), (Tensor, "new_empty_strided")),
+)
+COMMITTED = 2**24  # bytes: larger memory is left as the system gives it, zeros that take no place
+
+
+class _Driver:
+    """A device that is there in name."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, specialised: what its compilation takes."""
+
+    fn: Any
+    signature: Mapping[str, Any]
+    constants: Mapping[Any, Any]
+    attributes: Mapping[Any, Any]
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.fn.__name__)
+
+    def source(self) -> ASTSource:
+        return ASTSource(self.fn, self.signature, self.constants, self.attributes)
+
+    def compile(self) -> Any:
+        return triton.compile(self.source(), target=TARGET, options=dict(self.options))
+
+
+@dataclass
+class Launches:
+    """What was launched: how often which kernel, distinct ones in order, largest grids, what is wrong."""
+
+    count: Counter[str] = field(default_factory=Counter)
+    kernels: dict[Any, Kernel] = field(default_factory=dict)
+    grids: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+
+    def grid(self, name: str, grid: Any) -> None:
+        sizes = tuple(int(n) for n in (grid if isinstance(grid, tuple | list) else (grid,)))
+        for axis, size, most in zip("xyz", sizes, GRID, strict=False):
+            if not 1 <= size <= most:
+                self.wrong.append(f"{name}: grid {sizes}, {axis} is not from 1 to {most:,}")
+        padded = sizes + (1,) * (3 - len(sizes))
+        self.grids[name] = tuple(map(max, padded, self.grids.get(name, (0, 0, 0))))
+
+
+@contextmanager
+def launches() -> Iterator[Launches]:
+    """Inside, Triton's launches are noted, not run; every op takes its Triton path, on CPU tensors."""
+    found = Launches()
+
+    def do_compile(self: Any, key: Any, signature: Any, device: int, *more: Any) -> None:
+        constants, options, attributes, *_ = more
+        found.kernels[self.fn, key] = Kernel(self, signature, constants, attributes, options.__dict__)
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        found.count[self.fn.__name__] += 1
+        plain(self, *args, grid=grid, warmup=True, **kwargs)
+        found.grid(self.fn.__name__, grid(kwargs) if callable(grid) else grid)
+
+    plain = jit.JITFunction.run
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(jit.JITFunction, "_do_compile", do_compile))
+        stack.enter_context(mock.patch.object(jit.JITFunction, "run", run))
+        for owner, name in ALLOCATORS:
+            stack.enter_context(mock.patch.object(owner, name, _zeros(getattr(owner, name))))
+        for module in list(sys.modules.values()):
+            if getattr(module, "__name__", "").startswith("sparselth") and hasattr(module, "use_triton"):
+                stack.enter_context(mock.patch.object(module, "use_triton", _use_triton))
+        stack.enter_context(mock.patch.object(driver, "_active", _Driver()))
+        yield found
+
+
+def _use_triton(kernels: str, tensor: Tensor) -> bool:
+    return kernels in ("auto", "triton")
+
+
+def _zeros(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        t = allocate(*args, **kwargs)
+        return t.zero_() if t.device.type != "meta" and t.nbytes < COMMITTED else t
+
+    return call
+
+
+LISTED: list[Kernel] = []  # here for the pool's processes, which are forked and find it full
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """How a compilation went: bytes of shared memory, or an error; whether it lay in Triton's cache."""
+
+    name: str
+    seconds: float
+    shared: int
+    cached: bool
+    error: str
+
+    @property
+    def wrong(self) -> str:
+        if self.error:
+            return f"{self.name}: {self.error}"
+        return f"{self.name}: {self.shared:,} bytes of shared memory" if self.shared > SHARED else ""
+
+
+def _compile(i: int) -> Compiled:
+    kernel, hits = LISTED[i], []
+    began = time.perf_counter()
+    triton.knobs.compilation.listener = lambda **event: hits.append(event["cache_hit"])
+    try:
+        shared, error = int(kernel.compile().metadata.shared), ""
+    except Exception as e:
+        shared, error = 0, f"{type(e).__name__}: {str(e).strip()[-500:]}; {dict(kernel.signature)}"
+    return Compiled(kernel.name, time.perf_counter() - began, shared, all(hits), error)
+
+
+def compiled(kernels: list[Kernel]) -> Iterator[Compiled]:
+    """All of them, on all cores, in order."""
+    LISTED[:] = kernels
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        yield from pool.imap(_compile, range(len(kernels)), chunksize=1)
+
+
+# What to launch: each op at the shape of its target, at large ones, at odd ones
+
+
+def half(*shape: int, device: str = "cpu") -> Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16, device=device)
+
+
+def single(*shape: int, device: str = "cpu") -> Tensor:
+    return torch.empty(*shape, device=device)
+
+
+def octets(*shape: int, device: str = "cpu") -> Tensor:
+    return torch.empty(*shape, dtype=torch.uint8, device=device)
+
+
+def _bitmask() -> None:
+    for shape in ((4096, 4096), (3, 7), (65537, 4098 * 8), (70001, 3), (3, 2**33)):
+        bits = octets(*shape[:-1], -(-shape[-1] // 8), device="meta")
+        for rows in (False, True):
+            launch_count(bits, None, rows, kernels="triton")
+        launch_count(bits, bits, False, kernels="triton")
+        launch_unpack(bits, shape[-1], kernels="triton")
+        for mask in (octets(*shape, device="meta"), single(*shape, device="meta")):
+            launch_pack(mask, kernels="triton")
+
+
+def _masked_linear() -> None:
+    for r, b, n, k in (
+        *((1, 512, 4096, 4096), (100, 60, 300, 784), (3, 17, 33, 65)),
+        *((1, 200000, 64, 64), (1, 3, 9000000, 9), (1, 3, 9, 9000000), (60000, 2, 3, 4)),
+    ):
+        for make in (half, single):
+            x, w, scores = (make(*s).requires_grad_() for s in ((r, b, k), (r, n, k), (r, n, k)))
+            mask, bias = octets(r, n, -(-k // 8)), make(r, n).requires_grad_()
+            masked_linear(x, w, mask, bias, scores, "triton").sum().backward()
+
+
+def _masked_conv2d() -> None:
+    for r, b, c, h, n, k, stride in (
+        *((30, 60, 64, 32, 64, 3, 1), (15, 60, 6, 14, 16, 5, 1), (2, 3, 3, 7, 5, 3, 2)),
+        *(
+            (1, 60000, 3, 8, 8, 3, 1),
+            (1, 2, 3, 8, 70000, 1, 1),
+            (1, 2, 70000, 4, 8, 1, 1),
+            (60000, 1, 1, 3, 2, 2, 1),
+        ),
+    ):
+        for make in (half, single):
+            x, w = make(r, b, c, h, h).requires_grad_(), make(r, n, c, k, k).requires_grad_()
+            mask, bias = octets(r, n, -(-c * k * k // 8)), make(r, n).requires_grad_()
+            masked_conv2d(x, w, mask, bias, stride, k // 2, kernels="triton").sum().backward()
+
+
+def _masked_update() -> None:
+    for r, sizes in ((1, [10**8]), (100, [266200, 100]), (3, [7, 9000]), (1, [2**32 + 9]), (70000, [9, 3])):
+        w, g, a, b = ([single(r, p, device="meta") for p in sizes] for _ in range(4))
+        masks, lr = [octets(r, -(-p // 8), device="meta") for p in sizes], single(r, device="meta").double()
+        counts, active = [single(r, device="meta")] * len(sizes), octets(r, device="meta")
+        masked_adam_many(w, g, masks, (a, b), counts, lr, kernels="triton")
+        masked_adam_many(w, g, masks, (a, b), counts, lr, decoupled=True, active=active, kernels="triton")
+        masked_sgd_many(w, g, masks, a, lr, momentum=0.9, active=active, kernels="triton")
+        masked_sgd_many(w, g, masks, None, lr, kernels="triton")
+
+
+def _linear_grad_update() -> None:
+    for r, n, k, b in (
+        *((100, 300, 784, 60), (100, 10, 100, 60), (1, 4096, 4096, 512), (3, 7, 9, 5)),
+        *((1, 9, 4000000, 3), (1, 4000000, 9, 3), (60000, 3, 2, 1)),
+    ):
+        for optimizer, moments in (("adam", 2), ("sgd", 1)):
+            dy, x, w, bias = single(r, n, b), single(r, k, b), single(r, n, k), single(r, n)
+            states, small = ([torch.empty_like(t) for _ in range(moments)] for t in (w, bias))
+            step, lr = single(r), torch.zeros(r, dtype=torch.float64)
+            bits, active = octets(r, n, -(-k // 8)), octets(r)
+            linear_grad_update(
+                *(dy, x, w, states, bits, bias, small),
+                step=step,
+                lr=lr,
+                active=active,
+                optimizer=optimizer,
+                kernels="triton",
+            )
+
+
+def _magnitude_threshold() -> None:
+    for shapes in ([(1, 10000, 10000)], [(100, 300, 784), (100, 100, 300)], [(2, 3, 7)], [(1, 65537, 4098)]):
+        for make in (single, half):
+            weights = [make(*shape) for shape in shapes]
+            masks = [octets(r, n, -(-k // 8)) for r, n, k in shapes]
+            gone = torch.zeros(shapes[0][0], dtype=torch.int64)
+            magnitude_launch(weights, gone, [], kernels="triton")
+            magnitude_launch(weights, gone, masks, kernels="triton")
+
+
+def _csr_infer() -> None:
+    some = torch.rand(512, 1024, generator=torch.Generator().manual_seed(0)) < 0.1
+    for keep, batches in ((some, (1, 3, 8, 16, 1000)), (some[:9, :33], (1, 7, 700000))):
+        for dtype in (torch.bfloat16, torch.float32):
+            packed = PackedCsr.from_dense(keep.to(dtype), keep)
+            for batch in batches:
+                x, bias = torch.empty(keep.shape[1], batch, dtype=dtype), torch.empty(len(keep), dtype=dtype)
+                csr_infer(packed, x, bias, kernels="triton")
+
+
+def _slot_linear() -> None:
+    some = torch.rand(512, 1024, generator=torch.Generator().manual_seed(0)) < 0.1
+    for keep, batches in ((some, (16, 32, 128, 300)), (some[:9, :33], (1, 17, 70000))):
+        slots = Slots.from_dense(keep.bfloat16(), keep)
+        for batch in batches:
+            slot_linear(slots, half(batch, keep.shape[1]), half(len(keep)), kernels="triton")
+            slot_linear(slots, half(keep.shape[1], batch).t(), kernels="triton")
+
+
+def _block_linear() -> None:
+    for block, (n, k), batches in (
+        *((64, (4096, 4096), (1, 128, 4096)), (128, (4096, 4096), (1, 4096)), (16, (40, 70), (3, 200000))),
+        *((32, (2**18, 32), (1, 64)),),
+    ):
+        live = torch.zeros(-(-n // block), -(-k // block), dtype=torch.bool)
+        live[:, ::4] = True
+        for make in (half, single):
+            keep = live.repeat_interleave(block, 0)[:n].repeat_interleave(block, 1)[:, :k]
+            weight = BlockWeight.from_dense(keep.to(make(1).dtype), keep, block)
+            for batch in batches:
+                block_linear(make(batch, k), weight, make(n), kernels="triton")
+
+
+def _block_conv2d() -> None:
+    for block, (n, c, k), images in (
+        *((64, (256, 256, 3), ((32, 28), (1, 7))), (16, (20, 24, 1), ((3, 5), (100000, 3)))),
+        *((32, (2**18, 8, 1), ((2, 2),)),),
+    ):
+        for make in (half, single):
+            keep = torch.zeros(n, c, k, k, dtype=torch.bool)
+            keep[:block, :block] = True
+            weight = BlockFilters.from_dense(keep.to(make(1).dtype), keep, block)
+            for batch, size in images:
+                block_conv2d(make(batch, c, size, size), weight, make(n), padding=k // 2, kernels="triton")
+
+
+OPS: dict[str, Callable[[], None]] = {
+    "bitmask": _bitmask,
+    "masked_linear": _masked_linear,
+    "masked_conv2d": _masked_conv2d,
+    "masked_update": _masked_update,
+    "linear_grad_update": _linear_grad_update,
+    "magnitude_threshold": _magnitude_threshold,
+    "csr_infer": _csr_infer,
+    "slot_linear": _slot_linear,
+    "block_linear": _block_linear,
+    "block_conv2d": _block_conv2d,
+}
+
+
+def kernels_of(name: str) -> list[Any]:
+    """The kernels that an op's file launches: those that no other kernel calls."""
+    module = sys.modules[f"sparselth.kernels.{name}"]
+    own = [k for k in vars(module).values() if isinstance(k, jit.JITFunction) and k.module == module.__name__]
+    return [k for k in own if k.__name__.endswith("_kernel")]
+
+
+def quick(name: str) -> Launches:
+    """What an op launches at its target, large and odd shapes."""
+    with launches() as found:
+        OPS[name]()
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--compile", action="store_true", help="compile every kernel for sm_90 too")
+    parser.add_argument("names", nargs="*", choices=[*OPS, []], metavar="NAME", help=", ".join(OPS))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    wrong = 0
+    for name in args.names or OPS:
+        began = time.perf_counter()
+        found = quick(name)
+        faults = list(dict.fromkeys(found.wrong))
+        said = f"{sum(found.count.values())} launches of {len(found.kernels)} kernels"
+        if args.compile:
+            done = list(compiled(list(found.kernels.values())))
+            faults += [one.wrong for one in done if one.wrong]
+            said += f", {sum(one.cached for one in done)} from the cache"
+        wrong += len(faults)
+        print(f"{name}: {said}, {time.perf_counter() - began:.1f} s", *faults, sep="\n  ", flush=True)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
