@@ -248,6 +248,7 @@ def _step(
     row,
     column,
     offs_w,
+    blocks,
     C,
     H,
     W,
@@ -258,7 +259,7 @@ def _step(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """acc += x w^T for DEPTH channels of a block of the list."""
+    """acc += x w^T for DEPTH channels of a block of the list; nothing is read where that is empty."""
     offs_d = tl.arange(0, DEPTH)
     down, across = (place >> 24) * GEOMETRY[3][0], (place >> 16 & 0xFF) * GEOMETRY[3][1]
     first = 0 if DEPTH == BLOCK else tl.multiple_of(t * DEPTH % BLOCK, DEPTH)
@@ -266,12 +267,13 @@ def _step(
     offs_c = tl.multiple_of((place & 0xFFFF) * BLOCK + first, DEPTH) + offs_d
     # what lies outside is negative: one comparison, where LLVM takes several through the stack
     h, w = row + down, column + across
-    inside = ((h | w | (H - 1 - h) | (W - 1 - w)) >= 0)[:, None]
+    inside = (((h | w | (H - 1 - h) | (W - 1 - w)) >= 0) & (blocks > 0))[:, None]
     if not EVEN_C:
         inside = inside & (offs_c < C)[None, :]
     way = (down * W + across) * C
     x = tl.load(rows_ptr[:, None] + (way + offs_c)[None, :], mask=inside, other=0.0)
-    w = tl.load(values_ptr + i * (BLOCK * BLOCK) + first + (offs_w + offs_d[:, None]))
+    offs_w = offs_w + offs_d[:, None]
+    w = tl.load(values_ptr + i * (BLOCK * BLOCK) + first + offs_w, mask=blocks > 0, other=0.0)
     if UPCAST:
         x = x.to(tl.float32)
         w = w.to(tl.float32)
@@ -341,9 +343,12 @@ def _block_conv2d_kernel(
     STEPS: tl.constexpr = BLOCK // DEPTH
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     place = tl.load(places_ptr, mask=blocks > 0, other=0)
+    # at least one step, of zeros: for a loop that may be left out, ptxas 12.8 makes each of its products wait
+    # for the one before (C7515)
+    steps = tl.maximum(blocks * STEPS, 1)
     if UPCAST:  # the interpreter of Triton 3.6 takes no loaded bound of a for loop
         t = 0
-        while t < blocks * STEPS:
+        while t < steps:
             acc = _step(
                 acc,
                 t,
@@ -353,6 +358,7 @@ def _block_conv2d_kernel(
                 row,
                 column,
                 offs_w,
+                blocks,
                 C,
                 H,
                 W,
@@ -366,7 +372,8 @@ def _block_conv2d_kernel(
             t += 1
             place = tl.load(places_ptr + t // STEPS, mask=t // STEPS < blocks, other=0)
     else:
-        for t in range(blocks * STEPS):
+        tl.assume(steps > 0)
+        for t in range(steps):
             # a step ahead, or the pipeline would spend half of its stages on places
             ahead = tl.load(places_ptr + (t + 1) // STEPS, mask=(t + 1) // STEPS < blocks, other=0)
             acc = _step(
@@ -378,6 +385,7 @@ def _block_conv2d_kernel(
                 row,
                 column,
                 offs_w,
+                blocks,
                 C,
                 H,
                 W,

@@ -243,7 +243,7 @@ def _step(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """acc += x w^T for DEPTH of the list's weights."""
+    """acc += x w^T for DEPTH of the list's weights; nothing is read where the list is empty."""
     offs_d = tl.arange(0, DEPTH)
     if DEPTH > BLOCK:  # several blocks, or what is left of them
         live = t * DEPTH + offs_d < count
@@ -255,8 +255,9 @@ def _step(
         first = 0 if DEPTH == BLOCK else tl.multiple_of(t * DEPTH % BLOCK, DEPTH)
         i = t if DEPTH == BLOCK else t * DEPTH // BLOCK
         offs_k = tl.multiple_of(columns * BLOCK + first, DEPTH) + offs_d
-        w = tl.load(values_ptr + i * (BLOCK * BLOCK) + first + (offs_w + offs_d[:, None]))
-        in_x = in_b[:, None]
+        offs_w = offs_w + offs_d[:, None]
+        w = tl.load(values_ptr + i * (BLOCK * BLOCK) + first + offs_w, mask=count > 0, other=0.0)
+        in_x = (in_b & (count > 0))[:, None]
     if not EVEN_K:
         in_x = in_x & (offs_k < K)[None, :]
     x = tl.load(x_ptr + (offs_x + offs_k[None, :]), mask=in_x, other=0.0)
@@ -320,9 +321,12 @@ def _block_linear_kernel(
     count = (end - start) * BLOCK
     acc = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     columns = _columns(columns_ptr, 0, count, BLOCK, DEPTH)
+    # at least one step, of zeros: for a loop that may be left out, ptxas 12.8 makes each of its products wait
+    # for the one before (C7515)
+    steps = tl.maximum(tl.cdiv(count, DEPTH), 1)
     if UPCAST:  # the interpreter of Triton 3.6 takes no loaded bound of a for loop
         t = 0
-        while t * DEPTH < count:
+        while t < steps:
             acc = _step(
                 acc,
                 t,
@@ -343,7 +347,8 @@ def _block_linear_kernel(
             t += 1
             columns = _columns(columns_ptr, t, count, BLOCK, DEPTH)
     else:
-        for t in range(tl.cdiv(count, DEPTH)):
+        tl.assume(steps > 0)
+        for t in range(steps):
             # a step ahead, or the pipeline would spend half of its stages on columns
             ahead = _columns(columns_ptr, t + 1, count, BLOCK, DEPTH)
             acc = _step(

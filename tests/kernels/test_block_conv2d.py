@@ -13,9 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from oracle import surrounded
 from sparselth.kernels import block_conv2d as module
 from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d, choose, floor, launch
-from sparselth.kernels.block_linear import BLOCKS
+from sparselth.kernels.block_linear import BLOCKS, Tile
 from sparselth.kernels.masked_conv2d import geometry
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -213,6 +214,24 @@ def test_what_lies_around_x_is_not_read(kernels: str) -> None:
     inner = wide[2048:-2048].view(2, 5, 4, 32).copy_(p.x.permute(0, 2, 3, 1))
     right = p.run(kernels=kernels)
     assert block_conv2d(inner.permute(0, 3, 1, 2), p.weight, p.bias, *p.where, kernels=kernels).equal(right)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("tile", sorted({t for tiles in module.TILES.values() for t in tiles}), ids=str)
+def test_an_empty_list_reads_neither_x_nor_weights(tile: Tile, splits: int) -> None:
+    """Such a list goes through a step of products like all others; x and what follows the weights are NaN."""
+    block = max(16, min(64, tile.depth))
+    w = torch.zeros(3 * block, 2 * block, 1, 2, device=DEVICE)
+    w[block : 2 * block, block:, 0, 1] = 1
+    x = torch.ones(2, 2 * block, 2, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    x[:, :block] = x[:, :, :, 0] = NAN
+    bias = torch.arange(3.0 * block, device=DEVICE)
+    for weight in (BlockFilters.from_dense(w, block=block), BlockFilters.from_dense(0 * w, block=block)):
+        index = weight.places, weight.starts, weight.order
+        g = geometry((1, 2), 1, 0, 1)
+        y = launch(x, surrounded(weight.values), *index, len(bias), bias, False, g, (tile, splits))
+        live = weight.places.numel() * block * w[:, -1, 0, 1]
+        assert y.equal((bias + live)[:, None, None].expand_as(y))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from oracle import surrounded
 from sparselth.kernels import block_linear as module
-from sparselth.kernels.block_linear import BLOCKS, BlockWeight, block_linear, choose, floor, launch
+from sparselth.kernels.block_linear import BLOCKS, BlockWeight, Tile, block_linear, choose, floor, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
@@ -163,6 +164,24 @@ def test_nan_and_infinity_pass_live_blocks_alone(value: float, kernels: str) -> 
         assert not y[1, :32].isfinite().any()
         assert y[1, 5].isnan()  # the pruned weight of a live block
         assert block_linear(x, weight, relu=True, kernels=kernels)[1, 5].isnan()
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("tile", sorted({t for tiles in module.TILES.values() for t in tiles}), ids=str)
+def test_an_empty_list_reads_neither_x_nor_weights(tile: Tile, splits: int) -> None:
+    """Such a list goes through a step of products like all others; x and what follows the weights are NaN."""
+    block = max(16, min(64, tile.depth))
+    mask = torch.zeros(3 * block, 2 * block, dtype=torch.bool, device=DEVICE)
+    mask[block : 2 * block, block:] = True
+    weight = BlockWeight.from_dense(torch.ones(mask.shape, device=DEVICE), mask, block)
+    x = torch.ones(5, 2 * block, device=DEVICE)
+    x[:, :block] = NAN
+    bias = torch.arange(3.0 * block, device=DEVICE)
+    for w in (weight, BlockWeight.from_dense(mask.float(), mask & False, block)):
+        index = w.columns, w.starts, w.order
+        y = launch(x, surrounded(w.values), *index, len(bias), bias, False, (tile, splits))
+        live = w.columns.numel() * block * mask[:, -1]
+        assert y.equal((bias + live).expand_as(y))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
