@@ -1,24 +1,30 @@
 # `make imp` and `make test` set up a bare Linux machine: a virtual environment in .venv, then the job.
-# A second run starts at once.
+# A second run starts at once. What is installed is the set in constraints/, the same in any month;
+# `make constraints` renews it.
 
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PYTHON := python3 python3.13 python3.12 python3.11
+PINS   := constraints/$$version.txt
 KERNELS_HALF := tests/kernels tests/test_nn.py tests/test_replay.py tests/test_sparse.py
 NATIVE_TESTS := native csr_linear csr_packed sparse_conv2d sparse_conv2d_rows step_parts masked_update
 
-.PHONY: imp test check bench science properties sanitize clean
+.PHONY: imp test test-oldest test-newest check bench science properties sanitize constraints clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make imp      set up, then find winning tickets in LeNet-5: sparselth imp --model lenet5"
 	@echo "make test     set up, then run the tests"
+	@echo "make test-oldest, make test-newest  the tests with the lower bounds, with what is newest"
 	@echo "make check    set up, then ruff and mypy"
 	@echo "make bench    set up, then the benchmarks"
 	@echo "make science  set up, then the tests that train for minutes"
 	@echo "make properties  set up, then the kernels' property tests with 2,000 cases each"
 	@echo "make sanitize set up, then the native kernels' tests under the address and undefined-behaviour sanitizers"
-	@echo "make clean    remove .venv"
+	@echo "make constraints  renew what is installed: constraints/VERSION.txt of every Python found"
+	@echo "make clean    remove .venv, .venv-oldest and .venv-newest"
+	@echo "PYTHON=PATH VENV=FOLDER choose another interpreter and place"
 
 imp: $(STAMP)
 	@echo "== sparselth imp --model lenet5 (stop with Ctrl-C; the next 'make imp' goes on)"
@@ -57,13 +63,36 @@ sanitize: $(STAMP)
 	  SPARSELTH_NATIVE_LIB=$(CURDIR)/build/native_sanitized.so \
 	  $(BIN)/python -m pytest -q $(wildcard $(NATIVE_TESTS:%=tests/kernels/test_%.py)) -k "not triton and not wide"
 
-clean:
-	rm -rf $(VENV)
+# The ends of the ranges in pyproject.toml: each lower bound, on the oldest Python it allows; whatever is newest.
+test-oldest:
+	@mkdir -p build
+	@sed -nE 's/^ *"?([a-z-]+)>=([0-9.]+)".*/\1==\2/p' pyproject.toml >build/oldest.txt
+	@$(MAKE) test VENV=.venv-oldest PYTHON="python3.11 python3" PINS=build/oldest.txt
 
-# The interpreter: the first of these that runs, has venv, and is 3.11 to 3.13.
-$(STAMP): pyproject.toml setup.cfg setup.py $(wildcard kernels/native/*)
+test-newest:
+	@$(MAKE) test VENV=.venv-newest PYTHON="python3.13 python3.12 python3" PINS=/dev/null
+
+# What pip would install today on every Python that is found; nothing is installed.
+constraints:
+	@mkdir -p build; \
+	for version in 3.11 3.12 3.13; do \
+	  for python in python$$version $(HOME)/.pyenv/versions/$$version.*/bin/python3; do \
+	    $$python -m pip --version >/dev/null 2>&1 || continue; \
+	    $$python -m pip install --quiet --dry-run --ignore-installed --report build/pins.json '.[dev]' || exit 1; \
+	    $$python -c 'import json; \
+found = [i["metadata"] for i in json.load(open("build/pins.json"))["install"] if "dir_info" not in i["download_info"]]; \
+print(*sorted("{name}=={version}".format(**i).lower() for i in found), sep="\n")' >constraints/$$version.txt; \
+	    echo "constraints/$$version.txt: $$(wc -l <constraints/$$version.txt) packages"; break; \
+	  done; \
+	done
+
+clean:
+	rm -rf $(VENV) .venv-oldest .venv-newest
+
+# The interpreter: the first of PYTHON that runs, has venv, and is 3.11 to 3.13.
+$(STAMP): pyproject.toml setup.cfg setup.py $(wildcard kernels/native/* constraints/*)
 	@set -e; \
-	for python in python3 python3.13 python3.12 python3.11; do \
+	for python in $(PYTHON); do \
 	  if $$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	      >/dev/null 2>&1; then found=$$python; break; fi; \
 	done; \
@@ -73,6 +102,9 @@ $(STAMP): pyproject.toml setup.cfg setup.py $(wildcard kernels/native/*)
 	fi; \
 	echo "== setting up $(VENV) with $$($$found --version): torch and what else is needed, about 5.5 GB, 2 minutes"; \
 	[ -x $(BIN)/python ] || $$found -m venv $(VENV); \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'; \
+	version=$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	pip="$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS)"; \
+	$$pip setuptools; \
+	$$pip --no-build-isolation --editable '.[dev]'; \
 	touch $(STAMP); \
 	echo "== set up"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -63,6 +64,33 @@ def gpu_name() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return out.splitlines()[0].strip() if out.strip() else None
+
+
+def ran_on_gpus(folder: Path | None = None) -> str:
+    """In a line what has run on which GPU and what has not, from the results of `bench/gpu_check.py`.
+
+    `folder` is bench/results of the checkout unless given; a wheel has none and says so. A file that cannot
+    be read, or is of something else, counts as not there.
+    """
+    folder = folder or Path(__file__).resolve().parents[1] / "bench" / "results"
+    if not folder.is_dir():
+        return "not known here: bench/results of the checkout tells"
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            data = json.loads(file.read_text())
+            if not str(data.get("schema", "")).startswith("sparselth.gpu_check/"):
+                continue
+            ran = {check["op"] for check in data["checks"] if "skipped" not in check}
+            wrong = {check["op"] for check in data["checks"] if not check["ok"]}
+            lacks = [op for op in data["ops"] if op not in ran]
+            words = [f"{data['device']['name']}: {len(ran - wrong)} of {len(data['ops'])} ops right"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        words += [f"wrong: {', '.join(sorted(wrong))}"] if wrong else []
+        words += [f"not run: {', '.join(lacks)}"] if lacks else []
+        found.append("; ".join(words))
+    return ". ".join(found) or "no Triton kernel and no CUDA graph of this version has run on a GPU yet"
 
 
 def commit() -> str | None:

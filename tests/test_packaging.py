@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import configparser
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,36 @@ def test_package_list_is_complete() -> None:
     folders = {file.parent for file in (ROOT / "sparselth").rglob("__init__.py")}
     found = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert listed == found | {"sparselth.kernels"}
+
+
+def requirements() -> dict[str, str]:
+    """{package: its lower bound} of everything in pyproject.toml, in development too."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    return dict(re.fullmatch(r"([a-z-]+)>=([0-9.]+)", line).groups() for line in listed)  # type: ignore[union-attr]
+
+
+def numbers(version: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", version.split("+")[0])]
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_what_make_installs_is_stated_in_full(python: str) -> None:
+    lines = (ROOT / "constraints" / f"{python}.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines)
+    assert len(pinned) == len(lines)
+    for package, least in requirements().items():
+        assert numbers(pinned[package]) >= numbers(least), package
+    for under in ("triton", "sympy", "pluggy", "pillow"):  # what those need in turn
+        assert under in pinned
+
+
+def test_the_oldest_set_is_every_lower_bound() -> None:
+    rule = re.search(r"sed -nE '(s/.*/p)' pyproject.toml", (ROOT / "Makefile").read_text())
+    assert rule
+    command = ["sed", "-nE", rule[1], str(ROOT / "pyproject.toml")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert dict(line.split("==") for line in found) == requirements()
 
 
 def test_kernels_folder_is_reached_by_the_link_and_shadows_nobody() -> None:

@@ -34,6 +34,7 @@ def doctor(data_dir: Path | None, as_json: bool, quiet: bool, debug: bool) -> in
                     "environment": facts,
                     "checks": checks,
                     "kernels": kernels,
+                    "ran_on_gpus": machine.ran_on_gpus(),
                 },
                 indent=2,
             )
@@ -45,6 +46,7 @@ def doctor(data_dir: Path | None, as_json: bool, quiet: bool, debug: bool) -> in
     print(f"packages       {packages}")
     print(f"processor      {facts['cpu']}, {facts['cores']} cores for this process")
     print(f"gpu            {facts['gpu'] or 'none that nvidia-smi knows'}")
+    print(f"ran on gpus    {machine.ran_on_gpus()}")
     for check in checks:
         print(f"{check['name']:<15}{'ok' if check['ok'] else 'FAILED'}: {check['detail']}")
     print("\nWhat the ops of a training step take here (--kernels auto):")

@@ -1,0 +1,47 @@
+"""What is said of this machine and of the devices on which something has run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparselth.machine import ran_on_gpus
+
+NONE = "no Triton kernel and no CUDA graph of this version has run on a GPU yet"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def check(op: str, ok: bool = True, **more: str) -> dict[str, Any]:
+    return {"op": op, "part": "bf16", "case": "c", "ok": ok, **more}
+
+
+def write(folder: Path, name: str, *checks: dict[str, Any], ops: tuple[str, ...]) -> None:
+    data = {"schema": "sparselth.gpu_check/2", "device": {"name": name}, "ops": ops, "checks": checks}
+    (folder / f"{name.lower()}.json").write_text(json.dumps(data))
+
+
+def test_what_ran_on_which_gpu(tmp_path: Path) -> None:
+    assert ran_on_gpus(tmp_path) == NONE
+    (tmp_path / "rotten.json").write_text("{")
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "cpu.json").write_text('{"schema": "other/1", "device": {"name": "EPYC"}}')
+    assert ran_on_gpus(tmp_path) == NONE
+    write(tmp_path, "H100", check("bitmask"), check("csr_infer"), ops=("bitmask", "csr_infer"))
+    assert ran_on_gpus(tmp_path) == "H100: 2 of 2 ops right"
+    some = (
+        check("bitmask"),
+        check("csr_infer"),
+        check("csr_infer", ok=False),
+        check("convert", skipped="late"),
+    )
+    write(tmp_path, "H200", *some, ops=("bitmask", "csr_infer", "convert"))
+    assert ran_on_gpus(tmp_path).split(". ")[1] == (
+        "H200: 1 of 3 ops right; wrong: csr_infer; not run: convert"
+    )
+    assert ran_on_gpus(tmp_path / "nowhere").startswith("not known here")
+
+
+def test_the_readme_says_what_doctor_says() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"Ran on GPUs: {ran_on_gpus()}." in readme
