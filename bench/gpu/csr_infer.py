@@ -263,8 +263,8 @@ def benchmark(here: Here, part: str, size: int, sparsity: float, batch: int) -> 
         timed = rows(here, workload, floor(packed, batch), part, "triton", rivals)
     figures: dict[str, float | None] = {}
     if part == "bf16" and (size, sparsity) == TARGET:
-        mine = median(timed, "triton", "cold graph")
-        others = [t for name in dense if (t := median(timed, name, "cold graph"))]
+        mine = median(timed, "triton", "cold")
+        others = [t for name in dense if (t := median(timed, name, "cold"))]
         best = min(others, default=None)
         figures[f"times the best dense, cold, batch {batch}"] = ratio(best, mine)
         figures["bytes of weights, of dense"] = packed.bytes() / (w.numel() * w.itemsize)

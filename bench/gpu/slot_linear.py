@@ -272,11 +272,9 @@ def benchmark(here: Here, part: str, size: int, sparsity: float, batch: int) -> 
     timed = rows(here, workload, floor(slots, batch), part, "triton", rivals)
     figures: dict[str, float | None] = {}
     if part == "bf16" and (size, sparsity) == TARGET:
-        others = [t for name in dense if (t := median(timed, name, "cold graph"))]
+        others = [t for name in dense if (t := median(timed, name, "cold"))]
         best = min(others, default=None)
-        figures[f"times the best dense, cold, batch {batch}"] = ratio(
-            best, median(timed, "triton", "cold graph")
-        )
+        figures[f"times the best dense, cold, batch {batch}"] = ratio(best, median(timed, "triton", "cold"))
         figures["bytes of weights, of dense"] = slots.bytes() / (w.numel() * w.itemsize)
     return {"times": timed, "figures": figures}
 

@@ -1,15 +1,19 @@
-"""Races: every rival in every round, by CUDA events, in four ways.
+"""Races: every rival in every round, by CUDA events, in three ways.
 
-cold        one call behind a read of four times the L2 cache (`sparselth.clock`), launched from Python
-warm        several calls in a row, launched from Python
-graph       several calls in a CUDA graph, replayed: what the device alone needs
-cold graph  one call in a graph behind such a read; the start of the graph, some microseconds, counts
+cold   what the device needs for a call whose operands no cache holds. Of `Copies`: calls on enough copies in
+       turn, more than three times the L2 cache together, in one CUDA graph; nothing else is in the time. Of
+       others: one call behind a read of four times the L2 cache (`sparselth.clock`; a write would leave dirty
+       lines, whose way back to memory would count); the start of its graph, some microseconds, does count
+graph  calls in a row in one graph, on the same operands: caches are as warm as they get
+warm   calls in a row, launched from Python. A call that the host is too slow to launch in time is as slow as
+       that: eager is what a user of eager sees
 
-A call that the host is too slow to launch in time is as slow as that: eager is what a user of eager sees.
+A rival that cannot be captured is launched from Python in its cold calls too; they say "captured": false.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +28,8 @@ from sparselth import clock
 
 SAMPLE = 2e-4  # seconds that calls in a row should last at least
 SPENT = 0.4  # seconds after which a slow rival leaves the race, if it has 3 samples
+ROUNDS = 25
+MOST_COPIES = 40  # of operands that small, one call behind a read does as well
 
 Run = Callable[[], object]
 
@@ -36,53 +42,90 @@ class Copies:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a rival is timed: `run` takes `calls` calls, behind `before`."""
+
+    run: Run
+    calls: int = 1
+    before: Run | None = None
+    captured: bool = True
+
+
 def race(
     here: Here, rivals: Mapping[str, Run | Copies], ours: str, no_graph: tuple[str, ...] = ()
 ) -> dict[str, dict[str, Any]]:
     """{rival: {way: {median_s, q1_s, q3_s, samples} or {none: why}}}; on a CPU all run once, untimed."""
-    rivals = {name: rival.make() if isinstance(rival, Copies) else rival for name, rival in rivals.items()}
     if here.device == "cpu":
-        for run in rivals.values():
-            run()
+        for rival in rivals.values():
+            single(rival)()
         return {name: {} for name in rivals}
     flush = partial(clock.flush, clock.scratch())
-    starts: dict[tuple[str, str], tuple[Run | None, Run, int]] = {}
+    ready: dict[tuple[str, str], Way] = {}
     found: dict[str, dict[str, Any]] = {name: {} for name in rivals}
-    for name, run in rivals.items():
+    for name, rival in rivals.items():
         try:
-            run()
-            run()
+            ways = prepared(rival, flush, name not in no_graph)
         except Exception as error:
             if name == ours:
                 raise
-            found[name]["warm"] = {"none": str(error).splitlines()[0]}
-            continue
-        estimate = once(None, run)
-        calls = min(max(round(SAMPLE / max(estimate, 1e-7)), 1), 50)
-        before = run if estimate < 0.01 else None  # what the cold sample flushed comes back
-        starts[name, "cold"] = flush, run, 1
-        starts[name, "warm"] = before, repeated(run, calls), calls
-        if name in no_graph:
-            found[name]["graph"] = {"none": "not captured"}
-            continue
-        try:
-            several, single = graphed(run, calls), graphed(run, 1)
-        except Exception as error:
-            torch.cuda.synchronize()
-            found[name]["graph"] = {"none": str(error).splitlines()[0]}
-            continue
-        starts[name, "graph"] = several.replay, several.replay, calls
-        starts[name, "cold graph"] = flush, single.replay, 1
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in starts}
-    for _ in range(here.pick(1, 12, 25)):
-        for key, (before, run, calls) in starts.items():
+            ways = {"warm": first_line(error)}
+        for way, how in ways.items():
+            if isinstance(how, Way):
+                ready[name, way] = how
+            else:
+                found[name][way] = {"none": how}
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in ready}
+    for _ in range(ROUNDS):
+        for key, way in ready.items():
             taken = seconds[key]
-            if len(taken) < 3 or sum(taken) * calls < SPENT:
-                taken.append(once(before, run) / calls)
-    for (name, way), taken in seconds.items():
+            if len(taken) < 3 or sum(taken) * way.calls < SPENT:
+                taken.append(once(way.before, way.run) / way.calls)
+    for (name, word), taken in seconds.items():
         low, median, high = statistics.quantiles(taken, n=4)
-        found[name][way] = {"median_s": median, "q1_s": low, "q3_s": high, "samples": len(taken)}
+        found[name][word] = {"median_s": median, "q1_s": low, "q3_s": high, "samples": len(taken)}
+        if not ready[name, word].captured:
+            found[name][word]["captured"] = False
     return found
+
+
+def single(rival: Run | Copies) -> Run:
+    return rival.make() if isinstance(rival, Copies) else rival
+
+
+def prepared(rival: Run | Copies, flush: Run, captures: bool) -> dict[str, Way | str]:
+    """Each way of a rival, or why it has none."""
+    run = single(rival)
+    run()
+    run()
+    estimate = once(None, run)
+    calls = min(max(round(SAMPLE / max(estimate, 1e-7)), 1), 50)
+    before = run if estimate < 0.01 else None  # what cold samples drove out comes back
+    ways: dict[str, Way | str] = {"warm": Way(repeated(run, calls), calls, before, captured=False)}
+    try:
+        if not captures:
+            raise RuntimeError("not captured")
+        several = graphed(run, calls).replay
+        ways["graph"] = Way(several, calls, several)
+    except Exception as error:
+        captures, ways["graph"] = False, first_line(error)
+    count = 3 * l2_bytes() // rival.bytes + 1 if isinstance(rival, Copies) else MOST_COPIES + 1
+    if count > MOST_COPIES:
+        ways["cold"] = Way(graphed(run, 1).replay if captures else run, 1, flush, captures)
+        return ways
+    runs = [run, *(single(rival) for _ in range(count - 1))]
+    for other in runs:
+        other()
+    calls = count * -(-calls // count)
+    turns = itertools.cycle(runs)
+
+    def turn() -> None:
+        next(turns)()
+
+    ways["cold"] = Way(
+        graphed(turn, calls).replay if captures else repeated(turn, calls), calls, None, captures
+    )
+    return ways
 
 
 def once(before: Run | None, run: Run) -> float:
@@ -106,6 +149,10 @@ def repeated(run: Run, calls: int) -> Run:
     return several
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def l2_bytes() -> int:
     return int(torch.cuda.get_device_properties(0).L2_cache_size)
 
@@ -121,11 +168,8 @@ def rows(
 ) -> list[dict[str, Any]]:
     """A race as rows of the results."""
     found = race(here, rivals, ours, no_graph)
-    return [
-        {"workload": workload, "rival": name, "ours": name == ours, "floor_s": here.floor(least, part)}
-        | {"bytes": least["bytes"], "flops": least["flops"], "ways": ways}
-        for name, ways in found.items()
-    ]
+    shared = {"workload": workload, "floor_s": here.floor(least, part), **least}
+    return [shared | {"rival": name, "ours": name == ours, "ways": ways} for name, ways in found.items()]
 
 
 def median(rows: list[dict[str, Any]], rival: str, way: str) -> float | None:

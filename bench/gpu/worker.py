@@ -1,7 +1,9 @@
 """One process of bench/gpu_check.py: run the cases of an op one by one and say of each how it went.
 
 What it says are lines of JSON in a file, each flushed at once, so that what was measured survives whatever
-comes after. A case that breaks the CUDA context ends the process; the next one starts behind it.
+comes after. It imports everything and says what it will do (`plan`), then waits for a line on stdin, the
+anchors measured so far, before it touches the device. A case that breaks the CUDA context ends the process;
+the next one starts behind it.
 """
 
 from __future__ import annotations
@@ -10,69 +12,50 @@ import importlib
 import inspect
 import json
 import os
+import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpu import device
 from gpu.common import Case, Here
-from oracle import (
-    Skip,
-    Wrong,
-)
+from oracle import Skip, Wrong
+
+BROKEN = 70  # exit code: the CUDA context is lost, nothing works in this process any more
 
 
-def work(
-    op: str,
-    wanted: list[tuple[str, str]],
-    first: int,
-    size: str,
-    anchors: dict[str, Any],
-    events: Path,
-) -> None:
-    """The `wanted` (kind, part)s of an op's cases, or "device"; from case number `first` on."""
+def work(op: str, kinds: list[str], parts: list[str], size: str, first: int, events: str) -> None:
+    """The cases of an op, of all `kinds`, from number `first` on."""
     torch.manual_seed(0)
     if size == "tiny":
         torch.set_num_threads(1)
-    here = Here("cpu" if size == "tiny" else "cuda", size, anchors)
-    with events.open("a") as file:
-
-        def say(**event: Any) -> None:
-            file.write(json.dumps(event) + "\n")
-            file.flush()
-
-        if op == "device":
-            why = device.missing(size == "tiny")
-            if why is None:
-                say(device=device.describe(here))
-                say(anchors=device.anchors(here))
-            say(missing=why)
-            return
-        module = importlib.import_module(f"gpu.{op}")
-        cases = [case for kind, part in wanted for case in planned(module, kind, part, here)]
-        say(plan=[[case.name, case.part] for case in cases])
-        for i, case in enumerate(cases[first:], first):
-            say(begin=i)
-            say(end=i, **attempt(case, here.device))
-            if here.device == "cuda":
-                try:
-                    torch.cuda.synchronize()
-                except RuntimeError:  # sticky: nothing works in this process any more
-                    os._exit(70)
+    here = Here("cpu" if size == "tiny" else "cuda", size)
+    say, kernels = teller(Path(events)), count_kernels()
+    module = importlib.import_module(f"gpu.{op}")
+    cases = [case for kind in kinds for case in planned(module, kind, parts, here)]
+    say(plan=[[case.name, case.part, case.seconds] for case in cases])
+    anchors = sys.stdin.readline()
+    if not anchors:
+        return
+    here.anchors.update(json.loads(anchors))
+    for i, case in enumerate(cases[first:], first):
+        say(begin=i)
+        say(end=i, **attempt(case, here.device), kernels=taken(kernels))
+        if here.device == "cuda" and broken():
+            os._exit(BROKEN)
 
 
-def planned(module: Any, kind: str, part: str, here: Here) -> Iterable[Case]:
-    """The cases of one part, of ops that take a part and of those that yield all."""
+def planned(module: Any, kind: str, parts: list[str], here: Here) -> Iterable[Case]:
+    """The cases of one kind, of ops that take a part and of those that yield all."""
     cases = getattr(module, kind, None)
     if cases is None:
         return []
     if "part" in inspect.signature(cases).parameters:
-        return list(cases(part, here))
-    return [case for case in cases(here) if case.part == part]
+        return [case for part in parts for case in cases(part, here)]
+    return list(cases(here))
 
 
 def attempt(case: Case, on: str) -> dict[str, Any]:
@@ -94,3 +77,45 @@ def attempt(case: Case, on: str) -> dict[str, Any]:
         result["message"] = f"{type(error).__name__}: {lines[0]}"
         result["trace"] = traceback.format_exc(limit=-6)
     return result | {"seconds": round(time.perf_counter() - began, 3)}
+
+
+def teller(file: Path) -> Callable[..., None]:
+    """`say(key=value, ...)`: one event, on the disk at once."""
+    out = file.open("a")
+
+    def say(**event: Any) -> None:
+        out.write(json.dumps(event) + "\n")
+        out.flush()
+
+    return say
+
+
+def broken() -> bool:
+    """Whether the CUDA context is lost."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def count_kernels() -> dict[str, int]:
+    """How many kernels Triton has found in its cache (`loaded`) and how many it has compiled, from now on."""
+    counts = {"loaded": 0, "compiled": 0}
+    try:
+        from triton import knobs
+    except ImportError:
+        return counts
+
+    def listener(*, cache_hit: bool, **_: Any) -> None:
+        counts["loaded" if cache_hit else "compiled"] += 1
+
+    knobs.compilation.listener = listener
+    return counts
+
+
+def taken(counts: dict[str, int]) -> dict[str, int]:
+    """What has been counted, which then starts again at 0."""
+    found = dict(counts)
+    counts.update(dict.fromkeys(counts, 0))
+    return found

@@ -140,7 +140,7 @@ def recorded(device: str, config: ImpConfig) -> tuple[str, Price]:
         file = min(timed or files, key=lambda f: len(f.name))
     try:
         data = json.loads(file.read_text())
-        rows = [row for row in data["times"] if row["op"] == "train_step" and row["ours"]]
+        rows = [r for r in data["times"] if r["op"] == "train_step" and r["ours"] and "wrong" not in r]
         name = str(data["device"].get("name") or data["device"]["cpu"])
         found = {kind: _recorded_line(rows, kind, config) for kind in ("step", "evaluation")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
