@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
+from sparselth.kernels._graphs import replayed
 from sparselth.kernels._triton import HAS_TRITON, INTERPRET, Aot, tl, triton
 from sparselth.kernels.bitmask import launch_count, launch_unpack, use_triton
 
@@ -637,6 +638,7 @@ class Choice:
     seconds: dict[str, float]
 
 
+CALLS = 10  # in a row, of what is timed
 CHOICES: dict[tuple[Any, ...], Choice] = {}
 
 
@@ -672,23 +674,24 @@ def _dispatch(
 
 
 def _measure(device: torch.device, runs: dict[str, Callable[[], Tensor]]) -> Choice:
-    """Medians over 5 rounds of 10 calls in a row, launches from Python included.
+    """Medians over 5 rounds of CALLS calls in a row, in a CUDA graph, which is how steps run; those that no
+    graph can hold are launched from Python.
 
-    One more round comes first, which compiles. Inside a graph capture the first call takes the vendor's.
+    One more round comes first. Inside a graph capture the first call takes the vendor's.
     """
     if torch.cuda.is_current_stream_capturing():
         return Choice("reference", {})
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     with torch.cuda.device(device):
+        calls = {name: replayed(run, CALLS) for name, run in runs.items()}
         for _ in range(6):
-            for name, run in runs.items():
+            for name, several in calls.items():
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
-                for _ in range(10):
-                    run()
+                several()
                 stop.record()
                 stop.synchronize()
-                seconds[name].append(start.elapsed_time(stop) / 1e4)
+                seconds[name].append(start.elapsed_time(stop) / 1e3 / CALLS)
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     return Choice(min(medians, key=lambda name: medians[name]), medians)
 

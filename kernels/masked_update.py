@@ -40,6 +40,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from sparselth.kernels import _native
 from sparselth.kernels._triton import Aot, tl, triton
@@ -443,7 +444,8 @@ Row = tuple[Any, ...]
 Tables = tuple[Tensor, Tensor]
 
 _TABLES: dict[tuple[int, ...], Tables] = {}
-_CAPTURED: dict[tuple[int, ...], Tables] = {}  # a CUDA graph reads its tables for as long as it lives
+# a CUDA graph reads its tables for as long as it lives, and it is of no use without its weights
+_CAPTURED: dict[tuple[int, ...], tuple[Tables, list[StorageWeakRef]]] = {}
 
 
 @torch.no_grad()
@@ -630,7 +632,7 @@ def _launch(
         *(n for w in lists[0] for n in (w.numel(), _stride(w, len(lr)))),
         *(0 if t is None else t.data_ptr() for column in columns for t in column),
     )
-    capturing = lr.is_cuda and torch.cuda.is_current_stream_capturing()
+    capturing = _capturing(lr)
     tables = _TABLES.get(key)
     if tables is None:
         if capturing:
@@ -639,9 +641,11 @@ def _launch(
             )
         if len(_TABLES) >= 64:  # gradients that never come back to the same place
             _TABLES.clear()
+        _let_go()
         tables = _TABLES[key] = _tables(lists, lr)
     if capturing:
-        _CAPTURED[key] = tables
+        _let_go()
+        _CAPTURED[key] = tables, [StorageWeakRef(w.untyped_storage()) for w in lists[0]]
     table, chunks = tables
     if len(chunks):
         with torch.cuda.device_of(lr):
@@ -658,6 +662,17 @@ def _launch(
                 enable_fp_fusion=False,
             )
     torch.autograd.graph.increment_version(lists[0])
+
+
+def _capturing(lr: Tensor) -> bool:
+    return lr.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _let_go() -> None:
+    """Of the tables of graphs whose weights are gone."""
+    gone = [key for key, (_, weights) in _CAPTURED.items() if any(w.expired() for w in weights)]
+    for key in gone:
+        del _CAPTURED[key]
 
 
 def _tables(lists: Lists, lr: Tensor) -> Tables:

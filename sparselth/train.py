@@ -252,6 +252,7 @@ class Steps(Protocol):
     """What trains and evaluates R jobs that stand at the same step."""
 
     state_bytes: int  # gradients, masks and indices
+    many: int  # steps that one launch can take
 
     def advance(self, step: int, steps: int, should_stop: Callable[[], bool]) -> int:
         """Take `steps` steps from `step` on, and return how many were taken before `should_stop`."""
@@ -378,6 +379,8 @@ def _steps(
 class _Dense:
     """R replicas through `Network`, or one through `VendorNetwork`."""
 
+    many = 1
+
     def __init__(
         self,
         model: Model,
@@ -438,6 +441,8 @@ class _Dense:
 
 class Compressed:
     """One replica in the compressed domain."""
+
+    many = 1
 
     def __init__(self, model: Model, data: Resident, job: Job, recipe: Recipe, paths: Paths) -> None:
         state, layout = job.state, job.state.layout

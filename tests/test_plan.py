@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from sparselth.batches import Resident
 from sparselth.config import ImpConfig, Recipe, Replica
 from sparselth.errors import SparselthError
 from sparselth.experiments import workers
@@ -188,14 +190,33 @@ def test_runs_are_the_same_at_any_number_of_replicas(
     assert found["1"] == found["3"] == found["100"]
 
 
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def out_of_memory_in_a_capture() -> None:
+    """As torch.cuda.graph ends: its exit raises, while the exception of the work is under way."""
+    try:
+        try:
+            out_of_memory()
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    except RuntimeError as error:
+        raise RuntimeError("no graph of a step") from error
+
+
+@pytest.mark.parametrize("fails", [out_of_memory, out_of_memory_in_a_capture])
 def test_a_batch_that_does_not_fit_is_halved(
-    cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    fails: Callable[[], None],
+    cli: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     real = workers.train_cells
 
     def short(config: Any, run: Any, data: Any, cells: list[Replica], *rest: Any) -> Any:
         if len(cells) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            fails()
         return real(config, run, data, cells, *rest)
 
     monkeypatch.setattr(workers, "train_cells", short)
@@ -205,6 +226,35 @@ def test_a_batch_that_does_not_fit_is_halved(
     assert code == 0
     assert "out of memory with 5 networks at once; going on with 2" in err
     assert read(Path("run")).complete
+
+
+def test_an_error_is_not_out_of_memory_for_its_chain() -> None:
+    first, second = ValueError("wrong"), ValueError("wrong too")
+    first.__context__, second.__cause__ = second, first  # a ring
+    assert not workers._is_out_of_memory(first)
+
+
+def test_prices_are_of_launches_as_long_as_those_of_training(
+    digits: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where 20 steps are one graph, steps by fives would be launched one by one."""
+    asked: list[int] = []
+
+    class Graphs:
+        state_bytes, many = 0, 20
+
+        def advance(self, step: int, steps: int, should_stop: Any) -> int:
+            asked.append(steps)
+            time.sleep(0.02)
+            return steps
+
+        def measure(self) -> tuple[list[float], list[float]]:
+            return [1.0], [0.0]
+
+    monkeypatch.setattr(workers, "prepare", lambda *_: Graphs())
+    workers._price(config(), digits, {}, 1)
+    assert asked[:2] == [1, 1]  # to compile, and behind it
+    assert {*asked[2:]} == {20}
 
 
 def test_one_network_that_does_not_fit_is_one_line(

@@ -37,7 +37,7 @@ from sparselth.runs import RunFolder
 from sparselth.streams import stream
 from sparselth.train import Job, State, prepare
 
-STRETCH = 5  # steps between looks at the clock
+STRETCH = 5  # least steps between looks at the clock
 CONTEXT = 5 * 10**8  # device memory that CUDA and its libraries take
 
 
@@ -259,10 +259,20 @@ def _work(
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, a library under it, Triton or Python ran out of memory; they say it in many ways."""
-    said = str(error).lower()
+    """Whether torch, a library under it, Triton or Python ran out of memory; they say it in many ways.
+
+    Out of memory within the capture of a graph comes as an error of the capture, with its cause behind it.
+    """
     words = ("out of memory", "can't allocate memory", "alloc_failed")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in said for word in words)
+    chain, seen = [error], list[BaseException]()
+    while chain:
+        link = chain.pop()
+        said = str(link).lower()
+        if isinstance(link, torch.OutOfMemoryError | MemoryError) or any(word in said for word in words):
+            return True
+        seen.append(link)
+        chain += [e for e in (link.__cause__, link.__context__) if e is not None and e not in seen]
+    return False
 
 
 def _free_memory() -> None:
@@ -308,9 +318,10 @@ def _price(
         steps.advance(0, 1, lambda: False)
         steps.measure()
         overhead = time.perf_counter() - began
+        stretch = max(STRETCH, steps.many)
         began, taken = time.perf_counter(), 1
-        while taken + STRETCH < recipe.steps and time.perf_counter() - began < 0.3:
-            taken += steps.advance(taken, STRETCH if taken > 1 else 1, lambda: False)
+        while taken + stretch < recipe.steps and time.perf_counter() - began < 0.3:
+            taken += steps.advance(taken, stretch if taken > 1 else 1, lambda: False)
             synchronize()
         spent, began = time.perf_counter() - began, time.perf_counter()
         steps.measure()

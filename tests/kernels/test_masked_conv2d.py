@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparselth.kernels import bitmask
+from sparselth.kernels import _graphs, bitmask
 from sparselth.kernels import masked_conv2d as op
 from sparselth.kernels.masked_conv2d import masked_conv2d
 
@@ -331,6 +332,29 @@ class Clock:
         return other.at - self.at
 
 
+LAUNCH_MS = 1.0  # of a launch from Python
+
+
+class Graph:
+    """A captured graph: its kernels take what they take, without launches."""
+
+    under_way = False
+
+    def __init__(self, call: Callable[[], object], calls: int) -> None:
+        self.call, self.calls = call, calls
+        Graph.under_way = True
+        try:
+            call()
+        finally:
+            Graph.under_way = False
+
+    def replay(self) -> None:
+        Graph.under_way = True
+        for _ in range(self.calls):
+            self.call()
+        Graph.under_way = False
+
+
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_replicas_apart_are_the_groups_of_one_call(replicas: int) -> None:
     x, w = torch.randn(replicas, 2, 3, 7, 5), torch.randn(replicas, 4, 3, 3, 3)
@@ -348,17 +372,30 @@ def test_auto_takes_the_faster_and_never_decides_in_a_capture(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Clock.capturing)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(_graphs, "side", lambda device: MagicMock())
+    monkeypatch.setattr(_graphs, "capture", Graph)
     ran: list[str] = []
 
     def call(size: int, triton_ms: float, capturing: bool = False) -> str:
         def run(name: str, ms: float) -> Tensor:
+            if name == "triton" and size == 10 and Graph.under_way:
+                raise RuntimeError("operation not permitted when stream is capturing")
             ran.append(name)
-            Clock.now += ms
+            Clock.now += ms + (0 if Graph.under_way else LAUNCH_MS)
             return torch.zeros(())
 
         Clock.capturing = capturing
         ran.clear()
-        runs = {"triton": lambda: run("triton", triton_ms), "reference": lambda: run("reference", 2.0)}
+
+        def several() -> Tensor:  # launches, as three kernels one after the other
+            run("triton", triton_ms / 3)
+            run("triton", triton_ms / 3)
+            return run("triton", triton_ms / 3)
+
+        runs = {"triton": several, "reference": lambda: run("reference", 2.0)}
         x = torch.zeros(1, 1, 1, size, size)
         op._dispatch("auto", "forward", x, x, op.geometry((1, 1), 1, 0, 1), runs)
         return ran[-1]
@@ -367,15 +404,17 @@ def test_auto_takes_the_faster_and_never_decides_in_a_capture(monkeypatch: pytes
     assert call(8, 1.0, capturing=True) == "reference"
     assert len(ran) == 1
     assert "capture" in op.explain()
-    assert call(8, 1.0) == "triton"
+    assert call(8, 1.0) == "triton"  # launched from Python it would take 4 ms, and the other 3
     assert len(ran) > 100
     assert call(8, 9.0, capturing=True) == "triton"  # what was measured stands
-    assert len(ran) == 1
+    assert len(ran) == 3
     assert call(9, 3.0) == "reference"  # another shape
+    assert call(10, 1.8) == "reference"  # in no graph, and so from Python
     lines = op.explain().splitlines()
     assert [line.split(": ")[1][:30] for line in lines] == [
         "triton (triton 1.000 ms, refer",
         "reference (triton 3.000 ms, re",
+        "reference (triton 4.800 ms, re",
     ]
     assert "forward of [1, 1, 1, 8, 8]" in lines[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -340,6 +341,36 @@ def test_tables_are_made_once_for_the_same_tensors() -> None:
     state.lists["g"] = [torch.zeros(40, device=DEVICE)]
     state.step("triton")
     assert len(masked_update._TABLES) == len(known) + 1
+
+
+@on_triton
+def test_tables_of_graphs_live_as_long_as_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With captures that are none: what a graph would read must stay while it can be replayed, not longer."""
+    monkeypatch.setattr(masked_update, "_CAPTURED", {})
+    captures = [False]
+    monkeypatch.setattr(masked_update, "_capturing", lambda lr: captures[0])
+
+    def captured(sizes: list[tuple[int, ...]]) -> tuple[State, weakref.ref[Tensor]]:
+        state = State.make("adam", 1, sizes, [0.5] * len(sizes), 0).to(DEVICE)
+        captures[0] = False
+        state.step("triton")
+        captures[0] = True
+        state.step("triton")
+        ((table, _), _) = [*masked_update._CAPTURED.values()][-1]
+        return state, weakref.ref(table)
+
+    first, table = captured([(40,), (3,)])
+    masked_update._TABLES.clear()
+    assert table() is not None
+    view = first.lists["w"][0].view(-1)[8:]  # its memory is still somebody's
+    second, other = captured([(50,)])
+    del first
+    third, _ = captured([(60,)])
+    assert (table() is None, len(masked_update._CAPTURED)) == (True, 2)  # the second tensor is gone
+    del view, second, third
+    captured([(70,)])
+    masked_update._TABLES.clear()
+    assert (other() is None, len(masked_update._CAPTURED)) == (True, 1)
 
 
 def broken(**lists: list[Any]) -> State:
