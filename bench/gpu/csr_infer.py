@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.common import Case, Here
-from gpu.timing import median, ratio, rows
+from gpu.common import Case, Here, judged
+from gpu.timing import Copies, Run, median, ratio, rows
 from oracle import (
     DTYPES,
     INF,
@@ -39,7 +39,7 @@ SMALL: list[Shape] = TINY + [
 ]
 LARGE: list[Shape] = [(4096, 4096, 1), (8192, 8192, 8), (1000, 25088, 16), (16384, 2048, 13)]
 TARGET = 8192, 0.9  # size and sparsity that the targets are about
-WORKLOADS: dict[str, list[tuple[int, float, int]]] = {  # size, sparsity, batch; --quick times two
+WORKLOADS: dict[str, list[tuple[int, float, int]]] = {  # size, sparsity, batch
     "bf16": [(*TARGET, 1), (*TARGET, 8)]
     + [
         (size, sparsity, batch)
@@ -227,53 +227,109 @@ def near(found: Tensor, right: Tensor) -> None:
         raise Wrong(f"error {error:.2e}")
 
 
-def large(part: str, here: Here) -> Iterator[Case]:
-    yield Case("beyond 2^31 kept weights", part, partial(many_weights, here, part))
-    yield Case("beyond 2^31 numbers of x and y", part, partial(far_columns, here, part))
+def large(here: Here) -> Iterator[Case]:
+    for part in here.pick(("bf16", "ieee"), ("bf16",)):
+        yield Case("beyond 2^31 kept weights", part, partial(many_weights, here, part), 10)
+        yield Case("beyond 2^31 numbers of x and y", part, partial(far_columns, here, part), 10)
 
 
-# Benchmarks
+# At the sizes of the targets
 
 
-def benchmark(here: Here, part: str, size: int, sparsity: float, batch: int) -> dict[str, Any]:
-    """A random mask; with the dense product each way that torch has, of the same weights and their zeros."""
-    g = here.generator(0)
-    keep = torch.rand(size, size, generator=g, device=here.device) >= sparsity
-    w = torch.randn(size, size, generator=g, device=here.device).to(DTYPES[part]) * keep
-    x = torch.randn(size, batch, generator=g, device=here.device).to(DTYPES[part])
-    p = Problem(x, w, keep, w.new_zeros(size))
-    packed = PackedCsr.from_dense(w, keep)
-    batch_first = x.t().contiguous()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        csr = w.to_sparse_csr()
-    dense = {
-        "dense F.linear": lambda: F.linear(batch_first, w),
-        "dense w @ x": lambda: w @ x,
-    }
-    if batch == 1:
-        dense["dense mv"] = lambda: torch.mv(w, x[:, 0])
-    rivals = {"triton": lambda: csr_infer(packed, x, kernels="triton")}
-    rivals |= dense
-    if here.device == "cuda" or part == "ieee":  # a CPU has it in fp32 alone
-        rivals["torch CSR"] = lambda: csr @ x
-    workload = f"{size} square, {sparsity:.0%} pruned, batch {batch}"
+class Workload:
+    """A random mask over a square matrix."""
+
+    def __init__(self, here: Here, part: str, size: int, sparsity: float, batch: int) -> None:
+        self.part, self.name = part, f"{size} square, {sparsity:.0%} pruned, batch {batch}"
+        g = here.generator(0)
+        keep = torch.rand(size, size, generator=g, device=here.device) >= sparsity
+        w = torch.randn(size, size, generator=g, device=here.device).to(DTYPES[part]) * keep
+        x = torch.randn(size, batch, generator=g, device=here.device).to(DTYPES[part])
+        self.p = Problem(x, w, keep, torch.randn(size, generator=g, device=here.device).to(DTYPES[part]))
+        self.packed = PackedCsr.from_dense(w, keep)
+
+    def check(self) -> None:
+        p, part = self.p, self.part
+        right, torchs = formula(p, torch.double), formula(p, DTYPES[part])
+        compare(ours(self.packed, p), right, torchs, part, {"y": p.w.shape[1]})
+
+    def replay(self) -> None:
+        """A CUDA graph gives the bits of a plain call."""
+        eager, kept = ours(self.packed, self.p), {}
+        graph = graphed(lambda: kept.update(ours(self.packed, self.p)), 1)
+        kept["y"].fill_(NAN)
+        graph.replay()
+        must_repeat(kept, eager, "a CUDA graph")
+
+    def ours(self) -> Run:
+        packed = PackedCsr(self.packed.shape, self.packed.lanes, *(t.clone() for t in self.packed.arrays()))
+        return lambda: csr_infer(packed, self.p.x, kernels="triton")
+
+    def dense(self) -> dict[str, Copies]:
+        """The product of the same weights and their zeros each way that torch has."""
+        x, batch_first = self.p.x, self.p.x.t().contiguous()
+
+        def product(call: Callable[[Tensor], object]) -> Copies:
+            def make() -> Run:
+                w = self.p.w.clone()
+                return lambda: call(w)
+
+            return Copies(make, self.p.w.nbytes)
+
+        found = {
+            "dense F.linear": product(lambda w: F.linear(batch_first, w)),
+            "dense w @ x": product(lambda w: w @ x),
+        }
+        if x.shape[1] == 1:
+            found["dense mv"] = product(lambda w: torch.mv(w, x[:, 0]))
+        return found
+
+
+def smoke(here: Here) -> Iterator[Case]:
+    def run(batch: int, check: Callable[[Workload], None]) -> None:
+        check(Workload(here, "bf16", *here.pick((40, 0.9), TARGET), batch))
+
+    for batch in (1, 8):
+        yield Case(f"target shape, batch {batch}", "bf16", partial(run, batch, Workload.check), 3)
+        if here.device == "cuda":
+            yield Case(f"in a CUDA graph, batch {batch}", "bf16", partial(run, batch, Workload.replay))
+
+
+def timed(here: Here, part: str, size: int, sparsity: float, batch: int, more: bool) -> dict[str, Any]:
+    """Beside dense products, and with `more` beside cuSPARSE."""
+    load = Workload(here, part, size, sparsity, batch)
+    dense = load.dense()
+    rivals: dict[str, Run | Copies] = {"triton": Copies(load.ours, load.packed.bytes()), **dense}
+    if more and (here.device == "cuda" or part == "ieee"):  # a CPU has it in fp32 alone
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            csr = load.p.w.to_sparse_csr()
+        rivals["torch CSR"] = lambda: csr @ load.p.x
     with precision(part):
-        compare(ours(packed, p), formula(p, torch.double), formula(p, DTYPES[part]), part, {"y": size})
-        timed = rows(here, workload, floor(packed, batch), part, "triton", rivals)
-    figures: dict[str, float | None] = {}
-    if part == "bf16" and (size, sparsity) == TARGET:
-        mine = median(timed, "triton", "cold")
-        others = [t for name in dense if (t := median(timed, name, "cold"))]
-        best = min(others, default=None)
-        figures[f"times the best dense, cold, batch {batch}"] = ratio(best, mine)
-        figures["bytes of weights, of dense"] = packed.bytes() / (w.numel() * w.itemsize)
-    return {"times": timed, "figures": figures}
+        wrong = judged(load.check)
+        found = rows(here, load.name, floor(load.packed, batch), part, "triton", rivals)
+    best = min((t for name in dense if (t := median(found, name, "cold"))), default=None)
+    return {"times": found, "best dense": ratio(best, median(found, "triton", "cold"))} | wrong
 
 
-def benchmarks(part: str, here: Here) -> Iterator[Case]:
-    full = WORKLOADS[part]
-    quick = full[:2] if part == "bf16" else []
-    for size, sparsity, batch in here.pick([(40, 0.9, 1), (40, 0.9, 8)], quick, full):
-        name = f"{size} square, {sparsity:.0%} pruned, batch {batch}"
-        yield Case(name, part, partial(benchmark, here, part, size, sparsity, batch))
+def targets(here: Here) -> Iterator[Case]:
+    size, sparsity = here.pick((40, 0.9), TARGET)
+
+    def figures(batch: int) -> dict[str, Any]:
+        found = timed(here, "bf16", size, sparsity, batch, more=False)
+        return found | {"figures": {f"times the best dense, cold, batch {batch}": found.pop("best dense")}}
+
+    def space() -> dict[str, Any]:
+        load = Workload(here, "bf16", size, sparsity, 1)
+        return {"figures": {"bytes of weights, of dense": load.packed.bytes() / load.p.w.nbytes}}
+
+    for batch in (1, 8):
+        yield Case(f"{size} square, {sparsity:.0%} pruned, batch {batch}", "bf16", partial(figures, batch), 4)
+    yield Case("bytes", "bf16", space)
+
+
+def benchmarks(here: Here) -> Iterator[Case]:
+    for part, workloads in WORKLOADS.items():
+        for size, sparsity, batch in here.pick([(40, 0.9, 1), (40, 0.9, 8)], workloads):
+            name = f"{size} square, {sparsity:.0%} pruned, batch {batch}"
+            yield Case(name, part, partial(timed, here, part, size, sparsity, batch, more=True), 4)
