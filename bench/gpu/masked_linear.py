@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.common import Case, Here
-from gpu.timing import median, ratio, rows
+from gpu.common import Case, Here, judged
+from gpu.timing import Copies, Run, median, ratio, rows
 from oracle import (
     DTYPES,
     INF,
@@ -38,10 +38,11 @@ LARGE: list[Shape] = [(1, 1024, 1024, 1024), (1, 1100, 1030, 1027), (2, 300, 210
 GRADS = ("y", "dx", "dw", "db", "ds")
 OPS = torch.ops.sparselth
 
-WORKLOADS: dict[str, list[Shape]] = {  # the first is what --quick times
-    "bf16": [(1, 512, 4096, 4096), (1, 64, 4096, 4096), (20, 60, 300, 784)],
-    "fp16": [(1, 512, 4096, 4096)],
-    "tf32": [(1, 512, 4096, 4096), (20, 60, 300, 784)],
+TARGET: Shape = (1, 512, 4096, 4096)  # in bf16
+WORKLOADS: dict[str, list[Shape]] = {
+    "bf16": [TARGET, (1, 64, 4096, 4096), (20, 60, 300, 784)],
+    "fp16": [TARGET],
+    "tf32": [TARGET, (20, 60, 300, 784)],
     "ieee": [(20, 60, 300, 784), (1, 60, 300, 784), (100, 60, 300, 784), (1, 512, 1024, 1024)],
 }
 
@@ -305,18 +306,17 @@ def far_rows(here: Here, part: str) -> None:
     must_repeat(ours(small._replace(w=w)), ours(small), "distance")
 
 
-def large(part: str, here: Here) -> Iterator[Case]:
-    if part == "far rows":
-        yield Case("rows of w 2^24 apart", part, partial(far_rows, here, "bf16"))
-        return
-    yield Case("replicas 2^31 apart", part, partial(apart, here, part))
+def large(here: Here) -> Iterator[Case]:
+    yield Case("rows of w 2^24 apart", "bf16", partial(far_rows, here, "bf16"), 5)
+    yield Case("replicas 2^31 apart", "bf16", partial(apart, here, "bf16"), 5)
     for shape in here.pick(
-        [(1, 8, 37, 44), (1, 37, 19, 16)], [], [(1, 16, 65537, 32780), (1, 131075, 16389, 16)]
+        [(1, 8, 37, 44), (1, 37, 19, 16)], [(1, 16, 65537, 32780), (1, 131075, 16389, 16)]
     ):
-        yield Case(f"{said(shape)}: beyond 2^31 within a tensor", part, partial(vast, here, part, shape))
+        run = partial(vast, here, "bf16", shape)
+        yield Case(f"{said(shape)}: beyond 2^31 within a tensor", "bf16", run, 10)
 
 
-# Benchmarks
+# At the sizes of the targets
 
 
 def verify(here: Here, part: str, shape: Shape) -> dict[str, float]:
@@ -329,25 +329,73 @@ def verify(here: Here, part: str, shape: Shape) -> dict[str, float]:
     )
 
 
+def smoke(here: Here) -> Iterator[Case]:
+    shape = here.pick(TINY[1], TARGET)
+
+    def graph() -> None:
+        p = problem(here, "bf16", shape)
+        eager, kept = ours(p), dict[str, Tensor]()
+        replay = graphed(lambda: kept.update(ours(p)), 1).replay
+        for t in kept.values():
+            t.fill_(NAN)
+        replay()
+        must_repeat(kept, eager, "a CUDA graph")
+
+    yield Case(said(shape), "bf16", partial(verify, here, "bf16", shape), 4)
+    if here.device == "cuda":
+        yield Case(f"{said(shape)} in a CUDA graph", "bf16", graph, 2)
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    """By cuBLAS, of one replica as one product."""
+    return F.linear(x[0], w[0], bias[0])[None] if len(w) == 1 else torch.baddbmm(bias[:, None], x, w.mT)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    return (a[0] @ b[0])[None] if len(a) == 1 else a @ b
+
+
+def forward(p: Problem) -> dict[str, Run | Copies]:
+    """Ours, and cuBLAS on weights that were masked before, each on copies of x, the weights and masks."""
+    wm = p.w * p.keep
+
+    def masked() -> Run:
+        x, w, mask = p.x.clone(), p.w.clone(), p.mask.clone()
+        return lambda: masked_linear(x, w, mask, p.bias, kernels="triton")
+
+    def dense() -> Run:
+        x, w = p.x.clone(), wm.clone()
+        return lambda: linear(x, w, p.bias)
+
+    return {
+        "triton": Copies(masked, p.x.nbytes + p.w.nbytes + p.mask.nbytes),
+        "w * m before": Copies(dense, p.x.nbytes + wm.nbytes),
+    }
+
+
+def targets(here: Here) -> Iterator[Case]:
+    shape = here.pick(TINY[1], TARGET)
+
+    def figure() -> dict[str, Any]:
+        wrong = judged(verify, here, "bf16", shape)
+        rivals = forward(problem(here, "bf16", shape))
+        timed = rows(here, f"y {said(shape)}", floor(*shape, 2), "bf16", "triton", rivals)
+        times = ratio(median(timed, "triton", "cold"), median(timed, "w * m before", "cold"))
+        return {"times": timed, "figures": {"of cuBLAS on w * m": times}} | wrong
+
+    yield Case(f"y {said(shape)}", "bf16", figure, 4)
+
+
+# Other times
+
+
 def benchmark(here: Here, part: str, shape: Shape, which: str) -> dict[str, Any]:
-    verify(here, part, shape)
+    wrong = judged(verify, here, part, shape)
     p = problem(here, part, shape)
     x, w, mask, bias, dy, keep = p
     m, wm = keep.to(w.dtype), w * keep
-    one = shape[0] == 1
-
-    def linear(w: Tensor) -> Tensor:
-        return F.linear(x[0], w[0], bias[0])[None] if one else torch.baddbmm(bias[:, None], x, w.mT)
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return (a[0] @ b[0])[None] if one else a @ b
-
-    rivals = {
-        "y": {
-            "triton": lambda: masked_linear(x, w, mask, bias, kernels="triton"),
-            "w * m before": lambda: linear(wm),
-            "w * m each time": lambda: linear(w * m),
-        },
+    rivals: dict[str, Run | Copies] = {
+        "y": forward(p) | {"w * m each time": lambda: linear(x, w * m, bias)},
         "dx": {
             "triton": lambda: OPS.masked_linear_dx(dy, w, mask, "triton"),
             "w * m before": lambda: product(dy, wm),
@@ -367,16 +415,11 @@ def benchmark(here: Here, part: str, shape: Shape, which: str) -> dict[str, Any]
     if which == "ds":  # reads w instead of the mask
         least["bytes"] += w.numel() * w.element_size() - mask.numel()
     with precision(part):
-        timed = rows(here, f"{which} {said(shape)}", least, part, "triton", rivals)
-    figures = {}
-    if (part, shape, which) == ("bf16", (1, 512, 4096, 4096), "y"):
-        figures["of cuBLAS on w * m"] = ratio(
-            median(timed, "triton", "graph"), median(timed, "w * m before", "graph")
-        )
-    return {"times": timed, "figures": figures}
+        return {"times": rows(here, f"{which} {said(shape)}", least, part, "triton", rivals)} | wrong
 
 
-def benchmarks(part: str, here: Here) -> Iterator[Case]:
-    for shape in chosen(here, part):
-        for which in ("y", "dx", "dw", "ds"):
-            yield Case(f"{which} {said(shape)}", part, partial(benchmark, here, part, shape, which))
+def benchmarks(here: Here) -> Iterator[Case]:
+    for part, shapes in WORKLOADS.items():
+        for shape in here.pick(TINY[:2], shapes):
+            for which in ("y", "dx", "dw", "ds"):
+                yield Case(f"{which} {said(shape)}", part, partial(benchmark, here, part, shape, which), 4)
