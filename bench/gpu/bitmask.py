@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu.common import Case, Here
+from gpu.common import Case, Here, judged
 from gpu.timing import rows
 from oracle import (
     NAN,
     Wrong,
+    graphed,
     need_memory,
     poisoned,
     surrounded,
@@ -74,34 +75,62 @@ def vast(here: Here) -> None:
     exact("count", launch_count(bits, None, False, kernels="triton"), keep.sum())
 
 
-def large(part: str, here: Here) -> Iterator[Case]:
-    yield Case("beyond 2^31 weights", part, partial(vast, here))
+def large(here: Here) -> Iterator[Case]:
+    yield Case("beyond 2^31 weights", "bits", partial(vast, here), 8)
+
+
+OPS = ("pack", "unpack", "count")
+
+
+class Workload:
+    """A mask of 2.7e8 weights, half of them kept."""
+
+    def __init__(self, here: Here) -> None:
+        self.n = here.pick(1 << 10, 1 << 28)
+        shape = self.n // 1024, 1024
+        self.keep = torch.rand(shape, generator=here.generator(0), device=here.device) < 0.5
+        self.bits = reference_pack(self.keep)
+
+    def ours(self, op: str) -> Tensor:
+        if op == "pack":
+            return launch_pack(self.keep, kernels="triton")
+        if op == "unpack":
+            return launch_unpack(self.bits, 1024, kernels="triton")
+        return launch_count(self.bits, None, False, kernels="triton")
+
+    def check(self) -> None:
+        for op, right in zip(OPS, (self.bits, self.keep, self.keep.sum()), strict=True):
+            exact(op, self.ours(op), right)
+
+    def replay(self) -> None:
+        """CUDA graphs of all three give what plain calls give."""
+        kept: dict[str, Tensor] = {}
+        for op in OPS:
+            graph = graphed(lambda op=op: kept.update({op: self.ours(op)}), 1)  # type: ignore[misc]
+            kept[op].zero_()
+            graph.replay()
+            exact(f"{op} in a graph", kept[op], self.ours(op))
+
+
+def smoke(here: Here) -> Iterator[Case]:
+    yield Case("2.7e8 weights", "bits", lambda: Workload(here).check())
+    if here.device == "cuda":
+        yield Case("2.7e8 weights in a CUDA graph", "bits", lambda: Workload(here).replay())
 
 
 def benchmark(here: Here, op: str) -> dict[str, Any]:
-    n = here.pick(1 << 10, 1 << 26, 1 << 28)
-    keep = torch.rand(n // 1024, 1024, generator=here.generator(0), device=here.device) < 0.5
-    bits = reference_pack(keep)
-    exact("pack", launch_pack(keep, kernels="triton"), bits)
-    exact("count", launch_count(bits, None, False, kernels="triton"), keep.sum())
-    rivals: dict[str, dict[str, Any]] = {
-        "pack": {
-            "triton": lambda: launch_pack(keep, kernels="triton"),
-            "torch": lambda: reference_pack(keep),
-        },
-        "unpack": {
-            "triton": lambda: launch_unpack(bits, 1024, kernels="triton"),
-            "copy of the mask": keep.clone,
-        },
-        "count": {
-            "triton": lambda: launch_count(bits, None, False, kernels="triton"),
-            "sum of the mask": keep.sum,
-        },
+    load = Workload(here)
+    wrong = judged(load.check)
+    theirs = {
+        "pack": ("torch", lambda: reference_pack(load.keep)),
+        "unpack": ("copy of the mask", load.keep.clone),
+        "count": ("sum of the mask", load.keep.sum),
     }
-    timed = rows(here, f"{op} {n:.1e} weights", floor(op, n), "ieee", "triton", rivals[op])
-    return {"times": timed, "figures": {}}
+    rivals = dict([("triton", partial(load.ours, op)), theirs[op]])
+    timed = rows(here, f"{op} {load.n:.1e} weights", floor(op, load.n), "ieee", "triton", rivals)
+    return {"times": timed} | wrong
 
 
-def benchmarks(part: str, here: Here) -> Iterator[Case]:
-    for op in ("pack", "unpack", "count"):
-        yield Case(op, part, partial(benchmark, here, op))
+def benchmarks(here: Here) -> Iterator[Case]:
+    for op in OPS:
+        yield Case(op, "bits", partial(benchmark, here, op))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpu.common import Case, Here
+from gpu.common import Case, Here, judged
 from gpu.timing import median, ratio, rows
 from oracle import (
     INF,
@@ -296,12 +296,12 @@ def vast(here: Here, replicas: int, size: int) -> None:
             raise Wrong(f"weights {end.start} to {end.stop}: off by {float(error):.1e}")
 
 
-def large(part: str, here: Here) -> Iterator[Case]:
-    yield Case("beyond 2^31 weights in a tensor", part, partial(vast, here, 1, 2**31 + 1003))
-    yield Case("replicas beyond 2^31 weights", part, partial(vast, here, 3, 2**30 + 2**14 + 1003))
+def large(here: Here) -> Iterator[Case]:
+    yield Case("beyond 2^31 weights in a tensor", "sgd", partial(vast, here, 1, 2**31 + 1003), 8)
+    yield Case("replicas beyond 2^31 weights", "sgd", partial(vast, here, 3, 2**30 + 2**14 + 1003), 8)
 
 
-# Benchmarks
+# At the sizes of the targets
 
 
 class Network:
@@ -356,43 +356,88 @@ class Network:
             "torch fused, both masked": partial(masked, True),
         }
 
+    def check(self) -> list[torch.nn.Parameter]:
+        """Three steps beside torch's."""
+        params, theirs = self.torchs()
+        for step in range(1, 4):
+            for t in self.steps:
+                t.fill_(step)
+            self.ours()
+            theirs["torch fused, both masked"]()
+        for i, (w, right, m) in enumerate(zip(self.w, params, self.masks, strict=True)):
+            must_be_zero(w, ~m, f"pruned weights of tensor {i}")
+            if not (w - right).norm() <= 3e-7 * right.norm():
+                raise Wrong(f"tensor {i} is not torch's after 3 steps: {float((w - right).norm()):.1e}")
+        return params
 
-def benchmark(
-    here: Here, part: str, name: str, shapes: list[tuple[int, ...]], keep: float, replicas: int = 1
+    def replay(self) -> None:
+        """A CUDA graph gives the bits of a plain call."""
+        start = [t.clone() for t in (*self.w, *self.a, *self.b)]
+
+        def again(call: Callable[[], object]) -> dict[str, Tensor]:
+            for t, value in zip((*self.w, *self.a, *self.b), start, strict=True):
+                t.copy_(value)
+            call()
+            return {str(i): t.clone() for i, t in enumerate((*self.w, *self.a, *self.b))}
+
+        graph = graphed(self.ours, 1)
+        must_repeat(again(graph.replay), again(self.ours), "a CUDA graph")
+
+
+def big(here: Here) -> list[tuple[int, ...]]:
+    return [here.pick((16, 16), (8192, 8192))]
+
+
+def smoke(here: Here) -> Iterator[Case]:
+    for part in ("adam", "sgd"):
+
+        def run(check: Callable[[Network], object], part: str = part) -> None:
+            check(Network(here, part, big(here), 0.2, 1))
+
+        yield Case("one of 6.7e7 weights", part, partial(run, Network.check), 3)
+        if here.device == "cuda":
+            yield Case("one of 6.7e7 weights in a CUDA graph", part, partial(run, Network.replay), 2)
+
+
+def timed(
+    here: Here, part: str, name: str, shapes: list[tuple[int, ...]], keep: float, replicas: int, *rivals: str
 ) -> dict[str, Any]:
+    """Beside torch's fused optimizer in the ways that are named, else in all."""
     network = Network(here, part, shapes, keep, replicas)
-    params, theirs = network.torchs()
-    for step in range(1, 4):
-        for t in network.steps:
-            t.fill_(step)
-        network.ours()
-        theirs["torch fused, both masked"]()
-    for i, (w, right, m) in enumerate(zip(network.w, params, network.masks, strict=True)):
-        must_be_zero(w, ~m, f"pruned weights of tensor {i}")
-        if not (w - right).norm() <= 3e-7 * right.norm():
-            raise Wrong(f"tensor {i} is not torch's after 3 steps: {float((w - right).norm()):.1e}")
+    wrong = judged(network.check)
+    _, theirs = network.torchs()
+    raced = {"triton": network.ours} | {r: theirs[r] for r in rivals or theirs}
     least = floor(network.w, network.bits, 2 if part == "adam" else 1)
-    timed = rows(here, name, least, "ieee", "triton", {"triton": network.ours} | theirs)
-    figures = {}
-    if part == "adam" and name.startswith("one of") and keep == 0.2 and here.anchors:
-        ours = median(timed, "triton", "cold")
-        figures["share of copy bandwidth"] = ratio(least["bytes"] / here.anchors["copy_bytes_per_s"], ours)
-        figures["times torch's fused Adam and masks"] = ratio(
-            median(timed, "torch fused, both masked", "cold"), ours
-        )
-    return {"times": timed, "figures": figures}
+    return {"times": rows(here, name, least, "ieee", "triton", raced)} | wrong
 
 
-def benchmarks(part: str, here: Here) -> Iterator[Case]:
-    big, lenet = here.pick(((16, 16), [(5, 9), (5,)]), ((8192, 8192), []), ((8192, 8192), LENET))
+def targets(here: Here) -> Iterator[Case]:
+    name, theirs = "one of 6.7e7 weights, 20% kept", "torch fused, both masked"
 
-    def case(name: str, *args: Any) -> Case:
-        name = f"{name}, {args[1]:.0%} kept"
-        return Case(name, part, partial(benchmark, here, part, name, *args))
+    def figures() -> dict[str, Any]:
+        found = timed(here, "adam", name, big(here), 0.2, 1, theirs)
+        ours = median(found["times"], "triton", "cold")
+        found["figures"] = {
+            "share of copy bandwidth": ratio(here.copying(found["times"][0]["bytes"]), ours),
+            "times torch's fused Adam and masks": ratio(median(found["times"], theirs, "cold"), ours),
+        }
+        return found
 
-    yield case("one of 6.7e7 weights", [big], 0.2)
-    if here.size != "quick":
-        yield case("one of 6.7e7 weights", [big], 1.0)
-        yield case("one of 6.7e7 weights", [big], 0.02)
-        yield case("LeNet-300-100", lenet, 0.2)
-        yield case("LeNet-300-100, R20", lenet, 0.2, here.pick(2, 0, 20))
+    yield Case(name, "adam", figures, 6)
+
+
+# Other times
+
+
+def benchmarks(here: Here) -> Iterator[Case]:
+    lenet = here.pick([(5, 9), (5,)], LENET)
+    for part in ("adam", "sgd"):
+
+        def case(name: str, *args: Any, part: str = part) -> Case:
+            name = f"{name}, {args[1]:.0%} kept"
+            return Case(name, part, partial(timed, here, part, name, *args), 5)
+
+        for keep in (0.2, 1.0, 0.02):
+            yield case("one of 6.7e7 weights", big(here), keep, 1)
+        yield case("LeNet-300-100", lenet, 0.2, 1)
+        yield case("LeNet-300-100, R20", lenet, 0.2, here.pick(2, 20))
