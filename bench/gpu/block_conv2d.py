@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.common import Case, Here
+from gpu.common import Case, Here, judged
 from gpu.timing import median, ratio, rows
 from oracle import (
     DTYPES,
@@ -83,7 +83,7 @@ LARGE = [
     square(32, 256, 28, 256, block=128, kept=0.1),
     square(16, 520, 7, 264, 3, 2, block=32),
 ]
-# 10 % of the blocks; the first is the target, and what --quick times
+# 10 % of the blocks
 TARGET = square(256, 256, 14, 256, block=64, kept=0.1)
 LAYERS = [
     TARGET,
@@ -285,25 +285,41 @@ def vast(here: Here, part: str, s: Setup) -> None:
             raise Wrong(f"error {float(error):.1e} in the first and last image")
 
 
-def large(part: str, here: Here) -> Iterator[Case]:
+def large(here: Here) -> Iterator[Case]:
     huge = [square(700, 64, 224, 16, block=16, kept=0.2), square(700, 16, 224, 64, block=16)]
-    for s in here.pick([square(9, 20, 6, 18, block=16)], [], huge):
-        yield Case(f"{s}: beyond 2^31", part, partial(vast, here, part, s))
+    for s in here.pick([square(9, 20, 6, 18, block=16)], huge):
+        yield Case(f"{s}: beyond 2^31", "bf16", partial(vast, here, "bf16", s), 10)
 
 
-# Benchmarks
+# At the sizes of the targets
 
 
-def chosen(here: Here, part: str) -> list[Setup]:
-    few = {"bf16": len(LAYERS), "fp16": 1, "tf32": 2, "ieee": 1}[part]
-    return here.pick([TINY[1]], LAYERS[:1], LAYERS[:few])  # type: ignore[no-any-return]
+def smoke(here: Here) -> Iterator[Case]:
+    s = here.pick(TINY[1], TARGET)
+
+    def check() -> dict[str, float]:
+        p = problem(here, "bf16", s)
+        return accuracy(p, "bf16", ours(p))
+
+    def graph() -> None:
+        p = problem(here, "bf16", s)
+        eager, kept = ours(p), dict[str, Tensor]()
+        replay = graphed(lambda: kept.update(ours(p)), 1).replay
+        for t in kept.values():
+            t.fill_(NAN)
+        replay()
+        must_repeat(kept, eager, "a CUDA graph")
+
+    yield Case(str(s), "bf16", check, 4)
+    if here.device == "cuda":
+        yield Case(f"{s} in a CUDA graph", "bf16", graph, 2)
 
 
-def benchmark(here: Here, part: str, s: Setup) -> dict[str, Any]:
-    """Dense, in two layouts, compiled in the better one; no block and no sparsity changes those."""
+def timed(here: Here, part: str, s: Setup, compiled: bool = False) -> dict[str, Any]:
+    """Dense, in two layouts, or compiled in the better one; no block and no sparsity changes those."""
     with precision(part):
         p = problem(here, part, s)
-        accuracy(p, part, ours(p))
+        wrong = judged(lambda: accuracy(p, part, ours(p)))
         x, bias, where = p.x, p.bias, p.where
         turned = p.kept.contiguous(memory_format=torch.channels_last)
         flat, plain = x.contiguous(), p.kept.contiguous()
@@ -312,23 +328,37 @@ def benchmark(here: Here, part: str, s: Setup) -> dict[str, Any]:
             "cuDNN channels-last": lambda: F.conv2d(x, turned, bias, *where),
             "cuDNN contiguous": lambda: F.conv2d(flat, plain, bias, *where),
         }
-        if here.device == "cuda" and s in LAYERS[:1] + LAYERS[4:]:
+        if compiled and here.device == "cuda":
             torch.compiler.reset()
             rivals["channels-last compiled"] = torch.compile(
                 lambda: F.conv2d(x, turned, bias, *where), dynamic=False
             )
         before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
         try:
-            timed = rows(here, str(s), floor(x, p.weight, *where), part, "triton", rivals)
+            found = rows(here, str(s), floor(x, p.weight, *where), part, "triton", rivals)
         finally:
             torch.backends.cudnn.benchmark = before
-    figures = {}
-    if s == TARGET and part == "bf16":
-        dense = [t for name in rivals if name != "triton" and (t := median(timed, name, "graph"))]
-        figures["times the best dense"] = ratio(min(dense, default=None), median(timed, "triton", "graph"))
-    return {"times": timed, "figures": figures}
+    dense = [t for name in rivals if name != "triton" and (t := median(found, name, "cold"))]
+    best = ratio(min(dense, default=None), median(found, "triton", "cold"))
+    return {"times": found, "best dense": best} | wrong
 
 
-def benchmarks(part: str, here: Here) -> Iterator[Case]:
-    for s in chosen(here, part):
-        yield Case(str(s), part, partial(benchmark, here, part, s))
+def targets(here: Here) -> Iterator[Case]:
+    s = here.pick(TINY[1], TARGET)
+
+    def figure() -> dict[str, Any]:
+        found = timed(here, "bf16", s)
+        return found | {"figures": {"times the best dense": found.pop("best dense")}}
+
+    yield Case(str(s), "bf16", figure, 6)
+
+
+# Other times
+
+
+def benchmarks(here: Here) -> Iterator[Case]:
+    few = {"bf16": len(LAYERS), "fp16": 1, "tf32": 2, "ieee": 1}
+    for part, count in few.items():
+        for s in here.pick([TINY[1]], LAYERS[:count]):
+            compiled = s in LAYERS[:1] + LAYERS[4:]
+            yield Case(str(s), part, partial(timed, here, part, s, compiled), 15.0 if compiled else 5.0)
