@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu.common import Case, Here
+from gpu.common import Case, Here, judged
 from gpu.timing import median, ratio, rows
 from oracle import (
     INF,
@@ -339,12 +339,12 @@ def vast(here: Here, replicas: int, side: int) -> None:
             raise Wrong(f"rows {places[i]}, columns {places[j]}: off by {float(error):.1e}")
 
 
-def large(part: str, here: Here) -> Iterator[Case]:
-    yield Case("beyond 2^31 weights in a replica", part, partial(vast, here, 1, 46_404))
-    yield Case("replicas beyond 2^31 weights", part, partial(vast, here, 3, 32_772))
+def large(here: Here) -> Iterator[Case]:
+    yield Case("beyond 2^31 weights in a replica", "sgd", partial(vast, here, 1, 46_404), 10)
+    yield Case("replicas beyond 2^31 weights", "sgd", partial(vast, here, 3, 32_772), 10)
 
 
-# Benchmarks
+# At the sizes of the targets
 
 
 class Network:
@@ -440,48 +440,85 @@ class Network:
             least.update(floor(w, dy.shape[2], bits, bias))
         return dict(least)
 
-
-def benchmark(
-    here: Here, part: str, name: str, shapes: list[tuple[int, int]], keep: float, replicas: int
-) -> dict[str, Any]:
-    with precision("tf32" if part == "tf32" else "ieee"):
-        network = Network(here, shapes, here.pick(7, BATCH, BATCH), keep, replicas)
-        ours, many, (theirs, usual) = network.ours(), network.many(), network.torchs()
+    def check(self, part: str) -> None:
+        """Three steps beside torch's."""
+        ours, (theirs, usual) = self.ours(), self.torchs()
         for step in range(1, 4):
-            network.step.fill_(step)
+            self.step.fill_(step)
             ours()
             usual()
-        must_be_zero(network.w, ~network.live, "pruned weights")
-        error = float((network.w - theirs).norm() / theirs.norm())
+        must_be_zero(self.w, ~self.live, "pruned weights")
+        error = float((self.w - theirs).norm() / theirs.norm())
         if not error <= (1e-3 if part == "tf32" else 1e-5):
             raise Wrong(f"after 3 steps the weights are not torch's: {error:.1e}")
-        least = network.floor()
-        rivals = {
-            "triton": ours,
-            "bmm, then masked_adam_many": many,
-            "bmm, masked, torch's fused Adam": usual,
-            "bmm alone": network.products(),
-        }
-        timed = rows(here, name, least, "tf32" if part == "tf32" else "ieee", "triton", rivals)
-    figures = {}
-    if part == "adam" and name.startswith("LeNet-300-100, R100, 100%") and here.anchors:
-        mine = median(timed, "triton", "graph")
-        figures["share of copy bandwidth"] = ratio(least["bytes"] / here.anchors["copy_bytes_per_s"], mine)
-    return {"times": timed, "figures": figures}
+
+    def replay(self, part: str) -> None:
+        """A CUDA graph gives the bits of a plain step."""
+        ours, state = self.ours(), {"w": self.w, "a": self.a, "b": self.b}
+        start = {name: t.clone() for name, t in state.items()}
+        graph = graphed(ours, 1)
+
+        def again(call: Any) -> dict[str, Tensor]:
+            for name, t in state.items():
+                t.copy_(start[name])
+            call()
+            return {name: t.clone() for name, t in state.items()}
+
+        must_repeat(again(graph.replay), again(ours), "a CUDA graph")
 
 
-def benchmarks(part: str, here: Here) -> Iterator[Case]:
-    shapes = here.pick([(9, 20), (5, 9)], LENET, LENET)
+FIRST = 100, 1.0  # replicas and the share kept that the target is about
 
-    def case(replicas: int, keep: float) -> Case:
-        name = f"LeNet-300-100, R{replicas}, {keep:.0%} kept, a step of Adam"
-        few = here.pick(2, replicas, replicas)
-        return Case(name, part, partial(benchmark, here, part, name, shapes, keep, few))
 
-    if part == "sgd":  # the kernel of Adam with fewer bytes
-        return
-    yield case(100, 1.0)
-    if here.size != "quick" and part == "adam":
-        yield case(100, 0.2)
-        yield case(15, 1.0)
-        yield case(1, 1.0)
+def network(here: Here, replicas: int, keep: float) -> Network:
+    shapes = here.pick([(9, 20), (5, 9)], LENET)
+    return Network(here, shapes, here.pick(7, BATCH), keep, here.pick(2, replicas))
+
+
+def titled(replicas: int, keep: float) -> str:
+    return f"LeNet-300-100, R{replicas}, {keep:.0%} kept, a step of Adam"
+
+
+def smoke(here: Here) -> Iterator[Case]:
+    def run(part: str, check: Any) -> None:
+        with precision(part):
+            check(network(here, *FIRST), part)
+
+    for part in ("ieee", "tf32"):
+        yield Case(titled(*FIRST), part, partial(run, part, Network.check), 3)
+        if here.device == "cuda":
+            yield Case(f"{titled(*FIRST)}, in a CUDA graph", part, partial(run, part, Network.replay), 2)
+
+
+def timed(here: Here, part: str, replicas: int, keep: float, rivals: bool) -> dict[str, Any]:
+    """A step of all layers; beside products and an update one after the other."""
+    with precision(part):
+        load = network(here, replicas, keep)
+        wrong = judged(load.check, part)
+        raced = {"triton": load.ours()}
+        if rivals:
+            raced |= {
+                "bmm, then masked_adam_many": load.many(),
+                "bmm, masked, torch's fused Adam": load.torchs()[1],
+                "bmm alone": load.products(),
+            }
+        return {"times": rows(here, titled(replicas, keep), load.floor(), part, "triton", raced)} | wrong
+
+
+def targets(here: Here) -> Iterator[Case]:
+    def figure() -> dict[str, Any]:
+        found = timed(here, "ieee", *FIRST, rivals=False)
+        copied = here.copying(found["times"][0]["bytes"])
+        share = ratio(copied, median(found["times"], "triton", "cold"))
+        return found | {"figures": {"share of copy bandwidth": share}}
+
+    yield Case(titled(*FIRST), "ieee", figure, 4)
+
+
+# Other times
+
+
+def benchmarks(here: Here) -> Iterator[Case]:
+    for part, workloads in {"ieee": [FIRST, (100, 0.2), (15, 1.0), (1, 1.0)], "tf32": [FIRST]}.items():
+        for workload in workloads:
+            yield Case(titled(*workload), part, partial(timed, here, part, *workload, rivals=True), 4)
