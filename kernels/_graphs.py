@@ -21,7 +21,7 @@ WARM_UP = 2  # calls that compile and allocate before a capture
 @lru_cache(maxsize=8)
 def side(device: int) -> torch.cuda.Stream:
     """The stream of all warm-ups and captures: libraries keep a workspace for every stream they meet."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device)
 
 
 def warm_up(call: Call, times: int = WARM_UP) -> None:

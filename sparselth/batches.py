@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 import torch
@@ -111,7 +111,10 @@ class Batches:
         self.split = [data.split(replica.seed)[0] for replica in replicas]
         self.epoch = -1
         self.order = torch.empty(0)
-        self.gather = Gather(data, len(replicas), batch)
+
+    @cached_property
+    def gather(self) -> Gather:
+        return Gather(self.data, len(self.replicas), self.batch)
 
     def index(self, step: int) -> Tensor:
         """Image indices of the batches of a step, [R * B]."""

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sparselth.kernels import masked_conv2d, masked_linear  # noqa: F401  they register the ops
+from sparselth.kernels import masked_conv2d, masked_linear, replica_parts  # noqa: F401  ops register
 from sparselth.models import AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, ReLU
 
 EPS, MOMENTUM = 1e-5, 0.1  # of batch norms, as torch has them
@@ -74,6 +74,10 @@ class Network:
     With `bits`, the packed masks of the weights by name ([R, N, ceil(K / 8)]), `linear` and `conv` say
     what those layers go through: "torch", "triton", or "auto" for a convolution that measures. A fully
     connected layer in `updates` calls that with its dy and x instead of writing gradients.
+
+    With `parts`, biases that torch's products would copy first are added where they cost nothing, through
+    kernels/replica_parts.py: by the ReLU, and that of the last layer, in training, by the loss: `forward`
+    then returns the logits without `late`, their bias [R, classes].
     """
 
     def __init__(
@@ -87,8 +91,11 @@ class Network:
         conv: str = "torch",
         updates: Mapping[str, Update] | None = None,
         active: Tensor | None = None,
+        parts: bool = False,
     ) -> None:
         replicas = flat.shape[0]
+        self.late: Tensor | None = None
+        left: Tensor | None = None  # the bias that the layer before did not add
         weight, updates = views(model, flat), updates or {}
         slope = views(model, grad) if grad is not None else {}
         training = grad is not None or bool(updates)
@@ -99,7 +106,8 @@ class Network:
         ):
             match layer:
                 case ReLU():
-                    self.layers.append(DenseReLU())
+                    self.layers.append(DenseReLU() if left is None else BiasReLU(left))
+                    left = None
                     continue
                 case AvgPool():
                     self.layers.append(DenseMean())
@@ -129,7 +137,13 @@ class Network:
                 if bits is not None and linear != "torch":
                     self.layers.append(MaskedLinear(place, bits[name], linear))
                 else:
-                    self.layers.append(DenseLinear(place))
+                    is_last = i + 1 == len(model.layers)
+                    leaves = parts and (training if is_last else isinstance(model.layers[i + 1], ReLU))
+                    self.layers.append(DenseLinear(place, adds_bias=not leaves))
+                    if leaves and is_last:
+                        self.late = place.bias[:, :, 0]
+                    elif leaves:
+                        left = place.bias[:, :, 0]
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.view(self.input_shape)
@@ -165,10 +179,10 @@ class Place:
 
 
 class DenseLinear:
-    """y = W x + b; dW = dy x^T, db = sum dy, dx = W^T dy."""
+    """y = W x + b; dW = dy x^T, db = sum dy, dx = W^T dy. Where somebody else adds the bias, y = W x."""
 
-    def __init__(self, place: Place) -> None:
-        self.place, self.y = place, place.out
+    def __init__(self, place: Place, adds_bias: bool = True) -> None:
+        self.place, self.y, self.adds_bias = place, place.out, adds_bias
         self.weight, self.bias = place.weight, place.bias
         self.shape = (self.y.shape[0], prod(place.before), self.y.shape[-1])
         if place.wants_dx:
@@ -176,6 +190,8 @@ class DenseLinear:
 
     def forward(self, x: Tensor) -> Tensor:
         self.x = x.reshape(self.shape)
+        if not self.adds_bias:
+            return torch.bmm(self.weight, self.x, out=self.y)
         return torch.baddbmm(self.bias, self.weight, self.x, out=self.y)
 
     def backward(self, dy: Tensor) -> Tensor:
@@ -415,6 +431,18 @@ class DenseReLU:
     def backward(self, dy: Tensor) -> Tensor:
         dy = dy.view(self.y.shape)
         return _relu_backward(dy, self.y, 0, grad_input=dy)  # type: ignore[no-any-return]
+
+
+class BiasReLU(DenseReLU):
+    """max(x + bias, 0), in place: the products before it left the bias [R, N] out."""
+
+    def __init__(self, bias: Tensor) -> None:
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.y = x
+        replica_parts.bias_relu(x, self.bias, kernels="triton")
+        return x
 
 
 def cross_entropy_grad(logits: Tensor, labels: Tensor) -> Tensor:

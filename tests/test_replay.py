@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -14,10 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparselth import pruning
 from sparselth.batches import Batches, Event, Orders, Resident
 from sparselth.config import Recipe, Replica
+from sparselth.dispatch import choose
 from sparselth.kernels._triton import INTERPRET
 from sparselth.models import AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, ReLU, get_model
 from sparselth.nn import init_weights
@@ -222,6 +225,70 @@ def test_host_memory_that_a_stream_reads_is_in_one_place() -> None:
     files = [*(root / "sparselth").rglob("*.py"), *(root / "kernels").glob("*.py")]
     found = {f.name for f in files for word in ("pin_memory", "non_blocking") if word in f.read_text()}
     assert found == {"batches.py"}
+
+
+class Launches(TorchDispatchMode):
+    """What a step launches: torch's kernels by their operator, ours by their name, in the interpreter."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime import interpreter
+
+        super().__init__()
+        self.found, self.ours, grid = Counter[str](), False, interpreter.GridExecutor
+        plain = grid.__call__
+
+        def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            self.found[executor.fn.__name__] += 1
+            self.ours = True
+            try:
+                return plain(executor, *args, **kwargs)
+            finally:
+                self.ours = False
+
+        monkeypatch.setattr(grid, "__call__", launch)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        views = any(t.alias_info is not None and not t.alias_info.is_write for t in func._schema.returns)
+        if not self.ours and not views and "empty" not in str(func):
+            self.found[str(func)] += 1
+            if "baddbmm" in str(func) and args[0].data_ptr() != kwargs.get("out", args[0]).data_ptr():
+                self.found["a bias that is copied first"] += 1
+        return func(*args, **kwargs)
+
+
+@interpreted
+@pytest.mark.parametrize("recipe", [ADAM, SGD], ids=["adam", "sgd"])
+def test_a_step_of_cuda_is_fifteen_launches_and_right(
+    recipe: Recipe, few: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default paths of CUDA, in the interpreter: 3 products forward, 2 back, 3 updates, 7 small ones."""
+    model = replace(SMALL, name="three", layers=(Linear(20), ReLU(), Linear(12), ReLU(), Linear(10)))
+    recipe = replace(recipe, steps=3, eval_every=3, batch_size=5)
+    found, right = ([job(model, recipe, seed, keep) for seed, keep in ((0, 1.0), (1, 0.3))] for _ in range(2))
+    fit(model, few, right, recipe, kernels="reference")
+    states = [one.state for one in found]
+    tensors = [torch.cat(rows) for rows in zip(*([s.weights, *s.moments] for s in states), strict=True)]
+    masks, who = torch.stack([one.mask for one in found]), [one.who for one in found]
+    paths = choose("auto", "cuda")
+    replay = Replay(model, few, who, tensors[0], tensors[1:], masks, recipe, [0, 0], paths)
+    replay.advance(0, 2, lambda: False)
+    with Launches(monkeypatch) as launches:
+        replay._step()
+    assert launches.found == {
+        "_begin_kernel": 1,
+        "_gather_kernel": 1,
+        "aten.bmm.out": 5,
+        "_bias_relu_kernel": 2,
+        "_cross_entropy_grad_kernel": 1,
+        "aten.threshold_backward.grad_input": 2,
+        "_kernel": 3,  # of linear_grad_update
+    }
+    expected = zip(*([o.state.weights, *o.state.moments] for o in right), strict=True)
+    for ours, theirs in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(ours, torch.cat(theirs), rtol=1e-4, atol=1e-6)
+    losses = [one.state.evaluations[-1]["validation_loss"] for one in right]
+    assert replay.measure()[0] == pytest.approx(losses, rel=1e-5)
 
 
 def test_replicas_see_their_own_images_and_rates(digits: Resident) -> None:

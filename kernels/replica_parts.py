@@ -1,0 +1,372 @@
+r"""What a step of R replicas is besides its products and updates, one launch each on CUDA.
+
+    begin_step           lr[r] = rates[clock], count[r] = clock + 1 - starts[r], place = clock % steps;
+                         then clock += 1
+    gather               x[r, b, k] = images[i, k] * scale[k] + shift[k],  y[r, b] = labels[i]
+                         with i = order[r, place, b]
+    bias_relu            y[r, n, b] = max(y[r, n, b] + bias[r, n], 0), in place
+    cross_entropy_grad   dlogits[r, :, b] = (softmax(logits[r, :, b] + bias[r]) - onehot(labels[r, b])) / B
+
+| name            | shape                      | dtype |       Floor in bytes, each read or written once:
+| clock, place    | [1]                        | int64 |       gather              B K + 4 B K a replica
+| rates           | [steps of the training]    | fp64  |       bias_relu           8 a number
+| lr              | [R]                        | fp64  |       cross_entropy_grad  8 a logit
+| count, starts   | [R]                        | fp32  |
+| images          | [n, K]                     | uint8 |
+| labels          | [n], of a batch [R, B]     | int64 |
+| order           | [R, steps, B]              | int64 |
+| x               | [R, B, K]                  | fp32  |
+| y, logits       | [R, N, B], [R, classes, B] | fp32  |       y with N in a row: a view of [R, B, N]
+| bias            | [R, N], any way apart      | fp32  |
+
+For one replica on a CPU the same maths is in step_parts. What a replica computes does not depend on the
+others: its programs know R only to find their own. Rounding: product and sum of a gather round once; exp and
+the quotients are Triton's, within 4 ulp of torch's. NaN and infinity go where they go in torch. A label that
+no class has takes nothing off; behind the last rate there is NaN.
+
+Account for R = 100 of LeNet-300-100, batch 60, on an H100 (3.0 TB/s copied; an H200 4.3), all from DRAM:
+gather 4.7 + 18.8 MB, expected 8 us (H200: 6); bias_relu of 300 and 100 columns 14.4 and 4.8 MB, which the 50
+MB of L2 hold, expected 4 and 2 us; begin_step and cross_entropy_grad (4.8 MB) expected 2 us each, which is
+what a launch takes. A program of gather is a row: 64 threads with 16 bytes of the image each, 40 registers,
+so 24 programs an SM and 19 KB of images in flight; its three loads in turn (place, order, image) hide behind
+other rows. No loops. Goal: together at most a tenth of the step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparselth.kernels._triton import HAS_TRITON, Aot, tl, triton
+from sparselth.kernels.bitmask import use_triton
+
+LANES = 128  # replicas of a round of begin_step
+PIXELS = 1024  # of a program of gather; 16 to a thread
+BLOCK = 1024  # numbers of a program of bias_relu
+ROWS = 64  # images of a program of cross_entropy_grad
+
+
+def floor(name: str, numel: int) -> dict[str, int]:
+    """Bytes and FLOPs of an op on `numel` floats: those of x for gather, of y or logits else."""
+    bytes_, flops = {"gather": (5, 2), "bias_relu": (8, 2), "cross_entropy_grad": (8, 20)}[name]
+    return {"bytes": bytes_ * numel, "flops": flops * numel}
+
+
+def reference_begin_step(
+    clock: Tensor, rates: Tensor, starts: Tensor, lr: Tensor, count: Tensor, place: Tensor, steps: int
+) -> None:
+    torch.index_select(rates, 0, clock.expand(len(lr)), out=lr)
+    torch.sub(clock + 1, starts, out=count)
+    torch.remainder(clock, steps, out=place)
+    clock += 1
+
+
+def reference_gather(
+    images: Tensor, labels: Tensor, scale: Tensor, shift: Tensor, order: Tensor, place: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(x, y) of any floating dtype that scale and shift have."""
+    index = order.index_select(1, place).squeeze(1)
+    return torch.addcmul(shift, images[index].to(scale.dtype), scale), labels[index]
+
+
+def reference_bias_relu(y: Tensor, bias: Tensor) -> Tensor:
+    return torch.relu(y + bias[:, :, None])
+
+
+def reference_cross_entropy_grad(logits: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
+    """Gradient of the mean cross-entropy of every replica."""
+    grad = torch.softmax(logits if bias is None else logits + bias[:, :, None], 1)
+    grad.scatter_add_(1, labels[:, None], grad.new_full((1,), -1.0).expand(labels[:, None].shape))
+    return grad.div_(logits.shape[2])
+
+
+@triton.jit
+def _begin_kernel(
+    clock_ptr,
+    rates_ptr,
+    starts_ptr,
+    lr_ptr,
+    count_ptr,
+    place_ptr,
+    R,
+    last,
+    steps,
+    LANES: tl.constexpr,
+):
+    """One program of one warp: nobody reads the clock when it moves on."""
+    clock = tl.load(clock_ptr)
+    rate = tl.load(rates_ptr + clock, mask=clock <= last, other=float("nan"))
+    done = (clock + 1).to(tl.float32)
+    for i in range(0, R, LANES):
+        offs = i + tl.arange(0, LANES)
+        inside = offs < R
+        tl.store(lr_ptr + offs, tl.zeros((LANES,), tl.float64) + rate, mask=inside)
+        tl.store(count_ptr + offs, done - tl.load(starts_ptr + offs, mask=inside, other=0.0), mask=inside)
+    tl.store(place_ptr, clock % steps)
+    tl.store(clock_ptr, clock + 1)
+
+
+@triton.jit
+def _gather_kernel(
+    images_ptr,
+    labels_ptr,
+    scale_ptr,
+    shift_ptr,
+    order_ptr,
+    place_ptr,
+    x_ptr,
+    y_ptr,
+    B,
+    K,
+    steps,
+    PIXELS: tl.constexpr,
+):
+    """Some pixels of one image of one replica."""
+    row = tl.program_id(0).to(tl.int64)  # r * B + b
+    first = tl.program_id(1) * PIXELS
+    place = tl.load(place_ptr)
+    image = tl.load(order_ptr + ((row // B) * steps + place) * B + row % B)
+    if first == 0:
+        tl.store(y_ptr + row, tl.load(labels_ptr + image))
+    offs = first + tl.arange(0, PIXELS)
+    inside = offs < K
+    pixels = tl.load(images_ptr + image * K + offs, mask=inside, other=0).to(tl.float32)
+    scale = tl.load(scale_ptr + offs, mask=inside, other=0.0)
+    shift = tl.load(shift_ptr + offs, mask=inside, other=0.0)
+    tl.store(x_ptr + row * K + offs, tl.fma(pixels, scale, shift), mask=inside)
+
+
+@triton.jit
+def _bias_relu_kernel(
+    y_ptr,
+    bias_ptr,
+    N,
+    size,
+    stride_bias,
+    BLOCK: tl.constexpr,
+):
+    """Some of the `size` = B N numbers of one replica."""
+    chunks = tl.cdiv(size, BLOCK)
+    r = (tl.program_id(0) // chunks).to(tl.int64)
+    offs = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < size
+    y_ptr += r * size
+    y = tl.load(y_ptr + offs, mask=inside, other=0.0)
+    y += tl.load(bias_ptr + r * stride_bias + offs % N, mask=inside, other=0.0)
+    tl.store(y_ptr + offs, tl.where(y <= 0.0, 0.0, y), mask=inside)  # NaN stays
+
+
+@triton.jit
+def _cross_entropy_grad_kernel(
+    logits_ptr,
+    bias_ptr,
+    labels_ptr,
+    dlogits_ptr,
+    B,
+    C,
+    stride_r,
+    stride_c,
+    stride_b,
+    stride_dr,
+    stride_dc,
+    stride_db,
+    stride_bias,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    """Some images of one replica, all classes."""
+    chunks = tl.cdiv(B, ROWS)
+    r = (tl.program_id(0) // chunks).to(tl.int64)
+    offs_b = (tl.program_id(0) % chunks) * ROWS + tl.arange(0, ROWS)
+    offs_c = tl.arange(0, CLASSES)
+    in_b, in_c = offs_b < B, offs_c < C
+    inside = in_b[:, None] & in_c[None, :]
+    offs = offs_b.to(tl.int64)[:, None] * stride_b + offs_c.to(tl.int64)[None, :] * stride_c
+    logits = tl.load(logits_ptr + r * stride_r + offs, mask=inside, other=float("-inf"))
+    if HAS_BIAS:
+        logits += tl.load(bias_ptr + r * stride_bias + offs_c, mask=in_c, other=0.0)[None, :]
+    most = tl.max(logits, axis=1)
+    powers = tl.exp(logits - tl.where(in_b, most, 0.0)[:, None])
+    total = tl.where(in_b, tl.sum(powers, axis=1), 1.0)
+    labels = tl.load(labels_ptr + r * B + offs_b, mask=in_b, other=-1)
+    hit = tl.where(labels[:, None] == offs_c[None, :], 1.0, 0.0)
+    grad = tl.div_rn(powers, total[:, None] + tl.zeros_like(powers)) - hit
+    offs = offs_b.to(tl.int64)[:, None] * stride_db + offs_c.to(tl.int64)[None, :] * stride_dc
+    tl.store(dlogits_ptr + r * stride_dr + offs, grad / B, mask=inside)
+
+
+@torch.no_grad()
+def begin_step(
+    clock: Tensor,
+    rates: Tensor,
+    starts: Tensor,
+    lr: Tensor,
+    count: Tensor,
+    place: Tensor,
+    steps: int,
+    kernels: str = "auto",
+) -> None:
+    """Write what changes from step to step for `clock`, whose epochs have `steps` steps, and move it on."""
+    r = len(lr)
+    _check("clock", clock, torch.int64, (1,))
+    _check("place", place, torch.int64, (1,))
+    _check("rates", rates, torch.float64, (rates.numel(),))
+    _check("starts", starts, torch.float32, (r,))
+    _check("lr", lr, torch.float64, (r,))
+    _check("count", count, torch.float32, (r,))
+    if not use_triton(kernels, clock):
+        reference_begin_step(clock, rates, starts, lr, count, place, steps)
+        return
+    with torch.cuda.device_of(clock):
+        _begin_kernel[(1,)](
+            *(clock, rates, starts, lr, count, place, r, len(rates) - 1, steps),
+            LANES=LANES,
+            num_warps=1,
+            num_stages=1,
+        )
+
+
+@torch.no_grad()
+def gather(
+    images: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    order: Tensor,
+    place: Tensor,
+    x: Tensor,
+    y: Tensor,
+    kernels: str = "auto",
+) -> None:
+    """Fill x [R, B, K] and y [R, B] with the images order[:, place]. Numbers in `order` are not checked."""
+    (r, steps, b), k = order.shape, images.shape[1]
+    _check("images", images, torch.uint8, (len(images), k))
+    _check("labels", labels, torch.int64, (len(images),))
+    _check("scale", scale, torch.float32, (k,))
+    _check("shift", shift, torch.float32, (k,))
+    _check("order", order, torch.int64, (r, steps, b))
+    _check("place", place, torch.int64, (1,))
+    _check("x", x, torch.float32, (r, b, k))
+    _check("y", y, torch.int64, (r, b))
+    if not use_triton(kernels, images):
+        found = reference_gather(images, labels, scale, shift, order, place)
+        x.copy_(found[0])
+        y.copy_(found[1])
+        return
+    with torch.cuda.device_of(images):
+        _gather_kernel[r * b, triton.cdiv(k, PIXELS)](
+            *(images, labels, scale, shift, order, place, x, y, b, k, steps),
+            PIXELS=PIXELS,
+            num_warps=PIXELS // 512,
+            num_stages=1,
+        )
+
+
+@torch.no_grad()
+def bias_relu(y: Tensor, bias: Tensor, kernels: str = "auto") -> None:
+    """max(y + bias, 0) in place, for y [R, N, B] that is a view of [R, B, N] in a row."""
+    r, n, b = y.shape
+    _check("y, transposed,", y.mT, torch.float32, (r, b, n))
+    if b * n >= 2**31:
+        raise ValueError(f"expected less than 2^31 numbers a replica, got {list(y.shape)}")
+    _check_bias(bias, r, n)
+    if not use_triton(kernels, y):
+        y.copy_(reference_bias_relu(y, bias))
+        return
+    with torch.cuda.device_of(y):
+        _bias_relu_kernel[(r * triton.cdiv(b * n, BLOCK),)](
+            *(y, bias, n, b * n, bias.stride(0)), BLOCK=BLOCK, num_warps=4, num_stages=1
+        )
+
+
+@torch.no_grad()
+def cross_entropy_grad(
+    logits: Tensor, labels: Tensor, bias: Tensor | None = None, kernels: str = "auto"
+) -> Tensor:
+    """Gradient of the mean cross-entropy of `logits` [R, classes, B], or of logits + bias, laid out alike."""
+    r, c, b = logits.shape
+    _check("labels", labels, torch.int64, (r, b))
+    if logits.dtype != torch.float32:
+        raise ValueError(f"expected logits as fp32, got {logits.dtype}")
+    if bias is not None:
+        _check_bias(bias, r, c)
+    if not use_triton(kernels, logits):
+        return reference_cross_entropy_grad(logits, labels, bias)
+    dlogits = torch.empty_like(logits)
+    with torch.cuda.device_of(logits):
+        _cross_entropy_grad_kernel[(r * triton.cdiv(b, ROWS),)](
+            *(logits, bias, labels, dlogits, b, c, *logits.stride(), *dlogits.stride()),
+            0 if bias is None else bias.stride(0),
+            HAS_BIAS=bias is not None,
+            ROWS=ROWS,
+            CLASSES=triton.next_power_of_2(c),
+            num_warps=4,
+            num_stages=1,
+        )
+    return dlogits
+
+
+def _check(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if t.dtype != dtype or t.shape != shape or not t.is_contiguous():
+        raise ValueError(
+            f"expected {name} as contiguous {dtype} {list(shape)}, got {t.dtype} {list(t.shape)}, "
+            f"strides {list(t.stride())}"
+        )
+
+
+def _check_bias(bias: Tensor, r: int, n: int) -> None:
+    if bias.dtype != torch.float32 or bias.shape != (r, n) or (n > 1 and bias.stride(1) != 1):
+        raise ValueError(
+            f"expected the bias as fp32 [{r}, {n}], a replica's in a row, got {bias.dtype} "
+            f"{list(bias.shape)}, strides {list(bias.stride())}"
+        )
+
+
+def _aot(
+    kernel: object, types: str, constants: dict[str, object], warps: int, registers: int, narrow: int
+) -> Aot:
+    """`types`: the Triton types of the arguments that are no constants, in turn; integers are multiples of 16
+    where marked with a dot."""
+    names = [name for name in kernel.arg_names if name not in constants]  # type: ignore[attr-defined]
+    signature = dict(zip(names, types.replace(".", "").split(), strict=True))
+    aligned = tuple(
+        name for name, kind in zip(names, types.split(), strict=True) if kind[0] == "*" or kind[-1] == "."
+    )
+    return Aot(
+        kernel=kernel,
+        signature=signature,
+        constants=constants,
+        aligned=aligned,
+        num_warps=warps,
+        num_stages=1,
+        max_registers=registers,
+        narrow=narrow,
+    )
+
+
+# Narrow are scalars, places, labels, biases, and all of begin_step and of ten logits in a row.
+AOT = (
+    [
+        _aot(_begin_kernel, "*i64 *fp64 *fp32 *fp64 *fp32 *i64 i32 i32 i32", {"LANES": LANES}, 1, 40, 30),
+        _aot(
+            _gather_kernel,
+            "*u8 *i64 *fp32 *fp32 *i64 *i64 *fp32 *i64 i32 i32. i32",
+            {"PIXELS": PIXELS},
+            2,
+            80,
+            8,
+        ),
+        _aot(_bias_relu_kernel, "*fp32 *fp32 i32 i32. i32", {"BLOCK": BLOCK}, 4, 48, 8),
+        _aot(
+            _cross_entropy_grad_kernel,
+            "*fp32 *fp32 *i64 *fp32 i32 i32 i32 i32 i32 i32 i32",
+            {"stride_c": 1, "stride_dc": 1, "HAS_BIAS": True, "ROWS": ROWS, "CLASSES": 16},
+            4,
+            64,
+            40,
+        ),
+    ]
+    if HAS_TRITON
+    else []
+)
