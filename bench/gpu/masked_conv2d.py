@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.common import Case, Here
+from gpu.common import Case, Here, judged
 from gpu.timing import rows
 from oracle import (
     DTYPES,
@@ -75,7 +75,7 @@ LARGE = [
     Setup(1, 8, 256, (14, 14), 256, (1, 1), keep="rows"),
     Setup(1, 16, 64, (33, 31), 130, (3, 3), padding=(1, 1), keep="channels"),
 ]
-LAYERS = [  # what is timed; --quick takes the first
+LAYERS = [  # what is timed
     Setup(1, 60, 64, (32, 32), 64, (3, 3), padding=(1, 1), keep=0.1),  # Conv-4, second
     Setup(1, 60, 256, (14, 14), 256, (3, 3), padding=(1, 1), keep=0.1),
     Setup(1, 60, 256, (14, 14), 256, (3, 3), padding=(1, 1), keep="channels"),
@@ -306,19 +306,45 @@ def refused(here: Here, part: str) -> None:
     raise Wrong("2^31 numbers in x[r] were not refused")
 
 
-def large(part: str, here: Here) -> Iterator[Case]:
-    yield Case("replicas 2^31 apart", part, partial(apart, here, part))
-    yield Case("beyond 2^31 numbers in y", part, partial(vast, here, part))
-    yield Case("beyond 2^31 numbers in a replica", part, partial(refused, here, part))
+def large(here: Here) -> Iterator[Case]:
+    yield Case("replicas 2^31 apart", "bf16", partial(apart, here, "bf16"), 5)
+    yield Case("beyond 2^31 numbers in y", "bf16", partial(vast, here, "bf16"), 15)
+    yield Case("beyond 2^31 numbers in a replica", "bf16", partial(refused, here, "bf16"))
 
 
-# Benchmarks
+# At the sizes of layers
+
+
+def verify(p: Problem, part: str) -> dict[str, float]:
+    found = ours(p)
+    return compare(found, formula(p, torch.double), formula(p, DTYPES[part]), part, terms(p))
+
+
+def smoke(here: Here) -> Iterator[Case]:
+    def run(part: str, s: Setup, graph: bool) -> Any:
+        with precision(part):
+            p = problem(here, part, s)
+            if not graph:
+                return verify(p, part)
+            eager, kept = ours(p), dict[str, Tensor]()
+            replay = graphed(lambda: kept.update(ours(p)), 1).replay
+            for t in kept.values():
+                t.fill_(NAN)
+            replay()
+            return must_repeat(kept, eager, "a CUDA graph")
+
+    for part in ("bf16", "tf32"):
+        s = here.pick(TINY[1], LAYERS[1])
+        yield Case(str(s), part, partial(run, part, s, False), 4)
+        if here.device == "cuda":
+            yield Case(f"{s} in a CUDA graph", part, partial(run, part, s, True), 2)
+
+
+# Times
 
 
 def chosen(here: Here, part: str) -> list[Setup]:
-    if here.size == "full":
-        return LAYERS if part in ("bf16", "ieee") else LAYERS[:2]
-    return here.pick([TINY[1]], LAYERS[:1] if part == "bf16" else [], None)
+    return here.pick([TINY[1]], LAYERS if part in ("bf16", "ieee") else LAYERS[:2])  # type: ignore[no-any-return]
 
 
 def benchmark(here: Here, part: str, s: Setup, which: str) -> dict[str, Any]:
@@ -361,18 +387,18 @@ def benchmark(here: Here, part: str, s: Setup, which: str) -> dict[str, Any]:
 
             rivals[f"cuDNN {name}, {kind}"] = vendor
     with precision(part):
-        right, torchs = formula(p, torch.double)[which], formula(p, DTYPES[part])[which]
-        compare({which: run[which]()}, {which: right}, {which: torchs}, part, terms(p))
+        wrong = judged(verify, p, part)
         before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
         try:
             least = floor(p.x, p.w, p.mask, *p.rest)
             timed = rows(here, f"{which} {s}", least, part, "triton", rivals)
         finally:
             torch.backends.cudnn.benchmark = before
-    return {"times": timed, "figures": {}}
+    return {"times": timed} | wrong
 
 
-def benchmarks(part: str, here: Here) -> Iterator[Case]:
-    for s in chosen(here, part):
-        for which in NAMES[:3]:
-            yield Case(f"{which} {s}", part, partial(benchmark, here, part, s, which))
+def benchmarks(here: Here) -> Iterator[Case]:
+    for part in ("bf16", "fp16", "tf32", "ieee"):
+        for s in chosen(here, part):
+            for which in NAMES[:3]:
+                yield Case(f"{which} {s}", part, partial(benchmark, here, part, s, which), 5)
