@@ -34,7 +34,7 @@ def test_a_rehearsal_in_the_interpreter(environment: dict[str, str], tmp_path: P
     flags += [word for stage in ("smoke", "targets", "large") for word in ("--stage", stage)]
     done = command(environment, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\n\d+ passed, 0 failed, in ", done.stdout)
+    assert re.search(r"\n\d+ passed, \d+ skipped, 0 failed, in ", done.stdout)
     (file,) = tmp_path.glob("*-rehearsal-smoke-targets-large-bitmask.json")
     data = json.loads(file.read_text())
     assert {c["stage"] for c in data["checks"]} <= {"smoke", "targets", "large"}
@@ -247,6 +247,7 @@ def test_the_order_of_a_visit(tmp_path: Path) -> None:
     assert "  and " in screen
     assert re.search(r"  benchmarks: masked_linear \(\d of 9\)", screen)
     assert max(map(len, lines)) <= 130
+    assert re.fullmatch(r"\d+ passed, 2 skipped, 62 failed, in 47\d s of 480", lines[-1])
     tables = (tmp_path / "nvidia-h200.txt").read_text()
     assert re.search(r"  +w +40\.0 +30\.0 +35\.0 +20\.0 +2\.00x floor", tables)
     assert not list(tmp_path.glob("*.part"))

@@ -29,8 +29,10 @@ class Target:
 def screen(data: dict[str, Any], goals: list[Target]) -> str:
     """The device in two lines, targets, failures, and what was cut: at most SCREEN characters."""
     wrong, cut = verdict(data), cuts(data)
-    passed = sum(c["ok"] and "skipped" not in c for c in data["checks"])
-    last = f"{passed} passed, {len(wrong)} failed, in {data['seconds']:.0f} s of {data['budget_s']:.0f}"
+    skipped = sum("skipped" in c for c in data["checks"])
+    passed = len(data["checks"]) - len(wrong) - skipped
+    last = f"{passed} passed, {skipped} skipped, {len(wrong)} failed"
+    last += f", in {data['seconds']:.0f} s of {data['budget_s']:.0f}"
     blocks = [[device(data)], targets(data, goals), cut, [last]]
     room = SCREEN - sum(len("\n".join(lines)) + 2 for lines in blocks)
     blocks.insert(2, fitting(["failures", *(f"  {line}" for line in wrong)], room) if wrong else [])
