@@ -49,6 +49,7 @@ class Aot:
     num_warps: int
     num_stages: int
     max_registers: int
+    maxnreg: int | None = None  # as the launcher has it on sm_90
     narrow: int = 0  # global loads and stores of less than 16 bytes that are meant
     waiting: int = 0  # loads in a loop that wait for another load of the same turn, and are meant to
 

@@ -82,6 +82,7 @@ def build(aot: Any, capability: int) -> tuple[dict[str, Any], bytes]:
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aot.aligned}
     source = ASTSource(fn=aot.kernel, signature=signature, constexprs=aot.constants, attrs=attrs)
     options = {"num_warps": aot.num_warps, "num_stages": aot.num_stages}
+    options |= {"maxnreg": aot.maxnreg} if capability >= 90 else {}
     said = StringIO()
     with redirect_stdout(said):
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -4,96 +4,159 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from oracle import DEVICE, DTYPES, NAN, compare, layed, must_repeat, pick, poisoned, same_bits, surrounded
 from sparselth.kernels import slot_linear as module
 from sparselth.kernels.slot_linear import Slots, floor, slot_linear
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
-RTOL = {torch.float16: 1e-3, torch.bfloat16: 8e-3}  # 3 times torch's own
-NAN = float("nan")
+PARTS = "bf16", "fp16"
 KERNELS = "triton", "reference"
+EIGHT = [0, 1, 8, 9, 16, 17, 24, 25]  # columns of a thread's eight
+LAYOUTS = ("contiguous", "transposed", "sliced", "off the grid")
+Shape = tuple[int, int, int]  # B, N, K
+TINY: list[Shape] = [(1, 1, 1), (17, 130, 70), (3, 7, 600), (33, 20, 47), (17, 20, 70), (3, 130, 580)]
+DEVICE_SHAPES: list[Shape] = [
+    *[(b, 300, 784) for b in (1, 15, 16, 31, 32, 33, 64, 100, 128, 129, 300)],
+    *[(32, 128, 64), (32, 1000, 65536), (16, 4000, 40), (64, 257, 513)],
+    *[(16, 4096, 4096), (32, 8192, 8192), (128, 4096, 11008)],
+]
 
 
-def randn(g: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=g).to(DEVICE, dtype)
+class Problem(NamedTuple):
+    x: Tensor
+    w: Tensor  # NaN where pruned
+    keep: Tensor
+    bias: Tensor
 
 
-def expected(x: Tensor, w: Tensor, keep: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
-    y = x.double() @ torch.where(keep, w, 0).double().t()
-    y = y if bias is None else y + bias.double()
-    return y.relu() if relu else y
-
-
-def assert_close(found: Tensor, right: Tensor, size: Tensor | None = None) -> None:
-    assert found.shape == right.shape
-    error, size = (found.double() - right).norm(), (right if size is None else size).norm()
-    assert error <= RTOL[found.dtype] * size, f"{error:.1e} of {size:.1e}"
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.int16), b.contiguous().view(torch.int16))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poison() -> Iterator[None]:
-    """What a launcher allocates is full of NaN."""
-    new_empty, empty = Tensor.new_empty, torch.empty
-
-    def filled(t: Tensor) -> Tensor:
-        return t.fill_(NAN) if t.is_floating_point() and t.device.type != "meta" else t
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tensor, "new_empty", lambda *args, **kwargs: filled(new_empty(*args, **kwargs)))
-        patch.setattr(torch, "empty", lambda *args, **kwargs: filled(empty(*args, **kwargs)))
-        yield
-
-
-@pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("dtype", RTOL, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (17, 130, 70), (3, 7, 600), (33, 20, 47)], ids=lambda s: "B{}-N{}-K{}".format(*s)
-)
-def test_product_is_the_formula(shape: tuple[int, int, int], dtype: torch.dtype, kernels: str) -> None:
+def problem(part: str, shape: Shape, density: float, seed: int = 0) -> Problem:
+    """With an empty and a full row, where there are so many."""
     b, n, k = shape
-    g = torch.Generator().manual_seed(0)
-    x, w, bias = (randn(g, dtype, *s) for s in ((b, k), (n, k), (n,)))
-    keep = torch.rand(n, k, generator=g) < 0.3
-    keep[0], keep[-1] = False, True  # an empty row and a full one
-    keep = keep.to(DEVICE)
-    slots = Slots.from_dense(torch.where(keep, w, NAN), keep)
-    for given_bias, relu in ((bias, True), (None, False)):
-        found = slot_linear(slots, x, given_bias, relu, kernels)
-        assert found.dtype == dtype
-        assert_close(found, expected(x, w, keep, given_bias, relu))
+    g = torch.Generator(DEVICE).manual_seed(seed)
+    keep = torch.rand(n, k, generator=g, device=DEVICE) < density
+    if n > 2 and 0 < density < 1:
+        keep[0], keep[-1] = False, True
+    x, w, bias = (torch.randn(s, generator=g, device=DEVICE).to(DTYPES[part]) for s in ((b, k), (n, k), (n,)))
+    return Problem(x, w.masked_fill_(~keep, NAN), keep, bias)
 
 
+def formula(p: Problem, dtype: torch.dtype, relu: bool = False) -> dict[str, Tensor]:
+    y = F.linear(p.x.to(dtype), torch.where(p.keep, p.w, 0).to(dtype), p.bias.to(dtype))
+    return {"y": y.relu() if relu else y}
+
+
+def guarded(slots: Slots) -> Slots:
+    """The same with NaN, and indices that lead nowhere, around its arrays."""
+
+    def around(t: Tensor) -> Tensor:
+        if t.dtype.is_floating_point or t.dtype == torch.uint8:
+            return surrounded(t)
+        bits = t.view(torch.int16 if t.itemsize == 2 else torch.int32)
+        wide = bits.new_full((bits.numel() + 512,), 0x5555)
+        wide[256:-256] = bits.flatten()
+        return wide[256:-256].view(t.dtype).view(t.shape)
+
+    return Slots(slots.shape, *map(around, slots.tensors()))
+
+
+def check(part: str, shape: Shape, density: float = 0.2, layout: str = "contiguous", seed: int = 0) -> None:
+    """y against float64, twice; NaN in pruned weights, around all operands and in all that is allocated."""
+    p = problem(part, shape, density, seed)
+    slots = Slots.from_dense(p.w, p.keep)
+    assert same_bits(slots.to_dense(), torch.where(p.keep, p.w, 0))
+    relu = seed % 2 == 1
+    absolute = formula(Problem(p.x.abs(), p.w.abs(), p.keep, p.bias.abs()), torch.double)
+    right, torchs = formula(p, torch.double, relu), formula(p, DTYPES[part], relu)
+    spread = layed(p.x, layout)
+
+    def ours(slots: Slots, x: Tensor) -> dict[str, Tensor]:
+        return {"y": slot_linear(slots, x, p.bias, relu, kernels="triton")}
+
+    with poisoned():
+        found = ours(guarded(slots), spread)
+        compare(found, right, torchs, part, {"y": shape[2]}, absolute)
+        must_repeat(ours(guarded(slots), spread), found)
+    if layout != "contiguous":
+        must_repeat(ours(slots, p.x), found, "another layout")
+
+
+def said(shape: Shape) -> str:
+    return "B{} N{} K{}".format(*shape)
+
+
+# The kernel
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("shape", pick(TINY, TINY + DEVICE_SHAPES), ids=said)
+def test_product_is_the_formula(shape: Shape, part: str) -> None:
+    check(part, shape, 0.3 if shape[2] < 700 else 0.2)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("batch", pick((18,), (18, 40, 64, 128)))
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_layouts(layout: str, batch: int, part: str) -> None:
+    check(part, (batch, 12, 70), layout=layout)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("density", [0.02, 0.5, 1.0])
+def test_densities(density: float, part: str) -> None:
+    check(part, pick((9, 17, 60), (40, 300, 1000)), density)
+
+
+MOST = pick((34, 40, 130), (300, 600, 3000))
+
+
+@settings(max_examples=pick(CASES, 120))
+@given(
+    st.tuples(*(st.integers(1, most) for most in MOST)),
+    st.sampled_from(PARTS),
+    st.floats(0, 1).map(lambda share: share**2),
+    st.sampled_from(LAYOUTS),
+    st.integers(0, 10**6),
+)
+def test_any_product(shape: Shape, part: str, density: float, layout: str, seed: int) -> None:
+    check(part, shape, density, layout, seed)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("shape", TINY[:4], ids=said)
+def test_torch_computes_the_same(shape: Shape, part: str) -> None:
+    p = problem(part, shape, 0.3)
+    for bias, relu in ((p.bias, True), (None, False)):
+        beside = p._replace(bias=torch.zeros_like(p.bias) if bias is None else bias)
+        found = {"y": slot_linear(Slots.from_dense(p.w, p.keep), p.x, bias, relu, "reference")}
+        right, torchs = formula(beside, torch.double, relu), formula(beside, DTYPES[part], relu)
+        compare(found, right, torchs, part, {"y": shape[2]})
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "features-major"])
 @pytest.mark.parametrize("columns", [tile.columns for tile in module.TILES])
-def test_every_tile(columns: int) -> None:
-    b, n, k = columns - 1, 10, 580
-    g = torch.Generator().manual_seed(0)
-    x, w = randn(g, torch.bfloat16, b, k), randn(g, torch.bfloat16, n, k)
-    keep = (torch.rand(n, k, generator=g) < 0.2).to(DEVICE)
-    tile, parts, units = module._cut(n, k, b)
+def test_every_tile(columns: int, rows: bool) -> None:
+    """Two parts, the first with several rounds of the residual."""
+    shape = columns - 1, 20, 580
+    tile, parts, units = module._cut(*shape[1:], shape[0])
     assert (tile.columns, parts, units) == (columns, 2, 1)
-    slots = Slots.from_dense(w, keep)
-    assert len(slots.residual) > module.ENTRIES
-    assert_close(slot_linear(slots, x, kernels="triton"), expected(x, w, keep, None))
+    p = problem("bf16", shape, 0.3)
+    lengths = Slots.from_dense(p.w, p.keep).starts.diff()
+    assert int(lengths.max()) > 3 * tile.entries
+    check("bf16", shape, 0.3, "contiguous" if rows else "transposed")
 
 
 def test_a_batch_beyond_the_largest_tile() -> None:
-    g = torch.Generator().manual_seed(0)
-    x, w = randn(g, torch.float16, 130, 20), randn(g, torch.float16, 5, 20)
-    keep = (torch.rand(5, 20, generator=g) < 0.5).to(DEVICE)
-    y = slot_linear(Slots.from_dense(w, keep), x, kernels="triton")
-    assert_close(y, expected(x, w, keep, None))
+    check("fp16", (130, 5, 20), 0.5)
 
 
 def test_parts_fill_a_device_and_cover_all_of_k() -> None:
@@ -106,53 +169,97 @@ def test_parts_fill_a_device_and_cover_all_of_k() -> None:
     assert module._cut(8192, 8192, 32)[1] == 4
 
 
+@pytest.mark.parametrize(
+    ("b", "n", "k"), [(65_536, 40, 70), (2**24, 8, 8), (3, 2**24, 8), (129, 300, 65_536)]
+)
+def test_no_grid_is_beyond_a_devices_limits(b: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    grids: list[tuple[int, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    for name in ("_slot_kernel", "_finish_kernel"):
+        monkeypatch.setattr(module, name, Recorder())
+    blocks, chunks = -(-n // module.ROWS), -(-k // module.COLUMNS)
+    half = torch.empty(1, dtype=torch.float16, device="meta")
+    values, places = (
+        half.new_empty(blocks, chunks, 256, 8),
+        half.new_empty(blocks, chunks, 256, dtype=torch.int32),
+    )
+    slots = Slots((n, k), values, places, half, half, half, half)
+    module.launch(slots, half.new_empty(b, k), None, False)
+    assert len(grids) == 2
+    for grid in grids:
+        assert grid[0] < 2**31
+        assert all(axis <= 65_535 for axis in grid[1:]), grid
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("kept", [0, 1])
-def test_empty_and_full_masks(kept: int, kernels: str) -> None:
-    g = torch.Generator().manual_seed(0)
-    x, w, bias = (randn(g, torch.float16, *s) for s in ((9, 21), (17, 21), (17,)))
-    keep = torch.full((17, 21), bool(kept), device=DEVICE)
-    slots = Slots.from_dense(torch.where(keep, w, NAN), keep)
-    y = slot_linear(slots, x, bias, kernels=kernels)
-    assert_close(y, expected(x, w, keep, bias))
-    if not kept:
-        assert not len(slots.residual)
-        assert torch.equal(y, bias.expand_as(y))
-
-
-def test_every_pair_of_places_decodes_alone() -> None:
-    """A row for each choice of up to two of eight places, in each group of a thread's columns."""
-    choices = [c for size in (0, 1, 2) for c in itertools.combinations(range(8), size)]
-    groups = [[32 * u + 2 * q + c for c in (0, 1, 8, 9, 16, 17, 24, 25)] for u in (0, 1) for q in range(4)]
-    w = torch.zeros(len(choices), 64, dtype=torch.float16, device=DEVICE)
-    for row, choice in enumerate(choices):
-        for number, group in enumerate(groups):
-            for place in choice:
-                w[row, group[place]] = 1 + 8 * number + place
-    slots = Slots.from_dense(w)
+def test_without_weights_y_is_the_bias(kernels: str) -> None:
+    p = problem("fp16", (9, 17, 21), 0.0)
+    slots = Slots.from_dense(p.w, p.keep)
     assert not len(slots.residual)
-    identity = torch.eye(64, dtype=torch.float16, device=DEVICE)
+    with poisoned():
+        y = slot_linear(slots, p.x, p.bias, kernels=kernels)
+    assert torch.equal(y, p.bias.expand_as(y))
+
+
+def test_every_choice_of_places_decodes_alone() -> None:
+    """A product with the identity is the weights: each choice of up to three of an eight's places, in either
+    eight and beside each number of weights in the other, in each of a chunk's groups of 16."""
+    picked = [c for size in range(5) for c in itertools.combinations(range(8), size)]
+    beside = [(), (3,), (1, 6), (0, 5, 7), (1, 2, 3, 6)]
+    choices = [(*pair, u) for pair in itertools.product(picked, beside) for u in (0, 1)]
+    w = torch.zeros(len(choices), 64, dtype=torch.float16)
+    for row, (mine, others, u) in enumerate(choices):
+        for q in range(4):
+            for half, places in ((u, mine), (1 - u, others)):
+                for place in places:
+                    w[row, 32 * half + 2 * q + EIGHT[place]] = 1 + (16 * q + 8 * half + place + row) % 200
+    w = w.to(DEVICE)
+    slots, identity = Slots.from_dense(w), torch.eye(64, dtype=torch.float16, device=DEVICE)
     assert torch.equal(slot_linear(slots, identity, kernels="triton").t(), w)
-    three = w[-1:].clone()
-    three[0, groups[5][0]] = 1
-    assert len(Slots.from_dense(three).residual) == module.PADDED
-    assert torch.equal(slot_linear(Slots.from_dense(three), identity, kernels="triton").t(), three)
+    flipped = w.flip(0)  # the rows of the residual, too
+    assert torch.equal(slot_linear(Slots.from_dense(flipped), identity, kernels="triton").t(), flipped)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "left"),
+    [
+        (0, 0, 0),
+        (3, 1, 0),
+        (1, 3, 0),
+        (2, 2, 0),
+        (3, 0, 0),
+        (4, 0, 1),
+        (0, 4, 1),
+        (3, 2, 1),
+        (2, 3, 1),
+        (8, 8, 12),
+    ],
+)
+def test_16_weights_share_four_slots(first: int, second: int, left: int) -> None:
+    w = torch.zeros(1, 64, dtype=torch.float16)
+    w[0, EIGHT[:first]] = 1.0
+    w[0, [32 + c for c in EIGHT[:second]]] = 2.0
+    slots = Slots.from_dense(w.to(DEVICE))
+    assert int((slots.residual != 0).sum()) == left
+    assert int((slots.values != 0).sum()) == first + second - left
+    assert torch.equal(slots.to_dense().cpu(), w)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("layout", ["features-major", "sliced"])
-def test_strides_do_not_matter(layout: str, kernels: str) -> None:
-    g = torch.Generator().manual_seed(0)
-    x, w, wide = (randn(g, torch.bfloat16, *s) for s in ((18, 70), (12, 70), (18, 143)))
-    slots = Slots.from_dense(w, torch.rand(12, 70, generator=g).to(DEVICE) < 0.5)
-    wide[:, 3::2] = x
-    spread = x.t().contiguous().t() if layout == "features-major" else wide[:, 3::2]
-    bias = randn(g, torch.bfloat16, 24)
-    found = slot_linear(slots, spread, bias[::2], kernels=kernels)
-    right = slot_linear(slots, x, bias[::2].contiguous(), kernels=kernels)
-    if kernels == "triton":
-        assert same_bits(found, right)
-    assert_close(found, right.double())
+def test_strides_of_the_bias_do_not_matter(kernels: str) -> None:
+    p = problem("bf16", (18, 12, 70), 0.5)
+    slots, wide = Slots.from_dense(p.w, p.keep), torch.full((24,), NAN, dtype=torch.bfloat16, device=DEVICE)
+    wide[::2] = p.bias
+    found = slot_linear(slots, p.x, wide[::2], kernels=kernels)
+    assert same_bits(found, slot_linear(slots, p.x, p.bias, kernels=kernels))
+
+
+# The format
 
 
 shapes = st.tuples(st.integers(1, 140), st.integers(1, 140)) | st.sampled_from(
@@ -161,11 +268,11 @@ shapes = st.tuples(st.integers(1, 140), st.integers(1, 140)) | st.sampled_from(
 
 
 @settings(max_examples=4 * CASES)
-@given(shapes, st.sampled_from(list(RTOL)), st.floats(0, 1), st.integers(0, 10**6))
+@given(shapes, st.sampled_from(PARTS), st.floats(0, 1), st.integers(0, 10**6))
 def test_any_mask_comes_back_bit_for_bit(
-    shape: tuple[int, int], dtype: torch.dtype, density: float, seed: int
+    shape: tuple[int, int], part: str, density: float, seed: int
 ) -> None:
-    n, k = shape
+    (n, k), dtype = shape, DTYPES[part]
     g = torch.Generator().manual_seed(seed)
     bits = torch.randint(-(2**15), 2**15, (n, k), generator=g, dtype=torch.int16).to(DEVICE)
     w = bits.view(dtype)  # NaN, infinities, zeros of both signs and all the rest
@@ -181,32 +288,11 @@ def test_any_mask_comes_back_bit_for_bit(
         assert int(slots.rows.max()) < 128
 
 
-@settings(max_examples=CASES)
-@given(
-    st.tuples(st.integers(1, 34), st.integers(1, 34), st.integers(1, 130)),
-    st.sampled_from(list(RTOL)),
-    st.floats(0, 1),
-    st.booleans(),
-    st.integers(0, 10**6),
-)
-def test_any_product(
-    shape: tuple[int, int, int], dtype: torch.dtype, density: float, rows: bool, seed: int
-) -> None:
-    b, n, k = shape
-    g = torch.Generator().manual_seed(seed)
-    x, w, bias = (randn(g, dtype, *s) for s in ((b, k), (n, k), (n,)))
-    keep = (torch.rand(n, k, generator=g) < density).to(DEVICE)
-    slots = Slots.from_dense(torch.where(keep, w, NAN), keep)
-    size = expected(x.abs(), w.abs(), keep, bias.abs())
-    spread = x if rows else x.t().contiguous().t()
-    assert_close(slot_linear(slots, spread, bias, kernels="triton"), expected(x, w, keep, bias), size)
-
-
 def test_bytes_of_a_random_mask() -> None:
-    """At 90 % sparsity slots and residual take about a third of dense; the residual is 5.4 % of the kept."""
+    """At 90 % sparsity slots and residual are less than a third of dense, the residual 1.6 % of the kept."""
     g = torch.Generator().manual_seed(0)
     w = torch.randn(1024, 1024, generator=g).bfloat16()
-    for sparsity, most, left in ((0.8, 0.41, 0.17), (0.9, 0.335, 0.054), (0.95, 0.325, 0.015)):
+    for sparsity, most, left in ((0.8, 0.38, 0.1055), (0.9, 0.325, 0.01575), (0.95, 0.32, 0.0018)):
         keep = torch.rand(1024, 1024, generator=g) >= sparsity
         slots = Slots.from_dense(w, keep)
         assert 0.3125 < slots.bytes() / (2 * w.numel()) < most
@@ -220,10 +306,9 @@ def test_without_a_mask_zeros_are_pruned() -> None:
 
 
 def test_what_is_not_finite_in_a_row_of_x_stays_in_its_row_of_y() -> None:
-    g = torch.Generator().manual_seed(0)
-    x, w = randn(g, torch.float16, 5, 70), randn(g, torch.float16, 9, 70)
-    x[3, 11] = NAN
-    y = slot_linear(Slots.from_dense(w), x, relu=True, kernels="triton")
+    p = problem("fp16", (5, 9, 70), 1.0)
+    p.x[3, 11] = NAN
+    y = slot_linear(Slots.from_dense(p.w), p.x, relu=True, kernels="triton")
     assert y[3].isnan().all()
     assert y[[0, 1, 2, 4]].isfinite().all()
 
@@ -290,5 +375,6 @@ else:
 """
 
 
+@pytest.mark.host
 def test_opcheck(without_interpreter: Callable[[str], str]) -> None:
     without_interpreter(OPCHECK)
