@@ -1,9 +1,7 @@
-"""slot_linear: against float64, every pair of places; dense products, cuSPARSE and 2:4 as rivals."""
+"""slot_linear at its target's shape and beyond 2^31; dense products, cuSPARSE and 2:4 as rivals."""
 
 from __future__ import annotations
 
-import itertools
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,33 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.common import Case, Here
-from gpu.timing import median, ratio, rows
-from oracle import (
-    DTYPES,
-    NAN,
-    Wrong,
-    compare,
-    graphed,
-    layed,
-    must_repeat,
-    need_memory,
-    poisoned,
-    surrounded,
-)
+from gpu.common import Case, Here, judged
+from gpu.timing import Copies, Run, median, ratio, rows
+from oracle import DTYPES, NAN, Wrong, compare, graphed, must_repeat, need_memory
 from sparselth.kernels.slot_linear import Slots, floor, slot_linear
 from sparselth.kernels.two_four_linear import TwoFour, two_four_linear
 
-Shape = tuple[int, int, int]  # B, N, K
-LAYOUTS = ("contiguous", "transposed", "sliced", "off the grid")
-TINY: list[Shape] = [(1, 1, 1), (17, 20, 70), (3, 130, 580)]
-SMALL: list[Shape] = TINY + [
-    *[(b, 300, 784) for b in (1, 15, 16, 31, 32, 33, 64, 100, 128, 129, 300)],
-    *[(32, 128, 64), (32, 1000, 65536), (16, 4000, 40), (64, 257, 513)],
-]
-LARGE: list[Shape] = [(16, 4096, 4096), (32, 8192, 8192), (128, 4096, 11008)]
-TARGET = 8192, 0.9  # size and sparsity that the targets are about
-WORKLOADS: dict[str, list[tuple[int, float, int]]] = {  # size, sparsity, batch; --quick times two
+TARGET = 8192, 0.9  # size and sparsity that the target is about
+WORKLOADS: dict[str, list[tuple[int, float, int]]] = {  # size, sparsity, batch
     "bf16": [(*TARGET, 32), (*TARGET, 64)]
     + [
         (size, sparsity, batch)
@@ -54,150 +33,39 @@ WORKLOADS: dict[str, list[tuple[int, float, int]]] = {  # size, sparsity, batch;
 
 class Problem(NamedTuple):
     x: Tensor
-    w: Tensor  # NaN where pruned
-    keep: Tensor
+    w: Tensor  # 0 where pruned
     bias: Tensor
 
 
-def problem(here: Here, part: str, shape: Shape, density: float, seed: int = 0) -> Problem:
-    """With an empty and a full row, where there are so many."""
-    b, n, k = shape
-    g = here.generator(seed)
+def problem(here: Here, part: str, shape: tuple[int, int, int], density: float) -> Problem:
+    """Of shape B, N, K."""
+    (b, n, k), g = shape, here.generator(0)
+    keep = torch.rand(n, k, generator=g, device=here.device) < density
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=g, device=here.device).to(DTYPES[part])
 
-    keep = torch.rand(n, k, generator=g, device=here.device) < density
-    if n > 2 and 0 < density < 1:
-        keep[0], keep[-1] = False, True
-    return Problem(normal(b, k), normal(n, k).masked_fill_(~keep, NAN), keep, normal(n))
+    return Problem(normal(b, k), normal(n, k).mul_(keep), normal(n))
 
 
-def formula(p: Problem, dtype: torch.dtype, relu: bool = False) -> dict[str, Tensor]:
-    y = F.linear(p.x.to(dtype), torch.where(p.keep, p.w, 0).to(dtype), p.bias.to(dtype))
-    return {"y": y.relu() if relu else y}
+def formula(p: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {"y": F.linear(p.x.to(dtype), p.w.to(dtype), p.bias.to(dtype))}
 
 
-def ours(slots: Slots, p: Problem, relu: bool = False) -> dict[str, Tensor]:
-    return {"y": slot_linear(slots, p.x, p.bias, relu, kernels="triton")}
-
-
-def guarded(slots: Slots) -> Slots:
-    """The same with NaN, and indices that lead nowhere, around its arrays."""
-
-    def around(t: Tensor) -> Tensor:
-        if t.dtype.is_floating_point or t.dtype == torch.uint8:
-            return surrounded(t)
-        bits = t.view(torch.int16 if t.itemsize == 2 else torch.int32)
-        wide = bits.new_full((bits.numel() + 512,), 0x5555)
-        wide[256:-256] = bits.flatten()
-        return wide[256:-256].view(t.dtype).view(t.shape)
-
-    return Slots(slots.shape, *map(around, slots.tensors()))
-
-
-def check(
-    here: Here, part: str, shape: Shape, density: float = 0.2, layout: str = "contiguous", seed: int = 0
-) -> dict[str, float]:
-    """y against float64, twice; NaN in pruned weights, around all operands and in all that is allocated."""
-    p = problem(here, part, shape, density, seed)
-    slots = Slots.from_dense(p.w, p.keep)
-    if not torch.equal(slots.to_dense(), torch.where(p.keep, p.w, 0)):
-        raise Wrong("the weights in slots are not those that were put there")
-    relu = seed % 2 == 1
-    absolute = formula(Problem(p.x.abs(), p.w.abs(), p.keep, p.bias.abs()), torch.double)
-    right, torchs = formula(p, torch.double, relu), formula(p, DTYPES[part], relu)
-    spread = p._replace(x=layed(p.x, layout))
-    with poisoned():
-        found = ours(guarded(slots), spread, relu)
-        errors = compare(found, right, torchs, part, {"y": shape[2]}, absolute)
-        must_repeat(ours(guarded(slots), spread, relu), found)
-    must_repeat(ours(slots, p, relu), found, "another layout")
-    return errors
-
-
-def every_place(here: Here, part: str) -> None:
-    """A product with the identity is the weights: each choice of up to three of every 8 places."""
-    choices = [c for size in (0, 1, 2, 3) for c in itertools.combinations(range(8), size)]
-    places = (0, 1, 8, 9, 16, 17, 24, 25)
-    w = torch.zeros(len(choices), 512, dtype=DTYPES[part], device=here.device)
-    for row, choice in enumerate(choices):
-        for first in range(0, 512, 32):
-            for q in range(4):
-                for at in choice:
-                    w[row, first + 2 * q + places[at]] = 1 + (row + 3 * first + 5 * q + at) % 200
-    for kept in (w, w.flip(0)):  # the rows of the residual, too
-        slots, identity = Slots.from_dense(kept), torch.eye(512, dtype=w.dtype, device=w.device)
-        found = slot_linear(slots, identity, kernels="triton").t()
-        if not torch.equal(found, kept):
-            wrong = (found != kept).nonzero()
-            raise Wrong(f"{len(wrong)} of {w.numel()} differ, first at n, k = {wrong[0].tolist()}")
-
-
-def no_weights(here: Here, part: str) -> None:
-    p = problem(here, part, (17, 20, 30), 0.0)
-    with poisoned():
-        found = ours(Slots.from_dense(p.w, p.keep), p)["y"]
-    if not torch.equal(found, p.bias.expand_as(found)):
-        raise Wrong("y is not the bias")
-
-
-def replayed(here: Here, part: str) -> None:
-    p = problem(here, part, (33, 300, 784), 0.1)
-    slots = Slots.from_dense(p.w, p.keep)
-    eager = ours(slots, p)
-    kept: dict[str, Tensor] = {}
-    graph = graphed(lambda: kept.update(ours(slots, p)), 1)
-    kept["y"].fill_(NAN)
-    graph.replay()
-    must_repeat(kept, eager, "a CUDA graph")
-
-
-def checks(part: str, here: Here) -> Iterator[Case]:
-    draw = random.Random(0)
-
-    def case(name: str, run: Any, *args: Any, **kwargs: Any) -> Case:
-        return Case(name, part, partial(run, here, part, *args, **kwargs))
-
-    if here.size != "tiny":  # the interpreter has its own decoding
-        yield case("every choice of places", every_place)
-    for shape in here.pick(TINY, SMALL + LARGE[:1], SMALL + LARGE):
-        yield case(said(shape), check, shape)
-    for layout in LAYOUTS[1:]:
-        for batch in here.pick((18,), (18, 40, 128), (18, 40, 64, 128)):
-            yield case(f"{said((batch, 12, 70))}, {layout}", check, (batch, 12, 70), layout=layout)
-    for density in (0.02, 0.5, 1.0):
-        shape = here.pick((9, 17, 60), (40, 300, 1000), (40, 300, 1000))
-        yield case(f"{said(shape)}, {density:.0%} kept", check, shape, density)
-    yield case("no weights", no_weights)
-    for i in range(here.pick(2, 12, 60)):
-        most = here.pick((17, 40, 200), (300, 600, 3000), (300, 600, 3000))
-        shape = draw.randint(1, most[0]), draw.randint(1, most[1]), draw.randint(1, most[2])
-        density, layout = draw.random() ** 2, draw.choice(LAYOUTS)
-        name = f"random {i}: {said(shape)}, {density:.0%} kept, {layout}"
-        yield case(name, check, shape, density, layout, seed=i)
-    if here.size != "tiny":
-        yield case("in a CUDA graph", replayed)
-
-
-def said(shape: Shape) -> str:
-    return "B{} N{} K{}".format(*shape)
-
-
-# Offsets beyond 2^31
+# Offsets beyond 2^31, grids beyond 65,535
 
 
 def many_weights(here: Here, part: str) -> None:
     """More than 2^31 pairs of slots; the first and the last block of rows against float64."""
     need_memory(20)
-    blocks, k, b = here.pick((3, 128, 5), (0, 0, 0), (2**11 + 8, 2**16, 16))
+    blocks, k, b = here.pick((3, 128, 5), (2**11 + 8, 2**16, 16))
     g, chunks = here.generator(0), k // 64
     values = torch.empty(blocks, chunks, 256, 8, dtype=DTYPES[part], device=here.device)
     values.uniform_(-1, 1, generator=g)
-    codes = torch.tensor(  # four pairs of places, never the same one twice
-        [sum((p << 3 | (p + i + 1) % 8) << 8 * i for i in range(4)) for p in range(8)], device=here.device
-    )
-    places = codes.int()[torch.randint(0, 8, (chunks, 256), generator=g, device=here.device)]
+    # of each of a thread's four eights two bits: both of byte i, or one of byte i and one of the next
+    codes = torch.tensor([0xFF << 8 * i for i in range(4)] + [0x5555 << 8 * i for i in range(3)])
+    places = codes.to(torch.int32).to(here.device)
+    places = places[torch.randint(0, 7, (chunks, 256), generator=g, device=here.device)]
     places = places.expand(blocks, chunks, 256).contiguous()
     none = values.new_empty(0), places.new_empty(0).byte(), places.new_empty(0).to(torch.uint16)
     starts = places.new_zeros(blocks * -(-k // 512) + 1)
@@ -209,13 +77,14 @@ def many_weights(here: Here, part: str) -> None:
 
 
 def far_rows(here: Here, part: str) -> None:
-    """x, then y, of more than 2^31 numbers; the first and the last rows against float64."""
+    """x, then y, of more than 2^31 numbers, then more than 65,535 rows; the ends against float64."""
     need_memory(24)
-    for b, n, k in here.pick([(37, 40, 20)], [], [(32803, 40, 65536), (32803, 65540, 40)]):
+    shapes = [(32803, 40, 65536), (32803, 65540, 40), (70001, 1100, 40)]
+    for b, n, k in here.pick([(37, 40, 20)], shapes):
         p = problem(here, part, (1, n, k), 0.05)
         x = torch.empty(b, k, dtype=DTYPES[part], device=here.device)
         x.uniform_(-1, 1, generator=here.generator(1))
-        y = slot_linear(Slots.from_dense(p.w, p.keep), x, p.bias, kernels="triton")
+        y = slot_linear(Slots.from_dense(p.w), x, p.bias, kernels="triton")
         ends = torch.tensor([0, b // 2, b - 1], device=here.device)
         near(y[ends], formula(p._replace(x=x[ends]), torch.double)["y"])
 
@@ -226,15 +95,67 @@ def near(found: Tensor, right: Tensor) -> None:
         raise Wrong(f"error {error:.2e}")
 
 
-def large(part: str, here: Here) -> Iterator[Case]:
-    yield Case("beyond 2^31 pairs of slots", part, partial(many_weights, here, part))
-    yield Case("beyond 2^31 numbers of x and y", part, partial(far_rows, here, part))
+def large(here: Here) -> Iterator[Case]:
+    yield Case("beyond 2^31 pairs of slots", "bf16", partial(many_weights, here, "bf16"), 10)
+    yield Case("beyond 2^31 numbers of x and y, 65,535 rows", "bf16", partial(far_rows, here, "bf16"), 15)
 
 
-# Benchmarks
+# At the size of the target
 
 
-def two_four(w: Tensor, x: Tensor) -> Callable[[], Tensor]:
+class Workload:
+    """A random mask over a square matrix."""
+
+    def __init__(self, here: Here, part: str, size: int, sparsity: float, batch: int) -> None:
+        self.part, self.name = part, f"{size} square, {sparsity:.0%} pruned, batch {batch}"
+        self.p = problem(here, part, (batch, size, size), 1 - sparsity)
+        self.features = self.p.x.t().contiguous()
+        self.slots = Slots.from_dense(self.p.w)
+
+    def y(self) -> dict[str, Tensor]:
+        """As it is fastest: x features-major."""
+        return {"y": slot_linear(self.slots, self.features.t(), self.p.bias, kernels="triton")}
+
+    def check(self) -> None:
+        p, part = self.p, self.part
+        right, torchs, found = formula(p, torch.double), formula(p, DTYPES[part]), self.y()
+        compare(found, right, torchs, part, {"y": p.w.shape[1]})
+        in_rows = {"y": slot_linear(self.slots, p.x, p.bias, kernels="triton")}
+        must_repeat(in_rows, found, "x in rows")
+
+    def replay(self) -> None:
+        """A CUDA graph gives the bits of a plain call."""
+        eager, kept = self.y(), {}
+        graph = graphed(lambda: kept.update(self.y()), 1)
+        kept["y"].fill_(NAN)
+        graph.replay()
+        must_repeat(kept, eager, "a CUDA graph")
+
+    def ours(self, x: Tensor) -> Copies:
+        def make() -> Run:
+            slots = Slots(self.slots.shape, *(t.clone() for t in self.slots.tensors()))
+            return lambda: slot_linear(slots, x, kernels="triton")
+
+        return Copies(make, self.slots.bytes())
+
+    def product(self, call: Callable[[Tensor], object]) -> Copies:
+        """A call on the same weights and their zeros."""
+
+        def make() -> Run:
+            w = self.p.w.clone()
+            return lambda: call(w)
+
+        return Copies(make, self.p.w.nbytes)
+
+    def dense(self) -> dict[str, Copies]:
+        """Each way that torch has."""
+        return {
+            "dense F.linear": self.product(lambda w: F.linear(self.p.x, w)),
+            "dense w @ x": self.product(lambda w: w @ self.features),
+        }
+
+
+def two_four(w: Tensor, x: Tensor) -> Run:
     """Made in the first call, which is not timed and may fail."""
     made: list[TwoFour] = []
 
@@ -246,42 +167,45 @@ def two_four(w: Tensor, x: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-def benchmark(here: Here, part: str, size: int, sparsity: float, batch: int) -> dict[str, Any]:
-    """A random mask; with the dense product each way that torch has, of the same weights and their zeros."""
-    g = here.generator(0)
-    keep = torch.rand(size, size, generator=g, device=here.device) >= sparsity
-    w = torch.randn(size, size, generator=g, device=here.device).to(DTYPES[part]) * keep
-    x = torch.randn(batch, size, generator=g, device=here.device).to(DTYPES[part])
-    p = Problem(x, w, keep, w.new_zeros(size))
-    slots = Slots.from_dense(w, keep)
-    features = x.t().contiguous()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        csr = w.to_sparse_csr()
-    dense = {"dense F.linear": lambda: F.linear(x, w), "dense w @ x": lambda: w @ features}
-    rivals = {
-        "triton": lambda: slot_linear(slots, x, kernels="triton"),
-        "triton, x features-major": lambda: slot_linear(slots, features.t(), kernels="triton"),
-        **dense,
-        "2:4 + residual": two_four(w, x),
-    }
-    if x.is_cuda:  # no half precision on CPUs
-        rivals["torch CSR"] = lambda: csr @ features
-    compare(ours(slots, p), formula(p, torch.double), formula(p, DTYPES[part]), part, {"y": size})
-    workload = f"{size} square, {sparsity:.0%} pruned, batch {batch}"
-    timed = rows(here, workload, floor(slots, batch), part, "triton", rivals)
-    figures: dict[str, float | None] = {}
-    if part == "bf16" and (size, sparsity) == TARGET:
-        others = [t for name in dense if (t := median(timed, name, "cold"))]
-        best = min(others, default=None)
-        figures[f"times the best dense, cold, batch {batch}"] = ratio(best, median(timed, "triton", "cold"))
-        figures["bytes of weights, of dense"] = slots.bytes() / (w.numel() * w.itemsize)
-    return {"times": timed, "figures": figures}
+def smoke(here: Here) -> Iterator[Case]:
+    def run(part: str, check: Callable[[Workload], None]) -> None:
+        check(Workload(here, part, *here.pick((64, 0.9), TARGET), 32))
+
+    yield Case("target shape, batch 32", "bf16", partial(run, "bf16", Workload.check), 3)
+    if here.device == "cuda":
+        yield Case("in a CUDA graph, batch 32", "bf16", partial(run, "bf16", Workload.replay))
 
 
-def benchmarks(part: str, here: Here) -> Iterator[Case]:
-    full = WORKLOADS[part]
-    quick = full[:2] if part == "bf16" else []
-    for size, sparsity, batch in here.pick([(64, 0.9, 5)], quick, full):
-        name = f"{size} square, {sparsity:.0%} pruned, batch {batch}"
-        yield Case(name, part, partial(benchmark, here, part, size, sparsity, batch))
+def timed(here: Here, part: str, size: int, sparsity: float, batch: int, more: bool) -> dict[str, Any]:
+    """Beside dense products, and with `more` x in rows, beside cuSPARSE and 2:4."""
+    load = Workload(here, part, size, sparsity, batch)
+    dense = load.dense()
+    rivals: dict[str, Run | Copies] = {"triton": load.ours(load.features.t()), **dense}
+    if more:
+        rivals |= {"triton, x in rows": load.ours(load.p.x), "2:4 + residual": two_four(load.p.w, load.p.x)}
+    if more and here.device == "cuda":  # no half precision on CPUs
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            csr = load.p.w.to_sparse_csr()
+        rivals["torch CSR"] = lambda: csr @ load.features
+    wrong = judged(load.check)
+    found = rows(here, load.name, floor(load.slots, batch), part, "triton", rivals)
+    best = min((t for name in dense if (t := median(found, name, "cold"))), default=None)
+    return {"times": found, "best dense": ratio(best, median(found, "triton", "cold"))} | wrong
+
+
+def targets(here: Here) -> Iterator[Case]:
+    size, sparsity = here.pick((64, 0.9), TARGET)
+
+    def figures() -> dict[str, Any]:
+        found = timed(here, "bf16", size, sparsity, 32, more=False)
+        return found | {"figures": {"times the best dense, cold, batch 32": found.pop("best dense")}}
+
+    yield Case(f"{size} square, {sparsity:.0%} pruned, batch 32", "bf16", figures, 4)
+
+
+def benchmarks(here: Here) -> Iterator[Case]:
+    for part, workloads in WORKLOADS.items():
+        for size, sparsity, batch in here.pick([(64, 0.9, 5)], workloads):
+            name = f"{size} square, {sparsity:.0%} pruned, batch {batch}"
+            yield Case(name, part, partial(timed, here, part, size, sparsity, batch, more=True), 4)
