@@ -8,7 +8,7 @@ r"""The gradient of R linear layers, its mask and the optimizer's step in one ke
 | x          | [R, K, B]           | fp32  |              Eight pruned weights in a row (one byte of the mask,
 | weight     | [R, N, K]           | fp32  |              32 bytes elsewhere) count nothing, for they are
 | moments    | as weight           | fp32  |              neither read nor written.  FLOPs: 2 R N K B
-| bits       | [R, N, ceil(K / 8)] | uint8 |
+| bits       | [R, N, ceil(K / 8)] | uint8 |              DRAM fetches 64, though, for one live of two.
 | bias       | [R, N] or [R, N, 1] | fp32  |  its moments likewise
 | step       | [R]                 | fp32  |  of the optimizer, from 1
 | lr         | [R]                 | fp64  |  or fp32
@@ -21,6 +21,12 @@ takes 4 bytes an access. This is for small batches: a tile of weights reads all 
 
 Nothing comes to the host, so a CUDA graph can hold the launch. dx needs the old weights: take it first. What
 a replica computes does not depend on the others: its programs know neither R nor the rest.
+
+The account of 100 x 300 x 784, B = 60, Adam, nothing pruned: 593 MB, 198 us on an H100 (3.0 TB/s), 138 us
+on an H200 (4.3). 12,500 programs of 4 warps, each 402 instructions, 4 x 330 of the product and 1,042 of the
+update: 138 M in all, 149 us at four a cycle on 132 multiprocessors of 1.755 GHz. 120 registers, so 4 programs
+a multiprocessor, up to 98 KB in flight, which load, compute and store in turn. One launch. Expected 240-280
+us on an H100, 190-230 on an H200: 0.6-0.8 of a copy's bandwidth; goal 0.6.
 
 Rounding is that of masked_update's kernel: IEEE division and square root, step sizes in fp64, no contraction;
 dW is summed in fp32 over the batch in turn, its products in TF32 where torch's own are.
@@ -35,6 +41,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparselth.kernels._triton import HAS_TRITON, Aot, tl, triton
@@ -53,8 +60,9 @@ class Tile(NamedTuple):
 
 
 # 16 weights a thread in at most 128 registers, so that 4 programs share a multiprocessor: with 8 weights the
-# product would read shared memory more often for each, with 32 they would not fit the registers
-TILES = {"ieee": Tile(32, 64, 16, 4, 2), "tf32": Tile(32, 64, 32, 4, 2)}
+# product would read shared memory more often for each, with 32 they would not fit the registers. Of 300 x 784
+# weights 125 tiles of 64 x 32 have 9 % that is not there, 130 of 32 x 64 had 13 %
+TILES = {"ieee": Tile(64, 32, 16, 4, 2), "tf32": Tile(32, 64, 32, 4, 2)}
 NEAR = 2**24  # offsets within a tile are 32 bits wide
 MOMENTS = {"adam": 2, "sgd": 1}
 
@@ -68,15 +76,19 @@ def reference(dy: Tensor, x: Tensor, bits: Tensor | None) -> tuple[Tensor, Tenso
 def floor(
     weight: Tensor, batch: int, bits: Tensor | None = None, bias: Tensor | None = None, moments: int = 2
 ) -> dict[str, int]:
-    """Least bytes and FLOPs of a step; `moments` is 2 for Adam, 1 for SGD with momentum."""
+    """Least bytes and FLOPs of a step; `moments` is 2 for Adam, 1 for SGD with momentum.
+
+    Of what is pruned 64 bytes in a row are not fetched and 32 not written; replicas begin with such a row.
+    """
     r, n, k = weight.shape
-    lanes, read = weight.numel(), 0
+    state, rest = 8 * weight.numel(), 4 * r * batch * (n + k)  # of a weight or a moment: read, and written
     if bits is not None:
-        behind = -k % 8 * int(bits[..., -1].count_nonzero())  # bits of no weight
-        lanes, read = 8 * int(bits.count_nonzero()) - behind, bits.numel()
-    lanes += 0 if bias is None else bias.numel()
+        touched = (bits != 0).repeat_interleave(8, 2)[..., :k].flatten(1)
+        fetched = F.pad(touched, (0, -n * k % 16)).view(r, -1, 16).any(2)
+        state, rest = 64 * int(fetched.sum()) + 4 * int(touched.sum()), rest + bits.numel()
+    state += 0 if bias is None else 8 * bias.numel()
     return {
-        "bytes": 8 * (1 + moments) * lanes + read + 4 * r * batch * (n + k),
+        "bytes": (1 + moments) * state + rest,
         "flops": 2 * r * n * k * batch,
     }
 

@@ -339,13 +339,16 @@ def test_refuses_what_does_not_fit(change: dict[str, Any], says: str, kernels: s
         linear_grad_update(**call | change)
 
 
-def test_floor_counts_live_sectors() -> None:
+def test_floor_counts_what_memory_moves() -> None:
     weight, bias = torch.zeros(2, 3, 20), torch.zeros(2, 3)
     bits = torch.zeros(2, 3, 3, dtype=torch.uint8)
     bits[0, 0] = torch.tensor([0, 1, 15])
     data, flops = 4 * 2 * 7 * 23, 2 * 2 * 3 * 20 * 7
     assert floor(weight, 7) == {"bytes": 24 * 120 + data, "flops": flops}
-    assert floor(weight, 7, bits, bias, 1) == {"bytes": 16 * (8 + 4 + 6) + 18 + data, "flops": flops}
+    # weights 8 to 19 are written, 0 to 31 fetched; 6 biases are both
+    bytes = 2 * (4 * (32 + 12) + 8 * 6) + 18 + data
+    assert floor(weight, 7, bits, bias, 1) == {"bytes": bytes, "flops": flops}
+    assert floor(weight, 7, bits | 255) == {"bytes": 3 * (4 * 2 * 64 + 4 * 120) + 18 + data, "flops": flops}
 
 
 def test_weights_and_moments_take_16_bytes_an_access(
