@@ -16,6 +16,21 @@ and lists of one length are neighbours: on a CPU they are one batched product.
 A live block is multiplied whole: NaN and infinity in x reach y through all of its weights, pruned or not.
 Pruned blocks are not there, and nothing reaches y through them; only the reference, a dense product, has
 zeros in their place. Sums are in fp32, fp32 products in TF32 where torch's own are; two runs give equal bits.
+
+The account of N = K = B = 4096 in bf16, a tenth of the blocks, on an H100 (an H200 has the same L2 cache):
+
+                   b = 64, tiles 256 x 64         b = 128, tiles 256 x 128
+    DRAM           70 MB: 23 us at 3.0 TB/s       the same
+    L2             303 MB (x 215, w 54, y 34)     194 MB (x 107, w 54, y 34)
+    at 5.5 TB/s    55 us                          35 us (tiles of 128 x 128: 248 MB, 45 us)
+    tensor cores   14 GFLOP: 20 us at 700 TFLOP/s; dense 137: 200 us
+    a step of 32   105 instructions, 108 regs     109, 170 regs
+    in flight      2 x 3 x 20 KB a multiprocessor 3 x 24 KB
+    expected       55-60 us: 3.4-3.6x, goal 4x    35-40 us: 5-5.7x, goal 5x; one launch
+
+L2 bounds both: no tile lowers what is read of x, B b a live block. Random block rows share too few columns to
+go in pairs: of two, 19 % of the columns live in either, 20 % counted singly. (5.5 TB/s is a guess; gpu_check
+measures it.)
 """
 
 from __future__ import annotations
@@ -46,11 +61,13 @@ class Tile(NamedTuple):
     stages: int
 
 
-# From large to small. Two programs of the large ones share a multiprocessor of an H100: one computes while
-# the other finds its list or writes. A block of x comes from the L2 cache once for every live block, and that
-# bounds large batches; hence 256 rows beside 64 columns. 16 deep in IEEE fp32, which spills beyond.
+# From large to small. A block of x comes from the L2 cache once for every live block, its weights once for
+# every tile of the batch, and that bounds large batches; hence 256 rows. Beside 128 columns they take a
+# multiprocessor of an H100 for themselves; of the other large ones two share it, and one computes while the
+# other finds its list or writes. 16 deep in IEEE fp32, which spills beyond.
 TILES = {
     "half": (
+        Tile(256, 128, 32, 8, 4),
         Tile(128, 128, 64, 8, 3),
         Tile(256, 64, 32, 8, 4),
         Tile(128, 64, 64, 4, 4),
@@ -168,12 +185,24 @@ def _dense(values: Tensor, columns: Tensor, starts: Tensor, order: Tensor, shape
 
 
 def floor(weight: BlockWeight, batch: int) -> dict[str, int]:
-    n, k = weight.shape
-    numbers = batch * (n + k) + n
+    """Least bytes and FLOPs; and `l2_bytes`, what this kernel moves through the L2 cache with its tiles."""
+    (n, k), block, lists = weight.shape, weight.block, weight.order.numel()
+    size, blocks = weight.values.element_size(), weight.columns.numel()
+    tile, splits = choose(_kind(weight.values.dtype), block, batch, lists, blocks)
+    # of each live block the batch once for each part of its rows, its weights once for each tile of the batch
+    inside = int((k - weight.columns.long() * block).clamp(max=block).sum())
+    x = batch * inside * (block // min(block, tile.columns))
+    w = blocks * block**2 * -(-batch // tile.rows)
     return {
-        "bytes": weight.bytes() + numbers * weight.values.element_size(),
+        "bytes": weight.bytes() + (batch * (n + k) + n) * size,
+        "l2_bytes": (x + w) * size + written(batch * n, size, splits),
         "flops": 2 * batch * weight.values.numel(),
     }
+
+
+def written(numbers: int, size: int, splits: int) -> int:
+    """Bytes of y, and of its parts in fp32, which are written and read where lists are split."""
+    return numbers * (size + (8 * splits if splits > 1 else 0))
 
 
 def _torch(
@@ -553,8 +582,10 @@ def _(x, values, columns, starts, order, runs, n, bias, relu, kernels):
 # step; split lists
 
 # Registers, and narrow accesses: those of the bias and of the columns. The large tiles take up to 200
-# registers on sm_80; on sm_90 less than 128, and two programs of 8 warps share a multiprocessor.
+# registers on sm_80; on sm_90 less than 128, and two programs of 8 warps share a multiprocessor. That of
+# 256 x 128 has one for itself and may take almost all.
 LIMITS = {"half": (200, 23), "tf32": (200, 23), "ieee": (128, 13)}
+ALONE = 248
 
 
 def _aot(kind: str, block: int, tile: Tile, even: bool = True, split: bool = False) -> Aot:
@@ -581,6 +612,7 @@ def _aot(kind: str, block: int, tile: Tile, even: bool = True, split: bool = Fal
         if name not in constants
     }
     registers, narrow = LIMITS[kind]
+    registers = ALONE if tile.rows * tile.columns == 256 * 128 else registers
     return Aot(
         kernel=_block_linear_kernel,
         signature=signature,

@@ -182,3 +182,32 @@ def graphed(run: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
     """`calls` calls as a CUDA graph."""
     _graphs.warm_up(run)
     return _graphs.capture(run, calls)
+
+
+@contextmanager
+def traffic(*unseen: Tensor) -> Iterator[list[int]]:
+    """Bytes that launches in Triton's interpreter load and store, access by access; none of `unseen`."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    found: list[int] = []
+    ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.itemsize) for t in unseen]
+
+    def counting(access: Callable[..., Any], mask_at: int) -> Callable[..., Any]:
+        def call(builder: Any, ptrs: Any, *rest: Any, **kwargs: Any) -> Any:
+            places = ptrs.data[rest[mask_at].data.astype(bool)]
+            for first, end in ranges:
+                places = places[(places < first) | (places >= end)]
+            found.append(len(places) * ptrs.get_element_ty().primitive_bitwidth // 8)
+            return access(builder, ptrs, *rest, **kwargs)
+
+        return call
+
+    with (
+        mock.patch.object(
+            InterpreterBuilder, "create_masked_load", counting(InterpreterBuilder.create_masked_load, 0)
+        ),
+        mock.patch.object(
+            InterpreterBuilder, "create_masked_store", counting(InterpreterBuilder.create_masked_store, 1)
+        ),
+    ):
+        yield found

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from oracle import surrounded
+from oracle import surrounded, traffic
 from sparselth.kernels import block_conv2d as module
 from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d, choose, floor, launch
 from sparselth.kernels.block_linear import BLOCKS, Tile
@@ -383,12 +383,31 @@ def test_what_does_not_fit_is_said() -> None:
 
 
 def test_floor() -> None:
-    weight = BlockFilters.from_dense(torch.ones(40, 50, 3, 3).half(), block=16)
+    weight = BlockFilters.from_dense(torch.ones(40, 50, 3, 3, device=DEVICE).half(), block=16)
     blocks = 3 * 4 * 9
-    assert floor(torch.ones(7, 50, 6, 5), weight, 2, 1) == {
+    assert floor(torch.ones(7, 50, 6, 5, device=DEVICE), weight, 2, 1) == {
         "bytes": 2 * blocks * 256 + 4 * (blocks + 4 + 3) + 4 * (7 * 50 * 30 + 7 * 40 * 9 + 40),
+        # for each of 3 blocks of filters what the taps of 3 x 3 pixels see: 2 + 3 + 3 rows, 2 + 3 + 2
+        # columns; y, and 9 parts of it twice
+        "l2_bytes": 4 * (3 * 7 * 50 * 8 * 7 + blocks * 256 + 7 * 40 * 9 * (1 + 2 * 9)),
         "flops": 2 * 7 * 9 * blocks * 256,
     }
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("layer", "block", "parts"),
+    [("1x1, stride 2", 32, 1), ("3x3", 64, 3), ("5x5, stride 2", 32, 5), ("3x2, all differ", 16, 1)],
+)
+def test_l2_bytes_are_what_the_kernel_loads_and_stores(layer: str, block: int, parts: int) -> None:
+    p = Problem(*LAYERS[layer], block=block)  # type: ignore[arg-type]
+    w = p.weight
+    pixels = p.run(kernels="torch")[:, 0].numel()
+    _, splits = choose("ieee", block, pixels, w.order.numel(), w.places.numel())
+    assert splits == parts
+    with traffic(w.places, w.starts, w.order, p.bias) as found:
+        p.run(kernels="triton")
+    assert sum(found) == floor(p.x, w, *p.where)["l2_bytes"]
 
 
 OPCHECK = """

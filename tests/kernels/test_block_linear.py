@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from oracle import surrounded
+from oracle import surrounded, traffic
 from sparselth.kernels import block_linear as module
 from sparselth.kernels.block_linear import BLOCKS, BlockWeight, Tile, block_linear, choose, floor, launch
 
@@ -214,7 +214,9 @@ def test_the_choice_of_tiles() -> None:
         return tile.rows, min(block, tile.columns), splits
 
     assert chosen("half", 64, 4096, 8192, 8192, 0.1) == (256, 64, 1)
-    assert chosen("half", 128, 4096, 8192, 8192, 0.1) == (128, 128, 1)
+    assert chosen("half", 128, 4096, 8192, 8192, 0.1) == (256, 128, 1)
+    assert chosen("half", 128, 4096, 4096, 4096, 0.1) == (256, 128, 1)
+    assert chosen("half", 128, 4096, 2048, 4096, 0.1) == (128, 128, 1)
     assert chosen("half", 64, 512, 8192, 8192, 0.1) == (128, 64, 1)
     assert chosen("half", 64, 1, 8192, 8192, 0.1) == (16, 16, 1)
     assert chosen("half", 64, 32, 8192, 8192, 0.1) == (32, 32, 1)
@@ -320,11 +322,39 @@ def test_what_does_not_fit_is_said() -> None:
 
 
 def test_floor() -> None:
-    weight = BlockWeight.from_dense(torch.ones(40, 50).half(), block=16)
+    weight = BlockWeight.from_dense(torch.ones(40, 50, device=DEVICE).half(), block=16)
     assert floor(weight, 7) == {
         "bytes": 2 * (12 * 256 + 7 * 90 + 40) + 4 * (12 + 4 + 3),
+        "l2_bytes": 2 * (3 * 7 * 50 + 12 * 256 + 7 * 40),  # x for each of 3 block rows
         "flops": 2 * 7 * 12 * 256,
     }
+    # what the head of block_linear.py says of 4096 square, batch 4096, a tenth of the blocks
+    for block, x_and_w in ((64, 6.4 * (256 + 64) * 64 * 64 * 16), (128, 3.2 * (256 + 128) * 128 * 32 * 16)):
+        lists = 4096 // block
+        mask = torch.zeros(lists, lists, dtype=torch.bool, device=DEVICE)
+        mask.view(-1)[torch.arange(lists**2, device=DEVICE) * 7 % 10 == 0] = True
+        index = mask.sum(1).cumsum(0).int(), torch.arange(lists, dtype=torch.int32, device=DEVICE)
+        values = torch.empty(1, 1, 1, dtype=torch.bfloat16, device=DEVICE).expand(
+            int(mask.sum()), block, block
+        )
+        columns = mask.nonzero()[:, 1].int()
+        weight = BlockWeight((4096, 4096), values, columns, F.pad(index[0], (1, 0)), index[1], ())
+        assert floor(weight, 4096)["l2_bytes"] == pytest.approx(2 * (x_and_w + 4096**2), rel=0.01)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [((5, 40, 50, 16), 1), ((70, 100, 90, 32), 1), ((33, 130, 257, 128), 3), ((1, 30, 2060, 32), 7)],
+)
+def test_l2_bytes_are_what_the_kernel_loads_and_stores(shape: tuple[int, int, int, int], parts: int) -> None:
+    p = Problem(*shape, torch.float32)
+    w = p.weight
+    _, splits = choose("ieee", w.block, shape[0], w.order.numel(), w.columns.numel())
+    assert splits == parts
+    with traffic(w.columns, w.starts, w.order, p.bias) as found:
+        block_linear(p.x, w, p.bias, kernels="triton")
+    assert sum(found) == floor(w, shape[0])["l2_bytes"]
 
 
 OPCHECK = """
