@@ -44,8 +44,10 @@ def work(op: str, kinds: list[str], parts: list[str], size: str, first: int, eve
     for i, case in enumerate(cases[first:], first):
         say(begin=i)
         say(end=i, **attempt(case, here.device), kernels=taken(kernels))
-        if here.device == "cuda" and broken():
-            os._exit(BROKEN)
+        if here.device == "cuda":
+            if broken():
+                os._exit(BROKEN)
+            torch.cuda.empty_cache()  # other processes need room too
 
 
 def planned(module: Any, kind: str, parts: list[str], here: Here) -> Iterable[Case]:
@@ -66,7 +68,6 @@ def attempt(case: Case, on: str) -> dict[str, Any]:
         result["found"] = case.run() or {}
         if on == "cuda":
             torch.cuda.synchronize()
-            torch.cuda.empty_cache()
         result["ok"] = True
     except Skip as why:
         result |= {"ok": True, "skipped": str(why)}
