@@ -15,9 +15,22 @@ from typing import Any
 import pytest
 
 from sparselth.kernels import _native
+from sparselth.kernels._triton import INTERPRET
 from triton_of_the_device import folder
 
 HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(autouse=True)
+def no_races() -> Iterator[None]:
+    """In the interpreter every launch of every test is watched for races."""
+    if not INTERPRET:
+        yield
+        return
+    from races import watched
+
+    with watched():
+        yield
 
 
 @contextmanager
