@@ -8,9 +8,13 @@ STAMP  := $(VENV)/.installed
 PYTHON := python3 python3.13 python3.12 python3.11
 PINS   := constraints/$$version.txt
 KERNELS_HALF := tests/kernels tests/test_nn.py tests/test_replay.py tests/test_sparse.py
+TRITON_TESTS := compile sass dry races bitmask block_conv2d block_linear csr_infer linear_grad_update \
+  magnitude_threshold masked_conv2d masked_linear masked_update slot_linear
+GPU_PYTHON := build/gpu-env/bin/python
+SECONDS_OF_BUNDLE := 3600
 NATIVE_TESTS := native csr_linear csr_packed sparse_conv2d sparse_conv2d_rows step_parts masked_update
 
-.PHONY: imp test test-oldest test-newest check bench science properties sanitize constraints clean
+.PHONY: imp test test-oldest test-newest check bench science properties sanitize constraints gpu-dry gpu-bundle clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +26,8 @@ help:
 	@echo "make science  set up, then the tests that train for minutes"
 	@echo "make properties  set up, then the kernels' property tests with 2,000 cases each"
 	@echo "make sanitize set up, then the native kernels' tests under the address and undefined-behaviour sanitizers"
+	@echo "make gpu-dry  what can be known of the GPU kernels without a GPU: compile gates, dry launches, races"
+	@echo "make gpu-bundle  compile the kernels for a GPU machine, build/gpu-bundle.tar.xz (needs python3.12; an hour)"
 	@echo "make constraints  renew what is installed: constraints/VERSION.txt of every Python found"
 	@echo "make clean    remove .venv, .venv-oldest and .venv-newest"
 	@echo "PYTHON=PATH VENV=FOLDER choose another interpreter and place"
@@ -85,6 +91,33 @@ print(*sorted("{name}=={version}".format(**i).lower() for i in found), sep="\n")
 	    echo "constraints/$$version.txt: $$(wc -l <constraints/$$version.txt) packages"; break; \
 	  done; \
 	done
+
+# With the device's Triton, 3.6, too: every launch at target, large and odd shapes compiled, every kernel's machine
+# code held to its limits, every test of a kernel watched for races.
+gpu-dry: $(STAMP)
+	@time=$$(date +%s); said() { now=$$(date +%s); echo "== $$((now - time)) s"; time=$$now; }; \
+	echo "== dry launches, compiled for sm_90 by Triton 3.6"; \
+	triton=$$($(BIN)/python tests/kernels/triton_of_the_device.py) && \
+	PYTHONPATH="$$triton:." $(BIN)/python tests/kernels/dry.py --compile; dry=$$?; said; \
+	echo "== machine code by both Tritons, grids, and races in the interpreter"; \
+	$(BIN)/python -m pytest -q --durations=15 $(TRITON_TESTS:%=tests/kernels/test_%.py); tests=$$?; said; \
+	exit $$((dry | tests))
+
+# GPU_PYTHON=PATH: a CPython 3.12 that has torch 2.11, Triton 3.6 and what the tests need. It compiles in the order
+# of a visit's stages; after SECONDS_OF_BUNDLE it packs what it has.
+gpu-bundle: $(GPU_PYTHON)
+	@PYTHONPATH=.:bench:tests/kernels $(GPU_PYTHON) -m gpu.bundle --seconds $(SECONDS_OF_BUNDLE)
+
+build/gpu-env/bin/python:
+	@python=$$(command -v python3.12 || ls $(HOME)/.pyenv/versions/3.12.*/bin/python3.12 2>/dev/null | tail -n 1); \
+	$$python -c '' 2>/dev/null || python=$$(ls $(HOME)/.pyenv/versions/3.12.*/bin/python3.12 2>/dev/null | tail -n 1); \
+	if [ -z "$$python" ]; then \
+	  echo "make: gpu-bundle needs Python 3.12, as the GPU machine has it (or GPU_PYTHON=PATH)" >&2; exit 1; \
+	fi; \
+	echo "== setting up build/gpu-env: torch 2.11 and Triton 3.6, about 5 GB"; \
+	$$python -m venv build/gpu-env && build/gpu-env/bin/python -m pip install --quiet --disable-pip-version-check \
+	  torch==2.11.0 triton==3.6.0 numpy pytest hypothesis click rich safetensors matplotlib || \
+	  { rm -rf build/gpu-env; exit 1; }
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest

@@ -44,6 +44,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gpu import bundle as archives
 from gpu import report
 from gpu.report import Target
 from gpu.visit import GIB, STAGES, Job, Visit
@@ -147,8 +148,7 @@ def shards(ops: list[str], width: int) -> list[Job]:
 def unpack(bundle: Path, folder: Path) -> None:
     """The compiled kernels of a bundle, into Triton's cache."""
     try:
-        with tarfile.open(bundle) as archive:
-            archive.extractall(folder, filter="data")
+        archives.unpack(bundle, folder)
     except (OSError, tarfile.TarError) as error:
         print(f"gpu_check: {bundle}: {error}", file=sys.stderr)
 

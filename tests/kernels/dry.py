@@ -13,14 +13,21 @@ Runs in a process without the interpreter.
 from __future__ import annotations
 
 import argparse
+import atexit
 import multiprocessing
 import os
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -153,13 +160,14 @@ LISTED: list[Kernel] = []  # here for the pool's processes, which are forked and
 
 @dataclass(frozen=True)
 class Compiled:
-    """How a compilation went: bytes of shared memory, or an error; whether it lay in Triton's cache."""
+    """How a compilation went: bytes of shared memory, or an error; whether Triton's cache had it."""
 
     name: str
     seconds: float
     shared: int
     cached: bool
     error: str
+    keys: tuple[str, ...]  # folders of Triton's cache
 
     @property
     def wrong(self) -> str:
@@ -168,22 +176,70 @@ class Compiled:
         return f"{self.name}: {self.shared:,} bytes of shared memory" if self.shared > SHARED else ""
 
 
-def _compile(i: int) -> Compiled:
-    kernel, hits = LISTED[i], []
+def _compile(i: int, launchers: bool) -> Compiled:
+    kernel, hits, keys = LISTED[i], [], []
+
+    def listener(*, cache_hit: bool, metadata_group: dict[str, str], **_: Any) -> None:
+        hits.append(cache_hit)
+        keys.append(Path(next(iter(metadata_group.values()))).parent.name)
+
     began = time.perf_counter()
-    triton.knobs.compilation.listener = lambda **event: hits.append(event["cache_hit"])
+    triton.knobs.compilation.listener = listener
+    shared, error = 0, ""
     try:
-        shared, error = int(kernel.compile().metadata.shared), ""
+        done = kernel.compile()
+        shared = int(done.metadata.shared)
+        if launchers:
+            keys += launcher(done)
     except Exception as e:
-        shared, error = 0, f"{type(e).__name__}: {str(e).strip()[-500:]}; {dict(kernel.signature)}"
-    return Compiled(kernel.name, time.perf_counter() - began, shared, all(hits), error)
+        error = f"{type(e).__name__}: {str(e).strip()[-500:]}; {dict(kernel.signature)}"
+    taken = time.perf_counter() - began
+    return Compiled(kernel.name, taken, shared, all(hits), error, tuple(keys))
 
 
-def compiled(kernels: list[Kernel]) -> Iterator[Compiled]:
-    """All of them, on all cores, in order."""
+def compiled(kernels: list[Kernel], launchers: bool = False) -> Iterator[Compiled]:
+    """All of them, on all cores, in order; with the C modules that Triton 3.6 launches them by, if asked."""
     LISTED[:] = kernels
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
-        yield from pool.imap(_compile, range(len(kernels)), chunksize=1)
+        yield from pool.imap(partial(_compile, launchers=launchers), range(len(kernels)), chunksize=1)
+
+
+def launcher(kernel: Any) -> list[str]:
+    """Build what a kernel is launched by, and Triton's module of helpers, into its cache: which folders.
+
+    They are linked against a libcuda that has the names and nothing else, and are not loaded.
+    """
+    from triton.backends.nvidia import driver as cuda
+    from triton.runtime import build
+
+    loaded: list[str] = []
+
+    def load(name: str, path: str) -> Any:
+        loaded.append(Path(path).parent.name)
+        return mock.MagicMock()
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(build, "_load_module_from_path", load))
+        stack.enter_context(mock.patch.object(cuda, "library_dirs", _libraries))
+        cuda.CudaLauncher(kernel.src, kernel.metadata)
+        cuda.CudaUtils.__init__(object.__new__(cuda.CudaUtils))
+    return loaded
+
+
+@lru_cache(maxsize=1)
+def _libraries() -> list[str]:
+    """A folder with a libcuda.so.1 to link against."""
+    from triton.backends.nvidia import driver as cuda
+
+    folder = Path(tempfile.mkdtemp(prefix="libcuda"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    text = Path(cuda.__file__).read_text() + Path(cuda.__file__).with_name("driver.c").read_text()
+    names = sorted(set(re.findall(r"\bcu[A-Z]\w*(?=\s*\()", text)))
+    source = folder / "libcuda.c"
+    source.write_text("".join(f"void {name}(void) {{}}\n" for name in names))
+    command = ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", source, "-o", folder / "libcuda.so.1"]
+    subprocess.run(command, check=True)
+    return [str(folder)]
 
 
 # What to launch: each op at the shape of its target, at large ones, at odd ones
