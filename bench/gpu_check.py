@@ -68,7 +68,7 @@ OPS = {  # in the order of stages that run one after another
     "masked_update": Op(("kernels/test_masked_update.py",), 29, ("adam", "sgd")),
     "magnitude_threshold": Op(("kernels/test_magnitude_threshold.py",), 20, ("fp32", "fp16", "bf16")),
     "linear_grad_update": Op(("kernels/test_linear_grad_update.py",), 16, ("adam", "sgd", "tf32")),
-    "train_step": Op(("test_replay.py",), GIB, ("fc", "conv2", "cnn", "alone")),
+    "train_step": Op(("test_replay.py", "kernels/test_replica_parts.py"), GIB, ("fc", "conv2", "cnn")),
     "block_conv2d": Op(("kernels/test_block_conv2d.py",), 16),
     "masked_conv2d": Op(("kernels/test_masked_conv2d.py",), 32),
     "bitmask": Op(("kernels/test_bitmask.py",), 12, ("bits",)),

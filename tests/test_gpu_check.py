@@ -757,20 +757,24 @@ def test_a_race_counts_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_injected_faults_of_training_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    import trainings
     from gpu import train_step
     from gpu.common import Here
+    from sparselth.batches import Orders
+    from sparselth.replay import Replay
 
-    here = Here("cpu", "tiny")
-    reference = partial(train_step.beside_the_reference, here, "fc", "triton")
-    company = partial(train_step.alone, here, "fc", "triton", 2)
-    idle = partial(train_step.idle, here, "fc", "triton")
-    graphs = partial(train_step.beside_single_launches, here, "fc", "triton")
-    stop = partial(train_step.stopped, here, "fc")
-    timed = partial(train_step.benchmark, here, "fc", 2, "auto")
-    for run in (reference, company, idle, graphs, stop, timed):
+    reference = partial(trainings.beside_the_reference, "fc", "triton")
+    company = partial(trainings.alone, "fc", "triton", 2)
+    idle = partial(trainings.idle, "fc", "triton")
+    graphs = partial(trainings.beside_single_launches, "fc", "triton")
+    stop = partial(trainings.stopped, "fc")
+    short = partial(trainings.short_epochs, "fc")
+    timed = partial(train_step.benchmark, Here("cpu", "tiny"), "fc", 2, "auto", True)
+    for run in (reference, company, idle, graphs, stop, short, timed):
         assert attempt(run)["ok"]
+    assert "wrong" not in attempt(timed)["found"]
 
-    right = train_step.fit
+    right = trainings.fit
 
     def wrong(model: Any, data: Any, jobs: list[Any], recipe: Any, *, kernels: str, **more: Any) -> None:
         right(model, data, jobs, recipe, kernels=kernels, **more)
@@ -781,27 +785,32 @@ def test_injected_faults_of_training_are_found(monkeypatch: pytest.MonkeyPatch) 
             jobs[0].state.weights *= 1 + 1e-3
 
     with monkeypatch.context() as patch:
+        patch.setattr(trainings, "fit", wrong)
         patch.setattr(train_step, "fit", wrong)
         assert "off by" in attempt(reference)["message"]
         assert "company of 2 gave other bits" in attempt(company)["message"]
-        assert "off by" in attempt(timed)["message"]
+        assert "off by" in attempt(timed)["message"]  # of a rival, and the reference is wrong
         assert "a stop gave other bits" in attempt(stop)["message"]
 
-    step = train_step.Replay._step
+    step = Replay._step
 
-    def careless(self: Any) -> None:
+    def careless(self: Any, by: float = 1e-9) -> None:
         step(self)
-        self.weights += 1e-9
+        self.weights += by
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_step.Replay, "_step", careless)
+        patch.setattr(Replay, "_step", careless)
         assert "changed: an idle step" in attempt(idle)["message"]
+        patch.setattr(Replay, "_step", lambda self: careless(self, 1e-3))
+        assert "off by" in attempt(timed)["found"]["wrong"]  # what was timed is marked
     with monkeypatch.context() as patch:
-        advance = train_step.Replay.advance
-        patch.setattr(
-            train_step.Replay, "advance", lambda self, step, n, stop: advance(self, step, n - 1, stop)
-        )
+        advance = Replay.advance
+        patch.setattr(Replay, "advance", lambda self, step, n, stop: advance(self, step, n - 1, stop))
         assert "launches one by one gave other bits" in attempt(graphs)["message"]
+    with monkeypatch.context() as patch:
+        enter = Orders.enter
+        patch.setattr(Orders, "enter", lambda self, epoch: enter(self, 0))  # the next epoch's never comes
+        assert "off by" in attempt(short)["message"]
 
 
 def test_a_training_race(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -857,7 +866,6 @@ def test_training_rows_price_a_run(tmp_path: Path) -> None:
     model, times = get_model("lenet-300-100"), []
     here = Here("cuda", "full", {"copy_bytes_per_s": 4e12, "flops_per_s": {"tf32": 4e14, "ieee": 5e13}})
     setup: Any = SimpleNamespace(
-        here=here,
         part="fc",
         model=model,
         recipe=Recipe(steps=1, lr=1e-3),
@@ -871,7 +879,7 @@ def test_training_rows_price_a_run(tmp_path: Path) -> None:
         }
 
     for kind, seconds in (("step", 2e-4), ("evaluation", 1e-3), ("step, --deterministic", 9.0)):
-        times += train_step.rows(setup, kind, kind, 100, took(seconds))
+        times += train_step.rows(here, setup, kind, kind, 100, took(seconds))
     step = times[0]
     assert step["bytes"] == 100 * (28 * 266_610 + 300 * 98 + 100 * 38 + 10 * 13 + 60 * 784)
     assert step["flops"] == 100 * 60 * 2 * (3 * 266_200 - 235_200)
@@ -917,6 +925,7 @@ def test_a_whole_run_and_one_for_which_time_is_short(
     from gpu import train_step
     from sparselth.config import ImpConfig, Recipe
     from sparselth.models import get_model
+    from trainings import made_up
 
     steps = 20 if finished else 100_000
     config = ImpConfig(
@@ -934,7 +943,7 @@ def test_a_whole_run_and_one_for_which_time_is_short(
         kernels="auto",
         recipe=Recipe(steps=steps, lr=1e-3, eval_every=10),
     )
-    images = train_step.made_up(get_model("lenet-300-100"), 800, 100)
+    images = made_up(get_model("lenet-300-100"), 800, 100)
     found = train_step.imp(config, images, seconds)
     assert (found["networks"], found["of"]) == (finished, 3)
     assert found["predicted_seconds"] > 0

@@ -1,9 +1,14 @@
-"""Batches of replicas: what one computes is, to the bit, what it computes alone, at any R, with anyone."""
+"""Batches of replicas: what one computes is, to the bit, what it computes alone, at any R, with anyone.
+
+Behind the tests of the CPU and of the interpreter are those of trainings.py: small models in the interpreter,
+those of the paper on a CUDA device.
+"""
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -17,6 +22,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import trainings
+from oracle import DEVICE, pick, precision
 from sparselth import pruning
 from sparselth.batches import Batches, Event, Orders, Resident
 from sparselth.config import Recipe, Replica
@@ -81,6 +88,7 @@ cells = st.lists(
 )
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("kernels", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("model", [LENET, CONVS, NORMS], ids=lambda model: model.name)
 @given(cells=cells, recipe=st.sampled_from([ADAM, SGD, replace(SGD, momentum=0.0)]))
@@ -99,6 +107,7 @@ def test_a_replica_of_any_batch_equals_itself_alone(
         assert scores(model, few, [alone], kernels, share) == [pair]
 
 
+@pytest.mark.host
 @interpreted
 @pytest.mark.parametrize(
     ("model", "recipe", "replicas"),
@@ -189,6 +198,7 @@ class AtOnce:
         return future
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("an_epoch", [5, 8, 20, 21, 40, 41])
 @pytest.mark.parametrize("stretch", [1000, 13])
 def test_every_step_reads_the_order_of_its_epoch(an_epoch: int, stretch: int, few: Resident) -> None:
@@ -219,6 +229,7 @@ def test_every_step_reads_the_order_of_its_epoch(an_epoch: int, stretch: int, fe
     assert not wrong
 
 
+@pytest.mark.host
 def test_host_memory_that_a_stream_reads_is_in_one_place() -> None:
     """Where events guard it: `Orders`."""
     root = Path(__file__).resolve().parents[1]
@@ -257,6 +268,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+@pytest.mark.host
 @interpreted
 @pytest.mark.parametrize("recipe", [ADAM, SGD], ids=["adam", "sgd"])
 def test_a_step_of_cuda_is_fifteen_launches_and_right(
@@ -291,6 +303,7 @@ def test_a_step_of_cuda_is_fifteen_launches_and_right(
     assert replay.measure()[0] == pytest.approx(losses, rel=1e-5)
 
 
+@pytest.mark.host
 def test_replicas_see_their_own_images_and_rates(digits: Resident) -> None:
     """Replicas that are alike in all but one thing come out different."""
     jobs = [job(SMALL, ADAM, 0, 1.0) for _ in range(3)]
@@ -301,6 +314,7 @@ def test_replicas_see_their_own_images_and_rates(digits: Resident) -> None:
     assert len({first, *others}) == 3
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize("model", [LENET, NORMS], ids=lambda model: model.name)
 @pytest.mark.parametrize("stop", [1, 3, 4])
@@ -316,3 +330,57 @@ def test_a_stopped_batch_goes_on_to_the_same_bits(
     fit(model, digits, stopped, ADAM, kernels=kernels)
     for found, expected in zip(stopped, whole, strict=True):
         same(found, expected)
+
+
+on_triton = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRET, reason="Triton's interpreter is off")
+by_part = pytest.mark.parametrize("part", trainings.MODELS)
+by_kernels = pytest.mark.parametrize("kernels", pick(["triton"], ["auto", "triton"]))
+
+
+@pytest.fixture
+def ieee() -> Iterator[None]:
+    """fp32 products without TF32; what captured graphs hold goes behind the test."""
+    with precision("ieee"):
+        yield
+    gc.collect()
+
+
+@on_triton
+@by_part
+@by_kernels
+def test_a_training_is_beside_the_reference(part: str, kernels: str, ieee: None) -> None:
+    trainings.beside_the_reference(part, kernels)
+
+
+@on_triton
+@by_part
+@by_kernels
+def test_graphs_are_the_launches_that_they_hold(part: str, kernels: str, ieee: None) -> None:
+    trainings.beside_single_launches(part, kernels)
+
+
+@on_triton
+@by_part
+@by_kernels
+def test_who_is_not_active_stays(part: str, kernels: str, ieee: None) -> None:
+    trainings.idle(part, kernels)
+
+
+@on_triton
+@by_part
+def test_a_stopped_training_goes_on_to_the_same_bits(part: str, ieee: None) -> None:
+    trainings.stopped(part)
+
+
+@on_triton
+@by_part
+@by_kernels
+def test_in_company_and_alone(part: str, kernels: str, ieee: None) -> None:
+    many = {"fc": 100, "cnn": 15, "conv2": 7}
+    trainings.alone(part, kernels, pick(2, many[part]))
+
+
+@on_triton
+@pytest.mark.parametrize("part", pick(["fc"], ["fc", "cnn"]))
+def test_epochs_of_8_steps(part: str, ieee: None) -> None:
+    trainings.short_epochs(part)

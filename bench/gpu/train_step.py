@@ -1,15 +1,14 @@
 """A training step of R networks at once, beside the same work in eager torch and in batched products.
 
-Checked before anything is timed: the whole of `fit` beside the reference path, graphs beside the same
-launches one by one, a stop and going on, an idle step, and (part "alone", which is not timed) replicas alone
-and in company. Images are made up, in the sizes of MNIST and CIFAR-10: a pattern for each class under noise.
+What trainings must hold is in tests/kernels/trainings.py; the tests of tests/test_replay.py check it. Smoke
+trains each kind beside the reference path, in graphs and launch by launch, and over epochs of 8 steps.
 
 Rows carry what `sparselth imp --price-on` reads: model, optimizer, batch_size, kind and replicas. Of ours
 `graph` are replays of many steps in a row, `warm` is the training loop, drawing orders included. Eager torch,
 one network after another, is timed for one and counted R times.
 
-Steps need torch, Triton and numpy. The full run (`whole`, by --run) is `sparselth imp` without its command
-line and needs safetensors too: a binary wheel without dependencies.
+Steps need torch, Triton and numpy. The full run (`whole`) is `sparselth imp` without its command line and
+needs safetensors too: a binary wheel without dependencies.
 """
 
 from __future__ import annotations
@@ -22,51 +21,32 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.common import Case, Here
+import trainings
+from gpu.common import Case, Here, judged
 from gpu.timing import Run, once, ratio, repeated
-from oracle import (
-    Wrong,
-    graphed,
-    must_be_zero,
-    must_repeat,
-    precision,
-    same_bits,
-)
-from sparselth import pruning
-from sparselth.batches import Batches, Gather, Resident
-from sparselth.config import ImpConfig, Recipe, Replica
-from sparselth.data import Images, MissingData, data_dir, get_dataset, load
-from sparselth.dispatch import choose
+from oracle import DEVICE, Wrong, graphed, precision
+from sparselth.batches import Gather
+from sparselth.config import ImpConfig
+from sparselth.data import Images, MissingData, data_dir, load
 from sparselth.measure import usual
-from sparselth.models import Conv, Linear, MaxPool, Model, ReLU, get_model
-from sparselth.nn import Network, cross_entropy_grad, init_weights
+from sparselth.models import Conv, Linear, Model, get_model
+from sparselth.nn import Network, cross_entropy_grad
 from sparselth.replay import Replay
-from sparselth.streams import stream
-from sparselth.train import Job, State, fit
+from sparselth.train import Job, fit
+from trainings import LR, NEAR, Setup, losses, made_up, must_be_near, never
 
-MODELS = {"fc": "lenet-300-100", "conv2": "conv2", "cnn": "lenet5"}
 TITLES = {"fc": "LeNet-300-100", "conv2": "Conv-2", "cnn": "LeNet-5"}
 REPLICAS = {"fc": (100, 15, 1), "conv2": (30, 1), "cnn": (15, 1)}
-TINY = {
-    "fc": Model("fc", (1, 6, 6), (Linear(12), ReLU(), Linear(10)), {}, ""),
-    "conv2": Model(
-        "conv2", (3, 6, 6), (Conv(4, 3, 1), ReLU(), MaxPool(), Linear(10)), {}, "", dataset="cifar10"
-    ),
-    "cnn": Model("cnn", (1, 8, 8), (Conv(2, 3), MaxPool(), ReLU(), Linear(12), ReLU(), Linear(10)), {}, ""),
-}
-NEAR = 1e-4  # relative, of weights and moments after 25 steps, whatever the order of sums
 NEAR_TF32 = 2e-2  # after 3 steps, where convolutions multiply in TF32 and the reference does not
-LR = 1.2e-3
 GRAPH = 20  # steps of a rival's graph
 ROUNDS = 14
 SAMPLE, SPENT = 5e-3, 1.0  # seconds that a sample lasts at least; after which a rival leaves, if it has 3
@@ -74,252 +54,6 @@ PAPER_SECONDS = 470  # after which a full run is stopped
 
 OURS, EAGER = "sparselth", "eager torch, one after another"
 VMAP, STACKED = "vmap, torch's fused Adam", "baddbmm, torch's fused Adam"
-
-
-def never() -> bool:
-    return False
-
-
-# What is trained
-
-
-def model_of(here: Here, part: str) -> Model:
-    return TINY[part] if here.size == "tiny" else get_model(MODELS[part])
-
-
-def made_up(model: Model, n_train: int, n_test: int) -> Images:
-    """Images [n, C * H * W] for a model: a random pattern for each class, half of it noise."""
-    numbers, k = np.random.default_rng(0), prod(model.input)
-    patterns = numbers.integers(0, 128, (model.classes, k), dtype=np.uint8)
-
-    def some(n: int) -> tuple[Any, Any]:
-        labels = numbers.integers(0, model.classes, n)
-        return patterns[labels] + numbers.integers(0, 128, (n, k), dtype=np.uint8), labels
-
-    spec = replace(get_dataset(model.dataset), title="made-up images", n_train=n_train, n_test=n_test)
-    return Images(spec, *some(n_train), *some(n_test), "made up", "made up")
-
-
-@lru_cache(maxsize=1)
-def data_of(here_size: str, device: str, part: str) -> Resident:
-    if here_size == "tiny":
-        return Resident(made_up(TINY[part], 64, 10), device, 5)
-    model = get_model(MODELS[part])
-    spec = get_dataset(model.dataset)
-    return Resident(made_up(model, spec.n_train, spec.n_test), device, model.evaluation_batch)
-
-
-def job(model: Model, recipe: Recipe, device: str, seed: int, keep: float = 1.0, start: int = 0) -> Job:
-    """A cell with random weights, of which a random mask keeps about `keep`."""
-    weights, mask = init_weights(model, stream(seed, "ticket", 1, "init")), pruning.full_mask(model)
-    mask &= torch.rand(model.mask_size, generator=torch.Generator().manual_seed(seed)) < keep
-    weights[: model.mask_size] *= mask
-    state = State.start(weights[None].to(device), recipe, start)
-    return Job(Replica(seed, "ticket", 1), state, mask.to(device), start)
-
-
-@dataclass
-class Setup:
-    """A part's model and images, and a recipe that meets graphs of many steps and of one."""
-
-    here: Here
-    part: str
-
-    def __post_init__(self) -> None:
-        self.model = model_of(self.here, self.part)
-        self.data = data_of(self.here.size, self.here.device, self.part)
-        steps, every, batch = self.here.pick((2, 2, 3), (50, 25, 60), (50, 25, 60))
-        self.recipe = Recipe(steps=steps, lr=LR, batch_size=batch, eval_every=every)
-
-    def jobs(self, cells: Sequence[tuple[int, float, int]]) -> list[Job]:
-        return [job(self.model, self.recipe, self.here.device, *cell) for cell in cells]
-
-    def order(self, jobs: Sequence[Job]) -> Tensor:
-        """Image indices of an epoch, [steps, R, B]."""
-        drawn = Batches(self.data, [one.who for one in jobs], self.recipe.batch_size).draw(0)
-        return drawn.transpose(0, 1).contiguous().to(self.here.device)
-
-    def trained(self, cells: Sequence[tuple[int, float, int]], kernels: str, **more: Any) -> list[Job]:
-        jobs = self.jobs(cells)
-        fit(self.model, self.data, jobs, self.recipe, kernels=kernels, **more)
-        return jobs
-
-    def replay(self, jobs: Sequence[Job], kernels: str) -> tuple[Replay, list[Tensor]]:
-        """What trains the jobs, and its weights and moments [R, P]."""
-        states = [one.state for one in jobs]
-        tensors = [torch.cat(rows) for rows in zip(*([s.weights, *s.moments] for s in states), strict=True)]
-        mask = torch.stack([one.mask for one in jobs])
-        replay = Replay(
-            self.model,
-            self.data,
-            [one.who for one in jobs],
-            tensors[0],
-            tensors[1:],
-            mask,
-            self.recipe,
-            [one.start_step for one in jobs],
-            choose(kernels, self.here.device),
-        )
-        return replay, tensors
-
-
-# Checks
-
-
-def named(one: Job) -> dict[str, Tensor]:
-    state = one.state
-    moments = {f"moment {i}": moment for i, moment in enumerate(state.moments)}
-    return {"weights": state.weights, "best weights": state.best_weights} | moments
-
-
-def must_be_near(found: Mapping[str, Tensor], right: Mapping[str, Tensor], bound: float) -> float:
-    """The largest relative error; Wrong beyond `bound`."""
-    errors = {
-        name: float((found[name].double() - r.double()).norm() / r.double().norm().clamp(min=1e-30))
-        for name, r in right.items()
-    }
-    worst = max(errors, key=lambda name: errors[name])
-    if not max(errors.values()) <= bound:
-        raise Wrong(f"{worst}: off by {errors[worst]:.1e}, allowed {bound:.0e}")
-    return errors[worst]
-
-
-def losses(one: Job) -> dict[str, Tensor]:
-    found = [e["validation_loss"] for e in one.state.evaluations]
-    return {"validation losses": torch.tensor(found, dtype=torch.float64)}
-
-
-def cells_of(here: Here) -> list[tuple[int, float, int]]:
-    """Seeds, shares kept and first steps: dense, pruned, nearly empty, and one that comes in late."""
-    late = here.pick(1, 7, 7)
-    return [(0, 1.0, 0), (1, 0.3, 0), (2, 0.05, 0), (3, 0.5, late)][: here.pick(2, 4, 4)]
-
-
-def beside_the_reference(here: Here, part: str, kernels: str) -> dict[str, float]:
-    """All of `fit`, evaluations too, beside plain torch, whose gradients are products written out."""
-    setup, cells = Setup(here, part), cells_of(here)
-    setup.recipe = replace(setup.recipe, steps=here.pick(2, 25, 25))
-    found, right = (setup.trained(cells, k) for k in (kernels, "reference"))
-    errors = [0.0]
-    for ours, theirs in zip(found, right, strict=True):
-        pruned = ~ours.mask[None, : setup.model.mask_size] & pruning.full_mask(setup.model).to(here.device)
-        must_be_zero(ours.state.weights[:, : setup.model.mask_size], pruned, "pruned weights")
-        wanted = {k: t for k, t in named(theirs).items() if k != "best weights"}
-        errors += [must_be_near(named(ours), wanted, NEAR), must_be_near(losses(ours), losses(theirs), NEAR)]
-    return {"error": max(errors)}
-
-
-def beside_single_launches(here: Here, part: str, kernels: str) -> None:
-    """Graphs beside the launches that they hold: our kernels to the bit, the vendor's near."""
-    setup = Setup(here, part)
-    steps = setup.recipe.eval_every
-    found = []
-    for graphs in (True, False):
-        replay, tensors = setup.replay(setup.jobs([c for c in cells_of(here) if c[2] == 0]), kernels)
-        if graphs:
-            replay.advance(0, steps, never)
-            measured = replay.measure()
-        else:
-            replay.clock.zero_()
-            for step in range(steps):
-                replay.orders.enter(step // replay.batches.steps_per_epoch)
-                replay._step()
-            replay._evaluate()
-            measured = replay.means()
-        losses = torch.tensor(measured[0], dtype=torch.float64)
-        found.append(dict(zip(("weights", "first", "second", "loss"), (*tensors, losses), strict=True)))
-    if kernels == "triton":
-        must_repeat(found[1], found[0], "launches one by one")
-    else:
-        must_be_near(found[0], found[1], NEAR)
-
-
-def stopped(here: Here, part: str) -> None:
-    """Stopped and gone on with, to the bits of a training that was not stopped."""
-    setup, cells = Setup(here, part), cells_of(here)
-    whole = setup.trained(cells, "triton")
-    left = [here.pick(1, 3, 3)]
-
-    def enough() -> bool:
-        left[0] -= 1
-        return left[0] < 0
-
-    jobs = setup.trained(cells, "triton", should_stop=enough)
-    if all(one.state.step == setup.recipe.steps for one in jobs):
-        raise Wrong("was not stopped")
-    fit(setup.model, setup.data, jobs, setup.recipe, kernels="triton")
-    for one, other in zip(jobs, whole, strict=True):
-        must_repeat(named(one), named(other), "a stop")
-        if one.state.evaluations != other.state.evaluations:
-            raise Wrong("evaluations differ after a stop")
-
-
-def idle(here: Here, part: str, kernels: str) -> None:
-    """Capturing graphs, and a step in which nobody is active, leave all weights and moments as they are."""
-    setup = Setup(here, part)
-    jobs = setup.jobs([(0, 1.0, 0), (1, 0.3, 0)])
-    for one in jobs:
-        for moment in one.state.moments:
-            moment.fill_(0.1)[:, : setup.model.mask_size] *= one.mask
-    states = [[one.state.weights, *one.state.moments] for one in jobs]
-    before = [torch.cat(rows) for rows in zip(*states, strict=True)]
-    replay, tensors = setup.replay(jobs, kernels)
-    for when in ("graphs were captured", "an idle step"):
-        for t, old in zip(tensors, before, strict=True):
-            if not same_bits(t, old):
-                raise Wrong(f"weights or moments changed: {when}")
-        replay.pulse.active.zero_()
-        replay.clock.zero_()
-        replay.run[1]()
-        replay.evaluate()
-
-
-def alone(here: Here, part: str, kernels: str, replicas: int) -> dict[str, float]:
-    """A replica in company and alone: through our kernels the same bits, through the vendor's near."""
-    setup = Setup(here, part)
-    cells = [(seed, (1.0, 0.3, 0.05)[seed % 3], 0) for seed in range(replicas)]
-    together = setup.trained(cells, kernels)
-    errors, differing = [0.0], []
-    for i in sorted({0, replicas // 2, replicas - 1}):
-        (one,) = setup.trained([cells[i]], kernels)
-        found, right = named(together[i]), named(one)
-        if kernels == "triton":
-            must_repeat(found, right, f"company of {replicas}")
-            if not same_bits(*(losses(x)["validation losses"] for x in (together[i], one))):
-                differing.append(i)
-        else:
-            found.pop("best weights")  # of another evaluation where two losses are nearly equal
-            right.pop("best weights")
-            errors += [must_be_near(found, right, NEAR)]
-            errors += [must_be_near(losses(together[i]), losses(one), NEAR)]
-    if differing:
-        raise Wrong(f"the weights are equal, but validation losses of replicas {differing} are not")
-    return {"error": max(errors)}
-
-
-def checks(part: str, here: Here) -> Iterator[Case]:
-    def case(name: str, run: Any, *args: Any) -> Case:
-        def guarded() -> Any:
-            try:
-                with precision("ieee"):
-                    return run(here, *args)
-            finally:
-                gc.collect()  # what captured graphs hold goes with them
-
-        return Case(name, part, guarded)
-
-    if part == "alone":
-        for of in here.pick(("fc", "cnn"), MODELS, MODELS):
-            few = here.pick(2, 3, {"fc": 100, "cnn": 15, "conv2": 7}[of])
-            yield case(f"{TITLES[of]}, {few} and one, our kernels", alone, of, "triton", few)
-            if here.size != "tiny":
-                yield case(f"{TITLES[of]}, {few} and one, by default", alone, of, "auto", few)
-        return
-    for kernels in here.pick(("triton",), ("auto", "triton"), ("auto", "triton")):
-        yield case(f"beside the reference, {kernels}", beside_the_reference, part, kernels)
-        yield case(f"graphs beside single launches, {kernels}", beside_single_launches, part, kernels)
-        yield case(f"an idle step, {kernels}", idle, part, kernels)
-    yield case("stopped and gone on with", stopped, part)
 
 
 # Rivals
@@ -331,11 +65,11 @@ class Eager:
     def __init__(self, setup: Setup, one: Job) -> None:
         self.model, data = setup.model, setup.data
         self.pixels, self.labels = pixels(setup), data.labels
-        self.net = usual.network(setup.model, one.state.weights[0].cpu()).to(setup.here.device)
+        self.net = usual.network(setup.model, one.state.weights[0].cpu()).to(DEVICE)
         self.masks = usual.masks(setup.model, self.net, one.mask)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=LR)
         self.order, self.place = setup.order([one])[:, 0], 0
-        self.held_out = data.split(one.who.seed)[1].to(setup.here.device)
+        self.held_out = data.split(one.who.seed)[1].to(DEVICE)
 
     def __call__(self) -> None:
         index = self.order[self.place % len(self.order)]
@@ -360,7 +94,7 @@ class Vmapped:
     """R networks by torch.func: vmap of grad, masks multiplied in, torch's fused Adam."""
 
     def __init__(self, setup: Setup, jobs: Sequence[Job]) -> None:
-        device, model = setup.here.device, setup.model
+        device, model = DEVICE, setup.model
         self.shape = len(jobs), setup.recipe.batch_size, *model.input
         self.pixels, self.labels = pixels(setup), setup.data.labels
         nets = [usual.network(model, one.state.weights[0].cpu()) for one in jobs]
@@ -399,7 +133,7 @@ class Stacked:
     """R networks by torch's batched products and hand-written gradients, a mask, torch's fused Adam."""
 
     def __init__(self, setup: Setup, jobs: Sequence[Job]) -> None:
-        device, model = setup.here.device, setup.model
+        device, model = DEVICE, setup.model
         flat = torch.cat([one.state.weights for one in jobs])
         self.model, self.parameter = model, torch.nn.Parameter(flat)
         self.parameter.grad = self.grad = torch.zeros_like(flat)
@@ -457,12 +191,12 @@ def floor(model: Model, replicas: int, images: int, training: bool) -> dict[str,
 
 def floor_seconds(here: Here, least: Mapping[str, int]) -> float | None:
     """At the measured rates; convolutions in TF32 where torch's are."""
-    if not here.anchors:
+    rates, copying = here.anchors.get("flops_per_s", {}), here.copying(least["bytes"])
+    if copying is None or not {"tf32", "ieee"} <= rates.keys():
         return None
-    rates = here.anchors["flops_per_s"]
     conv, rest = least["conv_flops"], least["flops"] - least["conv_flops"]
     products = conv / rates["tf32" if tf32() else "ieee"] + rest / rates["ieee"]
-    return float(max(least["bytes"] / here.anchors["copy_bytes_per_s"], products))
+    return float(max(copying, products))
 
 
 def tf32() -> bool:
@@ -511,7 +245,7 @@ def race(here: Here, rivals: Mapping[tuple[str, str], Callable[[], Rival]]) -> d
                 raise
             torch.cuda.synchronize()
             found[name][way] = {"none": (str(error) or type(error).__name__).splitlines()[0]}
-    for _ in range(here.pick(0, 7, ROUNDS)):
+    for _ in range(here.pick(0, ROUNDS)):
         for rival, taken in ready.values():
             if len(taken) < 3 or sum(taken) * rival.steps / rival.times < SPENT:
                 taken.append(rival.sample())
@@ -541,7 +275,7 @@ def loop_of(replay: Replay, first: int, stretch: int) -> Rival:
 
 
 def rows(
-    setup: Setup, what: str, kind: str, replicas: int, found: Mapping[str, dict[str, Any]]
+    here: Here, setup: Setup, what: str, kind: str, replicas: int, found: Mapping[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     training = kind.startswith("step")
     least = floor(
@@ -549,7 +283,7 @@ def rows(
     )
     shared = {
         "workload": f"{TITLES[setup.part]}, R{replicas}, {what}",
-        "floor_s": floor_seconds(setup.here, least),
+        "floor_s": floor_seconds(here, least),
         **least,
         "model": setup.model.name,
         "optimizer": setup.recipe.optimizer,
@@ -586,16 +320,20 @@ class Right:
             must_be_near({"loss": losses}, {"loss": self.losses[: len(losses)]}, self.allowed)
 
 
-def benchmark(here: Here, part: str, replicas: int, kernels: str) -> dict[str, Any]:
-    """A step and an evaluation, dense, all replicas active; rivals where `kernels` is the default."""
-    setup = Setup(here, part)
+def benchmark(here: Here, part: str, replicas: int, kernels: str, target: bool = False) -> dict[str, Any]:
+    """A step and an evaluation, dense, all replicas active; rivals where `kernels` is the default.
+
+    Of a `target` the step alone, with no rival but eager torch on LeNet-300-100.
+    """
+    setup = Setup(part, images=here.pick(64, None))
     an_epoch = setup.data.n_train // setup.recipe.batch_size
     setup.recipe = replace(setup.recipe, steps=2 * (ROUNDS + 4) * an_epoch)
     jobs = setup.jobs([(seed, 1.0, 0) for seed in range(replicas)])
     right = Right(setup, jobs)
     replay, (weights, *_) = setup.replay(jobs, kernels if here.device == "cuda" else "triton")
     replay.advance(0, 3, never)
-    right.compare(split(setup.model, weights), torch.tensor(replay.measure()[0], dtype=torch.float64))
+    measured = torch.tensor(replay.measure()[0], dtype=torch.float64)
+    wrong = judged(right.compare, split(setup.model, weights), measured)
 
     def eager(evaluates: bool) -> Rival:
         rival = Eager(setup, jobs[0])
@@ -613,68 +351,89 @@ def benchmark(here: Here, part: str, replicas: int, kernels: str) -> dict[str, A
             return Rival(rival)
         return Rival(graphed(rival, GRAPH).replay, GRAPH, holds=rival)
 
-    with_rivals = kernels == "auto"
+    by_default = kernels == "auto"
     stretch = 1 if here.device == "cpu" else 40 if part == "conv2" else 200
     rivals: dict[tuple[str, str], Callable[[], Rival]] = {(OURS, "graph"): lambda: graph_of(replay, stretch)}
-    if with_rivals:
+    if by_default and (part == "fc" or not target):
         rivals[EAGER, "warm"] = partial(eager, evaluates=False)
+    if by_default and not target:
         rivals[VMAP, "graph"] = partial(captured, Vmapped)
         if part == "fc":
             rivals[STACKED, "graph"] = partial(captured, Stacked)
     step = race(here, rivals)
     mine = seconds(step, OURS, "graph")
-    if with_rivals:  # two epochs, or a second
+    more = "" if by_default else ", --deterministic"
+    if target:
+        of_floor = {"fc": "times its floor", "conv2": "times the better of FLOP and byte floors"}[part]
+        timed = rows(here, setup, "a step", "step", replicas, step)
+        figures: dict[str, float | None] = {of_floor: ratio(mine, timed[0]["floor_s"])}
+        if part == "fc":
+            of_eager = ratio(seconds(step, EAGER, "warm"), mine)
+            figures["times the sequential eager loop per replica-step"] = of_eager
+        return {"times": timed, "figures": figures} | wrong
+    if by_default:  # two epochs, or a second
         many = 1 if mine is None else max(replay.many, min(2 * an_epoch, int(1 / mine)))
         step[OURS] |= race(here, {(OURS, "warm"): lambda: loop_of(replay, 3, many)})[OURS]
     rivals = {(OURS, "graph"): lambda: Rival(replay.evaluate)}
-    if with_rivals:
+    if by_default:
         rivals[EAGER, "warm"] = partial(eager, evaluates=True)
     evaluation = race(here, rivals)
 
-    more = "" if with_rivals else ", --deterministic"
-    timed = rows(setup, f"a step{more}", f"step{more}", replicas, step)
+    timed = rows(here, setup, f"a step{more}", f"step{more}", replicas, step)
     n = setup.data.n_validation
-    timed += rows(setup, f"evaluation of {n:,}{more}", f"evaluation{more}", replicas, evaluation)
-    figures: dict[str, float | None] = {}
-    if replicas == REPLICAS[part][0] and here.anchors:
-        of_floor, of_eager = ratio(mine, timed[0]["floor_s"]), ratio(seconds(step, EAGER, "warm"), mine)
-        if part == "conv2":
-            figures[f"times the better of FLOP and byte floors{more}"] = of_floor
-        elif part == "fc":
-            figures[f"times its floor{more}"] = of_floor
-        if with_rivals:
-            loop = ratio(seconds(step, OURS, "warm"), mine)
-            figures |= {
-                f"R{replicas} {TITLES[part]}, the loop, times its graphs": loop,
-                f"R{replicas} {TITLES[part]}, times the best of torch's batched": ratio(
-                    min((t for name in (VMAP, STACKED) if (t := seconds(step, name, "graph"))), default=None),
-                    mine,
-                ),
-            }
-            if part == "fc":
-                figures["times the sequential eager loop per replica-step"] = of_eager
-    return {"times": timed, "figures": figures}
+    timed += rows(here, setup, f"evaluation of {n:,}{more}", f"evaluation{more}", replicas, evaluation)
+    figures = {}
+    name = f"R{replicas} {TITLES[part]}"
+    if by_default:
+        batched = [t for rival in (VMAP, STACKED) if (t := seconds(step, rival, "graph"))]
+        figures[f"{name}, the loop, times its graphs"] = ratio(seconds(step, OURS, "warm"), mine)
+        figures[f"{name}, times the best of torch's batched"] = ratio(min(batched, default=None), mine)
+    return {"times": timed, "figures": figures} | wrong
 
 
-def benchmarks(part: str, here: Here) -> Iterator[Case]:
-    if part == "alone":
-        return
+def case(name: str, part: str, took: float, run: Callable[..., dict[str, Any] | None], *args: Any) -> Case:
+    """`run(*args)`; what captured graphs hold goes with them."""
 
-    def case(replicas: int, kernels: str) -> Case:
-        def run() -> dict[str, Any]:
-            try:
-                return benchmark(here, part, here.pick(2, replicas, replicas), kernels)
-            finally:
-                gc.collect()
+    def guarded() -> dict[str, Any] | None:
+        try:
+            return run(*args)
+        finally:
+            gc.collect()
 
-        return Case(f"{TITLES[part]}, R{replicas}, {kernels}", part, run)
+    return Case(name, part, guarded, took)
 
-    most, *fewer = REPLICAS[part]
-    yield case(most, "auto")
-    for replicas in here.pick((), (), fewer):
-        yield case(replicas, "auto")
-    if here.size == "full":
-        yield case(most, "triton")
+
+def smoke(here: Here) -> Iterator[Case]:
+    """A training of each kind beside the reference, and graphs beside the launches that they hold."""
+
+    def exact(run: Callable[..., Any], *args: Any) -> Any:
+        with precision("ieee"):
+            return run(*args)
+
+    def smoked(name: str, part: str, took: float, check: Callable[..., Any], *args: Any) -> Case:
+        return case(f"{TITLES[part]}, {name}", part, took, exact, check, part, *args)
+
+    kernels = here.pick("triton", "auto")
+    for part in ("fc", "conv2"):
+        yield smoked("a training beside the reference", part, 10, trainings.beside_the_reference, kernels)
+    yield smoked("graphs beside single launches", "fc", 10, trainings.beside_single_launches, "triton")
+    yield smoked("graphs beside single launches", "conv2", 15, trainings.beside_single_launches, kernels)
+    yield smoked("five epochs of 8 steps", "fc", 8, trainings.short_epochs)
+
+
+def targets(here: Here) -> Iterator[Case]:
+    for part, took in (("fc", 25.0), ("conv2", 30.0)):
+        r = here.pick(2, REPLICAS[part][0])
+        yield case(f"{TITLES[part]}, R{r}, a step", part, took, benchmark, here, part, r, "auto", True)
+
+
+def benchmarks(here: Here) -> Iterator[Case]:
+    for part, replicas in REPLICAS.items():
+        for r in here.pick((2,), replicas):
+            yield case(f"{TITLES[part]}, R{r}, auto", part, 30.0, benchmark, here, part, r, "auto")
+    for part, replicas in here.pick({}, REPLICAS).items():
+        r = replicas[0]
+        yield case(f"{TITLES[part]}, R{r}, triton", part, 20.0, benchmark, here, part, r, "triton")
 
 
 # A full run
@@ -757,7 +516,7 @@ def paper(here: Here) -> dict[str, Any]:
         kernels="auto",
         recipe=model.recipes["paper"],
     )
-    setup = Setup(here, "fc")
+    setup = Setup("fc", images=None)
     eager = Eager(setup, setup.jobs([(0, 1.0, 0)])[0])
     rival = Rival(eager)
     rival.warm_up()
@@ -777,5 +536,5 @@ def paper(here: Here) -> dict[str, Any]:
     return found | {"figures": {"minutes of imp --recipe paper, 5 seeds, 3 arms, 20 levels": minutes}}
 
 
-def whole(part: str, here: Here) -> Iterator[Case]:
-    yield Case("imp --recipe paper --seeds 0-4 --levels 20", part, partial(paper, here))
+def whole(here: Here) -> Iterator[Case]:
+    yield Case("imp --recipe paper --seeds 0-4 --levels 20", "fc", partial(paper, here), PAPER_SECONDS + 30)
