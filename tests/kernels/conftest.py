@@ -64,6 +64,14 @@ def server(*first: str) -> Iterator[Callable[[str], str]]:
         process.communicate()  # the end of its input is its end
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m leaves any out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts processes of its own is not for a device."""
+    for item in items:
+        if "without_interpreter" in getattr(item, "fixturenames", ()):
+            item.add_marker("host")
+
+
 @pytest.fixture(scope="session")
 def without_interpreter() -> Iterator[Callable[[str], str]]:
     """`without_interpreter(source)`: its stdout, run in a process of its own; asserts exit code 0."""
