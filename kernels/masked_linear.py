@@ -178,6 +178,7 @@ def _product_kernel(
         shift = _sign_shift(mask_ptr, offs_c)
 
     acc = tl.zeros((BLOCK_M, BLOCK_B), tl.float32)
+    tl.assume(C > 0)  # else ptxas, for the loop that takes no round, waits for each product before the next
     for c in range(0, C, BLOCK_C):
         in_c = (offs_c < C - c) | EVEN_C
         v = tl.load(v_ptr + offs_v, mask=in_c[:, None] & in_b[None, :], other=0.0)

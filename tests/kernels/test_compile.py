@@ -26,8 +26,6 @@ GATED = {DEVICE} | {
 }
 # what is being mended
 KNOWN = {
-    "masked_linear": r"ptxas warns: C7515",
-    "masked_conv2d": r"ptxas warns: C7515",
     "block_linear": r"ptxas warns: C7515",
     "block_conv2d": r"ptxas warns: C7515",
 }
