@@ -323,7 +323,7 @@ class Right:
 def benchmark(here: Here, part: str, replicas: int, kernels: str, target: bool = False) -> dict[str, Any]:
     """A step and an evaluation, dense, all replicas active; rivals where `kernels` is the default.
 
-    Of a `target` the step alone, with no rival but eager torch on LeNet-300-100.
+    Of a `target` with no rival but a step of eager torch on LeNet-300-100.
     """
     setup = Setup(part, images=here.pick(64, None))
     an_epoch = setup.data.n_train // setup.recipe.batch_size
@@ -362,10 +362,12 @@ def benchmark(here: Here, part: str, replicas: int, kernels: str, target: bool =
             rivals[STACKED, "graph"] = partial(captured, Stacked)
     step = race(here, rivals)
     mine = seconds(step, OURS, "graph")
-    more = "" if by_default else ", --deterministic"
+    more, n = "" if by_default else ", --deterministic", setup.data.n_validation
     if target:
         of_floor = {"fc": "times its floor", "conv2": "times the better of FLOP and byte floors"}[part]
         timed = rows(here, setup, "a step", "step", replicas, step)
+        evaluation = race(here, {(OURS, "graph"): lambda: Rival(replay.evaluate)})  # a price needs both
+        timed += rows(here, setup, f"evaluation of {n:,}", "evaluation", replicas, evaluation)
         figures: dict[str, float | None] = {of_floor: ratio(mine, timed[0]["floor_s"])}
         if part == "fc":
             of_eager = ratio(seconds(step, EAGER, "warm"), mine)
@@ -380,7 +382,6 @@ def benchmark(here: Here, part: str, replicas: int, kernels: str, target: bool =
     evaluation = race(here, rivals)
 
     timed = rows(here, setup, f"a step{more}", f"step{more}", replicas, step)
-    n = setup.data.n_validation
     timed += rows(here, setup, f"evaluation of {n:,}{more}", f"evaluation{more}", replicas, evaluation)
     figures = {}
     name = f"R{replicas} {TITLES[part]}"
