@@ -50,6 +50,7 @@ from gpu.visit import GIB, STAGES, Job, Visit
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET, RUN_BUDGET = 480.0, 570.0
+FEW = 3  # benchmarks of an op that come before others' later ones
 
 
 @dataclass(frozen=True)
@@ -105,23 +106,32 @@ TARGETS = [  # on an H100 or H200
 
 def planned(stages: list[str], ops: list[str], size: str, width: int) -> list[Job]:
     """Jobs of every stage; what an op does not have takes a moment."""
-    jobs = [Job("device", "device", "and its rates", partial(cases, "device", ["anchors"], (), size))]
+    jobs = []
+
+    def add(stage: str, op: str, kind: str, title: str, some: tuple[int, int | None] = (0, None)) -> None:
+        call = {"op": op, "kind": kind, "some": some, "size": size}
+        call["parts"] = OPS[op].parts if op in OPS else ()
+        jobs.append(Job(stage, op, title, partial(cases, call), OPS[op].gib if stage == "large" else GIB))
+
+    add("device", "device", "anchors", "and its rates")
     for stage in stages:
-        if stage == "checks":
-            jobs += shards(ops, width)
-        kinds = ["whole"] if stage == "run" else [stage]
-        for name in ["train_step"] if stage == "run" else ops:
-            op = OPS[name]
-            gib = op.gib if stage == "large" else GIB
-            jobs.append(Job(stage, name, name, partial(cases, name, kinds, op.parts, size), gib))
+        if stage == "run":
+            add("run", "train_step", "whole", "train_step")
+        elif stage == "benchmarks":  # of each op the first, then all others
+            for op in ops:
+                add(stage, op, stage, op, (0, FEW))
+            for op in ops:
+                add(stage, op, stage, f"{op}, others", (FEW, None))
+        else:
+            jobs += shards(ops, width) if stage == "checks" else []
+            for op in ops:
+                add(stage, op, stage, op)
     return jobs
 
 
-def cases(
-    op: str, kinds: list[str], parts: tuple[str, ...], size: str, first: int, events: Path
-) -> list[str]:
+def cases(call: dict[str, Any], first: int, events: Path) -> list[str]:
     """The command of a process of bench/gpu/worker.py."""
-    call = {"op": op, "kinds": kinds, "parts": parts, "size": size, "first": first, "events": str(events)}
+    call = call | {"first": first, "events": str(events)}
     return [sys.executable, __file__, "--work", json.dumps(call)]
 
 

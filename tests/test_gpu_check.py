@@ -460,6 +460,8 @@ def test_commands_of_a_visit() -> None:
     files = {word for word in tests[0] if word.endswith(".py")}
     assert all(Path(file).is_file() for file in files)
     assert {job.gib for job in jobs if job.stage == "large"} > {14, 24}
+    slices = [json.loads(j.command(0, Path("e"))[-1])["some"] for j in jobs if j.stage == "benchmarks"]
+    assert slices == [[0, 3]] * len(gpu_check.OPS) + [[3, None]] * len(gpu_check.OPS)
     for goal in gpu_check.TARGETS:  # by the same name there
         stem = re.split(r"\d", goal.figure)[0]
         assert stem in (BENCH / "gpu" / f"{goal.op}.py").read_text(), goal
@@ -572,10 +574,10 @@ def test_a_worker_waits_and_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     op.smoke = smoke  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "gpu.made_up", op)
 
-    def said(stdin: str, first: int = 0) -> list[dict[str, Any]]:
+    def said(stdin: str, first: int = 0, some: Any = (0, None)) -> list[dict[str, Any]]:
         events.write_text("")
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        worker.work("made_up", ["smoke", "large"], [], "tiny", first, str(events))
+        worker.work("made_up", "smoke", some, [], "tiny", first, str(events))
         return [json.loads(line) for line in events.read_text().splitlines()]
 
     assert said("") == [
@@ -589,6 +591,7 @@ def test_a_worker_waits_and_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert ends[2]["message"].startswith("AttributeError: ")
     assert ends[3]["found"] == {"figures": {"x": 1.5}}
     assert [e["end"] for e in said("{}\n", first=3) if "end" in e] == [3]
+    assert [e["case"] for e in said("{}\n", first=1, some=(1, 3)) if "end" in e] == ["broken"]
 
 
 def test_floors_are_of_measured_rates() -> None:

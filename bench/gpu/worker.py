@@ -27,15 +27,17 @@ from oracle import Skip, Wrong
 BROKEN = 70  # exit code: the CUDA context is lost, nothing works in this process any more
 
 
-def work(op: str, kinds: list[str], parts: list[str], size: str, first: int, events: str) -> None:
-    """The cases of an op, of all `kinds`, from number `first` on."""
+def work(
+    op: str, kind: str, some: tuple[int, int | None], parts: list[str], size: str, first: int, events: str
+) -> None:
+    """The cases of a kind of an op that the slice `some` holds, of these from number `first` on."""
     torch.manual_seed(0)
     if size == "tiny":
         torch.set_num_threads(1)
     here = Here("cpu" if size == "tiny" else "cuda", size)
     say, kernels = teller(Path(events)), count_kernels()
     module = importlib.import_module(f"gpu.{op}")
-    cases = [case for kind in kinds for case in planned(module, kind, parts, here)]
+    cases = list(planned(module, kind, parts, here))[slice(*some)]
     say(plan=[[case.name, case.part, case.seconds] for case in cases])
     anchors = sys.stdin.readline()
     if not anchors:
