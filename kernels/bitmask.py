@@ -81,7 +81,8 @@ def popcount(x):
 def places(start, n_bytes, K, BLOCK: tl.constexpr, RAGGED: tl.constexpr):
     """Where the weights of bytes `start` to `start + BLOCK` lie, and which of them exist: [8 * BLOCK]."""
     local = tl.arange(0, 8 * BLOCK)
-    inside = local < 8 * (n_bytes - start)  # int64: 8 * n_bytes may not fit 32 bits
+    # 8 * n_bytes may not fit 32 bits, what is left of a block does: half the comparisons
+    inside = local < tl.minimum(8 * (n_bytes - start), 8 * BLOCK).to(tl.int32)
     if RAGGED:
         row_bits = (K + 7) // 8 * 8
         row = 8 * start // row_bits

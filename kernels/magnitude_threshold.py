@@ -19,13 +19,21 @@ Every weight has a rank of its own, the 64-bit number
 
 so there are no ties to count. On a CPU, numpy's partition, which is SIMD, selects among a replica's ranks:
 8 bytes a weight of scratch, and as much for the selection. On CUDA nothing is concatenated and only about
-one weight in a hundred is sorted; the index is the place of the weight's bit in the new masks. One weight
-in `step` is sampled; two order statistics of the sample, a few standard deviations around the rank sought,
-bracket it. One pass over the weights writes a provisional mask (1 from the lower pivot on) and marks what
-lies inside the bracket; a second, over the bits, counts both and collects the ranks inside. The counts
-prove the bracket, else it is widened and swept again. The exact rank is then found inside it, and the bits
-of those of its members that go are cleared. For 1e8 weights in fp32 that moves about 4.8 bytes a weight
-beside a floor of 4.125. Rows that end within a byte (K % 8 != 0) cost a division a weight more.
+one weight in a hundred is sorted; the index is the place of the weight's bit in the new masks. One weight in
+`step` is sampled, by a hash; two order statistics of the sample, a few standard deviations around the rank
+sought, bracket it. One pass over the weights writes provisional bits (1 from the lower pivot on), collects
+the ranks inside the bracket and counts both. The ranks are sorted, and the bits of those that go are cleared.
+The counts prove the bracket; the host reads them when all is done, and where they do not it starts again
+with a wider one, in the end with everything. Rows that end within a byte (K % 8 != 0) cost a division more.
+
+1e8 weights, fp32, a fifth of them to go, expected (H200 | H100, copies at 4.3 | 3.0 TB/s); goal 5 reads:
+    the pass     4.125 B a weight, 412 MB; 22 instructions a weight; 48 registers, 5 programs a SM with 32 KB
+                 of loads in flight each; at 0.9 of a copy                                   107 | 153 us
+    the sample   390,625 granules of 64 bytes, 25 MB                                           6 |   8 us
+    two sorts    390,625 int32 in 4, 584,000 int64 in 8 radix passes of 7 us, 18 us beside         102 us
+    the rest     4 kernels, an upload and a wait 15 us, Python before the first of them 30 us       45 us
+    together     2.8 | 2.3 reads of the weights (93 | 133 us)                                260 | 308 us
+A radix select in place of the sorts (16 launches of histograms) comes to 240 | 290 us by the same count.
 """
 
 from __future__ import annotations
@@ -50,8 +58,10 @@ from sparselth.kernels.bitmask import (
 )
 
 BLOCK = 1024  # bytes of mask, and so 8,192 weights, a program
+LIST = 1024  # samples or members a program
 CHUNK = 2**18  # weights that plain torch takes at a time, to stay in the cache
 SIGMAS = 4.0  # half the bracket; a miss, one in 10,000, costs a second pass
+ROWS = 65_535  # replicas of a launch: the second axis of a CUDA grid
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ABS, NAN = 0x7FFFFFFF, 0x7F800001  # the sign cleared; the magnitude bits of every NaN
 LOW, LAST = 0xFFFFFFFF, (1 << 63) - 1  # the place within a rank; behind every rank
@@ -108,151 +118,239 @@ def _key(w):
 
 
 @triton.jit
-def _sweep_kernel(
-    w_ptr, mask_ptr, pivots_ptr, bits_ptr, members_ptr,
-    n_bytes, K, first, stride_wr, stride_mr, stride_br,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
+def _sample_kernel(
+    w_ptr, mask_ptr, keys_ptr, places_ptr,
+    n, numel, masked_bytes, K, first, step, at, samples, stride_wr, stride_mr,
+    BLOCK: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Bits of the survivors from the lower pivot on, and of those of them below the upper one."""
+    """Keys of one weight in every `step`, -1 where pruned, and their places, which rise."""
+    r = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = i < n
+    # which of them, a hash says: to a fixed one, weights with that period would hide the others
+    h = i.to(tl.uint32) * 0x9E3779B1
+    h = (h ^ (h >> 15)) * 0x85EBCA77
+    h = (h ^ (h >> 13)) & (step - 1)
+    offs_w = tl.minimum(i * step + h.to(tl.int64), numel - 1)
+    place = offs_w
+    if RAGGED:
+        place += offs_w // K * ((K + 7) // 8 * 8 - K)
+    key = _key(tl.load(w_ptr + r * stride_wr + offs_w, mask=there, other=0.0))
+    read = there & (place >> 3 < masked_bytes)  # without a mask no byte is
+    byte = tl.load(mask_ptr + r * stride_mr + (place >> 3), mask=read, other=255).to(tl.int32)
+    key = tl.where((byte >> (place & 7).to(tl.int32)) & 1 != 0, key, -1)
+    tl.store(keys_ptr + (r * samples + at + i), key, mask=there)
+    tl.store(places_ptr + (at + i), place + 8 * first.to(tl.int64), mask=there & (r == 0))
+
+
+@triton.jit
+def _open_kernel(
+    keys_ptr, order_ptr, places_ptr, plan_ptr, bracket_ptr, samples, capacity, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Fill the bracket with ranks behind all others; put the pivots, ranks too, where their indices were."""
+    r = tl.program_id(1).to(tl.int64)
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    last = tl.full((BLOCK,), 0x7FFFFFFFFFFFFFFF, tl.int64)
+    tl.store(bracket_ptr + r * capacity + offs, last, mask=offs < capacity)
+    if tl.program_id(0) == 0:
+        ends = tl.arange(0, 2)
+        at = tl.load(plan_ptr + (6 * r + ends))
+        there = (at >= 0) & (at < samples)
+        key = tl.load(keys_ptr + r * samples + at, mask=there, other=-1).to(tl.int64)
+        place = tl.load(places_ptr + tl.load(order_ptr + r * samples + at, mask=there, other=0))
+        rank = tl.where(key < 0, 0, (key << 32) | place)
+        tl.store(plan_ptr + (6 * r + ends), tl.where(at < samples, rank, 0x7FFFFFFFFFFFFFFF))
+
+
+@triton.jit
+def _sweep_kernel(
+    w_ptr, mask_ptr, plan_ptr, bits_ptr, bracket_ptr,
+    n_bytes, masked_bytes, K, first, capacity, stride_wr, stride_mr, stride_br,
+    BLOCK: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Bits of the survivors from the lower pivot on; ranks of those of them below the upper one, the
+    bracket's members, in any order; and how many there are of both."""
     r = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     # A pivot's place counts by the chunk, so that one comparison of keys is enough: equal magnitudes of
     # the chunk that holds a pivot all belong to the bracket.
     place = 8 * (first + start)
-    low, high = tl.load(pivots_ptr + 2 * r), tl.load(pivots_ptr + (2 * r + 1))
+    low, high = tl.load(plan_ptr + 6 * r), tl.load(plan_ptr + (6 * r + 1))
     low = (low >> 32) + (place + 8 * BLOCK <= (low & 0xFFFFFFFF)).to(tl.int64)
     high = tl.minimum((high >> 32) + (place < (high & 0xFFFFFFFF)).to(tl.int64), 0x7FFFFFFF)
 
     offs_w, inside = places(start, n_bytes, K, BLOCK, RAGGED)
     key = _key(tl.load(w_ptr + r * stride_wr + offs_w, mask=inside, other=0.0))
-    above = inside & (key >= low.to(tl.int32))
+    offs = start + tl.arange(0, BLOCK)
+    byte = tl.load(mask_ptr + r * stride_mr + offs, mask=offs < masked_bytes, other=255).to(tl.int32)
+    above = key >= low.to(tl.int32)
+    if RAGGED:
+        above &= inside
     both = tl.where(above, tl.where(key < high.to(tl.int32), 0x10001, 1), 0)
     both = tl.sum(tl.reshape(both, (BLOCK, 8)) << tl.arange(0, 8)[None, :], axis=1)  # [BLOCK]
-    offs = start + tl.arange(0, BLOCK)
-    if MASKED:
-        byte = tl.load(mask_ptr + r * stride_mr + offs, mask=offs < n_bytes, other=0).to(tl.int32)
-        both &= byte * 0x10001
-    tl.store(bits_ptr + r * stride_br + offs, both.to(tl.uint8), mask=offs < n_bytes)
-    tl.store(members_ptr + r * stride_br + offs, (both >> 16).to(tl.uint8), mask=offs < n_bytes)
+    both &= tl.where(offs < n_bytes, byte * 0x10001, 0)
+    # up to the next tensor's bits, so that those between are 0
+    tl.store(bits_ptr + r * stride_br + offs, both.to(tl.uint8), mask=offs < (n_bytes + 15) // 16 * 16)
 
-
-@triton.jit
-def _collect_kernel(
-    w_ptr, bits_ptr, members_ptr, bracket_ptr, counts_ptr,
-    n_bytes, K, first, capacity, stride_wr, stride_br,
-    BLOCK: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    """Count both kinds of bits, 32 at a time, and write the ranks of the members, in any order."""
-    r = tl.program_id(1).to(tl.int64)
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    words = tl.arange(0, BLOCK // 4)
-    offs = r * stride_br + start // 4 + words
-    there = start + 4 * words < n_bytes
-    kept = popcount(tl.load(bits_ptr + offs, mask=there, other=0).to(tl.uint32)).to(tl.int32)
-    word = tl.load(members_ptr + offs, mask=there, other=0).to(tl.uint32)
+    fours = tl.arange(0, 4)[None, :] * 8
+    word = tl.sum(tl.reshape(both >> 16, (BLOCK // 4, 4)).to(tl.uint32) << fours, axis=1).to(tl.uint32)
     ones = popcount(word).to(tl.int32)
-    inside = tl.sum(ones)
-    counts = (tl.sum(kept).to(tl.int64) << 32) + inside
-    taken = tl.atomic_add(counts_ptr + r, counts, sem="relaxed") & 0xFFFFFFFF
-    if taken + inside <= capacity:  # else the pass is repeated with room for all
+    members = tl.sum(ones)
+    kept = tl.sum(popcount((both & 255).to(tl.uint32)).to(tl.int32))
+    counts = (kept.to(tl.int64) << 32) + members
+    taken = tl.atomic_add(plan_ptr + (6 * r + 4), counts, sem="relaxed") & 0xFFFFFFFF
+    if taken + members <= capacity:  # else the pass is repeated with room for all
         slot = r * capacity + taken + tl.cumsum(ones, 0) - ones
+        words = tl.arange(0, BLOCK // 4)
         rounds = tl.max(ones)
         while rounds > 0:  # each takes the lowest member of every word
             lowest = (word & (0 - word)).to(tl.float32)  # a power of 2: its exponent says which
             local = 32 * words + (lowest.to(tl.int32, bitcast=True) >> 23) - 127
-            offs_w = 8 * start + local
+            offs_m = 8 * start + local
             if RAGGED:
                 row_bits = (K + 7) // 8 * 8
-                offs_w -= offs_w // row_bits * (row_bits - K)
-            key = _key(tl.load(w_ptr + r * stride_wr + offs_w, mask=word != 0, other=0.0)).to(tl.int64)
-            place = 8 * (first + start) + local
-            tl.store(bracket_ptr + slot, (key << 32) | place, mask=word != 0)
+                offs_m -= offs_m // row_bits * (row_bits - K)
+            rank = _key(tl.load(w_ptr + r * stride_wr + offs_m, mask=word != 0, other=0.0)).to(tl.int64) << 32
+            tl.store(bracket_ptr + slot, rank | (place + local), mask=word != 0)
             slot += 1
             word &= word - 1
             rounds -= 1
 
 
+@triton.jit
+def _finish_kernel(
+    bracket_ptr, plan_ptr, bits_ptr, thresholds_ptr, capacity, stride_br, stride_tr, BLOCK: tl.constexpr
+):
+    """Clear the bits of those members, in order, that go; the last of them is the threshold."""
+    r = tl.program_id(1).to(tl.int64)
+    going, n = tl.load(plan_ptr + (6 * r + 2)), tl.load(plan_ptr + (6 * r + 3))
+    counts = tl.load(plan_ptr + (6 * r + 4))
+    left = tl.minimum(going - n + (counts >> 32), capacity)
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    rank = tl.load(bracket_ptr + r * capacity + offs, mask=offs < left, other=0x7FFFFFFFFFFFFFFF)
+    place = rank & 0xFFFFFFFF
+    goes = rank != 0x7FFFFFFFFFFFFFFF  # where the bracket missed, there may be fewer
+    bit = tl.full((BLOCK,), 1, tl.int32) << (place & 31).to(tl.int32)
+    tl.atomic_xor(bits_ptr + r * stride_br + (place >> 5), bit, mask=goes, sem="relaxed")
+    if tl.program_id(0) == 0:
+        some = (going > 0) & (left > 0)
+        cut = tl.load(bracket_ptr + (r * capacity + left - 1), mask=some, other=0) >> 32
+        threshold = tl.where(some, cut.to(tl.int32).to(tl.float32, bitcast=True), float("-inf"))
+        tl.store(thresholds_ptr + r * stride_tr, threshold)
+
+
 def _by_bracket(
-    weights: list[Tensor], masks: list[Tensor], k: list[int], alive: list[int]
+    weights: list[Tensor],
+    masks: list[Tensor],
+    groups: list[list[int]],
+    k: list[list[int]],
+    alive: list[list[int]],
 ) -> tuple[Tensor, Tensor]:
-    """What `_by_partition` does, in Triton."""
-    new = torch.zeros(len(k), _starts(weights)[1], dtype=torch.uint8, device=weights[0].device)
-    total = sum(w[0].numel() for w in weights)
-    step = 1 << min(max(round(log2(total) / 3 - 1), 0), 8)  # balances the sample and the bracket
-    while step > 1 and any(w.shape[2] % step == 0 for w in weights):
-        step += 1  # else a matrix would be sampled in one of its columns
-    sample = _sample(weights, masks, step)
+    """What `_by_partition` does for every group of tensors, in Triton; k and alive are [groups][R].
+
+    All of it is queued before the host waits, once, for the counts that prove the brackets.
+    """
+    device, replicas = weights[0].device, len(weights[0])
+    new = torch.empty(replicas, _starts(weights)[1], dtype=torch.uint8, device=device)
+    thresholds = torch.empty(replicas, len(groups), device=device)
+    todo = [(g, slice(r, r + ROWS)) for g in range(len(groups)) for r in range(0, replicas, ROWS)]
     sigmas = SIGMAS
-    while True:
-        ends = [
-            _ends(n - going, total, step, sample.shape[1] - 1, sigmas) if going else (0, 0)
-            for going, n in zip(k, alive, strict=True)
-        ]
-        span = max(high - low for low, high in ends)
-        capacity = min(total, step * ceil(span + 6 * sqrt(span) + 8))
-        pivots = sample.gather(1, torch.tensor(ends, device=new.device))
-        bracket, counts = _sweep(weights, masks, pivots, capacity, new)
-        both = counts.tolist()
-        inside = [c & LOW for c in both]
-        left = [going - n + (c >> 32 & LOW) for going, n, c in zip(k, alive, both, strict=True)]
-        room = bracket.shape[1]
-        if all(not going or 1 <= here <= n <= room for going, here, n in zip(k, left, inside, strict=True)):
-            break
-        sigmas *= 4
-    ranks = bracket[:, : max(inside)]
-    nothing = ranks.new_full((len(k), 1), -1)
-    last = [[here if going else 0] for going, here in zip(k, left, strict=True)]
-    cuts = torch.cat([nothing, ranks], 1).sort(1).values.gather(1, torch.tensor(last, device=new.device))
-    ones = torch.where(ranks <= cuts, -(1 << (ranks & 7)), 0).to(torch.uint8)
-    new.scatter_add_(1, ((ranks & LOW) >> 3).clamp_(max=new.shape[1] - 1), ones)  # each is set: no borrow
-    return new, _thresholds(cuts[:, 0])
+    while todo:
+        jobs = [_Job(weights, groups[g], k[g][rows], alive[g][rows], sigmas) for g, rows in todo]
+        lines = [line for job in jobs for line in job.plan]
+        pinned = torch.tensor(lines, dtype=torch.int64, pin_memory=device.type == "cuda")
+        plan = pinned.to(device, non_blocking=True)  # torch keeps the pinned block until it was read
+        first = 0
+        for (g, rows), job in zip(todo, jobs, strict=True):
+            theirs = plan[first : first + len(job.plan)]
+            some, old = ([x[rows] for x in xs] for xs in (weights, masks))
+            job.queue(some, old, theirs, new[rows], thresholds[rows, g])
+            first += len(job.plan)
+        counts, missed = [line[4] for line in plan.tolist()], []
+        for which, job in zip(todo, jobs, strict=True):
+            if not job.proven([counts.pop(0) for _ in job.plan]):
+                if job.all:
+                    raise RuntimeError(f"no threshold among all of {job.samples} x {job.step} weights")
+                missed.append(which)
+        todo, sigmas = missed, 4 * sigmas
+    return new, thresholds
 
 
-def _sample(weights: list[Tensor], masks: list[Tensor], step: int) -> Tensor:
-    """Ranks of one weight in `step` [R, S + 2], sorted: those of pruned weights are 0, the last is LAST."""
-    found = [torch.tensor([[0, LAST]], device=weights[0].device).expand(len(weights[0]), 2)]
-    for i, (w, start) in enumerate(zip(weights, _starts(weights)[0], strict=True)):
-        keys = _magnitude(w.flatten(1)[:, ::step]).long()
-        place = torch.arange(0, w[0].numel(), step, device=w.device)
-        if gap := -w.shape[2] % 8:
-            place += place // w.shape[2] * gap
-        ranks = keys << 32 | place + 8 * start
-        if masks:
-            alive = masks[i].flatten(1)[:, place >> 3] >> (place & 7) & 1
-            ranks *= alive
-        found.append(ranks)
-    return torch.cat(found, 1).sort(1).values
+class _Job:
+    """One ranking over a group of tensors for at most ROWS replicas.
 
+    `plan` [R, 6] holds the pivots as indices into the sorted sample (-1 and `samples` stand for the very
+    ends), how many weights go, of how many, and a place for what the sweep counts: kept << 32 | inside. The
+    sixth number fills 16 bytes up.
+    """
 
-def _ends(keep: int, weights: int, step: int, last: int, sigmas: float) -> tuple[int, int]:
-    """Indices into the sample that bracket the cut; 0 and `last` stand for the very ends."""
-    centre = keep / step  # counted from the largest, for the pruned are in the sample, at its front
-    half = sigmas * sqrt(centre * max(1 - keep / weights, 0)) + 2
-    return max(last - ceil(centre + half), 0), min(last - round_down(centre - half), last)
+    def __init__(
+        self, weights: list[Tensor], group: list[int], k: list[int], alive: list[int], sigmas: float
+    ) -> None:
+        sizes = [weights[i][0].numel() for i in group]
+        total = sum(sizes)
+        self.group = group
+        self.step = 1 << min(max(round(log2(total) / 3 - 1), 0), 10)  # balances the sample and the bracket
+        self.counts = [-(-size // self.step) for size in sizes]
+        self.samples = sum(self.counts)
+        self.plan = []
+        for going, n in zip(k, alive, strict=True):
+            keep = n - going
+            centre = keep / self.step  # from the largest, for the pruned are in the sample, at its front
+            half = sigmas * sqrt(centre * max(1 - keep / total, 0)) + 2
+            low = max(self.samples - ceil(centre + half), -1)
+            high = min(self.samples - round_down(centre - half), self.samples)
+            self.plan.append([low, high, going, n, 0, 0] if going else [-1, -1, 0, n, 0, 0])
+        span = max(high - low for low, high, *_ in self.plan)
+        self.all = all(high - low > self.samples for low, high, going, *_ in self.plan if going)
+        self.capacity = min(total, self.step * ceil(span + 6 * sqrt(span) + 8))
 
-
-def _sweep(
-    weights: list[Tensor], masks: list[Tensor], pivots: Tensor, capacity: int, new: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Provisional masks into `new`; ranks inside [R, capacity], filled up with LAST; kept << 32 | inside."""
-    members = torch.zeros_like(new)
-    bracket = pivots.new_full((len(new), capacity), LAST)
-    counts = pivots.new_zeros(len(new))
-    for i, (w, start) in enumerate(zip(weights, _starts(weights)[0], strict=True)):
-        bits, marks, mask = new[:, start:], members[:, start:], masks[i] if masks else new
-        n_bytes, k = w.shape[1] * -(-w.shape[2] // 8), w.shape[2]
-        grid = (triton.cdiv(n_bytes, BLOCK), len(w))
-        with torch.cuda.device_of(w):
-            _sweep_kernel[grid](
-                w, mask, pivots, bits, marks, n_bytes, k, start, w.stride(0), mask.stride(0), new.stride(0),
-                BLOCK=BLOCK, MASKED=bool(masks), RAGGED=is_ragged(k), num_warps=8,
+    def queue(
+        self, weights: list[Tensor], masks: list[Tensor], plan: Tensor, new: Tensor, thresholds: Tensor
+    ) -> None:
+        """The launches; `new` [R, bytes] and `thresholds` [R] are written."""
+        starts, rows = _starts(weights)[0], len(plan)
+        n_bytes = [w.shape[1] * -(-w.shape[2] // 8) for w in weights]
+        keys = torch.empty(rows, self.samples, dtype=torch.int32, device=new.device)
+        places = torch.empty(self.samples, dtype=torch.int64, device=new.device)
+        bracket = torch.empty(rows, self.capacity, dtype=torch.int64, device=new.device)
+        with torch.cuda.device_of(new):
+            at = 0
+            for i, n in zip(self.group, self.counts, strict=True):
+                w, mask, masked = weights[i], masks[i] if masks else new, n_bytes[i] if masks else 0
+                _sample_kernel[(triton.cdiv(n, LIST), rows)](
+                    w, mask, keys, places,
+                    n, w[0].numel(), masked, w.shape[2], starts[i], self.step, at, self.samples,
+                    w.stride(0), mask.stride(0), BLOCK=LIST, RAGGED=is_ragged(w.shape[2]), num_warps=4,
+                )  # fmt: skip
+                at += n
+            ordered, order = keys.sort(dim=1, stable=True)  # of equal keys the first place first
+            _open_kernel[(triton.cdiv(self.capacity, LIST), rows)](
+                ordered, order, places, plan, bracket, self.samples, self.capacity,
+                BLOCK=LIST, num_warps=4,
             )  # fmt: skip
-            _collect_kernel[grid](
-                w, bits.view(torch.int32), marks.view(torch.int32), bracket, counts,
-                n_bytes, k, start, capacity, w.stride(0), new.stride(0) // 4,
-                BLOCK=BLOCK, RAGGED=is_ragged(k), num_warps=4,
+            for i in self.group:
+                w, mask, masked = weights[i], masks[i] if masks else new, n_bytes[i] if masks else 0
+                ragged = is_ragged(w.shape[2])
+                block = BLOCK // 2 if ragged else BLOCK  # a full one would spill
+                _sweep_kernel[(triton.cdiv(n_bytes[i], block), rows)](
+                    w, mask, plan, new[:, starts[i] :], bracket,
+                    n_bytes[i], masked, w.shape[2], starts[i], self.capacity,
+                    w.stride(0), mask.stride(0), new.stride(0),
+                    BLOCK=block, RAGGED=ragged, num_warps=8,
+                )  # fmt: skip
+            _finish_kernel[(triton.cdiv(self.capacity, LIST), rows)](
+                bracket.sort(1).values, plan, new.view(torch.int32), thresholds,
+                self.capacity, new.stride(0) // 4, thresholds.stride(0), BLOCK=LIST, num_warps=4,
             )  # fmt: skip
-    return bracket, counts
+
+    def proven(self, counts: list[int]) -> bool:
+        """Whether every rank sought lies in its bracket, and the bracket had room for all its members."""
+        for (_, _, going, n, *_), both in zip(self.plan, counts, strict=True):
+            inside, left = both & LOW, going - n + (both >> 32)
+            if going and not 1 <= left <= inside <= self.capacity:
+                return False
+        return True
 
 
 def launch(
@@ -260,24 +358,29 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """The new masks of all tensors in one buffer [R, bytes], see `split`; and the thresholds."""
     _check(weights, k, masks)
-    select = _by_bracket if use_triton(kernels, weights[0]) else _by_partition
+    triton_takes = use_triton(kernels, weights[0])
     weights, masks = ([x if x[0].is_contiguous() else x.contiguous() for x in xs] for xs in (weights, masks))
     groups = [[i] for i in range(len(weights))] if k.ndim == 2 else [list(range(len(weights)))]
     alive = [[w[0].numel()] * len(w) for w in weights]
     if masks:
         counts = [launch_count(m.flatten(1), None, True, kernels=kernels) for m in masks]
         alive = torch.stack(counts).tolist()
-    found = []
-    for group, going in zip(groups, k.reshape(len(k), -1).T.tolist(), strict=True):
-        survivors = [sum(alive[i][r] for i in group) for r in range(len(k))]
-        for r, (gone, n) in enumerate(zip(going, survivors, strict=True)):
-            if not 0 <= gone <= n:
+    going = k.reshape(len(k), -1).T.tolist()
+    survivors = [[sum(alive[i][r] for i in group) for r in range(len(k))] for group in groups]
+    for group, gone, left in zip(groups, going, survivors, strict=True):
+        for r, (some, n) in enumerate(zip(gone, left, strict=True)):
+            if not 0 <= some <= n:
                 layer = f", tensor {group[0]}" if k.ndim == 2 else ""
-                raise ValueError(f"replica {r}{layer}: cannot prune {gone} of {n} weights")
-        theirs = [masks[i] for i in group] if masks else []
-        found.append(select([weights[i] for i in group], theirs, going, survivors))
-    bits, thresholds = zip(*found, strict=True)
-    return torch.cat(bits, 1), torch.stack(thresholds, 1).view(k.shape)
+                raise ValueError(f"replica {r}{layer}: cannot prune {some} of {n} weights")
+    if triton_takes:
+        bits, thresholds = _by_bracket(weights, masks, groups, going, survivors)
+        return bits, thresholds.view(k.shape)
+    found = [
+        _by_partition([weights[i] for i in group], [masks[i] for i in group] if masks else [], gone, left)
+        for group, gone, left in zip(groups, going, survivors, strict=True)
+    ]
+    parts, cuts = zip(*found, strict=True)
+    return torch.cat(parts, 1), torch.stack(cuts, 1).view(k.shape)
 
 
 def split(bits: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -358,50 +461,65 @@ def floor(weights: int, itemsize: int = 4, masked: bool = False) -> dict[str, in
     return {"bytes": weights * itemsize + bits + bits * masked, "flops": 0}
 
 
-def _aot(pointer: str, masked: bool, ragged: bool, registers: int, narrow: int) -> list[Aot]:
-    sizes = {"n_bytes": "i32", "K": "i32", "first": "i32"}
-    aligned: tuple[str, ...] = (
-        "w_ptr",
-        "mask_ptr",
-        "bits_ptr",
-        "members_ptr",
-        "first",
-        "stride_wr",
-        "stride_br",
-    )
+def _aot(pointer: str, ragged: bool, registers: int, narrow: int) -> list[Aot]:
+    """The kernels that read weights."""
+    sizes = {"masked_bytes": "i32", "K": "i32", "first": "i32", "stride_wr": "i64", "stride_mr": "i64"}
+    aligned: tuple[str, ...] = ("w_ptr", "mask_ptr", "plan_ptr", "first", "stride_wr")
     if not ragged:
-        aligned += ("n_bytes", "K", "stride_mr")
+        aligned += ("K", "stride_mr")
     return [
         Aot(
+            kernel=_sample_kernel,
+            signature={"w_ptr": pointer, "mask_ptr": "*u8", "keys_ptr": "*i32", "places_ptr": "*i64"}
+            | {"n": "i32", "numel": "i32", "step": "i32", "at": "i32", "samples": "i32", **sizes},
+            constants={"BLOCK": LIST, "RAGGED": ragged},
+            aligned=tuple(name for name in aligned if name != "plan_ptr")
+            + ("keys_ptr", "places_ptr", "step"),
+            num_warps=4,
+            num_stages=1,
+            max_registers=64,
+            narrow=32,
+        ),
+        Aot(
             kernel=_sweep_kernel,
-            signature={"w_ptr": pointer, "mask_ptr": "*u8", "pivots_ptr": "*i64", "bits_ptr": "*u8"}
-            | {"members_ptr": "*u8", **sizes}
-            | {"stride_wr": "i64", "stride_mr": "i64", "stride_br": "i64"},
-            constants={"BLOCK": BLOCK, "MASKED": masked, "RAGGED": ragged},
-            aligned=aligned,
+            signature={"w_ptr": pointer, "mask_ptr": "*u8", "plan_ptr": "*i64", "bits_ptr": "*u8"}
+            | {"bracket_ptr": "*i64", "n_bytes": "i32", "capacity": "i32", "stride_br": "i64", **sizes},
+            constants={"BLOCK": BLOCK // 2 if ragged else BLOCK, "RAGGED": ragged},
+            aligned=(*aligned, "bits_ptr", "bracket_ptr", "stride_br") + (() if ragged else ("n_bytes",)),
             num_warps=8,
             num_stages=1,
             max_registers=registers,
             narrow=narrow,
         ),
-        Aot(
-            kernel=_collect_kernel,
-            signature={"w_ptr": pointer, "bits_ptr": "*i32", "members_ptr": "*i32", "bracket_ptr": "*i64"}
-            | {"counts_ptr": "*i64", **sizes, "capacity": "i32", "stride_wr": "i64", "stride_br": "i64"},
-            constants={"BLOCK": BLOCK, "RAGGED": ragged},
-            aligned=tuple(name for name in aligned if name not in ("mask_ptr", "stride_mr")),
-            num_warps=4,
-            num_stages=1,
-            max_registers=64,
-            narrow=9,  # words of bits, and single members
-        ),
     ]
 
 
 AOT = [
-    # narrow: the pivots, the bytes of bits, the mask's; where rows are ragged the weights, too
-    *_aot("*fp32", masked=False, ragged=False, registers=64, narrow=4),
-    *_aot("*fp32", masked=True, ragged=False, registers=64, narrow=5),
-    *_aot("*fp32", masked=True, ragged=True, registers=128, narrow=46),
-    *_aot("*bf16", masked=True, ragged=False, registers=64, narrow=5),
+    # narrow: the pivots, the bytes of bits and masks, and single members, a loop that is unrolled by 8 with
+    # Triton 3.6; in ragged rows the weights, too
+    *_aot("*fp32", ragged=False, registers=64, narrow=24),
+    *_aot("*fp32", ragged=True, registers=128, narrow=36),
+    *_aot("*bf16", ragged=False, registers=64, narrow=24),
+    Aot(
+        kernel=_open_kernel,
+        signature={"keys_ptr": "*i32", "order_ptr": "*i64", "places_ptr": "*i64", "plan_ptr": "*i64"}
+        | {"bracket_ptr": "*i64", "samples": "i32", "capacity": "i32"},
+        constants={"BLOCK": LIST},
+        aligned=("keys_ptr", "order_ptr", "places_ptr", "plan_ptr", "bracket_ptr"),
+        num_warps=4,
+        num_stages=1,
+        max_registers=64,
+        narrow=13,
+    ),
+    Aot(
+        kernel=_finish_kernel,
+        signature={"bracket_ptr": "*i64", "plan_ptr": "*i64", "bits_ptr": "*i32", "thresholds_ptr": "*fp32"}
+        | {"capacity": "i32", "stride_br": "i64", "stride_tr": "i32"},
+        constants={"BLOCK": LIST},
+        aligned=("bracket_ptr", "plan_ptr", "bits_ptr"),
+        num_warps=4,
+        num_stages=1,
+        max_registers=64,
+        narrow=21,
+    ),
 ]

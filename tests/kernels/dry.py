@@ -327,7 +327,13 @@ def _linear_grad_update() -> None:
 
 
 def _magnitude_threshold() -> None:
-    for shapes in ([(1, 10000, 10000)], [(100, 300, 784), (100, 100, 300)], [(2, 3, 7)], [(1, 65537, 4098)]):
+    for shapes in (
+        [(1, 10000, 10000)],
+        [(100, 300, 784), (100, 100, 300)],
+        [(2, 3, 7)],
+        [(1, 65537, 4098)],
+        [(70000, 3, 5)],
+    ):
         for make in (single, half):
             weights = [make(*shape) for shape in shapes]
             masks = [octets(r, n, -(-k // 8)) for r, n, k in shapes]
