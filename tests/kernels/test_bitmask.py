@@ -15,23 +15,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from oracle import DEVICE, NAN, pick, poisoned, surrounded
 from sparselth import masks
 from sparselth.kernels import bitmask
 from sparselth.kernels._triton import tl, triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
 SHAPES = [(1,), (8,), (7, 13), (2, 3, 25), (3, 5, 16), (1, 1), (131, 2), (0, 9), (3, 0)]
+SHAPES += pick([], [(7,), (3, 5, 10), (2, 300, 784), (1, 13), (65, 1), (4, 1000, 33)])
+DTYPES = [torch.bool, torch.uint8, torch.float32, torch.float16, torch.bfloat16]
 KERNELS = ["reference", "triton"]
 
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small programs, several to a tensor; whatever a kernel leaves unwritten shows."""
+    """Small programs, several to a tensor (a device takes those that ship); what is left unwritten shows."""
     empty = torch.empty
-    monkeypatch.setattr(bitmask, "BLOCK", 16)
-    monkeypatch.setattr(bitmask, "COUNT_BLOCK", 32)
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).view(torch.uint8).fill_(255))
+    monkeypatch.setattr(bitmask, "BLOCK", pick(16, bitmask.BLOCK))
+    monkeypatch.setattr(bitmask, "COUNT_BLOCK", pick(32, bitmask.COUNT_BLOCK))
+
+    def full(*args: Any, **kwargs: Any) -> Tensor:
+        t = empty(*args, **kwargs)
+        t.view(torch.uint8).fill_(255)
+        return t
+
+    monkeypatch.setattr(torch, "empty", full)
 
 
 def random_mask(shape: tuple[int, ...], keep: float, seed: int = 0) -> Tensor:
@@ -67,6 +75,30 @@ def test_whatever_is_not_zero_is_kept(dtype: torch.dtype, kernels: str) -> None:
     if dtype.is_floating_point:
         values[1, 0], mask[1, 0] = float("nan"), True
     assert torch.equal(bitmask.launch_pack(values, kernels=kernels), packed(mask))
+
+
+@settings(max_examples=CASES)
+@given(
+    shape=st.lists(st.integers(1, pick(12, 90)), min_size=1, max_size=3),
+    dtype=st.sampled_from(DTYPES),
+    keep=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    seed=st.integers(0, 2**20),
+)
+def test_guarded(shape: list[int], dtype: torch.dtype, keep: float, seed: int) -> None:
+    """With NaN, or ones, around what is read and in what is to be written, and nothing written beside it."""
+    (kept, other), k = (random_mask(tuple(shape), keep, seed + i) for i in range(2)), shape[-1]
+    values = torch.where(kept, 1, 0).to(dtype)
+    if dtype.is_floating_point:
+        values = torch.where(kept, torch.where(other, NAN, -0.5), -0.0).to(dtype)
+    right, others = packed(kept), packed(other)
+    around = surrounded(values.view(torch.uint8) if dtype == torch.bool else values).view(dtype)
+    with poisoned():
+        assert torch.equal(bitmask.launch_pack(around, kernels="triton"), right)
+        assert torch.equal(bitmask.launch_unpack(surrounded(right), k, kernels="triton"), kept)
+        for b, truth in ((None, kept), (surrounded(others), kept ^ other)):
+            for rows in (False, True):
+                found = bitmask.launch_count(surrounded(right), b, rows, kernels="triton")
+                assert torch.equal(found, truth.sum(-1) if rows else truth.sum())
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -139,7 +171,7 @@ def test_grids_of_any_mask_are_a_devices(
 
 def test_rows_beyond_one_grid_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bitmask, "PROGRAMS", 7)
-    for shape in ((40, 8 * 32 * 4 * 3), (40, 9), (1, 8 * 32 * 4 * 9)):
+    for shape in ((40, 8 * 4 * bitmask.COUNT_BLOCK * 3), (40, 9), (1, 8 * 4 * bitmask.COUNT_BLOCK * 9)):
         a, b = random_mask(shape, 0.5), random_mask(shape, 0.5, 1)
         found = bitmask.launch_count(packed(a), packed(b), True, kernels="triton")
         assert torch.equal(found, (a ^ b).sum(-1))
