@@ -157,7 +157,9 @@ class Slots:
         values, residual = (t.view(torch.int16) for t in (self.values, self.residual))
         values = values.view(*self.places.shape, 2, 1, 1, 4)
         slot = _assigned((self.places[..., None, None, None] & _bits(self.places.device)) != 0)
-        groups = sum(torch.where(slot == i, values[..., i], 0) for i in range(4))
+        groups = torch.zeros_like(slot, dtype=torch.int16)
+        for i in range(4):
+            groups = torch.where(slot == i, values[..., i], groups)
         w = _ungrouped(groups, n, k)
         units = -(-k // UNIT)
         cell = torch.repeat_interleave(self.starts.diff().long())
