@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,15 +13,37 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import oracle
+from oracle import (
+    DEVICE,
+    INF,
+    NAN,
+    compare,
+    layed,
+    must_repeat,
+    pick,
+    poisoned,
+    precision,
+    same_bits,
+    surrounded,
+)
 from sparselth.kernels import _native, csr_linear
 from sparselth.kernels import csr_infer as op
 from sparselth.kernels.csr_infer import PackedCsr, csr_infer, floor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = list(BOUNDS)
 BF16 = torch.bfloat16
+PARTS = "bf16", "fp16", "ieee"
+LAYOUTS = ("contiguous", "transposed", "sliced", "off the grid")
+Shape = tuple[int, int, int]  # N, K, B
+TINY: list[Shape] = [(1, 1, 1), (5, 47, 8), (9, 130, 3)]
+DEVICE_SHAPES: list[Shape] = [
+    *[(300, 784, b) for b in (1, 2, 4, 5, 8, 11, 16, 17, 64)],
+    *[(10, 100, 8), (3, 50000, 1), (1, 4096, 16), (2000, 31, 8), (40, 65536, 8), (40, 65537, 8)],
+    *[(4096, 4096, 1), (8192, 8192, 8), (1000, 25088, 16), (16384, 2048, 13)],
+]
 
 
 @pytest.fixture(autouse=True)
@@ -206,65 +227,133 @@ def test_the_last_column_that_16_bits_tell(k: int) -> None:
         check(packed, draw(k, 2).to(dtype))
 
 
-@dataclass(frozen=True)
-class Draw:
-    n: int
-    k: int
-    b: int
-    keep: float
-    dtype: torch.dtype
-    bias: bool
-    relu: bool
-    layout: str
-    seed: int
+# Beside the formula in float64, with guards around all operands
 
 
-@settings(max_examples=CASES)
-@given(
-    st.builds(
-        Draw,
-        n=st.integers(1, 20),
-        k=st.integers(1, 150),
-        b=st.integers(1, 20),
-        keep=st.sampled_from([0.02, 0.1, 0.5, 1.0]),
-        dtype=st.sampled_from(DTYPES),
-        bias=st.booleans(),
-        relu=st.booleans(),
-        layout=st.sampled_from(["contiguous", "transposed", "sliced", "off the grid"]),
-        seed=st.integers(0, 10**6),
+class Problem(NamedTuple):
+    x: Tensor
+    w: Tensor  # NaN where pruned
+    keep: Tensor
+    bias: Tensor
+
+
+def problem(part: str, shape: Shape, density: float, seed: int = 0) -> Problem:
+    """With rows of very different length, an empty and a full one, where there are so many."""
+    n, k, b = shape
+    g = torch.Generator(DEVICE).manual_seed(seed)
+    share = torch.linspace(0, 2 * density, n, device=DEVICE)[:, None] if n > 8 else density
+    keep = torch.rand(n, k, generator=g, device=DEVICE) < share
+    if n > 2 and 0 < density < 1:
+        keep[0], keep[-1] = False, True
+    x, w, bias = (
+        torch.randn(s, generator=g, device=DEVICE).to(oracle.DTYPES[part]) for s in ((k, b), (n, k), (n,))
     )
+    return Problem(x, w.masked_fill_(~keep, NAN), keep, bias)
+
+
+def formula(p: Problem, dtype: torch.dtype, relu: bool = False) -> dict[str, Tensor]:
+    w = torch.where(p.keep, p.w, 0).to(dtype)
+    y = torch.addmm(p.bias.to(dtype)[:, None], w, p.x.to(dtype))
+    return {"y": y.relu_() if relu else y}
+
+
+def guarded(packed: PackedCsr) -> PackedCsr:
+    """The same with NaN, and indices that lead nowhere, around its arrays."""
+
+    def around(t: Tensor) -> Tensor:
+        if t.dtype.is_floating_point:
+            return surrounded(t)
+        bits = t.view(torch.int16 if t.itemsize == 2 else torch.int32)
+        wide = bits.new_full((bits.numel() + 512,), 0x5555)
+        wide[256:-256] = bits
+        return wide[256:-256].view(t.dtype)
+
+    return PackedCsr(packed.shape, packed.lanes, *map(around, packed.arrays()))
+
+
+def check_beside_torch(
+    part: str, shape: Shape, density: float = 0.2, layout: str = "contiguous", seed: int = 0
+) -> None:
+    """y against float64, twice; NaN in pruned weights, around all operands and in all that is allocated."""
+    p = problem(part, shape, density, seed)
+    packed = PackedCsr.from_dense(p.w, p.keep)
+    assert same_bits(packed.to_dense(), torch.where(p.keep, p.w, 0))
+    relu = seed % 2 == 1
+    spread = layed(p.x, layout)
+
+    def ours(packed: PackedCsr, x: Tensor) -> dict[str, Tensor]:
+        return {"y": csr_infer(packed, x, p.bias, relu, kernels="triton")}
+
+    with precision(part):
+        absolute = formula(Problem(p.x.abs(), p.w.abs(), p.keep, p.bias.abs()), torch.double)
+        right, torchs = formula(p, torch.double, relu), formula(p, oracle.DTYPES[part], relu)
+        with poisoned():
+            found = ours(guarded(packed), spread)
+            compare(found, right, torchs, part, {"y": shape[1]}, absolute)
+            must_repeat(ours(guarded(packed), spread), found)
+        if layout != "contiguous":
+            must_repeat(ours(packed, p.x), found, "another layout")
+
+
+def said(shape: Shape) -> str:
+    return "N{} K{} B{}".format(*shape)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("shape", pick(TINY, TINY + DEVICE_SHAPES), ids=said)
+def test_product_is_the_formula(shape: Shape, part: str) -> None:
+    check_beside_torch(part, shape)
+
+
+@pytest.mark.parametrize("part", pick(("bf16", "ieee"), PARTS))
+@pytest.mark.parametrize("batch", pick((1, 8), (1, 8, 13)))
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_layouts(layout: str, batch: int, part: str) -> None:
+    check_beside_torch(part, (18, 70, batch), layout=layout)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("density", pick((1.0,), (0.01, 0.5, 1.0)))
+def test_densities(density: float, part: str) -> None:
+    check_beside_torch(part, pick((5, 60, 8), (300, 1000, 8)), density)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_without_weights_y_is_the_bias(part: str) -> None:
+    p = problem(part, (17, 21, 8), 0.0)
+    with poisoned():
+        found = csr_infer(PackedCsr.from_dense(p.w, p.keep), p.x, p.bias, kernels="triton")
+    assert torch.equal(found, p.bias[:, None].expand_as(found))
+
+
+@settings(max_examples=pick(CASES // 2, 180))
+@given(
+    st.tuples(*(st.integers(1, most) for most in pick((9, 120, 20), (600, 3000, 40)))),
+    st.sampled_from(PARTS),
+    st.floats(0, 1).map(lambda share: share**2),
+    st.sampled_from(LAYOUTS),
+    st.integers(0, 10**6),
 )
-def test_any_shape_any_layout(case: Draw) -> None:
-    uniform = torch.rand(case.n, case.k, generator=torch.Generator().manual_seed(case.seed))
-    packed = packed_of((uniform < case.keep).to(DEVICE), case.dtype, case.seed)
-    x = draw(case.k, case.b, seed=case.seed + 1).to(case.dtype)
-    bias = draw(case.n, seed=case.seed + 2).to(case.dtype) if case.bias else None
-    check(packed, layed(x, case.layout), bias, case.relu)
+def test_any_product(shape: Shape, part: str, density: float, layout: str, seed: int) -> None:
+    check_beside_torch(part, shape, density, layout, seed)
 
 
-def layed(x: Tensor, layout: str) -> Tensor:
-    """The same numbers elsewhere, NaN beside them."""
-    k, b = x.shape
-    if layout == "transposed":
-        return x.t().contiguous().t()
-    if layout == "sliced":
-        wide = torch.full((k, 2 * b + 3), math.nan, dtype=x.dtype, device=x.device)
-        wide[:, 3::2] = x
-        return wide[:, 3::2]
-    if layout == "off the grid":
-        wide = torch.full((k * b + 2,), math.nan, dtype=x.dtype, device=x.device)
-        wide[1:-1] = x.flatten()
-        return wide[1:-1].view(k, b)
-    return x
-
-
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "off the grid"])
-@pytest.mark.parametrize("batch", [1, 8])
-def test_layouts_do_not_change_a_bit(batch: int, layout: str) -> None:
-    packed, x = packed_of(kinds(6, 50)["sparse"], BF16), draw(50, batch).to(BF16)
-    expected = csr_infer(packed, x, kernels="triton")
-    for _ in range(2):
-        assert torch.equal(csr_infer(packed, layed(x, layout), kernels="triton"), expected)
+@pytest.mark.parametrize("part", pick(("bf16",), PARTS))
+@pytest.mark.parametrize("batch", pick((16,), (1, 8, 16)))
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_what_is_not_finite_reaches_its_rows_at_every_width(value: float, batch: int, part: str) -> None:
+    """And nothing through empty places, which hold column 0."""
+    p = problem(part, pick((20, 90, batch), (40, 300, batch)), 0.1)
+    packed = PackedCsr.from_dense(p.w, p.keep)
+    for column in (0, 7, p.x.shape[0] - 1):
+        x = p.x.clone()
+        x[column, -1] = value
+        y = csr_infer(packed, x, p.bias, kernels="triton")
+        assert y[:, :-1].isfinite().all()
+        assert torch.equal(~y[:, -1].isfinite(), p.keep[:, column])
+        if value == INF:
+            kept = p.keep[:, column]
+            assert torch.equal(y[kept, -1], p.w[kept, column].sign() * value)
 
 
 @pytest.mark.parametrize("kernels", ["triton", "reference", "auto"])
@@ -406,5 +495,6 @@ else:
 """
 
 
+@pytest.mark.host
 def test_the_op_passes_torchs_checks(without_interpreter: Callable[[str], str]) -> None:
     without_interpreter(OPCHECK)
