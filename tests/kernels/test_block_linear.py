@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,16 +16,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from oracle import surrounded, traffic
+from oracle import (
+    DEVICE,
+    DTYPES,
+    INF,
+    NAN,
+    UNIT,
+    compare,
+    graphed,
+    must_repeat,
+    pick,
+    poisoned,
+    precision,
+    surrounded,
+    traffic,
+)
 from sparselth.kernels import block_linear as module
 from sparselth.kernels.block_linear import BLOCKS, BlockWeight, Tile, block_linear, choose, floor, launch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
 RTOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # 3 times torch's own
-NAN, INF = float("nan"), float("inf")
 WAYS = ("triton", "torch", "reference")
 MASKS = ("random", "empty", "full", "one weight", "one block row", "half of the block rows")
+TINY = [(1, 1, 1, 16), (33, 70, 150, 32), (5, 130, 257, 128)]  # B, N, K, block
+LARGE = [
+    *[(16, 300, 784, 16), (128, 256, 512, 64), (17, 1000, 520, 64), (64, 512, 128, 128)],
+    *[(4096, 4096, 1024, 64), (4100, 2050, 1030, 128), (4100, 4096, 1030, 128), (2000, 4096, 512, 32)],
+    (1, 256, 65536, 32),
+]
+PARTS = [("torch", "ieee"), *[("triton", part) for part in DTYPES]]
+TILES = [(kind, tile) for kind, tiles in module.TILES.items() for tile in tiles]
 
 
 def masked(kind: str, n: int, k: int, block: int, seed: int = 0, density: float = 0.4) -> Tensor:
@@ -50,11 +72,19 @@ def masked(kind: str, n: int, k: int, block: int, seed: int = 0, density: float 
 
 class Problem:
     def __init__(
-        self, b: int, n: int, k: int, block: int, dtype: torch.dtype, kind: str = "random", seed: int = 0
+        self,
+        b: int,
+        n: int,
+        k: int,
+        block: int,
+        dtype: torch.dtype,
+        kind: str = "random",
+        seed: int = 0,
+        density: float = 0.4,
     ) -> None:
         g = torch.Generator().manual_seed(seed)
         x, w, bias = (torch.randn(s, generator=g).to(DEVICE, dtype) for s in ((b, k), (n, k), (n,)))
-        self.mask = masked(kind, n, k, block, seed).to(DEVICE)
+        self.mask = masked(kind, n, k, block, seed, density).to(DEVICE)
         self.x, self.bias, self.kept = x, bias, torch.where(self.mask, w, 0)
         self.weight = BlockWeight.from_dense(torch.where(self.mask, w, NAN), self.mask, block)
 
@@ -97,6 +127,70 @@ def test_it_is_the_formula(shape: tuple[int, int, int], block: int, dtype: torch
     p = Problem(*shape, block, dtype)
     p.check(block_linear(p.x, p.weight, p.bias, kernels=kernels))
     p.check(block_linear(p.x, p.weight, p.bias, relu=True, kernels=kernels), relu=True)
+
+
+def held(part: str, shape: tuple[int, ...], kind: str = "random", seed: int = 0, live: float = 0.4) -> None:
+    """Twice, from tensors amid NaN and into NaN: the same bits, and no further off than torch is."""
+    p = Problem(*shape, DTYPES[part], kind, seed, live)  # type: ignore[arg-type]
+    assert p.weight.to_dense().equal(p.kept)
+    x, weight = surrounded(p.x), replace(p.weight, values=surrounded(p.weight.values))
+
+    def run() -> dict[str, Tensor]:
+        return {
+            name: block_linear(x, weight, p.bias, name == "relu", kernels="triton") for name in ("y", "relu")
+        }
+
+    def formula(dtype: torch.dtype) -> dict[str, Tensor]:
+        y = F.linear(p.x.to(dtype), p.kept.to(dtype), p.bias.to(dtype))
+        return {"y": y, "relu": y.relu()}
+
+    with precision(part):
+        with poisoned():
+            found = run()
+            must_repeat(run(), found)
+        if kind == "empty":
+            assert found["y"].equal(p.bias.expand_as(found["y"]))
+        terms, scale = dict.fromkeys(found, shape[2]), dict.fromkeys(found, p.scale())
+        compare(found, formula(torch.double), formula(DTYPES[part]), part, terms, scale)
+
+
+@pytest.mark.parametrize("shape", pick(TINY, TINY + LARGE), ids="B{0[0]}-N{0[1]}-K{0[2]}-b{0[3]}".format)
+@pytest.mark.parametrize("part", DTYPES)
+def test_no_further_off_than_torch(part: str, shape: tuple[int, ...]) -> None:
+    held(part, shape)
+
+
+@pytest.mark.parametrize("kind", MASKS[1:])
+@pytest.mark.parametrize("part", DTYPES)
+def test_no_further_off_than_torch_whatever_the_mask(part: str, kind: str) -> None:
+    held(part, (5, 100, 150, 32), kind)
+
+
+@pytest.mark.parametrize("seed", range(pick(2, 40)))
+@pytest.mark.parametrize("part", DTYPES)
+def test_no_further_off_than_torch_at_random_shapes(part: str, seed: int) -> None:
+    draw = random.Random(seed)
+    shape = (*(draw.randint(1, pick(34, 700)) for _ in range(3)), draw.choice(BLOCKS))
+    held(part, shape, seed=seed, live=draw.random())
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+@pytest.mark.parametrize("batch", [3, 300])
+@pytest.mark.parametrize("part", DTYPES)
+def test_in_a_cuda_graph(part: str, batch: int) -> None:
+    p = Problem(batch, 512, 4096, 32, DTYPES[part])
+    kept: dict[str, Tensor] = {}
+
+    def run() -> None:
+        kept["y"] = block_linear(p.x, p.weight, p.bias, True)
+
+    with precision(part):
+        run()
+        eager = {"y": kept["y"].clone()}
+        graph = graphed(run, 1)
+        kept["y"].fill_(NAN)
+        graph.replay()
+        must_repeat(kept, eager, "a CUDA graph")
 
 
 @pytest.mark.parametrize("kernels", WAYS)
@@ -146,65 +240,72 @@ def test_a_kept_weight_of_0_keeps_its_block() -> None:
     assert BlockWeight.from_dense(w, block=16).occupancy == 0
 
 
-@pytest.mark.parametrize("kernels", ["triton", "torch"])
+@pytest.mark.parametrize(("kernels", "part"), PARTS)
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_nan_and_infinity_pass_live_blocks_alone(value: float, kernels: str) -> None:
+def test_nan_and_infinity_pass_live_blocks_alone(value: float, kernels: str, part: str) -> None:
     mask = torch.zeros(64, 96, dtype=torch.bool, device=DEVICE)
     mask[0:32, 0:32] = mask[32:64, 32:64] = True
     mask[5, 3] = False
-    w = torch.ones(64, 96, device=DEVICE)
+    w = torch.ones(64, 96, dtype=DTYPES[part], device=DEVICE)
     for block, batch in ((16, 3), (32, 40)):
         weight = BlockWeight.from_dense(w, mask, block)
-        x = torch.ones(batch, 96, device=DEVICE)
+        x = torch.ones(batch, 96, dtype=w.dtype, device=DEVICE)
         x[1, 3] = x[2, 80] = value  # a column that only the first 32 rows see, and one that none sees
-        y = block_linear(x, weight, kernels=kernels)
-        assert y[0].isfinite().all()
-        assert y[2:].isfinite().all()
-        assert y[1, 32:].isfinite().all()
+        with precision(part):
+            y, rectified = (block_linear(x, weight, relu=relu, kernels=kernels) for relu in (False, True))
+        right = torch.full_like(y, 32)
+        right[:, 5] = 31  # the pruned weight of a live block
+        assert y[[0, *range(2, batch)]].equal(right[1:])
+        assert y[1, 32:].equal(right[1, 32:])
         assert not y[1, :32].isfinite().any()
-        assert y[1, 5].isnan()  # the pruned weight of a live block
-        assert block_linear(x, weight, relu=True, kernels=kernels)[1, 5].isnan()
+        assert y[1, 5].isnan()
+        assert rectified[1, 5].isnan()
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("tile", sorted({t for tiles in module.TILES.values() for t in tiles}), ids=str)
-def test_an_empty_list_reads_neither_x_nor_weights(tile: Tile, splits: int) -> None:
+@pytest.mark.parametrize(("kind", "tile"), TILES, ids=str)
+def test_an_empty_list_reads_neither_x_nor_weights(kind: str, tile: Tile, splits: int) -> None:
     """Such a list goes through a step of products like all others; x and what follows the weights are NaN."""
-    block = max(16, min(64, tile.depth))
+    part = "bf16" if kind == "half" else kind
+    block = max(16, min(32, tile.depth))
     mask = torch.zeros(3 * block, 2 * block, dtype=torch.bool, device=DEVICE)
     mask[block : 2 * block, block:] = True
-    weight = BlockWeight.from_dense(torch.ones(mask.shape, device=DEVICE), mask, block)
-    x = torch.ones(5, 2 * block, device=DEVICE)
+    one = torch.ones(mask.shape, dtype=DTYPES[part], device=DEVICE)
+    x = torch.ones(5, 2 * block, dtype=one.dtype, device=DEVICE)
     x[:, :block] = NAN
-    bias = torch.arange(3.0 * block, device=DEVICE)
-    for w in (weight, BlockWeight.from_dense(mask.float(), mask & False, block)):
+    bias = torch.arange(3 * block, device=DEVICE).to(one.dtype)  # up to 95, sums to 127
+    for w in (BlockWeight.from_dense(one, mask, block), BlockWeight.from_dense(one, mask & False, block)):
         index = w.columns, w.starts, w.order
-        y = launch(x, surrounded(w.values), *index, len(bias), bias, False, (tile, splits))
+        with precision(part):
+            y = launch(x, surrounded(w.values), *index, len(bias), bias, False, (tile, splits))
         live = w.columns.numel() * block * mask[:, -1]
         assert y.equal((bias + live).expand_as(y))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-def test_every_tile_and_split_lists(dtype: torch.dtype) -> None:
-    for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-        matmul = torch.backends.cuda.matmul
-        before, matmul.fp32_precision = matmul.fp32_precision, precision
-        try:
-            kind = module._kind(dtype)
-            assert kind == ("half" if dtype != torch.float32 else precision)
-            for tile in module.TILES[kind]:
-                for block in (16, min(128, 2 * tile.columns)):
-                    p = Problem(19, block + 9, 90, block, dtype)
-                    w = p.weight
-                    call = partial(launch, p.x, w.values, w.columns, w.starts, w.order, len(p.bias))
-                    for splits in (1, 3):
-                        y = call(p.bias, True, (tile, splits))
-                        p.check(y, relu=True, tf32=precision == "tf32" and DEVICE == "cuda")
-                        if (tile.rows, block) == (32, 16):
-                            assert y.equal(call(p.bias, True, (tile, splits)))
-                            assert call(None, False, (tile, splits)).isfinite().all()
-        finally:
-            matmul.fp32_precision = before
+@pytest.mark.parametrize(
+    ("part", "kind", "tile"),
+    [
+        (part, kind, tile)
+        for part in pick(["bf16", "tf32", "ieee"], list(DTYPES))
+        for kind, tile in TILES
+        if kind == (part if DTYPES[part] == torch.float32 else "half")
+    ],
+    ids=str,
+)
+def test_every_tile_and_split_lists(part: str, kind: str, tile: Tile) -> None:
+    for block in pick((16, min(128, 2 * tile.columns)), BLOCKS):
+        p = Problem(pick(19, 70), block + 9, pick(90, 5 * block + 8), block, DTYPES[part])
+        w, right = p.weight, p.right(True)
+        call = partial(launch, p.x, w.values, w.columns, w.starts, w.order, len(p.bias))
+        with precision(part):
+            assert module._kind(p.x.dtype) == kind
+            for splits in (1, 3):
+                y = call(p.bias, True, (tile, splits))
+                assert (y.double() - right).norm() <= max(3 * UNIT[part], 1e-6) * right.norm()
+                p.check(y, relu=True, tf32=part == "tf32" and DEVICE == "cuda")
+                if (tile.rows, block) == (32, 16):
+                    assert y.equal(call(p.bias, True, (tile, splits)))
+                    assert call(None, False, (tile, splits)).isfinite().all()
 
 
 def test_the_choice_of_tiles() -> None:
@@ -232,9 +333,14 @@ def test_the_choice_of_tiles() -> None:
                 assert tile.columns <= max(64, block)
 
 
-@pytest.mark.parametrize("kernels", ["triton", "torch"])
-def test_strides_do_not_matter(kernels: str) -> None:
-    p = Problem(18, 40, 70, 16, torch.float32)
+@pytest.mark.parametrize(("kernels", "part"), PARTS)
+def test_strides_do_not_matter(kernels: str, part: str) -> None:
+    with precision(part):
+        strides_do_not_matter(kernels, DTYPES[part])
+
+
+def strides_do_not_matter(kernels: str, dtype: torch.dtype) -> None:
+    p = Problem(18, 40, 70, 16, dtype)
     right = block_linear(p.x, p.weight, p.bias, kernels=kernels)
     wide = p.x.new_full((18, 2 * 70 + 3), NAN)
     wide[:, 3::2] = p.x
@@ -380,10 +486,12 @@ with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
 """
 
 
+@pytest.mark.host
 def test_without_the_interpreter(without_interpreter: Callable[[str], str]) -> None:
     without_interpreter(OPCHECK)
 
 
+@pytest.mark.host
 def test_large_tiles_take_warp_groups_and_all_stages(
     takes_warp_groups: Callable[[str, dict[str, tuple[Any, ...]], str], None],
 ) -> None:
