@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,19 +15,51 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from oracle import surrounded, traffic
+from oracle import (
+    DEVICE,
+    DTYPES,
+    INF,
+    NAN,
+    UNIT,
+    compare,
+    graphed,
+    must_repeat,
+    pick,
+    poisoned,
+    precision,
+    surrounded,
+    traffic,
+)
 from sparselth.kernels import block_conv2d as module
 from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d, choose, floor, launch
 from sparselth.kernels.block_linear import BLOCKS, Tile
 from sparselth.kernels.masked_conv2d import geometry
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
 RTOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # 3 times torch's own
-NAN, INF = float("nan"), float("inf")
 WAYS = ("triton", "torch", "reference")
 MASKS = ("random", "empty", "full", "one weight", "one block row", "half of the block rows")
+PARTS = [("torch", "ieee"), *[("triton", part) for part in DTYPES]]
+TILES = [(kind, tile) for kind, tiles in module.TILES.items() for tile in tiles]
 Pair = tuple[int, int]
+SAME = ((1, 1), (1, 1), (1, 1))  # of 3 x 3
+# b, c, n, size, kernel, (stride, padding, dilation), block
+Setup = tuple[int, int, int, Pair, Pair, tuple[Pair, Pair, Pair], int]
+TINY: list[Setup] = [
+    (1, 1, 1, (1, 1), (1, 1), ((1, 1), (0, 0), (1, 1)), 16),
+    (2, 37, 70, (5, 5), (3, 3), SAME, 32),
+    (1, 20, 33, (6, 5), (3, 2), ((2, 1), (1, 3), (1, 2)), 16),
+]
+LARGE: list[Setup] = [
+    (8, 64, 64, (14, 14), (3, 3), SAME, 16),
+    (3, 128, 200, (9, 9), (5, 5), ((2, 2), (2, 2), (1, 1)), 128),
+    (1, 512, 512, (4, 4), (3, 3), SAME, 64),
+    (5, 130, 64, (7, 7), (1, 1), ((2, 2), (0, 0), (1, 1)), 64),
+    (2, 64, 64, (33, 31), (3, 3), ((1, 1), (2, 2), (2, 2)), 32),
+    (64, 256, 256, (14, 14), (3, 3), SAME, 64),
+    (32, 256, 256, (28, 28), (3, 3), SAME, 128),
+    (16, 520, 264, (7, 7), (3, 3), ((2, 2), (1, 1), (1, 1)), 32),
+]
 
 
 def masked(
@@ -65,12 +99,13 @@ class Problem:
         dtype: torch.dtype = torch.float32,
         kind: str = "random",
         seed: int = 0,
+        density: float = 0.4,
     ) -> None:
         g = torch.Generator().manual_seed(seed)
         shapes: tuple[tuple[int, ...], ...] = (b, c, *size), (n, c, *kernel), (n,)
         x, w, self.bias = (torch.randn(s, generator=g).to(DEVICE, dtype) for s in shapes)
         self.x = x.contiguous(memory_format=torch.channels_last)
-        self.mask = masked(kind, n, c, kernel, block, seed).to(DEVICE)
+        self.mask = masked(kind, n, c, kernel, block, seed, density).to(DEVICE)
         self.where, self.kept = where, torch.where(self.mask, w, 0)
         self.weight = BlockFilters.from_dense(torch.where(self.mask, w, NAN), self.mask, block)
 
@@ -143,6 +178,81 @@ def test_it_is_the_formula(layer: str, block: int, dtype: torch.dtype, kernels: 
     p.check(p.run(relu, kernels), relu)
 
 
+def held(part: str, setup: Setup, kind: str = "random", seed: int = 0, live: float = 0.4) -> None:
+    """Twice, from tensors amid NaN and into NaN: the same bits, and no further off than torch is."""
+    p = Problem(*setup, DTYPES[part], kind, seed, live)
+    assert p.weight.to_dense().equal(p.kept)
+    x = surrounded(p.x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    weight = replace(p.weight, values=surrounded(p.weight.values))
+
+    def run() -> dict[str, Tensor]:
+        return {
+            name: block_conv2d(x, weight, p.bias, *p.where, name == "relu", kernels="triton")
+            for name in ("y", "relu")
+        }
+
+    def formula(dtype: torch.dtype) -> dict[str, Tensor]:
+        y = F.conv2d(p.x.to(dtype), p.kept.to(dtype), p.bias.to(dtype), *p.where)
+        return {"y": y, "relu": y.relu()}
+
+    with precision(part):
+        with poisoned():
+            found = run()
+            must_repeat(run(), found)
+        if kind == "empty":
+            assert found["y"].equal(p.bias[:, None, None].expand_as(found["y"]))
+        terms, scale = dict.fromkeys(found, p.kept[0].numel()), dict.fromkeys(found, p.scale())
+        compare(found, formula(torch.double), formula(DTYPES[part]), part, terms, scale)
+
+
+@pytest.mark.parametrize("setup", pick(TINY, TINY + LARGE), ids=str)
+@pytest.mark.parametrize("part", DTYPES)
+def test_no_further_off_than_torch(part: str, setup: Setup) -> None:
+    held(part, setup, live=0.1 if setup[0] == 32 else 0.4)
+
+
+@pytest.mark.parametrize("kind", MASKS[1:])
+@pytest.mark.parametrize("part", DTYPES)
+def test_no_further_off_than_torch_whatever_the_mask(part: str, kind: str) -> None:
+    held(part, (2, 40, 50, (5, 5), (3, 3), SAME, 32), kind)
+
+
+@pytest.mark.parametrize("seed", range(pick(2, 40)))
+@pytest.mark.parametrize("part", DTYPES)
+def test_no_further_off_than_torch_at_random_shapes(part: str, seed: int) -> None:
+    draw, most = random.Random(seed), pick(4, 32)
+
+    def pair(low: int, high: int) -> Pair:
+        return draw.randint(low, high), draw.randint(low, high)
+
+    while True:
+        size, kernel, where = pair(1, most), pair(1, 5), (pair(1, 3), pair(0, 4), pair(1, 2))
+        if min(geometry(kernel, *where).out(*size)) > 0:
+            break
+    channels = draw.randint(1, 9 * most), draw.randint(1, 9 * most)
+    setup = (draw.randint(1, 4), *channels, size, kernel, where, draw.choice(BLOCKS))
+    held(part, setup, seed=seed, live=draw.random())
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+@pytest.mark.parametrize("batch", [1, 32])
+@pytest.mark.parametrize("part", DTYPES)
+def test_in_a_cuda_graph(part: str, batch: int) -> None:
+    p = Problem(batch, 512, 256, (7, 7), (3, 3), SAME, 32, DTYPES[part])
+    kept: dict[str, Tensor] = {}
+
+    def run() -> None:
+        kept["y"] = p.run(True)
+
+    with precision(part):
+        run()
+        eager = {"y": kept["y"].clone()}
+        graph = graphed(run, 1)
+        kept["y"].fill_(NAN)
+        graph.replay()
+        must_repeat(kept, eager, "a CUDA graph")
+
+
 @pytest.mark.parametrize("kernels", WAYS)
 @pytest.mark.parametrize("kind", MASKS)
 def test_every_mask(kind: str, kernels: str) -> None:
@@ -188,22 +298,25 @@ def test_a_block_is_a_run_of_channels_at_one_tap() -> None:
     assert packed.occupancy == 1 / 90
 
 
-@pytest.mark.parametrize("kernels", ["triton", "torch"])
+@pytest.mark.parametrize(("kernels", "part"), PARTS)
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_nan_and_infinity_pass_live_blocks_alone(value: float, kernels: str) -> None:
-    w = torch.zeros(32, 48, 3, 3, device=DEVICE)
+def test_nan_and_infinity_pass_live_blocks_alone(value: float, kernels: str, part: str) -> None:
+    w = torch.zeros(32, 48, 3, 3, dtype=DTYPES[part], device=DEVICE)
     w[:16, :16, 1, 0] = 1  # what lies to the left
     w[5, 3] = 0
     w[16:, 16:32, 1, 1] = 1
     weight = BlockFilters.from_dense(w, block=16)
-    x = torch.ones(2, 48, 4, 4, device=DEVICE)
+    x = torch.ones(2, 48, 4, 4, dtype=w.dtype, device=DEVICE)
     x[1, 3, 2, 1] = x[:, 40] = value  # one that 16 filters see, and channels that none sees
-    y = block_conv2d(x, weight, padding=1, kernels=kernels)
+    with precision(part):
+        y, rectified = (
+            block_conv2d(x, weight, padding=1, relu=relu, kernels=kernels) for relu in (False, True)
+        )
     seen = torch.zeros_like(y, dtype=torch.bool)
     seen[1, :16, 2, 2] = True
     assert y.isfinite().equal(~seen)
     assert y[1, 5, 2, 2].isnan()  # the pruned weight of a live block
-    assert block_conv2d(x, weight, padding=1, relu=True, kernels=kernels)[1, 5, 2, 2].isnan()
+    assert rectified[1, 5, 2, 2].isnan()
 
 
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
@@ -217,42 +330,50 @@ def test_what_lies_around_x_is_not_read(kernels: str) -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("tile", sorted({t for tiles in module.TILES.values() for t in tiles}), ids=str)
-def test_an_empty_list_reads_neither_x_nor_weights(tile: Tile, splits: int) -> None:
+@pytest.mark.parametrize(("kind", "tile"), TILES, ids=str)
+def test_an_empty_list_reads_neither_x_nor_weights(kind: str, tile: Tile, splits: int) -> None:
     """Such a list goes through a step of products like all others; x and what follows the weights are NaN."""
-    block = max(16, min(64, tile.depth))
-    w = torch.zeros(3 * block, 2 * block, 1, 2, device=DEVICE)
+    part = "bf16" if kind == "half" else kind
+    block = max(16, min(32, tile.depth))
+    w = torch.zeros(3 * block, 2 * block, 1, 2, dtype=DTYPES[part], device=DEVICE)
     w[block : 2 * block, block:, 0, 1] = 1
-    x = torch.ones(2, 2 * block, 2, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    x = torch.ones(2, 2 * block, 2, 3, dtype=w.dtype, device=DEVICE)
+    x = x.contiguous(memory_format=torch.channels_last)
     x[:, :block] = x[:, :, :, 0] = NAN
-    bias = torch.arange(3.0 * block, device=DEVICE)
+    bias = torch.arange(3 * block, device=DEVICE).to(w.dtype)  # up to 95, sums to 127
     for weight in (BlockFilters.from_dense(w, block=block), BlockFilters.from_dense(0 * w, block=block)):
         index = weight.places, weight.starts, weight.order
         g = geometry((1, 2), 1, 0, 1)
-        y = launch(x, surrounded(weight.values), *index, len(bias), bias, False, g, (tile, splits))
+        with precision(part):
+            y = launch(x, surrounded(weight.values), *index, len(bias), bias, False, g, (tile, splits))
         live = weight.places.numel() * block * w[:, -1, 0, 1]
         assert y.equal((bias + live)[:, None, None].expand_as(y))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-def test_every_tile_and_split_lists(dtype: torch.dtype) -> None:
-    for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-        conv = torch.backends.cudnn.conv
-        before, conv.fp32_precision = conv.fp32_precision, precision
-        try:
-            kind = module._kind(dtype)
-            assert kind == ("half" if dtype != torch.float32 else precision)
-            for tile in module.TILES[kind]:
-                for block in (16, min(128, 2 * tile.columns)):
-                    where = ((1, 1), (0, 1), (1, 1))
-                    p = Problem(1, block + 9, block - 3, (3, 4), (1, 2), where, block, dtype, seed=2)
-                    for splits in (1, 3):
-                        y = p.launch((tile, splits))
-                        p.check(y, relu=True, tf32=precision == "tf32" and DEVICE == "cuda")
-                        if (tile.rows, block) == (32, 16):
-                            assert y.equal(p.launch((tile, splits)))
-        finally:
-            conv.fp32_precision = before
+@pytest.mark.parametrize(
+    ("part", "kind", "tile"),
+    [
+        (part, kind, tile)
+        for part in pick(["bf16", "tf32", "ieee"], list(DTYPES))
+        for kind, tile in TILES
+        if kind == (part if DTYPES[part] == torch.float32 else "half")
+    ],
+    ids=str,
+)
+def test_every_tile_and_split_lists(part: str, kind: str, tile: Tile) -> None:
+    for block in pick((16, min(128, 2 * tile.columns)), BLOCKS):
+        size, kernel, where = pick(((3, 4), (1, 2), ((1, 1), (0, 1), (1, 1))), ((9, 9), (3, 3), SAME))
+        channels = pick(block + 9, 2 * block + 8), block - 3
+        p = Problem(pick(1, 2), *channels, size, kernel, where, block, DTYPES[part], seed=2)
+        right = p.right(True)
+        with precision(part):
+            assert module._kind(p.x.dtype) == kind
+            for splits in (1, 3):
+                y = p.launch((tile, splits))
+                assert (y.double() - right).norm() <= max(3 * UNIT[part], 1e-6) * right.norm()
+                p.check(y, relu=True, tf32=part == "tf32" and DEVICE == "cuda")
+                if (tile.rows, block) == (32, 16):
+                    assert y.equal(p.launch((tile, splits)))
 
 
 def test_the_choice_of_tiles() -> None:
@@ -277,9 +398,14 @@ def test_the_choice_of_tiles() -> None:
                 assert tile.columns <= max(64, block)
 
 
-@pytest.mark.parametrize("kernels", ["triton", "torch"])
-def test_strides_do_not_matter(kernels: str) -> None:
-    p = Problem(3, 20, 18, (4, 5), (3, 3), ((1, 1), (1, 1), (1, 1)))
+@pytest.mark.parametrize(("kernels", "part"), PARTS)
+def test_strides_do_not_matter(kernels: str, part: str) -> None:
+    p = Problem(3, 20, 18, (4, 5), (3, 3), SAME, dtype=DTYPES[part])
+    with precision(part):
+        strides_do_not_matter(p, kernels)
+
+
+def strides_do_not_matter(p: Problem, kernels: str) -> None:
     right = p.run(kernels=kernels)
     wide = p.x.new_full((3, 43, 4, 5), NAN)
     wide[:, 3::2] = p.x
@@ -435,10 +561,12 @@ with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
 """
 
 
+@pytest.mark.host
 def test_without_the_interpreter(without_interpreter: Callable[[str], str]) -> None:
     without_interpreter(OPCHECK)
 
 
+@pytest.mark.host
 def test_large_tiles_take_warp_groups_and_all_stages(
     takes_warp_groups: Callable[[str, dict[str, tuple[Any, ...]], str], None],
 ) -> None:
