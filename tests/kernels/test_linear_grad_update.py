@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -13,6 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from oracle import (
+    UNIT,
+    compare,
+    graphed,
+    must_be_zero,
+    must_repeat,
+    pick,
+    precision,
+    same_bits,
+)
 from sparselth.kernels._triton import INTERPRET
 from sparselth.kernels.bitmask import pack, unpack
 from sparselth.kernels.linear_grad_update import floor, linear_grad_update
@@ -27,6 +38,9 @@ CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
 DEVICE = "cpu" if INTERPRET else "cuda"
 KERNELS = ["reference", "triton"] if INTERPRET or torch.cuda.is_available() else ["reference"]
 COUNT = {"adam": 2, "sgd": 1}
+PARTS = ["adam", "sgd", "tf32"]  # tf32: Adam, products in TF32
+TRITON = pytest.mark.skipif("triton" not in KERNELS, reason="neither Triton's interpreter nor a CUDA device")
+LENET = [(300, 784), (100, 300), (10, 100)]
 GAP = 16  # floats of NaN around every tensor
 
 
@@ -78,7 +92,7 @@ class Layer:
         self.dy, self.x = ((t if batch_major else t.contiguous()).to(DEVICE) for t in both)
 
     def views(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        (r, n, k, _), (first, second) = self.shape, self.at
+        (_, n, k, _), (first, second), r = self.shape, self.at, len(flat)
         return flat[:, first : first + n * k].view(r, n, k), flat[:, second : second + n].view(r, n, 1)
 
     def parts(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -123,6 +137,24 @@ class Layer:
                     t[i] = value.view(t[i].shape)
         return wanted
 
+    def named(self, flat: list[Tensor] | None = None) -> dict[str, Tensor]:
+        """Weights, biases and their moments."""
+        found = {}
+        for name, t in zip("wab", flat or self.flat, strict=False):
+            found[name], found[f"bias {name}"] = self.views(t)
+        return found
+
+    def alone(self, i: int, before: list[Tensor]) -> Layer:
+        """Replica i as it was in `before`, without the others."""
+        one = Layer.__new__(Layer)
+        one.__dict__ |= self.__dict__
+        one.shape = (1, *self.shape[1:])
+        one.live, one.flat = self.live[i : i + 1], [t[i : i + 1].clone() for t in before]
+        one.bits = None if self.bits is None else self.bits[i : i + 1].clone()
+        one.dy, one.x = (t[i : i + 1] for t in (self.dy, self.x))
+        one.lr, one.step = self.lr[i : i + 1].clone(), self.step[i : i + 1].clone()
+        return one
+
     def copies(self) -> list[Tensor]:
         return [flat.clone() for flat in self.flat]
 
@@ -135,6 +167,121 @@ class Layer:
             found, right = found.nan_to_num(), right.nan_to_num()
             assert (found - right).norm() <= 1e-6 * (right.norm() + start.norm()) + 1e-7 * terms
             assert not self.views(flat)[0].cpu()[~self.live].any()
+
+
+def optimizer_of(part: str) -> str:
+    return "sgd" if part == "sgd" else "adam"
+
+
+def unit_of(part: str) -> str:
+    return "tf32" if part == "tf32" else "ieee"
+
+
+def held(
+    part: str,
+    shape: tuple[int, int, int, int],
+    keep: float | None,
+    gone: tuple[int, ...] = (),
+    **options: Any,
+) -> None:
+    """A step no further off than the reference's; a second one, and those not active, to the bit."""
+    layer, again, theirs = (Layer(*shape, keep, optimizer=optimizer_of(part), **options) for _ in range(3))
+    active = None
+    if gone:
+        active = torch.ones(shape[0], dtype=torch.bool, device=DEVICE)
+        active[list(gone)] = False
+    before, wanted = layer.copies(), [t.to(DEVICE) for t in layer.expected()]
+    with precision(unit_of(part)):
+        layer.take("triton", active=active)
+        again.take("triton", active=active)
+        theirs.take("reference", active=active)
+    for found, right, old in zip(layer.flat, wanted, before, strict=True):
+        right[list(gone)] = old[list(gone)].double()
+        assert same_bits(found[list(gone)], old[list(gone)])
+        assert torch.equal(found.isnan(), right.isnan())  # nothing outside a tensor, all of what is inside
+    named = layer.named()
+    for name in list(named)[::2]:
+        must_be_zero(named[name], ~layer.live.to(DEVICE), f"pruned {name}")
+    must_repeat(again.named(), named)
+    terms = dict.fromkeys(named, shape[3])
+    compare(named, layer.named(wanted), theirs.named(), unit_of(part), terms)
+
+
+@TRITON
+@pytest.mark.parametrize("keep", [None, 0.2, 1.0])
+@pytest.mark.parametrize("shape", pick([(10, 36)], [*LENET, (1, 1), (37, 131), (1000, 1024)]), ids=str)
+@pytest.mark.parametrize("part", PARTS)
+def test_no_further_off_than_torch(part: str, shape: tuple[int, int], keep: float | None) -> None:
+    held(part, (2, *shape, pick(9, 60)), keep)
+
+
+@TRITON
+@pytest.mark.parametrize(
+    ("replicas", "options"),
+    [
+        (3, {"gone": (0, 2)}),
+        (2, {"gone": (0, 1)}),
+        (2, {"batch_major": False}),
+        (2, {"shift": 1}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("part", PARTS)
+def test_no_further_off_than_torch_whatever_the_layout(
+    part: str, replicas: int, options: dict[str, Any]
+) -> None:
+    held(part, (replicas, *pick((10, 36), (300, 784)), pick(9, 60)), 0.3, **options)
+
+
+@TRITON
+@pytest.mark.parametrize("seed", range(pick(3, 100)))
+@pytest.mark.parametrize("part", PARTS)
+def test_no_further_off_than_torch_at_random_shapes(part: str, seed: int) -> None:
+    draw, most = random.Random(seed), pick(50, 900)
+    n, k = draw.randint(1, most), draw.choice([1, 4, 8]) * draw.randint(1, most // 4)
+    shape = (draw.randint(1, 4), n, k, draw.randint(1, pick(20, 130)))
+    keep, shift = draw.choice([None, 0.0, 0.1, 0.5]), draw.choice([0, 1, 4])
+    held(part, shape, keep, seed=seed, shift=shift, batch_major=draw.random() < 0.7)
+
+
+@TRITON
+@pytest.mark.parametrize("part", PARTS)
+def test_replicas_together_and_alone(part: str) -> None:
+    replicas = pick(3, 100)
+    layer = Layer(replicas, *pick((10, 36, 9), (300, 784, 60)), 0.3, optimizer=optimizer_of(part))
+    before = layer.copies()
+    with precision(unit_of(part)):
+        layer.take("triton")
+        for i in (0, replicas // 2, replicas - 1):
+            one = layer.alone(i, before)
+            one.take("triton")
+            must_repeat(one.named(), layer.named([t[i : i + 1] for t in layer.flat]), "company")
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+@pytest.mark.parametrize("part", PARTS)
+def test_a_cuda_graph_reads_steps_rates_and_flags_anew(part: str) -> None:
+    layer = Layer(3, 100, 300, 60, 0.3, optimizer=optimizer_of(part))
+    active = torch.tensor([True, True, False], device=DEVICE)
+    start = layer.copies()
+
+    def again(run: Callable[[], object]) -> dict[str, Tensor]:
+        for t, old in zip(layer.flat, start, strict=True):
+            t.copy_(old)
+        run()
+        return {name: t.clone() for name, t in layer.named().items()}
+
+    def take() -> None:
+        layer.take("triton", active=active)
+
+    with precision(unit_of(part)):
+        graph = graphed(take, 1)
+        for step in (3, 7):
+            layer.x.mul_(-1.5)
+            layer.step.fill_(step)
+            layer.lr.mul_(0.5)
+            active.logical_not_()
+            must_repeat(again(graph.replay), again(take), "a CUDA graph")
 
 
 SHAPES = [(1, 1, 1, 1), (1, 10, 100, 60), (3, 33, 36, 17), (2, 7, 131, 13), (1, 64, 128, 16)]
@@ -181,21 +328,25 @@ def test_steps_are_the_formula_and_replicas_alone(
         right[gone] = old[gone].double().cpu()
     layer.check(wanted, before)
     for i in set(range(r)) - set(gone):
-        alone = Layer(r, **options)
-        alone.live, alone.flat = alone.live[i : i + 1], [t[i : i + 1].clone() for t in before]
-        alone.bits = None if layer.bits is None else layer.bits[i : i + 1].clone()
-        alone.dy, alone.x = (t[i : i + 1] for t in (layer.dy, layer.x))
-        alone.lr, alone.step = layer.lr[i : i + 1].clone(), layer.step[i : i + 1].clone()
-        alone.shape = (1, *layer.shape[1:])
+        alone = layer.alone(i, before)
         alone.take(kernels)
         for found, together in zip(alone.flat, after, strict=True):
             assert torch.equal(found[0].view(torch.int32), together[i].view(torch.int32))
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("optimizer", COUNT)
-def test_twenty_steps_are_those_of_torch_optim(optimizer: str, kernels: str) -> None:
-    layer = Layer(2, 10, 36, 20, 0.3, optimizer=optimizer, warm=False)
+@pytest.mark.parametrize(
+    ("kernels", "part"), [(kernels, part) for kernels in KERNELS for part in PARTS[: 2 + (DEVICE == "cuda")]]
+)
+@pytest.mark.parametrize("keep", pick([0.3], [0.2, 1.0]))
+def test_twenty_steps_are_those_of_torch_optim(keep: float, kernels: str, part: str) -> None:
+    with precision(unit_of(part)):
+        twenty_steps(kernels, part, keep)
+
+
+def twenty_steps(kernels: str, part: str, keep: float) -> None:
+    optimizer = optimizer_of(part)
+    layer = Layer(2, *pick((10, 36, 20), (300, 784, 60)), keep, optimizer=optimizer, warm=False)
+    layer.lr.copy_(torch.tensor([1e-2, 1e-3]))
     start = [t.cpu().clone() for part in layer.parts() for t in part[:1]]
     theirs: list[list[Any]] = []
     for dtype in (torch.float64, torch.float32):
@@ -216,14 +367,14 @@ def test_twenty_steps_are_those_of_torch_optim(optimizer: str, kernels: str) -> 
             params[1].grad = dy.sum(1, keepdim=True)
             optim.step()
     for i in range(2):
-        for part, right, own in zip(layer.parts(), theirs[i][0], theirs[2 + i][0], strict=True):
-            found = part[0][i].cpu().double()
+        for tensors, right, own in zip(layer.parts(), theirs[i][0], theirs[2 + i][0], strict=True):
+            found = tensors[0][i].cpu().double()
             error, usual = ((t - right).norm() / right.norm() for t in (found, own.double()))
-            assert error <= 3 * max(usual, 1e-7)
+            assert error <= 3 * max(usual, UNIT[unit_of(part)])
     assert not layer.parts()[0][0].cpu()[~layer.live].any()
 
 
-@pytest.mark.skipif("triton" not in KERNELS, reason="neither Triton's interpreter nor a CUDA device")
+@TRITON
 @pytest.mark.parametrize("optimizer", COUNT)
 @pytest.mark.parametrize("k", [64, 37])
 def test_a_batch_of_one_has_the_bits_of_masked_update(k: int, optimizer: str) -> None:
@@ -248,29 +399,32 @@ def test_a_batch_of_one_has_the_bits_of_masked_update(k: int, optimizer: str) ->
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("optimizer", COUNT)
-def test_nan_and_infinity_end_at_pruned_weights(optimizer: str, kernels: str) -> None:
-    layer = Layer(2, 12, 30, 9, 0.4, optimizer=optimizer)
-    for step in range(1, 11):
+@pytest.mark.parametrize("part", PARTS)
+def test_nan_and_infinity_end_at_pruned_weights(part: str, kernels: str) -> None:
+    layer = Layer(2, *pick((12, 30), (20, 70)), 9, 0.4, optimizer=optimizer_of(part))
+    for step in range(1, pick(11, 201)):
         layer.new_batch(step)
         layer.step.fill_(step)
         layer.x[:, :, 0] = [torch.nan, torch.inf, 1e38][step % 3]
-        layer.take(kernels)
+        with precision(unit_of(part)):
+            layer.take(kernels)
     for t in layer.parts()[0]:
         assert not t.cpu()[~layer.live].any()
         assert not t.cpu()[layer.live].isfinite().any()
 
 
-@pytest.mark.skipif("triton" not in KERNELS, reason="neither Triton's interpreter nor a CUDA device")
+@TRITON
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("k", [32, 28, 31])
-def test_eight_pruned_weights_in_a_row_are_not_touched(k: int) -> None:
-    layer = Layer(1, 2, k, 5, 0.5)
+def test_eight_pruned_weights_in_a_row_are_not_touched(k: int, part: str) -> None:
+    layer = Layer(1, 2, k, 5, 0.5, optimizer=optimizer_of(part), shift=k % 3)
     layer.live[:] = unpack(torch.tensor([0, 1, 0, 6], dtype=torch.uint8), k)
     layer.bits = pack(layer.live).to(DEVICE)
     eights = torch.tensor([0, 1, 0, 1]).bool().repeat_interleave(8)[:k]
     for t in layer.parts()[0]:
         t[:, :, ~eights] = torch.nan
-    layer.take("triton")
+    with precision(unit_of(part)):
+        layer.take("triton")
     for t in layer.parts()[0]:
         assert t[:, :, ~eights].isnan().all()
         assert t[layer.live.to(DEVICE)].isfinite().all()
@@ -351,6 +505,7 @@ def test_floor_counts_what_memory_moves() -> None:
     assert floor(weight, 7, bits | 255) == {"bytes": 3 * (4 * 2 * 64 + 4 * 120) + 18 + data, "flops": flops}
 
 
+@pytest.mark.host
 def test_weights_and_moments_take_16_bytes_an_access(
     machine_code: Callable[[str], list[dict[str, Any]]],
 ) -> None:
