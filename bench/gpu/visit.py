@@ -354,12 +354,22 @@ class Visit:
             self.data["clocks"] = self.clocks.read_text().splitlines()
         file = self.out / f"{report.file_name(self.data)}.json"
         self.out.mkdir(parents=True, exist_ok=True)
-        write(file, json.dumps(self.data, indent=1))
+        write(file, as_json(self.data))
         if self.data["times"]:
             write(file.with_suffix(".txt"), report.tables(self.data) + "\n")
         if self.file not in (None, file):  # the device had no name yet
             self.file.unlink()
         self.file = file
+
+
+def as_json(data: dict[str, Any]) -> str:
+    """One row of a list a line, for who reads it or compares two."""
+    parts = []
+    for key, value in data.items():
+        rows = [json.dumps(row) for row in value] if isinstance(value, list) else []
+        text = "[\n  " + ",\n  ".join(rows) + "\n ]" if rows else json.dumps(value)
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def write(file: Path, text: str) -> None:
