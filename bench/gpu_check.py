@@ -72,7 +72,7 @@ OPS = {  # in the order of stages that run one after another
     "block_conv2d": Op(("kernels/test_block_conv2d.py",), 16),
     "masked_conv2d": Op(("kernels/test_masked_conv2d.py",), 32),
     "bitmask": Op(("kernels/test_bitmask.py",), 12, ("bits",)),
-    "convert": Op((), 8),
+    "convert": Op(("test_sparse_device.py",), 8),
 }
 
 TARGETS = [  # on an H100 or H200
