@@ -141,7 +141,8 @@ def watched(seed: int = 0) -> Iterator[None]:
 
     def load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> Any:
         log[0].note("read", pointers, mask)
-        if other is None and not np.asarray(mask.data).all():
+        # not of one number alone: `other=0` of such a load comes here as None, by Triton's `other if other`
+        if other is None and np.size(pointers.data) > 1 and not np.asarray(mask.data).all():
             dtype = pointers.get_element_ty()
             garbage = np.empty(np.shape(pointers.data), interpreter._get_np_dtype(dtype))
             garbage.view(np.uint8).fill(0xFF if dtype.is_floating() else GARBAGE)

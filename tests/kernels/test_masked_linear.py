@@ -1,4 +1,7 @@
-"""Against the formula in float64; pruned weights may hold anything and their gradients are exactly 0."""
+"""Against the formula in float64; pruned weights may hold anything and their gradients are exactly 0.
+
+On a device also at the large tiles, in every dtype and layout.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from oracle import (
+    DEVICE,
+    DTYPES,
+    INF,
+    NAN,
+    compare,
+    graphed,
+    must_be_zero,
+    must_repeat,
+    pick,
+    poisoned,
+    precision,
+    surrounded,
+)
 from sparselth.kernels import masked_linear as module
 from sparselth.kernels.bitmask import reference_pack
 from sparselth.kernels.masked_linear import floor, masked_linear
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
 RTOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # 3 times torch's own
-NAN, INF = float("nan"), float("inf")
 SHAPES = [(1, 1, 1, 1), (2, 33, 20, 47), (1, 7, 65, 130), (3, 5, 10, 84)]  # R, B, N, K
+MORE = [(1, 60, 300, 784), (2, 128, 128, 128), (1, 1, 257, 31)]
+LARGE = [(1, 1024, 1024, 1024), (1, 1100, 1030, 1027), (2, 300, 2100, 777)]  # the large tiles
+LAYOUTS = ("contiguous", "transposed", "sliced", "replicas inside", "off the grid")
 GRADS = ("y", "dx", "dw", "db", "ds")
+OPS = torch.ops.sparselth
 
 
 def randn(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -41,7 +60,7 @@ def strided(t: Tensor, layout: str) -> Tensor:
         return wide[:, :, 3::2]
     if layout == "replicas inside":
         return t.transpose(0, 1).contiguous().transpose(0, 1)
-    return t
+    return surrounded(t, shift=1 if layout == "off the grid" else 0)
 
 
 def products(x: Tensor, w: Tensor, mask: Tensor, bias: Tensor, dy: Tensor, kernels: str) -> dict[str, Tensor]:
@@ -52,11 +71,13 @@ def products(x: Tensor, w: Tensor, mask: Tensor, bias: Tensor, dy: Tensor, kerne
     return dict(zip(GRADS, (y.detach(), *torch.autograd.grad(y, leaves, dy)), strict=True))
 
 
-def expected(x: Tensor, w: Tensor, keep: Tensor, bias: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    x, w, bias, dy = (t.double() for t in (x, w, bias, dy))
+def expected(
+    x: Tensor, w: Tensor, keep: Tensor, bias: Tensor, dy: Tensor, dtype: torch.dtype = torch.double
+) -> dict[str, Tensor]:
+    x, w, bias, dy = (t.to(dtype) for t in (x, w, bias, dy))
     kept, dense = torch.where(keep, w, 0), dy.mT @ x
     return {
-        "y": x @ kept.mT + bias[:, None],
+        "y": torch.baddbmm(bias[:, None], x, kept.mT),
         "dx": dy @ kept,
         "dw": dense * keep,
         "db": dy.sum(1),
@@ -92,33 +113,106 @@ def poison() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("kernels", ["triton", "reference"])
-@pytest.mark.parametrize("dtype", RTOL, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "R{}-B{}-N{}-K{}".format(*s))
-def test_all_products_are_the_formula(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, kernels: str
+def check(
+    part: str, shape: tuple[int, ...], density: float = 0.3, layout: str = "contiguous", seed: int = 0
 ) -> None:
+    """All five as close to float64 as torch's own, twice; NaN in pruned weights and whatever is allocated."""
+    r, b, n, k = shape
+    g, dtype = torch.Generator().manual_seed(seed), DTYPES[part]
+    x, w, bias, dy = (randn(g, dtype, *s) for s in ((r, b, k), (r, n, k), (r, n), (r, b, n)))
+    keep = torch.rand(r, n, k, generator=g) < density
+    if n > 2 and 0 < density < 1:
+        keep[:, 0], keep[:, -1] = False, True  # an empty row and a full one
+    bits, keep = surrounded(keep_bits(keep)), keep.to(DEVICE)
+    with precision(part):
+        right, own = expected(x, w, keep, bias, dy), expected(x, w, keep, bias, dy, dtype)
+        absolute = expected(x.abs(), w.abs(), keep, bias.abs(), dy.abs())
+        holes = strided(torch.where(keep, w, NAN), layout)
+        x, w, dy = (strided(t, layout) for t in (x, w, dy))
+        with poisoned():
+            found = products(x, w, bits, bias, dy, "triton")
+            again = products(x, holes, bits, bias, dy, "triton")
+    exact = "ieee" if part == "tf32" and DEVICE == "cpu" else part  # the interpreter cuts no operand off
+    compare(found, right, own, exact, {"y": k, "dx": n, "dw": b, "db": b, "ds": b}, absolute)
+    # pruned weights are never read; the gradient of the scores feels them
+    assert again.pop("ds").isnan().equal(~keep)
+    must_repeat(again, found, "NaN in pruned weights")
+    must_be_zero(found["dw"], ~keep, "dw of pruned weights")
+
+
+@pytest.mark.parametrize("part", DTYPES)
+@pytest.mark.parametrize(
+    "shape", pick(SHAPES, SHAPES + MORE + LARGE), ids=str
+)
+def test_all_products_are_the_formula(shape: tuple[int, ...], part: str) -> None:
+    check(part, shape)
+
+
+@pytest.mark.parametrize("dtype", RTOL, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_reference(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     r, b, n, k = shape
     g = torch.Generator().manual_seed(0)
     x, w, bias, dy = (randn(g, dtype, *s) for s in ((r, b, k), (r, n, k), (r, n), (r, b, n)))
     keep = torch.rand(r, n, k, generator=g) < 0.3
-    keep[:, 0], keep[:, -1] = False, True  # an empty row and a full one
     bits = keep_bits(keep)
     keep = keep.to(DEVICE)
-    right = expected(x, w, keep, bias, dy)
-    assert_close(products(x, w, bits, bias, dy, kernels), right)
-    # pruned weights are never read, or never felt; the gradient of the scores feels them
-    found = products(x, torch.where(keep, w, NAN), bits, bias, dy, kernels)
-    assert_close(found, right, GRADS[:4])
+    found = products(x, torch.where(keep, w, NAN), bits, bias, dy, "reference")
+    assert_close(found, expected(x, w, keep, bias, dy), GRADS[:4])
     assert not found["dw"][~keep].any()
     assert found["ds"].isnan().equal(~keep)
 
 
+@pytest.mark.parametrize("part", pick(["bf16"], list(DTYPES)))
+@pytest.mark.parametrize(("n", "k"), pick([(32, 64)], [(256, 128), (1024, 1024), (1031, 1000)]))
+def test_every_byte_of_mask_at_every_place(n: int, k: int, part: str) -> None:
+    """Products with the identity are the masked weights, exactly."""
+    places = torch.arange(n)[:, None] + 37 * torch.arange(k // 8)
+    bits = places.to(torch.uint8)[None]
+    keep = ((bits[..., None] >> torch.arange(8)) & 1).bool().view(1, n, k).to(DEVICE)
+    bits = bits.to(DEVICE)
+    w = randn(torch.Generator().manual_seed(0), DTYPES[part], 1, n, k)
+    if part == "tf32":
+        w = w.half().float()  # what TF32 holds exactly
+    right = torch.where(keep, w, 0)
+    rubbish = torch.full_like(w, NAN)
+    rubbish[..., ::2] = INF
+    holes = torch.where(keep, w, rubbish)
+    one_k, one_n = (torch.eye(size, device=DEVICE, dtype=w.dtype)[None] for size in (k, n))
+    with precision(part):
+        found = {
+            "y": masked_linear(one_k, holes, bits, kernels="triton").mT,
+            "dx": OPS.masked_linear_dx(one_n, holes, bits, "triton"),
+            "dw": OPS.masked_linear_dw(right.mT.contiguous(), one_k, torch.full_like(bits, 255), "triton"),
+            "dw masked": OPS.masked_linear_dw(w.mT.contiguous(), one_k, bits, "triton"),
+        }
+    for name, t in found.items():
+        wrong = (t != right)[0].nonzero()
+        assert not len(wrong), f"{name}: {len(wrong)} of {n * k} differ, first at n, k = {wrong[0].tolist()}"
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs")
+@pytest.mark.parametrize("part", DTYPES)
+def test_in_a_cuda_graph(part: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    shapes = (2, 60, 84), (2, 300, 84), (2, 300), (2, 60, 300)
+    x, w, bias, dy = (randn(g, DTYPES[part], *s) for s in shapes)
+    bits = keep_bits(torch.rand(2, 300, 84, generator=g) < 0.5)
+    with precision(part):
+        eager, kept = products(x, w, bits, bias, dy, "triton"), dict[str, Tensor]()
+        graph = graphed(lambda: kept.update(products(x, w, bits, bias, dy, "triton")), 1)
+    for t in kept.values():
+        t.fill_(NAN)
+    graph.replay()
+    must_repeat(kept, eager, "a CUDA graph")
+
+
+@pytest.mark.parametrize("dtype", pick([torch.float32], list(RTOL)), ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("kernels", ["triton", "reference"])
 @pytest.mark.parametrize("kept", [False, True])
-def test_empty_and_full_masks(kept: bool, kernels: str) -> None:
+def test_empty_and_full_masks(kept: bool, kernels: str, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
-    x, w, bias, dy = (randn(g, torch.float32, *s) for s in ((2, 9, 21), (2, 17, 21), (2, 17), (2, 9, 17)))
+    x, w, bias, dy = (randn(g, dtype, *s) for s in ((2, 9, 21), (2, 17, 21), (2, 17), (2, 9, 17)))
     keep = torch.full((2, 17, 21), kept)
     found = products(x, w, keep_bits(keep), bias, dy, kernels)
     assert_close(found, expected(x, w, keep.to(DEVICE), bias, dy))
@@ -128,12 +222,15 @@ def test_empty_and_full_masks(kept: bool, kernels: str) -> None:
         assert not found["dw"].any()
 
 
+@pytest.mark.parametrize("dtype", pick([torch.float32], list(RTOL)), ids=lambda d: str(d)[6:])
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 @pytest.mark.parametrize("kernels", ["triton", "reference"])
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_gradient_of_pruned_weights_is_0_whatever_x_and_dy_hold(value: float, kernels: str) -> None:
+def test_gradient_of_pruned_weights_is_0_whatever_x_and_dy_hold(
+    value: float, kernels: str, dtype: torch.dtype
+) -> None:
     g = torch.Generator().manual_seed(0)
-    x, w, dy = (randn(g, torch.float32, *s) for s in ((1, 20, 40), (1, 34, 40), (1, 20, 34)))
+    x, w, dy = (randn(g, dtype, *s) for s in ((1, 20, 40), (1, 34, 40), (1, 20, 34)))
     x[0, 3, 5] = dy[0, 7, 11] = value
     keep = torch.rand(1, 34, 40, generator=g) < 0.5
     y = masked_linear(x, w.requires_grad_(), keep_bits(keep), kernels=kernels)
@@ -144,7 +241,7 @@ def test_gradient_of_pruned_weights_is_0_whatever_x_and_dy_hold(value: float, ke
 
 
 @pytest.mark.parametrize("kernels", ["triton", "reference"])
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "replicas inside"])
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_strides_do_not_matter(layout: str, kernels: str) -> None:
     g = torch.Generator().manual_seed(0)
     x, w, bias, dy = (randn(g, torch.float32, *s) for s in ((2, 18, 35), (2, 12, 35), (2, 12), (2, 18, 12)))
@@ -158,22 +255,27 @@ def test_strides_do_not_matter(layout: str, kernels: str) -> None:
     )
     for name in GRADS:
         assert torch.allclose(found[name], right[name], rtol=1e-5, atol=1e-5), name
+    if kernels == "triton" and DEVICE == "cuda":
+        for part in DTYPES:
+            check(part, (2, 18, 12, 35), layout=layout)
     # a gradient broadcast over the batch, as `y.sum().backward()` gives
     same = dy[:, :1].expand_as(dy)
     assert_close(products(x, w, bits, bias, same, kernels), expected(x, w, keep.to(DEVICE), bias, same))
 
 
-def test_a_replica_is_the_same_bits_whoever_sits_beside_it() -> None:
+@pytest.mark.parametrize("part", pick(["ieee"], list(DTYPES)))
+def test_a_replica_is_the_same_bits_whoever_sits_beside_it(part: str) -> None:
     assert module._choose("half", 4096, 512)[0] is module.TILES["half"][0]
     assert module._choose("ieee", 300, 60)[0] is module.TILES["ieee"][1]  # whatever R
     g = torch.Generator().manual_seed(0)
-    x, w, bias, dy = (randn(g, torch.float32, *s) for s in ((3, 9, 40), (3, 33, 40), (3, 33), (3, 9, 33)))
+    x, w, bias, dy = (randn(g, DTYPES[part], *s) for s in ((3, 9, 40), (3, 33, 40), (3, 33), (3, 9, 33)))
     bits = keep_bits(torch.rand(3, 33, 40, generator=g) < 0.5)
-    together = products(x, w, bits, bias, dy, "triton")
-    for r in range(3):
-        alone = products(*(t[r : r + 1] for t in (x, w, bits, bias, dy)), "triton")
-        for name in GRADS:
-            assert alone[name][0].equal(together[name][r]), name
+    with precision(part):
+        together = products(x, w, bits, bias, dy, "triton")
+        for r in range(3):
+            alone = products(*(t[r : r + 1] for t in (x, w, bits, bias, dy)), "triton")
+            for name in GRADS:
+                assert alone[name][0].equal(together[name][r]), name
 
 
 def test_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,33 +290,14 @@ def test_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @settings(max_examples=CASES)
 @given(
-    st.tuples(st.integers(1, 2), st.integers(1, 34), st.integers(1, 34), st.integers(1, 34)),
-    st.sampled_from(list(RTOL)),
+    st.tuples(st.integers(1, 2), *[st.integers(1, pick(34, 300))] * 3),
+    st.sampled_from(list(DTYPES)),
     st.floats(0, 1),
-    st.sampled_from(["contiguous", "transposed"]),
-    st.sampled_from(["triton", "reference"]),
+    st.sampled_from(LAYOUTS),
     st.integers(0, 10**6),
 )
-def test_any_shape(
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    density: float,
-    layout: str,
-    kernels: str,
-    seed: int,
-) -> None:
-    r, b, n, k = shape
-    g = torch.Generator().manual_seed(seed)
-    x, w, bias, dy = (randn(g, dtype, *s) for s in ((r, b, k), (r, n, k), (r, n), (r, b, n)))
-    keep = torch.rand(r, n, k, generator=g) < density
-    bits = keep_bits(keep)
-    keep = keep.to(DEVICE)
-    right = expected(x, w, keep, bias, dy)
-    scale = expected(x.abs(), w.abs(), keep, bias.abs(), dy.abs())
-    w = torch.where(keep, w, NAN)
-    found = products(strided(x, layout), w, bits, bias, strided(dy, layout), kernels)
-    assert_close(found, right, GRADS[:4], scale)
-    assert found["ds"].isnan().equal(~keep)
+def test_any_shape(shape: tuple[int, ...], part: str, density: float, layout: str, seed: int) -> None:
+    check(part, shape, density, layout, seed)
 
 
 def test_scores_in_fp32_under_autocast_and_no_bias() -> None:
