@@ -4,7 +4,7 @@ r"""What a step of R replicas is besides its products and updates, one launch ea
                          then clock += 1
     gather               x[r, b, k] = images[i, k] * scale[k] + shift[k],  y[r, b] = labels[i]
                          with i = order[r, place, b]
-    bias_relu            y[r, n, b] = max(y[r, n, b] + bias[r, n], 0), in place
+    bias_relu            y[r, n, ..., b] = max(y[r, n, ..., b] + bias[r, n], 0), in place
     cross_entropy_grad   dlogits[r, :, b] = (softmax(logits[r, :, b] + bias[r]) - onehot(labels[r, b])) / B
 
 | name            | shape                      | dtype |       Floor in bytes, each read or written once:
@@ -16,7 +16,8 @@ r"""What a step of R replicas is besides its products and updates, one launch ea
 | labels          | [n], of a batch [R, B]     | int64 |
 | order           | [R, steps, B]              | int64 |
 | x               | [R, B, K]                  | fp32  |
-| y, logits       | [R, N, B], [R, classes, B] | fp32  |       y with N in a row: a view of [R, B, N]
+| y               | [R, N, B], [R, C, H, W, B] | fp32  |       channels-last, [R, B, (H, W,) N] in memory
+| logits          | [R, classes, B]            | fp32  |
 | bias            | [R, N], any way apart      | fp32  |
 
 For one replica on a CPU the same maths is in step_parts. What a replica computes does not depend on the
@@ -29,7 +30,8 @@ gather 4.7 + 18.8 MB, expected 8 us (H200: 6); bias_relu of 300 and 100 columns 
 MB of L2 hold, expected 4 and 2 us; begin_step and cross_entropy_grad (4.8 MB) expected 2 us each, which is
 what a launch takes. A program of gather is a row: 64 threads with 16 bytes of the image each, 40 registers,
 so 24 programs an SM and 19 KB of images in flight; its three loads in turn (place, order, image) hide behind
-other rows. No loops. Goal: together at most a tenth of the step.
+other rows. No loops. Goal: together at most a tenth of the step. Of 30 Conv-2 a layer of 64 channels of
+32 x 32 has 118 M numbers: bias_relu 944 MB, expected 315 us (H200: 220).
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def reference_gather(
 
 
 def reference_bias_relu(y: Tensor, bias: Tensor) -> Tensor:
-    return torch.relu(y + bias[:, :, None])
+    return torch.relu(y + bias.view(*bias.shape, *[1] * (y.dim() - 2)))
 
 
 def reference_cross_entropy_grad(logits: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
@@ -145,7 +147,7 @@ def _bias_relu_kernel(
     stride_bias,
     BLOCK: tl.constexpr,
 ):
-    """Some of the `size` = B N numbers of one replica."""
+    """Some of the `size` numbers of one replica, N in a row."""
     chunks = tl.cdiv(size, BLOCK)
     r = (tl.program_id(0) // chunks).to(tl.int64)
     offs = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
@@ -263,20 +265,29 @@ def gather(
         )
 
 
+def is_channels_last(t: Tensor) -> bool:
+    """Whether t [R, N, ..., B] lies in memory as [R, B, ..., N]."""
+    return t.dim() > 2 and t.movedim(1, -1).movedim(-2, 1).is_contiguous()
+
+
 @torch.no_grad()
 def bias_relu(y: Tensor, bias: Tensor, kernels: str = "auto") -> None:
-    """max(y + bias, 0) in place, for y [R, N, B] that is a view of [R, B, N] in a row."""
-    r, n, b = y.shape
-    _check("y, transposed,", y.mT, torch.float32, (r, b, n))
-    if b * n >= 2**31:
+    """max(y + bias, 0) in place, for y [R, N, ..., B] that lies channels-last: [R, B, ..., N] in memory."""
+    r, n, *_ = y.shape
+    size = y[:1].numel()
+    if y.dtype != torch.float32 or not is_channels_last(y):
+        raise ValueError(
+            f"expected y channels-last in fp32, got {y.dtype} {list(y.shape)}, strides {list(y.stride())}"
+        )
+    if size >= 2**31:
         raise ValueError(f"expected less than 2^31 numbers a replica, got {list(y.shape)}")
     _check_bias(bias, r, n)
     if not use_triton(kernels, y):
         y.copy_(reference_bias_relu(y, bias))
         return
     with torch.cuda.device_of(y):
-        _bias_relu_kernel[(r * triton.cdiv(b * n, BLOCK),)](
-            *(y, bias, n, b * n, bias.stride(0)), BLOCK=BLOCK, num_warps=4, num_stages=1
+        _bias_relu_kernel[(r * triton.cdiv(size, BLOCK),)](
+            *(y, bias, n, size, bias.stride(0)), BLOCK=BLOCK, num_warps=4, num_stages=1
         )
 
 

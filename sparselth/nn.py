@@ -75,9 +75,10 @@ class Network:
     what those layers go through: "torch", "triton", or "auto" for a convolution that measures. A fully
     connected layer in `updates` calls that with its dy and x instead of writing gradients.
 
-    With `parts`, biases that torch's products would copy first are added where they cost nothing, through
+    With `parts`, biases that the vendor's products take a pass for are added where they cost nothing, through
     kernels/replica_parts.py: by the ReLU, and that of the last layer, in training, by the loss: `forward`
-    then returns the logits without `late`, their bias [R, classes].
+    then returns the logits without `late`, their bias [R, classes]. Images lie channels-last in memory, as
+    masked_conv2d takes and gives them.
     """
 
     def __init__(
@@ -119,31 +120,35 @@ class Network:
                     continue
             takes = {Conv: conv, Linear: linear}.get(type(layer), "torch")
             masked = bits is not None and takes != "torch"  # then only the shape of the output is needed
-            out = activation(flat.to("meta") if masked else flat, replicas, after, batch)
+            make = channels_last if parts else activation
+            out = make(flat.to("meta") if masked else flat, replicas, after, batch)
             if isinstance(layer, MaxPool):
-                self.layers.append(DensePool(layer.size, before, out, training))
+                dx = make(flat if training else flat[:0], replicas if training else 0, before, batch)
+                self.layers.append(DensePool(layer.size, out, dx))
                 continue
             name, bias = (s.name for s in model.parts[i])
             place = Place(
                 *(weight[name], weight[bias], slope.get(name), slope.get(bias), out, before),
                 *(training and i > 0, updates.get(name)),
             )
+            is_last, vendors = i + 1 == len(model.layers), {Conv: "auto", Linear: "torch"}[type(layer)]
+            leaves = parts and takes == vendors
+            if is_last:
+                leaves = leaves and training and isinstance(layer, Linear)
+                self.late = place.bias[:, :, 0] if leaves else None
+            else:
+                leaves = leaves and isinstance(model.layers[i + 1], ReLU)
+                left = place.bias[:, :, 0] if leaves else None
             if isinstance(layer, Conv):
                 if bits is not None and conv != "torch":
-                    self.layers.append(MaskedConv(layer, place, bits[name], conv))
+                    self.layers.append(MaskedConv(layer, place, bits[name], conv, adds_bias=not leaves))
                 else:
                     self.layers.append(DenseConv(layer, place))
             elif isinstance(layer, Linear):
                 if bits is not None and linear != "torch":
                     self.layers.append(MaskedLinear(place, bits[name], linear))
                 else:
-                    is_last = i + 1 == len(model.layers)
-                    leaves = parts and (training if is_last else isinstance(model.layers[i + 1], ReLU))
-                    self.layers.append(DenseLinear(place, adds_bias=not leaves))
-                    if leaves and is_last:
-                        self.late = place.bias[:, :, 0]
-                    elif leaves:
-                        left = place.bias[:, :, 0]
+                    self.layers.append(DenseLinear(place, adds_bias=not leaves, batch_major=parts))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.view(self.input_shape)
@@ -164,6 +169,17 @@ def activation(like: Tensor, replicas: int, shape: tuple[int, ...], batch: int) 
     return like.new_zeros(replicas, *shape, batch)
 
 
+def channels_last(like: Tensor, replicas: int, shape: tuple[int, ...], batch: int) -> Tensor:
+    """Zeros [R, C, H, W, B], in memory [R, B, H, W, C], or [R, N, B] as `activation`."""
+    return like.new_zeros(replicas, batch, *shape[1:], shape[0]).movedim(-1, 1).movedim(2, -1)
+
+
+def in_rows(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """x [R, ..., B] as [R, K, B] with K in a row, copied where it is not."""
+    r, k, b = shape
+    return x.movedim(-1, 1).reshape(r, b, k).mT
+
+
 @dataclass(frozen=True)
 class Place:
     """The tensors of one layer with weights; gradients only where they are written."""
@@ -181,15 +197,17 @@ class Place:
 class DenseLinear:
     """y = W x + b; dW = dy x^T, db = sum dy, dx = W^T dy. Where somebody else adds the bias, y = W x."""
 
-    def __init__(self, place: Place, adds_bias: bool = True) -> None:
-        self.place, self.y, self.adds_bias = place, place.out, adds_bias
+    def __init__(self, place: Place, adds_bias: bool = True, batch_major: bool = False) -> None:
+        """`batch_major`: the input is taken, and its gradient given, with an image in a row."""
+        self.place, self.y, self.adds_bias, self.batch_major = place, place.out, adds_bias, batch_major
         self.weight, self.bias = place.weight, place.bias
         self.shape = (self.y.shape[0], prod(place.before), self.y.shape[-1])
         if place.wants_dx:
-            self.dx = activation(self.y, self.shape[0], place.before, self.shape[2]).view(self.shape)
+            before = (self.shape[1],) if batch_major else place.before
+            self.dx = activation(self.y, self.shape[0], before, self.shape[2]).view(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.x = x.reshape(self.shape)
+        self.x = in_rows(x, self.shape) if self.batch_major else x.reshape(self.shape)
         if not self.adds_bias:
             return torch.bmm(self.weight, self.x, out=self.y)
         return torch.baddbmm(self.bias, self.weight, self.x, out=self.y)
@@ -281,7 +299,7 @@ class MaskedLinear:
         self.shape = (place.out.shape[0], prod(place.before), place.out.shape[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        self.x = x.reshape(self.shape)
+        self.x = in_rows(x, self.shape)
         place, kernels = self.place, self.kernels
         y = _ops.masked_linear(self.x.mT, place.weight, self.bits, place.bias[:, :, 0], None, kernels)
         return y.mT  # type: ignore[no-any-return]
@@ -302,9 +320,9 @@ class MaskedLinear:
 class MaskedConv:
     """`DenseConv` through the masked kernels, which take [R, B, C, H, W] in any order of memory."""
 
-    def __init__(self, layer: Conv, place: Place, bits: Tensor, kernels: str) -> None:
+    def __init__(self, layer: Conv, place: Place, bits: Tensor, kernels: str, adds_bias: bool = True) -> None:
         shape = (*place.weight.shape[:2], place.before[0], layer.kernel, layer.kernel)
-        self.weight, self.bias = place.weight.view(shape), place.bias[:, :, 0]
+        self.weight, self.bias = place.weight.view(shape), place.bias[:, :, 0] if adds_bias else None
         self.dweight, self.dbias = None if place.dweight is None else place.dweight.view(shape), place.dbias
         self.bits, self.wants_dx, self.size = bits, place.wants_dx, place.before[1:]
         self.y_shape = place.out.shape
@@ -335,11 +353,10 @@ class MaskedConv:
 class DensePool:
     """Maximum over size x size pixels; the gradient goes to the first maximum in row order."""
 
-    def __init__(self, size: int, before: tuple[int, ...], out: Tensor, training: bool) -> None:
-        self.y, self.size = out, size
-        self.shape = (out.shape[0], *before, out.shape[-1])
-        self.dx = out.new_zeros(self.shape if training else 0)  # a rest behind the last window stays 0
-        self.rest = torch.empty_like(out) if training else out
+    def __init__(self, size: int, out: Tensor, dx: Tensor) -> None:
+        """`dx` is 0, and has no numbers where nothing is trained."""
+        self.y, self.size, self.dx = out, size, dx  # a rest behind the last window stays 0
+        self.rest = torch.empty_like(out) if dx.numel() else out
         self.hit = torch.empty_like(self.rest)
 
     def _windows(self, x: Tensor) -> list[Tensor]:
@@ -441,8 +458,11 @@ class BiasReLU(DenseReLU):
 
     def forward(self, x: Tensor) -> Tensor:
         self.y = x
-        replica_parts.bias_relu(x, self.bias, kernels="triton")
-        return x
+        if replica_parts.is_channels_last(x):
+            replica_parts.bias_relu(x, self.bias, kernels="triton")
+            return x
+        # the vendor's convolutions of replicas one by one
+        return x.add_(self.bias.view(*self.bias.shape, *[1] * (x.dim() - 2))).relu_()
 
 
 def cross_entropy_grad(logits: Tensor, labels: Tensor) -> Tensor:

@@ -28,9 +28,10 @@ from sparselth import pruning
 from sparselth.batches import Batches, Event, Orders, Resident
 from sparselth.config import Recipe, Replica
 from sparselth.dispatch import choose
+from sparselth.kernels import masked_conv2d
 from sparselth.kernels._triton import INTERPRET
 from sparselth.models import AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, ReLU, get_model
-from sparselth.nn import init_weights
+from sparselth.nn import BiasReLU, init_weights
 from sparselth.replay import MANY, Replay
 from sparselth.streams import stream
 from sparselth.train import Job, State, fit, scores
@@ -268,6 +269,69 @@ class Launches(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def by_default(
+    model: Model, recipe: Recipe, few: Resident, until: int
+) -> tuple[Replay, list[Tensor], list[Job]]:
+    """The default paths of CUDA, interpreted: a replay behind so many steps, its weights and moments; and the
+    same jobs by the reference."""
+    found, right = ([job(model, recipe, seed, keep) for seed, keep in ((0, 1.0), (1, 0.3))] for _ in range(2))
+    fit(model, few, right, recipe, kernels="reference")
+    states = [one.state for one in found]
+    tensors = [torch.cat(rows) for rows in zip(*([s.weights, *s.moments] for s in states), strict=True)]
+    masks, who = torch.stack([one.mask for one in found]), [one.who for one in found]
+    paths = choose("auto", "cuda")
+    replay = Replay(model, few, who, tensors[0], tensors[1:], masks, recipe, [0, 0], paths)
+    replay.advance(0, until, lambda: False)
+    return replay, tensors, right
+
+
+def near(replay: Replay, tensors: list[Tensor], right: list[Job], bound: float) -> None:
+    expected = zip(*([o.state.weights, *o.state.moments] for o in right), strict=True)
+    for ours, theirs in zip(tensors, expected, strict=True):
+        assert (ours - torch.cat(theirs)).norm() <= bound * torch.cat(theirs).norm()
+    losses = [one.state.evaluations[-1]["validation_loss"] for one in right]
+    assert replay.measure()[0] == pytest.approx(losses, rel=bound)
+
+
+@pytest.mark.host
+@interpreted
+@pytest.mark.parametrize(
+    ("layers", "biases"),
+    [
+        ((Conv(4, 3, 1), ReLU(), Conv(3, 3), ReLU(), MaxPool(2), Linear(12), ReLU(), Linear(10)), 3),
+        ((Conv(2, 9), MaxPool(2), ReLU(), Linear(10)), 0),
+        ((Conv(2, 9), BatchNorm(), ReLU(), Conv(3, 3), ReLU(), AvgPool(), Linear(10)), 1),
+    ],
+    ids=["conv2", "cnn", "norms"],
+)
+def test_images_lie_as_convolutions_give_them(
+    layers: tuple[Any, ...], biases: int, few: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels-last: no gradient is copied into another order first, where no batch norm asks for it."""
+    model = replace(SMALL, name="images", layers=layers)
+    recipe = replace(SGD, steps=2, eval_every=2, batch_size=3)
+    norms = any(isinstance(layer, BatchNorm) for layer in layers)
+    plain, seen = masked_conv2d.wgrad, []
+
+    def wgrad(dy: Tensor, *rest: Any) -> Tensor:
+        seen.append(dy.permute(0, 1, 3, 4, 2).is_contiguous())
+        return plain(dy, *rest)
+
+    monkeypatch.setattr(masked_conv2d, "wgrad", wgrad)
+    replay, tensors, right = by_default(model, recipe, few, 2)
+    assert len(seen) == 2 * sum(isinstance(layer, Conv) for layer in layers)
+    assert norms or all(seen)
+    assert sum(isinstance(layer, BiasReLU) for layer in replay.network.layers) == biases
+    near(replay, tensors, right, 1e-4 if norms else 1e-5)
+
+
+def test_replicas_one_by_one_come_in_another_order() -> None:
+    """And the bias is added all the same."""
+    y, bias = torch.randn(2, 3, 4, 4, 5), torch.randn(2, 3)
+    right = torch.relu(y + bias[:, :, None, None, None])
+    assert torch.equal(BiasReLU(bias).forward(y), right)
+
+
 @pytest.mark.host
 @interpreted
 @pytest.mark.parametrize("recipe", [ADAM, SGD], ids=["adam", "sgd"])
@@ -277,14 +341,7 @@ def test_a_step_of_cuda_is_fifteen_launches_and_right(
     """The default paths of CUDA, in the interpreter: 3 products forward, 2 back, 3 updates, 7 small ones."""
     model = replace(SMALL, name="three", layers=(Linear(20), ReLU(), Linear(12), ReLU(), Linear(10)))
     recipe = replace(recipe, steps=3, eval_every=3, batch_size=5)
-    found, right = ([job(model, recipe, seed, keep) for seed, keep in ((0, 1.0), (1, 0.3))] for _ in range(2))
-    fit(model, few, right, recipe, kernels="reference")
-    states = [one.state for one in found]
-    tensors = [torch.cat(rows) for rows in zip(*([s.weights, *s.moments] for s in states), strict=True)]
-    masks, who = torch.stack([one.mask for one in found]), [one.who for one in found]
-    paths = choose("auto", "cuda")
-    replay = Replay(model, few, who, tensors[0], tensors[1:], masks, recipe, [0, 0], paths)
-    replay.advance(0, 2, lambda: False)
+    replay, tensors, right = by_default(model, recipe, few, 2)
     with Launches(monkeypatch) as launches:
         replay._step()
     assert launches.found == {
@@ -296,11 +353,7 @@ def test_a_step_of_cuda_is_fifteen_launches_and_right(
         "aten.threshold_backward.grad_input": 2,
         "_kernel": 3,  # of linear_grad_update
     }
-    expected = zip(*([o.state.weights, *o.state.moments] for o in right), strict=True)
-    for ours, theirs in zip(tensors, expected, strict=True):
-        torch.testing.assert_close(ours, torch.cat(theirs), rtol=1e-4, atol=1e-6)
-    losses = [one.state.evaluations[-1]["validation_loss"] for one in right]
-    assert replay.measure()[0] == pytest.approx(losses, rel=1e-5)
+    near(replay, tensors, right, 1e-5)
 
 
 @pytest.mark.host

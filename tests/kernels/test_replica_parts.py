@@ -97,14 +97,16 @@ def test_gather(replicas: int, batch: int, pixels: int) -> None:
 
 
 @pytest.mark.parametrize(("replicas", "batch", "columns"), SHAPES)
+@pytest.mark.parametrize("size", [(), (3, 2)], ids=["vectors", "images"])
 @pytest.mark.parametrize("biases", ["in a row", "apart"])
-def test_bias_relu(replicas: int, batch: int, columns: int, biases: str) -> None:
-    y = normal(replicas, batch, columns).mT
+def test_bias_relu(replicas: int, batch: int, columns: int, size: tuple[int, ...], biases: str) -> None:
+    y = normal(replicas, batch, *size, columns).movedim(-1, 1).movedim(2, -1)  # [R, N, ..., B]
     bias = normal(replicas, columns, seed=1)
-    y[0, 0, 0], y[-1, -1, -1], bias[0, -1] = NAN, -0.0, INF
+    y[(0,) * y.dim()], y[(-1,) * y.dim()], bias[0, -1] = NAN, -0.0, INF
 
     def run(y: Tensor, bias: Tensor) -> Tensor:
-        found = surrounded(y.mT.contiguous()).mT
+        in_memory = y.movedim(-1, 1).movedim(2, -1)
+        found = surrounded(in_memory.contiguous()).movedim(-1, 1).movedim(2, -1)
         op.bias_relu(found, apart(bias) if biases == "apart" else bias, kernels="triton")
         base = found._base
         assert base is not None
@@ -113,7 +115,8 @@ def test_bias_relu(replicas: int, batch: int, columns: int, biases: str) -> None
         return found
 
     found = run(y, bias)
-    assert torch.equal(found.nan_to_num(-1), torch.relu(y + bias[:, :, None]).nan_to_num(-1))
+    right = torch.relu(y + bias.view(replicas, columns, *[1] * (y.dim() - 2)))
+    assert torch.equal(found.nan_to_num(-1), right.nan_to_num(-1))
     for r in range(0, replicas, max(1, replicas // 3)):
         assert same_bits(run(y[r : r + 1], bias[r : r + 1]), found[r : r + 1])
 

@@ -354,7 +354,7 @@ def network_pool(x: Tensor, dy: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
     """(y, dx) as sparselth/nn.py has them."""
     c, h, w, b = x.shape
     out = torch.zeros(1, c, h // 2, w // 2, b)
-    pool, cut = nn.DensePool(2, (c, h, w), out, training=True), nn.DenseReLU()
+    pool, cut = nn.DensePool(2, out, out.new_zeros(1, c, h, w, b)), nn.DenseReLU()
     y = pool.forward(x[None])
     if relu:
         cut.forward(y)
