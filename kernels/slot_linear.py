@@ -51,6 +51,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +85,6 @@ class Tile(NamedTuple):
 
 
 TILES = (Tile(16, 2, 4), Tile(32, 4, 3, registers=128), Tile(64, 2, 3), Tile(128, 2, 3, entries=32))
-HOPPER = (9, 0)
 WARPS = 8  # 256 threads, as the order of slots has it
 
 
@@ -432,13 +432,18 @@ def _cut(n: int, k: int, batch: int) -> tuple[Tile, int, int]:
     return tile, -(-units // units_a_part), units_a_part
 
 
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    """Whether that is what Triton compiles for, where this device is the current one."""
+    return not INTERPRET and triton.runtime.driver.active.get_current_target().arch >= 90
+
+
 def launch(slots: Slots, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     (n, k), b = slots.shape, x.shape[0]
     tile, parts, units_a_part = _cut(n, k, b)
     blocks, chunks = slots.values.shape[:2]
     sums = torch.empty(parts, b, n, dtype=torch.float32, device=x.device)
     y = x.new_empty(b, n)
-    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device) >= HOPPER
     with torch.cuda.device_of(x):
         _slot_kernel[(blocks * parts * triton.cdiv(b, tile.columns),)](
             x,
@@ -463,7 +468,7 @@ def launch(slots: Slots, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
             INTERPRET=INTERPRET,
             num_warps=WARPS,
             num_stages=tile.stages,
-            maxnreg=tile.registers if hopper else None,
+            maxnreg=tile.registers if _is_hopper(x.device) else None,
         )
         _finish_kernel[(b * triton.cdiv(n, FINISH),)](
             sums,
