@@ -64,6 +64,7 @@ class Tile(NamedTuple):
 # weights 125 tiles of 64 x 32 have 9 % that is not there, 130 of 32 x 64 had 13 %
 TILES = {"ieee": Tile(64, 32, 16, 4, 2), "tf32": Tile(32, 64, 32, 4, 2)}
 NEAR = 2**24  # offsets within a tile are 32 bits wide
+MOST = 65_535  # replicas of a launch: the second axis of a grid has no more
 MOMENTS = {"adam": 2, "sgd": 1}
 
 
@@ -330,7 +331,10 @@ def linear_grad_update(
         hyper = (*betas, 1 - betas[0], 1 - betas[1], eps, weight_decay, *logs)
         if optimizer == "sgd":
             hyper = (momentum, 0.0, 0.0, 0.0, 0.0, weight_decay, 0.0, 0.0)
-        _launch(dy, x, weight, moments, bits, bias, bias_moments, step, lr, active, hyper)
+        for part in (slice(first, first + MOST) for first in range(0, len(lr), MOST)):
+            every = (dy, x, weight, moments, bits, bias, bias_moments, step, lr, active)
+            some: list[Any] = [_some(t, part) for t in every]
+            _launch(*[*some, hyper])
         return
     dw, db = reference(dy, x, bits)
     for r in range(len(lr)):
@@ -404,6 +408,13 @@ def _check(
 
 def _said(t: Tensor) -> str:
     return f"{t.dtype} {list(t.shape)}, strides {list(t.stride())}, on {t.device}"
+
+
+def _some(t: Any, part: slice) -> Any:
+    """Some replicas of a tensor, of several, or of None."""
+    if isinstance(t, Tensor):
+        return t[part]
+    return None if t is None else [_some(other, part) for other in t]
 
 
 def _unit(*sizes: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -396,6 +397,40 @@ def test_the_choice_of_tiles() -> None:
                 assert splits == 1
                 assert tile.rows <= 16 or tile.rows < 2 * pixels
                 assert tile.columns <= max(64, block)
+
+
+@pytest.mark.parametrize(
+    ("batch", "c", "n", "size", "block", "blocks"),
+    [
+        (2**21, 64, 64, 31, 16, 16),
+        (1, 64, 2**24, 2, 16, 2**22),
+        (1, 2**20, 16, 3, 16, 2**19),  # one list, in as many parts as there are
+    ],
+)
+def test_grids_are_a_devices(
+    batch: int, c: int, n: int, size: int, block: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most 2**31 - 1 programs along x, 65,535 along y. Nothing is allocated, nothing runs."""
+    grids: list[tuple[int, ...]] = []
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    for name in ("_block_conv2d_kernel", "_sum_kernel"):
+        monkeypatch.setattr(module, name, Counted())
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: nullcontext())
+    x = torch.empty(batch, c, size, size, device="meta", dtype=torch.bfloat16)
+    values = x.new_empty(blocks, block, block)
+    places, starts, order = (
+        x.new_empty(count, dtype=torch.int32) for count in (blocks, n // block + 1, n // block)
+    )
+    launch(x, values, places, starts, order, n, None, False, geometry((1, 1), 1, 0, 1))
+    assert grids
+    for first, *second in grids:
+        assert 0 < first < 2**31
+        assert all(0 < count <= 65_535 for count in second)
 
 
 @pytest.mark.parametrize(("kernels", "part"), PARTS)

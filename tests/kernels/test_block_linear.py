@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -331,6 +332,41 @@ def test_the_choice_of_tiles() -> None:
                 assert splits == 1
                 assert tile.rows <= 16 or tile.rows < 2 * batch
                 assert tile.columns <= max(64, block)
+
+
+@pytest.mark.parametrize(
+    ("batch", "n", "k", "block", "blocks"),
+    [
+        (2**26, 64, 64, 16, 16),
+        (1, 2**24, 64, 16, 2**22),
+        (1, 16, 2**26, 16, 2**22),  # one list, in as many parts as there are
+        (2**20, 2**20, 16, 16, 2**16),
+    ],
+)
+def test_grids_are_a_devices(
+    batch: int, n: int, k: int, block: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most 2**31 - 1 programs along x, 65,535 along y. Nothing is allocated, nothing runs."""
+    grids: list[tuple[int, ...]] = []
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    for name in ("_block_linear_kernel", "_sum_kernel"):
+        monkeypatch.setattr(module, name, Counted())
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: nullcontext())
+    x = torch.empty(batch, k, device="meta", dtype=torch.bfloat16)
+    values = x.new_empty(blocks, block, block)
+    columns, starts, order = (
+        x.new_empty(size, dtype=torch.int32) for size in (blocks, n // block + 1, n // block)
+    )
+    launch(x, values, columns, starts, order, n, None, False)
+    assert grids
+    for first, *second in grids:
+        assert 0 < first < 2**31
+        assert all(0 < size <= 65_535 for size in second)
 
 
 @pytest.mark.parametrize(("kernels", "part"), PARTS)

@@ -24,6 +24,7 @@ from oracle import (
     precision,
     same_bits,
 )
+from sparselth.kernels import linear_grad_update as module
 from sparselth.kernels._triton import INTERPRET
 from sparselth.kernels.bitmask import pack, unpack
 from sparselth.kernels.linear_grad_update import floor, linear_grad_update
@@ -256,6 +257,36 @@ def test_replicas_together_and_alone(part: str) -> None:
             one = layer.alone(i, before)
             one.take("triton")
             must_repeat(one.named(), layer.named([t[i : i + 1] for t in layer.flat]), "company")
+
+
+@TRITON
+@pytest.mark.parametrize("part", PARTS)
+def test_replicas_beyond_one_launch(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST", 2)
+    held(part, (5, 10, 36, 9), 0.3, gone=(1, 4))
+
+
+@TRITON
+@pytest.mark.parametrize(
+    ("r", "n", "k", "programs"), [(70_000, 10, 20, 70_000), (2, 40_000, 40_000, 2 * 625 * 1250)]
+)
+def test_grids_are_a_devices(r: int, n: int, k: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 2**31 - 1 programs along x, 65,535 along y. Nothing is allocated, nothing runs."""
+    grids: list[tuple[int, int]] = []
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(module, "_kernel", Counted())
+    monkeypatch.setattr(module, "use_triton", lambda kernels, t: True)
+    dy, x, w = (torch.empty(1, device=DEVICE).expand(r, *size) for size in ((n, 5), (k, 5), (n, k)))
+    monkeypatch.setattr(module, "_check", lambda *given: None)
+    step, lr = torch.ones(r, device=DEVICE), torch.ones(r, dtype=torch.float64, device=DEVICE)
+    linear_grad_update(dy, x, w, [w, w], None, step=step, lr=lr)
+    assert all(0 < x < 2**31 and 0 < y <= 65_535 for x, y in grids)
+    assert sum(x * y for x, y in grids) == programs
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
