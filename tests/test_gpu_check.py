@@ -577,7 +577,7 @@ def test_a_worker_waits_and_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def said(stdin: str, first: int = 0, some: Any = (0, None)) -> list[dict[str, Any]]:
         events.write_text("")
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        worker.work("made_up", "smoke", some, [], "tiny", first, str(events))
+        worker.work("made_up", "smoke", some, "tiny", first, str(events))
         return [json.loads(line) for line in events.read_text().splitlines()]
 
     assert said("") == [

@@ -58,8 +58,8 @@ class Here:
     size: str
     anchors: dict[str, Any] = field(default_factory=dict)
 
-    def pick(self, tiny: Any, *full: Any) -> Any:
-        return tiny if self.size == "tiny" else full[-1]
+    def pick(self, tiny: Any, full: Any) -> Any:
+        return tiny if self.size == "tiny" else full
 
     def generator(self, seed: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(seed)

@@ -113,7 +113,7 @@ def terms(p: Problem) -> dict[str, int]:
 def apart(here: Here, part: str) -> None:
     """Replicas of x, w and dy 2^31 elements apart."""
     need_memory(10)
-    gap = here.pick(2**13, 0, 2**31) + 16
+    gap = here.pick(2**13, 2**31) + 16
     small = problem(here, part, Setup(2, 2, 16, (6, 5), 24, (3, 3), padding=(1, 1)))
     flat = torch.full((gap + 2**13,), NAN, dtype=small.x.dtype, device=here.device)
     views, start = [], 0
@@ -131,7 +131,7 @@ def apart(here: Here, part: str) -> None:
 def vast(here: Here, part: str) -> None:
     """More than 2^31 numbers in y, fewer in y[r]; the last images are those of a small problem."""
     need_memory(32)
-    size, batch = here.pick(8, 0, 512), here.pick(2, 0, 64)
+    size, batch = here.pick(8, 512), here.pick(2, 64)
     p = problem(here, part, Setup(3, batch, 8, (size, size), 44, (1, 1)))
     last = p._replace(x=p.x[:, -1:], dy=p.dy[:, -1:])
     right = formula(last, torch.double)

@@ -93,7 +93,7 @@ def said(shape: Shape) -> str:
 def apart(here: Here, part: str) -> None:
     """Replicas that lie 2^31 elements apart, in x, w, dy and in the mask."""
     need_memory(12)
-    gap = here.pick(2**12, 0, 2**31) + 16
+    gap = here.pick(2**12, 2**31) + 16
     small = problem(here, part, (2, 18, 24, 40))
 
     def spread(*tensors: Tensor) -> list[Tensor]:
@@ -150,7 +150,7 @@ def vast(here: Here, part: str, shape: Shape) -> None:
 def far_rows(here: Here, part: str) -> None:
     """Rows as far apart as is taken: offsets within one tile of 128 rows come close to 2^31."""
     need_memory(8)
-    small, stride = problem(here, part, (1, 18, 128, 40)), here.pick(2**8, 0, 2**24 - 8)
+    small, stride = problem(here, part, (1, 18, 128, 40)), here.pick(2**8, 2**24 - 8)
     flat = torch.empty(127 * stride + 40, dtype=small.w.dtype, device=here.device)
     w = flat.as_strided((1, 128, 40), (0, stride, 1)).copy_(small.w)
     must_repeat(ours(small._replace(w=w)), ours(small), "distance")

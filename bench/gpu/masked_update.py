@@ -277,7 +277,7 @@ def checks(part: str, here: Here) -> Iterator[Case]:
 def vast(here: Here, replicas: int, size: int) -> None:
     """Plain SGD in place on R x P weights: the ends of every replica are those of a small step."""
     need_memory(9 * replicas * size / 2**30)
-    g, p = here.generator(0), here.pick(777, 0, size)
+    g, p = here.generator(0), here.pick(777, size)
     w, grad = (torch.empty(replicas, p, device=here.device).normal_(generator=g) for _ in range(2))
     bits = torch.randint(0, 256, (replicas, -(-p // 8)), generator=g, device=here.device, dtype=torch.uint8)
     bits[:, -1] &= 255 >> (-p % 8)

@@ -9,13 +9,12 @@ the next one starts behind it.
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,7 @@ from oracle import Skip, Wrong
 BROKEN = 70  # exit code: the CUDA context is lost, nothing works in this process any more
 
 
-def work(
-    op: str, kind: str, some: tuple[int, int | None], parts: list[str], size: str, first: int, events: str
-) -> None:
+def work(op: str, kind: str, some: tuple[int, int | None], size: str, first: int, events: str) -> None:
     """The cases of a kind of an op that the slice `some` holds, of these from number `first` on."""
     torch.manual_seed(0)
     if size == "tiny":
@@ -37,7 +34,7 @@ def work(
     here = Here("cpu" if size == "tiny" else "cuda", size)
     say, kernels = teller(Path(events)), count_kernels()
     module = importlib.import_module(f"gpu.{op}")
-    cases = list(planned(module, kind, parts, here))[slice(*some)]
+    cases = planned(module, kind, here)[slice(*some)]
     say(plan=[[case.name, case.part, case.seconds] for case in cases])
     anchors = sys.stdin.readline()
     if not anchors:
@@ -52,14 +49,9 @@ def work(
             torch.cuda.empty_cache()  # other processes need room too
 
 
-def planned(module: Any, kind: str, parts: list[str], here: Here) -> Iterable[Case]:
-    """The cases of one kind, of ops that take a part and of those that yield all."""
-    cases = getattr(module, kind, None)
-    if cases is None:
-        return []
-    if "part" in inspect.signature(cases).parameters:
-        return [case for part in parts for case in cases(part, here)]
-    return list(cases(here))
+def planned(module: Any, kind: str, here: Here) -> list[Case]:
+    """The cases of a kind, of which an op may have none."""
+    return list(getattr(module, kind)(here)) if hasattr(module, kind) else []
 
 
 def attempt(case: Case, on: str) -> dict[str, Any]:

@@ -141,9 +141,7 @@ def check(
 
 
 @pytest.mark.parametrize("part", DTYPES)
-@pytest.mark.parametrize(
-    "shape", pick(SHAPES, SHAPES + MORE + LARGE), ids=str
-)
+@pytest.mark.parametrize("shape", pick(SHAPES, SHAPES + MORE + LARGE), ids=str)
 def test_all_products_are_the_formula(shape: tuple[int, ...], part: str) -> None:
     check(part, shape)
 
