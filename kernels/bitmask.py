@@ -10,6 +10,13 @@ r"""Masks as bits: pack, unpack, count, compare.
 
 And, or and xor of two masks are torch's own `a & b`, `a | b`, `a ^ b`, which leave the bits behind K at 0
 (`~a` does not). The layout is that of `sparselth.masks`, which packs numpy arrays for files.
+
+2.7e8 weights, expected at 0.9 of a copy (H200 | H100, 4.3 | 3.0 TB/s), one launch each, count a zeroing more:
+             bytes    instructions   registers  bytes in flight a SM    time
+    pack     302 MB   5.9 a weight      30      16 programs of 8 KB     78 | 112 us (of a bool mask)
+    unpack   302 MB   4.9 a weight      30      16 programs of 1 KB     78 | 112 us
+    count     34 MB   8.5 a word        54       9 programs of 16 KB     9 |  13 us, and 4 us of launches
+No goal hangs on them.
 """
 
 from __future__ import annotations

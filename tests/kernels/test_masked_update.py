@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from oracle import DEVICE, UNIT, generator, graphed, must_repeat, pick
 from sparselth.kernels import _native, masked_update
 from sparselth.kernels._triton import INTERPRET
 from sparselth.kernels.bitmask import pack, unpack
@@ -20,6 +21,7 @@ from sparselth.kernels.masked_update import (
     adam_reference,
     bind_masked_adam,
     bind_masked_sgd,
+    expected_bytes,
     floor,
     masked_adam,
     masked_adam_many,
@@ -117,7 +119,11 @@ RULES: dict[str, dict[str, Any]] = {
     "adam": {"betas": (0.9, 0.999)},
     "adamw": {"betas": (0.8, 0.99), "eps": 1e-6, "decoupled": True},
 }
-DEVICE = "cpu" if INTERPRET else "cuda"
+GUARD = 64  # floats before and behind every tensor
+SEVERAL: tuple[list[tuple[int, ...]], list[float | None]] = (
+    [(1,), (37,), (48, 33), (64,), (7, 16), (11,), (0,), *pick([], [(300, 784), (1000, 1001)])],
+    [None, 0.3, 0.05, None, 0.0, 1.0, 0.5, *pick([], [0.2, 0.1])],
+)
 on_triton = pytest.mark.skipif(
     not INTERPRET and not torch.cuda.is_available(), reason="neither Triton's interpreter nor a CUDA device"
 )
@@ -137,6 +143,7 @@ class State:
 
     def __init__(self, rule: str, lists: dict[str, list[Any]], lr: Tensor, weight_decay: float) -> None:
         self.rule, self.lists, self.lr, self.weight_decay = rule, lists, lr, weight_decay
+        self.edges: list[Tensor] = []
 
     @staticmethod
     def make(
@@ -164,16 +171,25 @@ class State:
         return State(rule, lists, lr, 0.01)
 
     def to(self, device: str, shift: int = 0) -> State:
-        """A copy; with `shift` the floats begin that many bytes behind a 16-byte boundary."""
+        """A copy, with NaN around its floats, which begin `shift` bytes behind a 16-byte boundary."""
 
-        def copy(t: Tensor | None) -> Tensor | None:
-            if t is None or not shift or t.dtype != torch.float32:
+        edges = []
+
+        def copy(name: str, t: Tensor | None) -> Tensor | None:
+            if t is None or name not in ("w", "g", "a", "b"):
                 return t if t is None else t.to(device, copy=True)
-            place = torch.empty(t.numel() + 4, device=device)[shift // 4 :].as_strided(t.shape, t.stride())
-            return place.copy_(t)
+            wide = torch.full((t.numel() + 2 * GUARD + 4,), torch.nan, device=device)
+            start = GUARD + shift // 4
+            edges.extend([wide[:start], wide[start + t.numel() :]])
+            return wide[start:].as_strided(t.shape, t.stride()).copy_(t)
 
-        lists = {name: [copy(t) for t in ts] for name, ts in self.lists.items()}
-        return State(self.rule, lists, self.lr.to(device), self.weight_decay)
+        lists = {name: [copy(name, t) for t in ts] for name, ts in self.lists.items()}
+        state = State(self.rule, lists, self.lr.to(device), self.weight_decay)
+        state.edges = edges
+        return state
+
+    def results(self) -> dict[str, Tensor]:
+        return {f"{name}[{i}]": t for name in "wab" for i, t in enumerate(self.lists[name])}
 
     def step(self, kernels: str, active: Tensor | None = None) -> None:
         options: dict[str, Any] = RULES[self.rule] | {"weight_decay": self.weight_decay, "kernels": kernels}
@@ -211,20 +227,65 @@ class State:
 
 
 def compare(state: State, shift: int = 0) -> None:
-    """One Triton step beside torch's."""
-    ours, theirs = state.to(DEVICE, shift), state.to("cpu")
-    ours.step("triton")
+    """One Triton step beside torch's; nothing beside a tensor is written, a second one has the same bits."""
+    ours, again, theirs = state.to(DEVICE, shift), state.to(DEVICE, shift), state.to("cpu")
+    for one in (ours, again):
+        one.step("triton")
     theirs.step("reference")
     ours.same(theirs, state)
+    assert torch.cat(ours.edges).isnan().all()
+    must_repeat(ours.results(), again.results())
 
 
 @on_triton
 @pytest.mark.parametrize("replicas", [1, 3])
 @pytest.mark.parametrize("rule", RULES)
 def test_triton_step_has_torchs_bits(rule: str, replicas: int) -> None:
-    shapes = [(1,), (37,), (48, 33), (64,), (7, 16), (11,), (0,)]
-    keeps = [None, 0.3, 0.05, None, 0.0, 1.0, 0.5]
+    shapes, keeps = SEVERAL
     compare(State.make(rule, replicas, shapes, keeps, 0))
+
+
+@on_triton
+@pytest.mark.parametrize("keep", [0.2, 1.0])
+@pytest.mark.parametrize("rule", RULES)
+def test_triton_steps_are_those_of_torch_optim(rule: str, keep: float) -> None:
+    """20 steps beside torch.optim in fp32 (fused) and in float64, whose gradients are masked by hand."""
+    state = State.make(rule, 1, [pick((5, 30), (300, 784))], [keep], 0).to(DEVICE)
+    (w,), (mask,) = state.lists["w"], state.lists["mask"]
+    live = unpack(mask, w.numel()).view(w.shape)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.get(rule, torch.optim.SGD)
+    options = {"lr": 1e-2, "weight_decay": 0.01} | RULES[rule]
+    options.pop("decoupled", None)
+    copies = [torch.nn.Parameter(w.to(dtype)) for dtype in (torch.float32, torch.float64)]
+    optimizers = [kind([c], fused=fused, **options) for c, fused in zip(copies, (True, None), strict=True)]
+    state.lr.fill_(1e-2)
+    for name in "ab":
+        state.lists[name][0].zero_()
+    for step in range(1, 21):
+        g = torch.randn(w.shape, generator=generator(step), device=DEVICE)
+        state.lists["g"][0].copy_(g.where(live, torch.nan))
+        state.lists["step"][0].fill_(step)
+        state.step("triton")
+        for c, optimizer in zip(copies, optimizers, strict=True):
+            c.grad = g.where(live, 0).to(c.dtype)
+            optimizer.step()
+    right = copies[1].detach()
+    error, torchs = (float((t.detach().double() - right).norm() / right.norm()) for t in (w, copies[0]))
+    assert error <= 3 * max(torchs, UNIT["ieee"])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+@pytest.mark.parametrize("rule", RULES)
+def test_a_graph_replays_the_step_of_a_list(rule: str) -> None:
+    shapes, keeps = SEVERAL
+    state = State.make(rule, 3, shapes, keeps, 0)
+    eager, replayed = state.to(DEVICE), state.to(DEVICE)
+    eager.step("triton")
+    graph = graphed(lambda: replayed.step("triton"), 1)
+    for name, t in replayed.results().items():
+        t.copy_(state.results()[name])
+    graph.replay()
+    must_repeat(replayed.results(), eager.results(), "a CUDA graph")
 
 
 @on_triton
@@ -232,7 +293,9 @@ def test_triton_step_has_torchs_bits(rule: str, replicas: int) -> None:
     rule=st.sampled_from(sorted(RULES)),
     replicas=st.integers(1, 3),
     sizes=st.lists(
-        st.tuples(st.integers(0, 70), st.sampled_from([None, 0.0, 0.1, 0.5, 1.0])), min_size=1, max_size=3
+        st.tuples(st.integers(0, pick(70, 9000)), st.sampled_from([None, 0.0, 0.1, 0.5, 1.0])),
+        min_size=1,
+        max_size=3,
     ),
     step=st.sampled_from([1, 2, 10, 1000, 100_000]),
     shift=st.sampled_from([0, 4, 8, 12]),
@@ -410,11 +473,39 @@ def test_refuses_a_learning_rate_of_another_kind_and_unknown_kernels() -> None:
         masked_sgd_many([], [], [], None, state.lr.double(), momentum=0.9)
 
 
-def test_floor_counts_live_sectors() -> None:
-    bits = torch.tensor([[0, 1, 255, 0]], dtype=torch.uint8)
+def moved(live: Tensor, moments: int) -> int:
+    """Bytes that DRAM moves for a mask [R, P], each found by its address."""
+    read, written = set(), set()
+    for r, i in live.nonzero().tolist():
+        read |= {(array, r, 4 * i // 64) for array in range(2 + moments)}
+        written |= {(array, r, 4 * i // 32) for array in range(1 + moments)}
+    return 64 * len(read) + 32 * len(written) + live.shape[0] * -(-live.shape[1] // 8)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.02, 0.2, 1.0])
+@pytest.mark.parametrize(("r", "p"), [(1, 800), (3, 176), (2, 24)])
+def test_floor_is_what_dram_moves(r: int, p: int, keep: float) -> None:
+    live = torch.rand(r, p, generator=torch.Generator().manual_seed(0)) < keep
+    for moments, flops in ((1, 6), (2, 14)):
+        least = floor([torch.zeros(r, p)], [pack(live)], moments)
+        assert least == {"bytes": moved(live, moments), "flops": flops * int(live.sum())}
     weights = [torch.zeros(1, 32), torch.zeros(1, 10)]
-    assert floor(weights, [bits, None], 2) == {"bytes": 28 * (16 + 10) + 4, "flops": 14 * (9 + 10)}
     assert floor(weights, [None, None], 1) == {"bytes": 20 * 42, "flops": 6 * 42}
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("moments", [1, 2])
+def test_bytes_of_random_masks_are_the_mean_over_all_of_them(density: float, moments: int) -> None:
+    """All 65,536 masks of 16 weights, each with its probability."""
+    masks = torch.arange(2**16)
+    kept = (masks[:, None] >> torch.arange(16) & 1).sum(1)
+    share = torch.tensor(density, dtype=torch.float64)
+    chance = share**kept * (1 - share) ** (16 - kept)
+    read = 64 * (2 + moments) * (masks != 0)
+    written = 32 * (1 + moments) * ((masks & 255 != 0).int() + (masks >> 8 != 0).int())
+    mean = float((chance * (read + written + 2)).sum()) / 16
+    assert expected_bytes(density, moments) == pytest.approx(mean, rel=1e-9)
+    assert moments == 1 or density != 0.2 or round(mean, 2) == 25.66
 
 
 def test_every_access_to_weights_and_moments_is_wide(
