@@ -31,7 +31,13 @@ except ImportError:
     triton = tl = _Missing()
     HAS_TRITON = False
 
+GRID = 65_535  # programs along the second axis of a CUDA grid, or the third, at most
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def within_grid(replicas: int) -> list[slice]:
+    """All replicas, in as many launches as they take where each has its own place along the second axis."""
+    return [slice(start, start + GRID) for start in range(0, replicas, GRID)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,4 +60,4 @@ class Aot:
     waiting: int = 0  # loads in a loop that wait for another load of the same turn, and are meant to
 
 
-__all__ = ["HAS_TRITON", "INTERPRET", "Aot", "tl", "triton"]
+__all__ = ["GRID", "HAS_TRITON", "INTERPRET", "Aot", "tl", "triton", "within_grid"]

@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from sparselth.kernels._graphs import replayed
-from sparselth.kernels._triton import HAS_TRITON, INTERPRET, Aot, tl, triton
+from sparselth.kernels._triton import HAS_TRITON, INTERPRET, Aot, tl, triton, within_grid
 from sparselth.kernels.bitmask import launch_count, launch_unpack, use_triton
 
 Pair = int | Sequence[int]
@@ -161,6 +161,7 @@ def _pack_kernel(
     OUT,
     IN,
     K,
+    k_tiles,
     stride_wr,
     stride_wn,
     stride_mr,
@@ -170,7 +171,9 @@ def _pack_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    t, tile, r = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    here, r = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile = here // k_tiles
+    t = here - tile * k_tiles
     offs_o = tile * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]  # [BN, 1]
     offs_k = t * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [1, BK]
     tap = offs_k // IN
@@ -185,10 +188,9 @@ def _pack_kernel(
     byte = tl.load(mask_ptr + r * stride_mr + n * stride_mn + (place >> 3), mask=inside, other=0)
     keep = ((byte >> (place & 7).to(tl.uint8)) & 1) != 0  # [BN, BK]
     w = tl.load(w_ptr + r * stride_wr + n * stride_wn + place, mask=keep, other=0.0)
-    row = ((r * tl.num_programs(1) + tile) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]) * tl.num_programs(0)
-    tl.store(packed_ptr + row * BLOCK_K + offs_k, w)
-    here = (r * tl.num_programs(1) + tile) * tl.num_programs(0) + t
-    tl.store(occupied_ptr + here, tl.max(keep.to(tl.int32)))
+    row = (r * (tl.num_programs(0) // k_tiles) + tile) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    tl.store(packed_ptr + row * k_tiles * BLOCK_K + offs_k, w)
+    tl.store(occupied_ptr + r * tl.num_programs(0) + here, tl.max(keep.to(tl.int32)))
 
 
 @triton.jit
@@ -529,6 +531,10 @@ def launch_product(
     transposed: bool,
 ) -> Tensor:
     """Forward, or if transposed dgrad with dy for x; `size` is the height and width of the result."""
+    if len(parts := within_grid(len(x))) > 1:
+        cut = ((x[s], w[s], mask[s], None if bias is None else bias[s]) for s in parts)
+        found = [_pixels(launch_product(*some, size, g, transposed)) for some in cut]
+        return torch.cat(found).permute(0, 1, 4, 2, 3)
     r, b, inner, *extent = x.shape
     n, c = w.shape[1:3]
     out, taps, m = c if transposed else n, g.kernel[0] * g.kernel[1], b * size[0] * size[1]
@@ -541,7 +547,7 @@ def launch_product(
     count = x.new_empty(r, out_tiles, dtype=torch.int32)
     y = x.new_empty(r, b, *size, out)
     with torch.cuda.device_of(x):
-        _pack_kernel[k_tiles, out_tiles, r](
+        _pack_kernel[out_tiles * k_tiles, r](
             w,
             mask,
             packed,
@@ -549,6 +555,7 @@ def launch_product(
             out,
             inner,
             taps * inner,
+            k_tiles,
             *w.stride()[:2],
             *mask.stride()[:2],
             TAPS=taps,
@@ -588,6 +595,8 @@ def launch_product(
 
 
 def launch_wgrad(dy: Tensor, x: Tensor, mask: Tensor, g: Geometry) -> Tensor:
+    if len(parts := within_grid(len(x))) > 1:
+        return torch.cat([launch_wgrad(dy[s], x[s], mask[s], g) for s in parts])
     r, b, n, p, q = dy.shape
     c, taps = x.shape[2], g.kernel[0] * g.kernel[1]
     k, m, precision = taps * c, b * p * q, _precision(x.dtype)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-from sparselth.kernels._triton import HAS_TRITON, INTERPRET, Aot, tl, triton
+from sparselth.kernels._triton import HAS_TRITON, INTERPRET, Aot, tl, triton, within_grid
 from sparselth.kernels.bitmask import reference_unpack, use_triton
 
 
@@ -313,6 +313,9 @@ def launch_product(
     v: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None, transposed: bool = False
 ) -> Tensor:
     """v (w * mask)^T + bias, or v (w * mask) if transposed."""
+    if len(parts := within_grid(len(v))) > 1:
+        cut = ((v[s], w[s], mask[s], None if bias is None else bias[s]) for s in parts)
+        return torch.cat([launch_product(*some, transposed) for some in cut])
     (r, b, c), m = v.shape, w.shape[2 if transposed else 1]
     w, mask, bias = _unit_stride(w), _unit_stride(mask), None if bias is None else bias.contiguous()
     _near(v, w)
@@ -349,6 +352,8 @@ def launch_product(
 
 def launch_weight_grad(dy: Tensor, x: Tensor, factor: Tensor, scores: bool) -> Tensor:
     """(dy^T x) * factor: the weights for the gradient of the scores, else the packed mask."""
+    if len(parts := within_grid(len(x))) > 1:
+        return torch.cat([launch_weight_grad(dy[s], x[s], factor[s], scores) for s in parts])
     (r, b, n), k = dy.shape, x.shape[2]
     factor = _unit_stride(factor)
     _near(dy, x, factor)

@@ -31,7 +31,7 @@ from oracle import (
     precision,
     surrounded,
 )
-from sparselth.kernels import _graphs, bitmask
+from sparselth.kernels import _graphs, _triton, bitmask
 from sparselth.kernels import masked_conv2d as op
 from sparselth.kernels.masked_conv2d import masked_conv2d
 
@@ -349,6 +349,17 @@ def test_same_bits_again_and_in_any_company(part: str) -> None:
         alone = Problem(*(t[1:] for t in p[:5]), p.rest)  # type: ignore[union-attr]
         for a, b in zip(ours(alone, dy[1:]), together, strict=True):
             assert a[0].equal(b[1])
+
+
+def test_more_replicas_than_a_grid_has_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(Case(3, 1, 2, (3, 4), 3, (2, 1)))
+    dy = random_dy(p)
+    right = ours(p, dy)
+    monkeypatch.setattr(_triton, "GRID", 2)
+    found = ours(p, dy)
+    assert [t.stride()[1:] for t in found] == [t.stride()[1:] for t in right]
+    for a, b in zip(found, right, strict=True):
+        assert a.equal(b)
 
 
 def test_autocast() -> None:

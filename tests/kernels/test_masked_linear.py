@@ -28,6 +28,7 @@ from oracle import (
     precision,
     surrounded,
 )
+from sparselth.kernels import _triton
 from sparselth.kernels import masked_linear as module
 from sparselth.kernels.bitmask import reference_pack
 from sparselth.kernels.masked_linear import floor, masked_linear
@@ -283,6 +284,15 @@ def test_a_replica_is_the_same_bits_whoever_sits_beside_it(part: str) -> None:
             alone = products(*(t[r : r + 1] for t in (x, w, bits, bias, dy)), "triton")
             for name in GRADS:
                 assert alone[name][0].equal(together[name][r]), name
+
+
+def test_more_replicas_than_a_grid_has_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w, bias, dy = (randn(g, torch.float32, *s) for s in ((5, 3, 9), (5, 4, 9), (5, 4), (5, 3, 4)))
+    bits = keep_bits(torch.rand(5, 4, 9, generator=g) < 0.5)
+    right = products(x, w, bits, bias, dy, "triton")
+    monkeypatch.setattr(_triton, "GRID", 2)
+    must_repeat(products(x, w, bits, bias, dy, "triton"), right, "more than one launch")
 
 
 def test_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
