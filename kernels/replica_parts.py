@@ -5,14 +5,17 @@ r"""What a step of R replicas is besides its products and updates, one launch ea
     gather               x[r, b, k] = images[i, k] * scale[k] + shift[k],  y[r, b] = labels[i]
                          with i = order[r, place, b]
     bias_relu            y[r, n, ..., b] = max(y[r, n, ..., b] + bias[r, n], 0), in place
+    max_pool             y[r, c, p, q, b] = maximum of size x size pixels
+    max_pool_backward    dx = dy at the first maximum of each window in row order, 0 elsewhere; with `cuts`
+                         nothing where y <= 0, which is the gradient of a ReLU before the pool
     cross_entropy_grad   dlogits[r, :, b] = (softmax(logits[r, :, b] + bias[r]) - onehot(labels[r, b])) / B
 
 | name            | shape                      | dtype |       Floor in bytes, each read or written once:
 | clock, place    | [1]                        | int64 |       gather              B K + 4 B K a replica
 | rates           | [steps of the training]    | fp64  |       bias_relu           8 a number
 | lr              | [R]                        | fp64  |       cross_entropy_grad  8 a logit
-| count, starts   | [R]                        | fp32  |
-| images          | [n, K]                     | uint8 |
+| count, starts   | [R]                        | fp32  |       max_pool            4 and 4 / size^2 a pixel
+| images          | [n, K]                     | uint8 |       max_pool_backward   8 and 8 / size^2 a pixel
 | labels          | [n], of a batch [R, B]     | int64 |
 | order           | [R, steps, B]              | int64 |
 | x               | [R, B, K]                  | fp32  |
@@ -31,7 +34,8 @@ MB of L2 hold, expected 4 and 2 us; begin_step and cross_entropy_grad (4.8 MB) e
 what a launch takes. A program of gather is a row: 64 threads with 16 bytes of the image each, 40 registers,
 so 24 programs an SM and 19 KB of images in flight; its three loads in turn (place, order, image) hide behind
 other rows. No loops. Goal: together at most a tenth of the step. Of 30 Conv-2 a layer of 64 channels of
-32 x 32 has 118 M numbers: bias_relu 944 MB, expected 315 us (H200: 220).
+32 x 32 has 118 M numbers: bias_relu 944 MB, expected 315 us (H200: 220); max_pool 590 MB, 200 us (140), and
+max_pool_backward 1.2 GB, 400 us (275), where torch's own operators moved 1.1 and, with ReLU's, 5 GB.
 """
 
 from __future__ import annotations
@@ -49,8 +53,14 @@ ROWS = 64  # images of a program of cross_entropy_grad
 
 
 def floor(name: str, numel: int) -> dict[str, int]:
-    """Bytes and FLOPs of an op on `numel` floats: those of x for gather, of y or logits else."""
-    bytes_, flops = {"gather": (5, 2), "bias_relu": (8, 2), "cross_entropy_grad": (8, 20)}[name]
+    """Bytes and FLOPs of an op on `numel` floats: of x for gather and pools of 2 x 2, of y or logits else."""
+    bytes_, flops = {
+        "gather": (5, 2),
+        "bias_relu": (8, 2),
+        "max_pool": (5, 1),
+        "max_pool_backward": (10, 2),
+        "cross_entropy_grad": (8, 20),
+    }[name]
     return {"bytes": bytes_ * numel, "flops": flops * numel}
 
 
@@ -73,6 +83,31 @@ def reference_gather(
 
 def reference_bias_relu(y: Tensor, bias: Tensor) -> Tensor:
     return torch.relu(y + bias.view(*bias.shape, *[1] * (y.dim() - 2)))
+
+
+def reference_max_pool(x: Tensor, size: int) -> Tensor:
+    first, *others = _windows(x, size)
+    for other in others:
+        first = torch.maximum(first, other)
+    return first
+
+
+def reference_max_pool_backward(dy: Tensor, x: Tensor, size: int, cuts: bool) -> Tensor:
+    y, dx = reference_max_pool(x, size), torch.zeros_like(x)
+    rest = torch.where(y <= 0, 0, dy) if cuts else dy
+    *windows, (_, last) = zip(_windows(x, size), _windows(dx, size), strict=True)
+    for pixels, found in windows:
+        hit = pixels == y
+        found.copy_(torch.where(hit, rest, 0))
+        rest = torch.where(hit, 0, rest)
+    last.copy_(rest)
+    return dx
+
+
+def _windows(x: Tensor, size: int) -> list[Tensor]:
+    """The pixels of all windows, place by place in row order."""
+    p, q = (n // size for n in x.shape[2:4])
+    return [x[:, :, i : p * size : size, j : q * size : size] for i in range(size) for j in range(size)]
 
 
 def reference_cross_entropy_grad(logits: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
@@ -156,6 +191,71 @@ def _bias_relu_kernel(
     y = tl.load(y_ptr + offs, mask=inside, other=0.0)
     y += tl.load(bias_ptr + r * stride_bias + offs % N, mask=inside, other=0.0)
     tl.store(y_ptr + offs, tl.where(y <= 0.0, 0.0, y), mask=inside)  # NaN stays
+
+
+@triton.jit
+def _max_pool_kernel(
+    x_ptr,
+    y_ptr,
+    C,
+    H,
+    W,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Some outputs of one image of one replica."""
+    P, Q = H // SIZE, W // SIZE
+    chunks = tl.cdiv(P * Q * C, BLOCK)
+    image = (tl.program_id(0) // chunks).to(tl.int64)
+    offs = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < P * Q * C
+    x_ptr += image * H * W * C + ((offs // (Q * C)) * W + (offs // C) % Q) * SIZE * C + offs % C
+    y = tl.load(x_ptr, mask=inside, other=0.0)
+    for k in tl.static_range(1, SIZE * SIZE):
+        x = tl.load(x_ptr + (k // SIZE * W + k % SIZE) * C, mask=inside, other=0.0)
+        y = tl.maximum(y, x, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(y_ptr + image * P * Q * C + offs, y, mask=inside)
+
+
+@triton.jit
+def _max_pool_backward_kernel(
+    dy_ptr,
+    x_ptr,
+    y_ptr,
+    dx_ptr,
+    B,
+    C,
+    H,
+    W,
+    stride_r,
+    stride_c,
+    stride_p,
+    stride_q,
+    stride_b,
+    CUTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The windows of some outputs of one image of one replica; dy has strides, the rest is channels-last."""
+    P, Q = H // SIZE, W // SIZE
+    chunks = tl.cdiv(P * Q * C, BLOCK)
+    image = (tl.program_id(0) // chunks).to(tl.int64)
+    offs = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < P * Q * C
+    p, q, c = offs // (Q * C), (offs // C) % Q, offs % C
+    dy_ptr += image // B * stride_r + image % B * stride_b
+    dy_at = p.to(tl.int64) * stride_p + q.to(tl.int64) * stride_q + c.to(tl.int64) * stride_c
+    rest = tl.load(dy_ptr + dy_at, mask=inside, other=0.0)
+    y = tl.load(y_ptr + image * P * Q * C + offs, mask=inside, other=0.0)
+    if CUTS:
+        rest = tl.where(y <= 0.0, 0.0, rest)
+    at = image * H * W * C + (p * W + q) * SIZE * C + c
+    for k in tl.static_range(SIZE * SIZE - 1):
+        pixel = at + (k // SIZE * W + k % SIZE) * C
+        hit = tl.load(x_ptr + pixel, mask=inside, other=0.0) == y
+        tl.store(dx_ptr + pixel, tl.where(hit, rest, 0.0), mask=inside)
+        rest = tl.where(hit, 0.0, rest)
+    tl.store(dx_ptr + at + ((SIZE - 1) * W + SIZE - 1) * C, rest, mask=inside)
 
 
 @triton.jit
@@ -292,6 +392,61 @@ def bias_relu(y: Tensor, bias: Tensor, kernels: str = "auto") -> None:
 
 
 @torch.no_grad()
+def max_pool(x: Tensor, y: Tensor, size: int, kernels: str = "auto") -> None:
+    """Fill y [R, C, H // size, W // size, B] with the maxima of x [R, C, H, W, B], both channels-last."""
+    r, c, h, w, b = x.shape
+    _check_images({"x": x, "y": y}, size)
+    if not use_triton(kernels, x):
+        y.copy_(reference_max_pool(x, size))
+        return
+    with torch.cuda.device_of(x):
+        _max_pool_kernel[(r * b * triton.cdiv(y[0, ..., 0].numel(), BLOCK),)](
+            *(x, y, c, h, w), SIZE=size, BLOCK=BLOCK, num_warps=4, num_stages=1
+        )
+
+
+@torch.no_grad()
+def max_pool_backward(
+    dy: Tensor, x: Tensor, y: Tensor, dx: Tensor, size: int, cuts: bool = False, kernels: str = "auto"
+) -> None:
+    """Fill the windows of dx from dy, laid out in any way; what lies behind the last window stays."""
+    r, c, h, w, b = x.shape
+    _check_images({"x": x, "y": y}, size)
+    _check_images({"dx": dx, "y": y}, size)
+    if dy.shape != y.shape or dy.dtype != torch.float32:
+        raise ValueError(f"expected dy as fp32 {list(y.shape)}, got {dy.dtype} {list(dy.shape)}")
+    if not use_triton(kernels, x):
+        for to, of in zip(
+            _windows(dx, size), _windows(reference_max_pool_backward(dy, x, size, cuts), size), strict=True
+        ):
+            to.copy_(of)
+        return
+    with torch.cuda.device_of(x):
+        _max_pool_backward_kernel[(r * b * triton.cdiv(y[0, ..., 0].numel(), BLOCK),)](
+            *(dy, x, y, dx, b, c, h, w, *dy.stride()),
+            CUTS=cuts,
+            SIZE=size,
+            BLOCK=BLOCK,
+            num_warps=4,
+            num_stages=1,
+        )
+
+
+def _check_images(images: dict[str, Tensor], size: int) -> None:
+    """Of a pool's input and output."""
+    x, y = images.values()
+    r, c, h, w, b = x.shape
+    for t, shape in ((x, (r, c, h, w, b)), (y, (r, c, h // size, w // size, b))):
+        if t.dtype != torch.float32 or t.shape != shape or not is_channels_last(t) or not t.numel():
+            raise ValueError(
+                f"expected {' and '.join(images)} channels-last in fp32, windows of {size}, got {t.dtype} "
+                f"{list(t.shape)}, strides {list(t.stride())}"
+            )
+    if x[0, ..., 0].numel() >= 2**31:
+        raise ValueError(f"expected images of less than 2^31 numbers, got {list(x.shape)}")
+
+
+@torch.no_grad()
 def cross_entropy_grad(
     logits: Tensor, labels: Tensor, bias: Tensor | None = None, kernels: str = "auto"
 ) -> Tensor:
@@ -369,6 +524,15 @@ AOT = (
             8,
         ),
         _aot(_bias_relu_kernel, "*fp32 *fp32 i32 i32. i32", {"BLOCK": BLOCK}, 4, 48, 8),
+        _aot(_max_pool_kernel, "*fp32 *fp32 i32. i32. i32.", {"SIZE": 2, "BLOCK": BLOCK}, 4, 48, 0),
+        _aot(
+            _max_pool_backward_kernel,
+            "*fp32 *fp32 *fp32 *fp32 i32 i32. i32. i32. i32. i32. i32. i32.",
+            {"stride_c": 1, "CUTS": True, "SIZE": 2, "BLOCK": BLOCK},
+            4,
+            64,
+            0,
+        ),
         _aot(
             _cross_entropy_grad_kernel,
             "*fp32 *fp32 *i64 *fp32 i32 i32 i32 i32 i32 i32 i32",

@@ -124,7 +124,11 @@ class Network:
             out = make(flat.to("meta") if masked else flat, replicas, after, batch)
             if isinstance(layer, MaxPool):
                 dx = make(flat if training else flat[:0], replicas if training else 0, before, batch)
-                self.layers.append(DensePool(layer.size, out, dx))
+                before_it = self.layers[-1] if self.layers else None
+                cuts = parts and isinstance(before_it, DenseReLU)
+                if isinstance(before_it, DenseReLU):
+                    before_it.passes = cuts
+                self.layers.append((PartsPool if parts else DensePool)(layer.size, out, dx, cuts))
                 continue
             name, bias = (s.name for s in model.parts[i])
             place = Place(
@@ -353,9 +357,10 @@ class MaskedConv:
 class DensePool:
     """Maximum over size x size pixels; the gradient goes to the first maximum in row order."""
 
-    def __init__(self, size: int, out: Tensor, dx: Tensor) -> None:
-        """`dx` is 0, and has no numbers where nothing is trained."""
-        self.y, self.size, self.dx = out, size, dx  # a rest behind the last window stays 0
+    def __init__(self, size: int, out: Tensor, dx: Tensor, cuts: bool = False) -> None:
+        """`dx` is 0, and has no numbers where nothing is trained. Where it `cuts` the gradient is that of the
+        ReLU before it, too."""
+        self.y, self.size, self.cuts, self.dx = out, size, cuts, dx  # a rest behind the last window stays 0
         self.rest = torch.empty_like(out) if dx.numel() else out
         self.hit = torch.empty_like(self.rest)
 
@@ -381,6 +386,26 @@ class DensePool:
             torch.mul(rest, self.hit, out=dx)
             rest.sub_(dx)
         dlast.copy_(rest)
+        if self.cuts:
+            return _relu_backward(self.dx, self.x, 0, grad_input=self.dx)  # type: ignore[no-any-return]
+        return self.dx
+
+
+class PartsPool(DensePool):
+    """The same in one launch each, where x lies channels-last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not replica_parts.is_channels_last(x):
+            return super().forward(x)
+        self.x = x
+        replica_parts.max_pool(x, self.y, self.size, kernels="triton")
+        return self.y
+
+    def backward(self, dy: Tensor) -> Tensor:
+        if not replica_parts.is_channels_last(self.x):
+            return super().backward(dy)
+        dy = dy.view(self.y.shape)
+        replica_parts.max_pool_backward(dy, self.x, self.y, self.dx, self.size, self.cuts, kernels="triton")
         return self.dx
 
 
@@ -441,12 +466,16 @@ class DenseBatchNorm:
 class DenseReLU:
     """max(x, 0), in place."""
 
+    passes = False  # whether the gradient comes cut already, by the pool behind it
+
     def forward(self, x: Tensor) -> Tensor:
         self.y = x
         return x.relu_()
 
     def backward(self, dy: Tensor) -> Tensor:
         dy = dy.view(self.y.shape)
+        if self.passes:
+            return dy
         return _relu_backward(dy, self.y, 0, grad_input=dy)  # type: ignore[no-any-return]
 
 

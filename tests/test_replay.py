@@ -28,10 +28,10 @@ from sparselth import pruning
 from sparselth.batches import Batches, Event, Orders, Resident
 from sparselth.config import Recipe, Replica
 from sparselth.dispatch import choose
-from sparselth.kernels import masked_conv2d
+from sparselth.kernels import masked_conv2d, replica_parts
 from sparselth.kernels._triton import INTERPRET
 from sparselth.models import AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, ReLU, get_model
-from sparselth.nn import BiasReLU, init_weights
+from sparselth.nn import BiasReLU, PartsPool, init_weights
 from sparselth.replay import MANY, Replay
 from sparselth.streams import stream
 from sparselth.train import Job, State, fit, scores
@@ -322,14 +322,22 @@ def test_images_lie_as_convolutions_give_them(
     assert len(seen) == 2 * sum(isinstance(layer, Conv) for layer in layers)
     assert norms or all(seen)
     assert sum(isinstance(layer, BiasReLU) for layer in replay.network.layers) == biases
+    pools = [layer for layer in replay.network.layers if isinstance(layer, PartsPool)]
+    assert [pool.cuts for pool in pools] == {8: [True], 4: [False], 7: []}[len(layers)]
     near(replay, tensors, right, 1e-4 if norms else 1e-5)
 
 
+@pytest.mark.host
 def test_replicas_one_by_one_come_in_another_order() -> None:
-    """And the bias is added all the same."""
+    """And the bias is added all the same, and pooled."""
     y, bias = torch.randn(2, 3, 4, 4, 5), torch.randn(2, 3)
     right = torch.relu(y + bias[:, :, None, None, None])
-    assert torch.equal(BiasReLU(bias).forward(y), right)
+    assert torch.equal(BiasReLU(bias).forward(y.clone()), right)
+    pool = PartsPool(2, torch.zeros(2, 3, 2, 2, 5), torch.zeros(2, 3, 4, 4, 5), cuts=True)
+    dy = torch.randn(2, 3, 2, 2, 5)
+    assert torch.equal(pool.forward(right), replica_parts.reference_max_pool(right, 2))
+    dx = replica_parts.reference_max_pool_backward(dy, right, 2, cuts=True)
+    assert torch.equal(pool.backward(dy), dx)
 
 
 @pytest.mark.host

@@ -121,6 +121,72 @@ def test_bias_relu(replicas: int, batch: int, columns: int, size: tuple[int, ...
         assert same_bits(run(y[r : r + 1], bias[r : r + 1]), found[r : r + 1])
 
 
+POOLS = [(1, 1, 1, 2, 2, 2), (2, 3, 5, 7, 6, 2), (3, 2, 4, 9, 11, 4)]  # R, B, C, H, W, size
+POOLS += pick([], [(30, 60, 64, 32, 32, 2), (15, 60, 6, 28, 28, 2), (2, 7, 33, 31, 17, 3)])
+
+
+def images(t: Tensor) -> Tensor:
+    """[R, B, H, W, C] as [R, C, H, W, B]."""
+    return t.movedim(-1, 1).movedim(2, -1)
+
+
+@pytest.mark.parametrize(("replicas", "batch", "channels", "h", "w", "size"), POOLS)
+@pytest.mark.parametrize("cuts", [False, True])
+@pytest.mark.parametrize("layout", ["channels", "pixels"])
+def test_max_pool(
+    replicas: int, batch: int, channels: int, h: int, w: int, size: int, cuts: bool, layout: str
+) -> None:
+    """Equal pixels, too, of which the first counts; all bits are torch's, in company and alone."""
+    draw: dict[str, Any] = {"generator": generator(h), "device": DEVICE}
+    x = images(torch.randint(-2, 3, (replicas, batch, h, w, channels), **draw).float())
+    p, q = h // size, w // size
+    dy = normal(replicas, batch, p, q, channels).movedim(-1, 1).movedim(2, -1)
+    if layout == "pixels":  # as what enters a fully connected layer
+        dy = dy.movedim(-1, 1).contiguous().movedim(1, -1)
+
+    def run(x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+        with poisoned():
+            y = images(torch.empty(len(x), batch, p, q, channels, device=DEVICE))
+            dx = images(torch.empty(len(x), batch, h, w, channels, device=DEVICE))
+            op.max_pool(x, y, size, kernels="triton")
+            op.max_pool_backward(dy, x, y, dx, size, cuts, kernels="triton")
+        return {"y": y, "dx": dx}
+
+    found, right = run(x, dy), op.reference_max_pool_backward(dy, x, size, cuts)
+    assert torch.equal(found["y"], op.reference_max_pool(x, size))
+    assert torch.equal(found["dx"][:, :, : p * size, : q * size], right[:, :, : p * size, : q * size])
+    assert found["dx"][:, :, p * size :].isnan().all()
+    assert found["dx"][:, :, :, q * size :].isnan().all()
+    sums = right.double().sum((2, 3)), torch.where(found["y"] <= 0, 0, dy) if cuts else dy
+    torch.testing.assert_close(sums[0], sums[1].double().sum((2, 3)))
+    for r in range(0, replicas, max(1, replicas // 3)):
+        alone = run(x[r : r + 1], dy[r : r + 1])
+        must_repeat({name: t[r : r + 1] for name, t in found.items()}, alone, "to be alone")
+
+
+def test_a_pool_is_that_of_autograd() -> None:
+    x = images(normal(2, 3, 6, 8, 5)).relu()
+    dy = images(normal(2, 3, 3, 4, 5))
+    y, dx = torch.empty_like(dy), torch.zeros_like(x)
+    op.max_pool(x, y, 2, kernels="triton")
+    op.max_pool_backward(dy, x, y, dx, 2, True, kernels="triton")
+    leaf = x.double().movedim(-1, 1).flatten(0, 1).requires_grad_()
+    pooled = torch.nn.functional.max_pool2d(leaf.relu(), 2)
+    (right,) = torch.autograd.grad(pooled, leaf, dy.double().movedim(-1, 1).flatten(0, 1))
+    assert torch.equal(y.double().movedim(-1, 1).flatten(0, 1), pooled)
+    assert torch.equal(dx.double().movedim(-1, 1).flatten(0, 1), right)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_window_with_nan_is_nan() -> None:
+    x = images(normal(1, 1, 2, 4, 3))
+    x[0, 1, 1, 0, 0] = NAN
+    y = images(torch.empty(1, 1, 1, 2, 3, device=DEVICE))
+    op.max_pool(x, y, 2, kernels="triton")
+    assert torch.equal(y.isnan(), op.reference_max_pool(x, 2).isnan())
+    assert int(y.isnan().sum()) == 1
+
+
 @pytest.mark.parametrize(("replicas", "batch", "classes"), CLASSES)
 @pytest.mark.parametrize("layout", ["classes in a row", "images in a row"])
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -192,6 +258,18 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
         "y": torch.zeros(2, 5, dtype=torch.int64),
     },
     "bias_relu": lambda: {"y": torch.zeros(2, 4, 3).mT, "bias": torch.zeros(2, 3)},
+    "max_pool": lambda: {
+        "x": images(torch.zeros(2, 3, 4, 4, 5)),
+        "y": images(torch.zeros(2, 3, 2, 2, 5)),
+        "size": 2,
+    },
+    "max_pool_backward": lambda: {
+        "dy": torch.zeros(2, 5, 2, 2, 3),
+        "x": images(torch.zeros(2, 3, 4, 4, 5)),
+        "y": images(torch.zeros(2, 3, 2, 2, 5)),
+        "dx": images(torch.zeros(2, 3, 4, 4, 5)),
+        "size": 2,
+    },
     "cross_entropy_grad": lambda: {
         "logits": torch.zeros(2, 3, 4),
         "labels": torch.zeros(2, 4, dtype=torch.int64),
@@ -210,6 +288,8 @@ def test_misuse_is_named(name: str) -> None:
         if not isinstance(t, Tensor):
             continue
         for bad in (t.half(), torch.cat([t, t[:1]]), t.new_zeros(*t.shape[:-1], 2 * t.shape[-1])[..., ::2]):
+            if wrong == "dy" and bad.dtype == t.dtype and bad.shape == t.shape:
+                continue  # dy may lie in any order
             if bad.dtype == t.dtype and (wrong == "rates" or (wrong == "logits" and len(bad) == len(t))):
                 continue  # there may be any number of rates, and logits may lie in any order
             arguments = GOOD[name]() | {wrong: bad}
