@@ -28,6 +28,15 @@ on CUDA, once for every pass, shape, layout and dtype, keeps the choice in CHOIC
 The choice may differ with R and from one process to the next; who needs the same bits always asks for
 "triton".
 
+Account of y in Conv-2's second layer, R 30, B 60, 64 channels, 32 x 32, 3 x 3, TF32, on an H100. Goal: within
+2 times the floor. Not measured.
+  944 MB of DRAM (315 us at 3.0 TB/s; H200 220), dense 136 GFLOP (275 us at 495 TFLOP/s)
+  3 launches: packing, lists, and 14,400 programs of 128 x 64, 18 steps of 32, all tiles occupied
+  134 registers, 74 KB of shared memory: 3 programs a multiprocessor, 147 KB in flight; no product waits for
+  the one before it, and no load for a load (list entries are read a step early)
+  L2 to multiprocessors: every tap reads x again, 4.2 GB, and 2.1 of weights: 0.9-1.2 ms at 5.5-7 TB/s, which
+  bounds: expected 0.9-1.2 ms, 3 to 4 times the floor. So "auto" should take the vendor's here
+
 `masked_conv2d` is for autograd. `forward`, `dgrad` and `wgrad` are the passes alone, unchecked.
 """
 

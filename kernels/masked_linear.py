@@ -16,6 +16,15 @@ that must survive; where they are 0 already, the vendor's product of w needs no 
 
 The masked operand stands on the left, Y^T = (W * M) X^T, since tensor cores take only their left operand from
 registers: weights come to shared memory by asynchronous copies, and are masked on the way to the registers.
+
+Account of y at 4096 square, batch 512, bf16, on an H100. Goal: 1.3 times cuBLAS on w * m. Not measured.
+  44 MB of DRAM (15 us at 3.0 TB/s; H200 10), 17.2 GFLOP (17 us at 989 TFLOP/s)
+  128 programs of 128 x 128 on 132 multiprocessors: one wave, one launch; 64 steps of 33 KB each
+  a step: 188 instructions a warp, 376 issue slots a scheduler beside 512 cycles of tensor cores; no product
+  waits for the one before it; 136 registers, 115 KB of shared memory, 99 KB in flight a multiprocessor
+  shared memory: 33 KB written, 16 KB of w and 32 KB of x read a step, 650 cycles: 24 us at 1.75 GHz
+  L2 to multiprocessors: 277 MB, 40-50 us at 5.5-7 TB/s, which bounds: expected 40-50 us. Tiles of 128 x 256
+  over half of the sum each would move 201 MB, and 34 MB of sums: bench/gpu times both
 """
 
 from __future__ import annotations

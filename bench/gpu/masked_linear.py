@@ -22,6 +22,7 @@ from oracle import (
     need_memory,
     precision,
 )
+from sparselth.kernels import masked_linear as module
 from sparselth.kernels.bitmask import reference_pack
 from sparselth.kernels.masked_linear import floor, masked_linear
 
@@ -239,6 +240,57 @@ def targets(here: Here) -> Iterator[Case]:
 # Other times
 
 
+def halves(p: Problem) -> Run:
+    """y of one replica by programs of 128 x 256, each over half of the sum: fewer bytes from L2."""
+    (_, b, k), n = p.x.shape, p.w.shape[1]
+    x, w, mask = (t.clone()[0].unflatten(1, (2, -1)).transpose(0, 1) for t in (p.x, p.w, p.mask))
+    bias, tile = torch.cat([p.bias, torch.zeros_like(p.bias)]), module.Tile(128, 256, 64, 8, 3)
+
+    def run() -> Tensor:
+        sums, y = x.new_empty(2, b, n, dtype=torch.float32), x.new_empty(b, n)
+        module._product_kernel[-(-n // tile.rows) * -(-b // tile.columns), 2](
+            x,
+            w,
+            mask,
+            bias,
+            sums,
+            b,
+            n,
+            k // 2,
+            *x.stride(),
+            *w.stride()[:2],
+            *mask.stride()[:2],
+            TRANSPOSED=False,
+            HAS_BIAS=True,
+            EVEN_M=n % tile.rows == 0,
+            EVEN_C=k // 2 % tile.depth == 0,
+            BLOCK_M=tile.rows,
+            BLOCK_B=tile.columns,
+            BLOCK_C=tile.depth,
+            PRECISION="ieee",
+            UPCAST=module.INTERPRET,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        return torch.add(sums[0], sums[1], out=y)[None]
+
+    return run
+
+
+def tiles(here: Here) -> dict[str, Any]:
+    """The tile that ships beside that of `halves`."""
+    shape = here.pick((1, 9, 20, 128), TARGET)
+    p = problem(here, "bf16", shape)
+    right, own = ({"y": formula(p, dtype)["y"]} for dtype in (torch.double, torch.bfloat16))
+    wrong = judged(compare, {"y": halves(p)()}, right, own, "bf16", {"y": shape[3]})
+    rivals = forward(p)
+    rivals["128 x 256, halves of the sum"] = Copies(
+        lambda: halves(p), p.x.nbytes + p.w.nbytes + p.mask.nbytes
+    )
+    timed = rows(here, f"tiles of y {said(shape)}", floor(*shape, 2), "bf16", "triton", rivals)
+    return {"times": timed} | wrong
+
+
 def benchmark(here: Here, part: str, shape: Shape, which: str) -> dict[str, Any]:
     wrong = judged(verify, here, part, shape)
     p = problem(here, part, shape)
@@ -269,6 +321,7 @@ def benchmark(here: Here, part: str, shape: Shape, which: str) -> dict[str, Any]
 
 
 def benchmarks(here: Here) -> Iterator[Case]:
+    yield Case("tiles", "bf16", partial(tiles, here), 4)
     for part, shapes in WORKLOADS.items():
         for shape in here.pick(TINY, shapes):
             for which in ("y", "dx", "dw", "ds"):
