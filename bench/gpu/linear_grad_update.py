@@ -34,7 +34,7 @@ BATCH = 60
 def vast(here: Here, replicas: int, side: int) -> None:
     """Plain SGD in place on R x side x side weights: the corners of every replica are those of a product."""
     need_memory(5 * replicas * side * side / 2**30)
-    g, n = here.generator(0), here.pick(77, 0, side)
+    g, n = here.generator(0), here.pick(77, side)
     b, end = 16, min(n, 64)
     w = torch.empty(replicas, n, n, device=here.device).normal_(generator=g)
     dy, x = (torch.randn(replicas, b, n, generator=g, device=here.device).mT for _ in range(2))

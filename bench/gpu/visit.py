@@ -2,7 +2,7 @@
 
 The order is that of value, so that what time runs out for is what matters least. A stage begins when the
 one before it has ended; processes start, and import, before that: all of `smoke` while the anchors are
-measured, and one that times while the one before it does. Times are measured one job at a time.
+measured, and the next that will time while one does. Times are measured one job at a time.
 
 A crash or a hang costs one case: its process is started again behind it. Whatever a process says is written
 to the results at once. Nothing here imports torch.
@@ -40,6 +40,7 @@ START = 180.0  # seconds for the first imports on a cold disk
 LIMIT = 45.0  # seconds of a case, to compile its kernels, beside four times what it is expected to take
 RESTARTS = 6  # of a job that died, each behind the case that it died of
 BROKEN = 70  # how a process ends whose CUDA context is lost
+AHEAD = 3  # processes that wait, imported, for their turn to time
 GIB = 4  # GiB of the device that a process takes unless it says more
 
 
@@ -199,7 +200,7 @@ class Visit:
         idle = [r for r in self.running if r.gone is None]
         while self.waiting and self.waiting[0].waits and len(self.running) <= self.width:
             job = self.waiting[0]
-            if job.stage == "large" or (job.stage != "smoke" and any(r.job.stage != "smoke" for r in idle)):
+            if job.stage == "large" or (job.stage != "smoke" and len(idle) >= AHEAD):
                 return
             if self.left() < LEAST:
                 return
