@@ -9,7 +9,7 @@ PYTHON := python3 python3.13 python3.12 python3.11
 PINS   := constraints/$$version.txt
 KERNELS_HALF := tests/kernels tests/test_nn.py tests/test_replay.py tests/test_sparse.py
 TRITON_TESTS := compile sass dry races bitmask block_conv2d block_linear csr_infer linear_grad_update \
-  magnitude_threshold masked_conv2d masked_linear masked_update slot_linear
+  magnitude_threshold masked_conv2d masked_linear masked_update replica_parts slot_linear
 GPU_PYTHON := build/gpu-env/bin/python
 SECONDS_OF_BUNDLE := 3600
 NATIVE_TESTS := native csr_linear csr_packed sparse_conv2d sparse_conv2d_rows step_parts masked_update

@@ -95,7 +95,8 @@ def _as_on_a_device() -> Iterator[Any]:
 
     aten = torch.ops.aten
     heavy = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward}
-    heavy |= {aten.kthvalue, aten.topk, aten._fused_adam_, aten._fused_adamw_, aten._fused_sgd_}
+    in_place = {aten._fused_adam_, aten._fused_adamw_, aten._fused_sgd_}
+    heavy |= {aten.kthvalue, aten.topk} | in_place
     empty = torch.empty_strided
 
     class Light(TorchDispatchMode):
@@ -104,8 +105,8 @@ def _as_on_a_device() -> Iterator[Any]:
             sizes = [t.numel() for t in args if isinstance(t, torch.Tensor)]
             if func.overloadpacket not in heavy or max(sizes, default=2**20) < 2**20:
                 return func(*args, **kwargs)
-            if "out" in kwargs:
-                return kwargs["out"]
+            if "out" in kwargs or func.overloadpacket in in_place:
+                return kwargs.get("out")
 
             def like(device: str, t: Any) -> Any:
                 return empty(t.shape, t.stride(), dtype=t.dtype, device=device) if torch.is_tensor(t) else t
@@ -120,6 +121,7 @@ def _as_on_a_device() -> Iterator[Any]:
 
     choose = dispatch.choose
     nothing = {"compare": dict, "must_repeat": None, "must_be_zero": None, "need_memory": None}
+    nothing["same_bits"] = lambda: True
     with ExitStack() as stack:
         for name, answer in nothing.items():
             stack.enter_context(mock.patch.object(oracle, name, lambda *_, a=answer, **__: a and a()))

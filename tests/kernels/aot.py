@@ -9,6 +9,7 @@ compiles is PYTHONPATH's affair: build/triton-3.6.0-cp311 in front of it holds t
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import multiprocessing
@@ -16,9 +17,9 @@ import os
 import re
 import struct
 import subprocess
-import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from itertools import accumulate, pairwise
@@ -136,5 +137,39 @@ def examine(name: str, capabilities: tuple[int, ...] = (80, 90)) -> list[dict[st
     return [facts for facts, _ in built]
 
 
+def account(names: list[str]) -> Iterator[str]:
+    """A Markdown table: what each configuration is made of on sm_90; bytes are a program's, a turn."""
+    yield f"Triton {triton.__version__}, sm_90"
+    yield ""
+    yield "| kernel | configuration | registers | shared KB | loop | HGMMA | HMMA | loads | bytes a turn |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    for name in names:
+        for facts in examine(name, (90,)):
+            loop = facts["loop"] or dict.fromkeys(("instructions", "wgmma", "mma", "loads", "bytes"), 0)
+            types = {t.strip("*") for key, t in facts["signature"].items() if key[:1] in "xwvm" and "*" in t}
+            kept = {k: v for k, v in facts["constants"].items() if k.isupper() and v not in ("False", "None")}
+            words = [*sorted(types), *(f"{k.lower()} {v}" for k, v in kept.items())]
+            numbers = (
+                *(facts["registers"], f"{facts['shared_bytes'] / 1024:.0f}", loop["instructions"]),
+                *(loop["wgmma"], loop["mma"] - loop["wgmma"], loop["loads"], f"{loop['bytes']:,}"),
+            )
+            kernel = f"{name}: {facts['kernel'].strip('_')}"
+            yield f"| {kernel} | {', '.join(words)} | {' | '.join(map(str, numbers))} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--account", action="store_true", help="rows of a Markdown table")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: every file with a list AOT")
+    args = parser.parse_args()
+    files = sorted((Path(__file__).resolve().parents[2] / "kernels").glob("*.py"))
+    names = args.names or [file.stem for file in files if "\nAOT = " in file.read_text()]
+    if args.account:
+        for line in account(names):
+            print(line, flush=True)
+    else:
+        print(json.dumps([facts for name in names for facts in examine(name)], indent=1))
+
+
 if __name__ == "__main__":
-    print(json.dumps(examine(sys.argv[1]), indent=1))
+    main()

@@ -40,6 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver, jit
 
+from sparselth.kernels import replica_parts
 from sparselth.kernels.bitmask import launch_count, launch_pack, launch_unpack
 from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d
 from sparselth.kernels.block_linear import BlockWeight, block_linear
@@ -390,6 +391,26 @@ def _block_conv2d() -> None:
                 block_conv2d(make(batch, c, size, size), weight, make(n), padding=k // 2, kernels="triton")
 
 
+def _replica_parts() -> None:
+    for r, n, b, size in (
+        (100, 784, 60, 1),
+        (30, 3072, 60, 32),
+        (3, 9, 7, 3),
+        (70000, 5, 2, 1),
+        (1, 9, 70000, 2),
+    ):
+        one, labels = torch.zeros(1, dtype=torch.int64), torch.zeros(r, b, dtype=torch.int64)
+        lr, count = torch.zeros(r, dtype=torch.float64), single(r)
+        replica_parts.begin_step(one, single(9).double(), count, lr, single(r), one, 5, "triton")
+        order, x = torch.zeros(r, 2, b, dtype=torch.int64), single(r, b, n)
+        images = octets(90, n), labels.new_zeros(90), single(n), single(n)
+        replica_parts.gather(*images, order, one, x, labels, "triton")
+        y = single(r, b, size, size, 8).movedim(1, -2).movedim(-1, 1)
+        replica_parts.bias_relu(y, single(r, 8), "triton")
+        for bias in (None, single(r, 10)):
+            replica_parts.cross_entropy_grad(single(r, 10, b), labels, bias, "triton")
+
+
 OPS: dict[str, Callable[[], None]] = {
     "bitmask": _bitmask,
     "masked_linear": _masked_linear,
@@ -401,6 +422,7 @@ OPS: dict[str, Callable[[], None]] = {
     "slot_linear": _slot_linear,
     "block_linear": _block_linear,
     "block_conv2d": _block_conv2d,
+    "replica_parts": _replica_parts,
 }
 
 
