@@ -407,6 +407,11 @@ def _replica_parts() -> None:
         replica_parts.gather(*images, order, one, x, labels, "triton")
         y = single(r, b, size, size, 8).movedim(1, -2).movedim(-1, 1)
         replica_parts.bias_relu(y, single(r, 8), "triton")
+        if size > 1:
+            pooled = single(r, b, size // 2, size // 2, 8).movedim(1, -2).movedim(-1, 1)
+            replica_parts.max_pool(y, pooled, 2, "triton")
+            for cuts in (False, True):
+                replica_parts.max_pool_backward(pooled, y, pooled, y, 2, cuts, "triton")
         for bias in (None, single(r, 10)):
             replica_parts.cross_entropy_grad(single(r, 10, b), labels, bias, "triton")
 
