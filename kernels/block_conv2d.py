@@ -278,6 +278,7 @@ def _step(
     DEPTH: tl.constexpr,
     EVEN_C: tl.constexpr,
     PRECISION: tl.constexpr,
+    CORES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """acc += x w^T for DEPTH channels of a block of the list; nothing is read where that is empty."""
@@ -288,13 +289,19 @@ def _step(
     offs_c = tl.multiple_of((place & 0xFFFF) * BLOCK + first, DEPTH) + offs_d
     # what lies outside is negative: one comparison, where LLVM takes several through the stack
     h, w = row + down, column + across
-    inside = (((h | w | (H - 1 - h) | (W - 1 - w)) >= 0) & (blocks > 0))[:, None]
+    inside = ((h | w | (H - 1 - h) | (W - 1 - w)) >= 0)[:, None]
+    if CORES:
+        inside = inside & (blocks > 0)
     if not EVEN_C:
         inside = inside & (offs_c < C)[None, :]
     way = (down * W + across) * C
     x = tl.load(rows_ptr[:, None] + (way + offs_c)[None, :], mask=inside, other=0.0)
     offs_w = offs_w + offs_d[:, None]
-    w = tl.load(values_ptr + i * (BLOCK * BLOCK) + first + offs_w, mask=blocks > 0, other=0.0)
+    w_ptrs = values_ptr + i * (BLOCK * BLOCK) + first + offs_w
+    if CORES:
+        w = tl.load(w_ptrs, mask=blocks > 0, other=0.0)
+    else:
+        w = tl.load(w_ptrs)
     if UPCAST:
         x = x.to(tl.float32)
         w = w.to(tl.float32)
@@ -330,6 +337,7 @@ def _block_conv2d_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
+    CORES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     PARTS: tl.constexpr = BLOCK // BLOCK_N
@@ -364,9 +372,11 @@ def _block_conv2d_kernel(
     STEPS: tl.constexpr = BLOCK // DEPTH
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     place = tl.load(places_ptr, mask=blocks > 0, other=0)
-    # at least one step, of zeros: for a loop that may be left out, ptxas 12.8 makes each of its products wait
-    # for the one before (C7515)
-    steps = tl.maximum(blocks * STEPS, 1)
+    steps = blocks * STEPS
+    if CORES:
+        # at least one step, of zeros: for a loop that may be left out, ptxas 12.8 makes each of its products
+        # wait for the one before (C7515)
+        steps = tl.maximum(steps, 1)
     if UPCAST:  # the interpreter of Triton 3.6 takes no loaded bound of a for loop
         t = 0
         while t < steps:
@@ -388,12 +398,12 @@ def _block_conv2d_kernel(
                 DEPTH,
                 EVEN_C,
                 PRECISION,
+                CORES,
                 UPCAST,
             )
             t += 1
             place = tl.load(places_ptr + t // STEPS, mask=t // STEPS < blocks, other=0)
     else:
-        tl.assume(steps > 0)
         for t in range(steps):
             # a step ahead, or the pipeline would spend half of its stages on places
             ahead = tl.load(places_ptr + (t + 1) // STEPS, mask=(t + 1) // STEPS < blocks, other=0)
@@ -415,6 +425,7 @@ def _block_conv2d_kernel(
                 DEPTH,
                 EVEN_C,
                 PRECISION,
+                CORES,
                 UPCAST,
             )
             place = ahead
@@ -507,6 +518,7 @@ def launch(
             DEPTH=min(block, tile.depth),
             GROUP=GROUP,
             PRECISION="tf32" if kind == "tf32" else "ieee",
+            CORES=kind != "ieee",
             UPCAST=INTERPRET,
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -623,6 +635,7 @@ def _aot(kind: str, block: int, tile: Tile, even: bool = True, split: bool = Fal
         "DEPTH": min(block, tile.depth),
         "GROUP": GROUP,
         "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "CORES": kind != "ieee",
         "UPCAST": False,
     }
     pointer = "*bf16" if kind == "half" else "*fp32"

@@ -270,6 +270,7 @@ def _step(
     DEPTH: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    CORES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """acc += x w^T for DEPTH of the list's weights; nothing is read where the list is empty."""
@@ -285,8 +286,13 @@ def _step(
         i = t if DEPTH == BLOCK else t * DEPTH // BLOCK
         offs_k = tl.multiple_of(columns * BLOCK + first, DEPTH) + offs_d
         offs_w = offs_w + offs_d[:, None]
-        w = tl.load(values_ptr + i * (BLOCK * BLOCK) + first + offs_w, mask=count > 0, other=0.0)
-        in_x = (in_b & (count > 0))[:, None]
+        w_ptrs = values_ptr + i * (BLOCK * BLOCK) + first + offs_w
+        if CORES:
+            w = tl.load(w_ptrs, mask=count > 0, other=0.0)
+            in_x = (in_b & (count > 0))[:, None]
+        else:
+            w = tl.load(w_ptrs)
+            in_x = in_b[:, None]
     if not EVEN_K:
         in_x = in_x & (offs_k < K)[None, :]
     x = tl.load(x_ptr + (offs_x + offs_k[None, :]), mask=in_x, other=0.0)
@@ -321,6 +327,7 @@ def _block_linear_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
+    CORES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     PARTS: tl.constexpr = BLOCK // BLOCK_N
@@ -350,9 +357,11 @@ def _block_linear_kernel(
     count = (end - start) * BLOCK
     acc = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     columns = _columns(columns_ptr, 0, count, BLOCK, DEPTH)
-    # at least one step, of zeros: for a loop that may be left out, ptxas 12.8 makes each of its products wait
-    # for the one before (C7515)
-    steps = tl.maximum(tl.cdiv(count, DEPTH), 1)
+    steps = tl.cdiv(count, DEPTH)
+    if CORES:
+        # at least one step, of zeros: for a loop that may be left out, ptxas 12.8 makes each of its products
+        # wait for the one before (C7515)
+        steps = tl.maximum(steps, 1)
     if UPCAST:  # the interpreter of Triton 3.6 takes no loaded bound of a for loop
         t = 0
         while t < steps:
@@ -371,12 +380,12 @@ def _block_linear_kernel(
                 DEPTH,
                 EVEN_K,
                 PRECISION,
+                CORES,
                 UPCAST,
             )
             t += 1
             columns = _columns(columns_ptr, t, count, BLOCK, DEPTH)
     else:
-        tl.assume(steps > 0)
         for t in range(steps):
             # a step ahead, or the pipeline would spend half of its stages on columns
             ahead = _columns(columns_ptr, t + 1, count, BLOCK, DEPTH)
@@ -395,6 +404,7 @@ def _block_linear_kernel(
                 DEPTH,
                 EVEN_K,
                 PRECISION,
+                CORES,
                 UPCAST,
             )
             columns = ahead
@@ -507,6 +517,7 @@ def launch(
             DEPTH=tile.depth,
             GROUP=GROUP,
             PRECISION="tf32" if kind == "tf32" else "ieee",
+            CORES=kind != "ieee",
             UPCAST=INTERPRET,
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -584,7 +595,7 @@ def _(x, values, columns, starts, order, runs, n, bias, relu, kernels):
 # Registers, and narrow accesses: those of the bias and of the columns. The large tiles take up to 200
 # registers on sm_80; on sm_90 less than 128, and two programs of 8 warps share a multiprocessor. That of
 # 256 x 128 has one for itself and may take almost all.
-LIMITS = {"half": (200, 23), "tf32": (200, 23), "ieee": (128, 13)}
+LIMITS = {"half": (200, 24), "tf32": (200, 24), "ieee": (128, 13)}
 ALONE = 248
 
 
@@ -601,6 +612,7 @@ def _aot(kind: str, block: int, tile: Tile, even: bool = True, split: bool = Fal
         "DEPTH": tile.depth,
         "GROUP": GROUP,
         "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "CORES": kind != "ieee",
         "UPCAST": False,
     }
     pointer = "*bf16" if kind == "half" else "*fp32"
