@@ -31,11 +31,11 @@ no class has takes nothing off; behind the last rate there is NaN.
 Account for R = 100 of LeNet-300-100, batch 60, on an H100 (3.0 TB/s copied; an H200 4.3), all from DRAM:
 gather 4.7 + 18.8 MB, expected 8 us (H200: 6); bias_relu of 300 and 100 columns 14.4 and 4.8 MB, which the 50
 MB of L2 hold, expected 4 and 2 us; begin_step and cross_entropy_grad (4.8 MB) expected 2 us each, which is
-what a launch takes. A program of gather is a row: 64 threads with 16 bytes of the image each, 40 registers,
-so 24 programs an SM and 19 KB of images in flight; its three loads in turn (place, order, image) hide behind
-other rows. No loops. Goal: together at most a tenth of the step. Of 30 Conv-2 a layer of 64 channels of
-32 x 32 has 118 M numbers: bias_relu 944 MB, expected 315 us (H200: 220); max_pool 590 MB, 200 us (140), and
-max_pool_backward 1.2 GB, 400 us (275), where torch's own operators moved 1.1 and, with ReLU's, 5 GB.
+what a launch takes. A program of gather is a row: 64 threads with 16 bytes of the image each, 54 registers
+(Triton 3.6), so 18 programs an SM and 14 KB of images in flight; its three loads in turn (place, order,
+image) hide behind other rows. No long loops. Goal: together at most a tenth of the step. Of 30 Conv-2 a layer
+of 64 channels of 32 x 32 has 118 M numbers: bias_relu 944 MB, expected 315 us (H200: 220); max_pool 590 MB,
+200 us (140), and max_pool_backward 1.2 GB, 400 us (275): torch's own operators move 1.1 and, with ReLU's, 5.
 """
 
 from __future__ import annotations
@@ -134,11 +134,13 @@ def _begin_kernel(
     clock = tl.load(clock_ptr)
     rate = tl.load(rates_ptr + clock, mask=clock <= last, other=float("nan"))
     done = (clock + 1).to(tl.float32)
-    for i in range(0, R, LANES):
+    i = 0
+    while i < R:
         offs = i + tl.arange(0, LANES)
         inside = offs < R
         tl.store(lr_ptr + offs, tl.zeros((LANES,), tl.float64) + rate, mask=inside)
         tl.store(count_ptr + offs, done - tl.load(starts_ptr + offs, mask=inside, other=0.0), mask=inside)
+        i += LANES
     tl.store(place_ptr, clock % steps)
     tl.store(clock_ptr, clock + 1)
 
