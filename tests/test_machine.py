@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sparselth.machine import ran_on_gpus
 
 NONE = "no Triton kernel and no CUDA graph of this version has run on a GPU yet"
@@ -42,6 +44,15 @@ def test_what_ran_on_which_gpu(tmp_path: Path) -> None:
     assert ran_on_gpus(tmp_path / "nowhere").startswith("not known here")
 
 
-def test_the_readme_says_what_doctor_says() -> None:
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"Ran on GPUs: {ran_on_gpus()}." in readme
+@pytest.mark.parametrize("file", ["README.md", "docs/kernels.md"])
+def test_the_pages_say_what_doctor_says(file: str) -> None:
+    assert f"Ran on GPUs: {ran_on_gpus()}." in " ".join((ROOT / file).read_text().split())
+
+
+def test_the_page_of_the_kernels_has_every_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import gpu_check
+
+    table = (ROOT / "docs" / "kernels.md").read_text()
+    for target in gpu_check.TARGETS:
+        assert target.op == "train_step" or f"| `{target.op}`" in table, target.op
