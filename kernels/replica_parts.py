@@ -30,7 +30,7 @@ no class has takes nothing off; behind the last rate there is NaN.
 
 Account for R = 100 of LeNet-300-100, batch 60, on an H100 (3.0 TB/s copied; an H200 4.3), all from DRAM:
 gather 4.7 + 18.8 MB, expected 8 us (H200: 6); bias_relu of 300 and 100 columns 14.4 and 4.8 MB, which the 50
-MB of L2 hold, expected 4 and 2 us; begin_step and cross_entropy_grad (4.8 MB) expected 2 us each, which is
+MB of L2 hold, expected 4 and 2 us; begin_step and cross_entropy_grad (0.5 MB) expected 2 us each, which is
 what a launch takes. A program of gather is a row: 64 threads with 16 bytes of the image each, 54 registers
 (Triton 3.6), so 18 programs an SM and 14 KB of images in flight; its three loads in turn (place, order,
 image) hide behind other rows. No long loops. Goal: together at most a tenth of the step. Of 30 Conv-2 a layer
