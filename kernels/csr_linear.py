@@ -297,7 +297,7 @@ def _bind_product(
 
     ordered = values if csr.order is None else torch.empty_like(values)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
         w = torch.sparse_csr_tensor(row_starts, columns, ordered, csr.shape, check_invariants=False)
 
     def run() -> None:

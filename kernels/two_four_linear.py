@@ -67,7 +67,7 @@ class TwoFour:
         half = torch.where(largest, fours, 0).view(w.shape)
         left = torch.where(largest, 0, fours).view(w.shape)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
             warnings.filterwarnings("ignore", message=".*SparseSemiStructuredTensor is in prototype stage")
             return TwoFour(torch.sparse.to_sparse_semi_structured(half) if w.is_cuda else half, _csr(left))
 

@@ -199,7 +199,7 @@ def bsr_linear(p: Problem) -> Callable[[Meta], Tensor]:
     from torch.sparse._triton_ops import bsr_dense_addmm
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta")
+        warnings.filterwarnings("ignore", message="Sparse (BSR tensor support|invariant checks)")
         bsr = p.kept.to_sparse_bsr((p.weight.block, p.weight.block))
     batch = p.x.shape[0]
     bias = p.bias[:, None].expand(-1, batch)

@@ -178,7 +178,7 @@ def timed(here: Here, part: str, size: int, sparsity: float, batch: int, more: b
     rivals: dict[str, Run | Copies] = {"triton": Copies(load.ours, load.packed.bytes()), **dense}
     if more and (here.device == "cuda" or part == "ieee"):  # a CPU has it in fp32 alone
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
             csr = load.p.w.to_sparse_csr()
         rivals["torch CSR"] = lambda: csr @ load.p.x
     with precision(part):

@@ -185,7 +185,7 @@ def timed(here: Here, part: str, size: int, sparsity: float, batch: int, more: b
         rivals |= {"triton, x in rows": load.ours(load.p.x), "2:4 + residual": two_four(load.p.w, load.p.x)}
     if more and here.device == "cuda":  # no half precision on CPUs
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
             csr = load.p.w.to_sparse_csr()
         rivals["torch CSR"] = lambda: csr @ load.features
     wrong = judged(load.check)

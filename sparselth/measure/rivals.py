@@ -197,7 +197,7 @@ def _csr(case: Case) -> Form:
 def _compressed(weight: Tensor, block: int | None) -> Tensor:
     """torch CSR or BSR with 32-bit indices, as MKL and cuSPARSE take them."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse (CSR|BSR) tensor support is in beta")
+        warnings.filterwarnings("ignore", message="Sparse ((CSR|BSR) tensor support|invariant checks)")
         if block is None:
             w = weight.to_sparse_csr()
             make = torch.sparse_csr_tensor

@@ -249,7 +249,7 @@ def _csr(stage: Stage, module: nn.Linear) -> Columns:
     starts[1:] = torch.bincount(row, minlength=module.out_features).cumsum(0)
     values = module.weight.detach()[row, column]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
         w = torch.sparse_csr_tensor(starts, column.int(), values, module.weight.shape, check_invariants=False)
 
     def bind(x: Tensor, y: Tensor) -> list[Call]:
