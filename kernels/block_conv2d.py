@@ -290,8 +290,9 @@ def _step(
     # what lies outside is negative: one comparison, where LLVM takes several through the stack
     h, w = row + down, column + across
     inside = ((h | w | (H - 1 - h) | (W - 1 - w)) >= 0)[:, None]
+    live = tl.full((1, 1), 0, tl.int32) < blocks  # the interpreter of Triton 3.9 widens a lone `blocks > 0`
     if CORES:
-        inside = inside & (blocks > 0)
+        inside = inside & live
     if not EVEN_C:
         inside = inside & (offs_c < C)[None, :]
     way = (down * W + across) * C
@@ -299,7 +300,7 @@ def _step(
     offs_w = offs_w + offs_d[:, None]
     w_ptrs = values_ptr + i * (BLOCK * BLOCK) + first + offs_w
     if CORES:
-        w = tl.load(w_ptrs, mask=blocks > 0, other=0.0)
+        w = tl.load(w_ptrs, mask=live, other=0.0)
     else:
         w = tl.load(w_ptrs)
     if UPCAST:

@@ -288,8 +288,9 @@ def _step(
         offs_w = offs_w + offs_d[:, None]
         w_ptrs = values_ptr + i * (BLOCK * BLOCK) + first + offs_w
         if CORES:
-            w = tl.load(w_ptrs, mask=count > 0, other=0.0)
-            in_x = (in_b & (count > 0))[:, None]
+            some = tl.full((1, 1), 0, tl.int32) < count  # the interpreter of Triton 3.9 widens `count > 0`
+            w = tl.load(w_ptrs, mask=some, other=0.0)
+            in_x = in_b[:, None] & some
         else:
             w = tl.load(w_ptrs)
             in_x = in_b[:, None]

@@ -328,7 +328,7 @@ def _conv_kernel(
         k_tile = tl.load(live_ptr + step + 1, mask=step + 1 < count, other=0)  # early: no load waits for it
         x = _gather(
             x_ptr + r * stride_xr,
-            (m < M) & (count > 0),
+            tl.where(count > 0, m < M, False),
             image,
             row,
             column,
