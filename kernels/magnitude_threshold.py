@@ -140,7 +140,7 @@ def _sample_kernel(
     byte = tl.load(mask_ptr + r * stride_mr + (place >> 3), mask=read, other=255).to(tl.int32)
     key = tl.where((byte >> (place & 7).to(tl.int32)) & 1 != 0, key, -1)
     tl.store(keys_ptr + (r * samples + at + i), key, mask=there)
-    tl.store(places_ptr + (at + i), place + 8 * first.to(tl.int64), mask=there & (r == 0))
+    tl.store(places_ptr + (at + i), place + 8 * first.to(tl.int64), mask=i < tl.where(r == 0, n, 0))
 
 
 @triton.jit
