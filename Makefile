@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTHON := python3 python3.13 python3.12 python3.11
 PINS   := constraints/$$version.txt
-KERNELS_HALF := tests/kernels tests/test_nn.py tests/test_replay.py tests/test_sparse.py
+KERNELS_HALF := tests/kernels
 TRITON_TESTS := compile sass dry races bitmask block_conv2d block_linear csr_infer linear_grad_update \
   magnitude_threshold masked_conv2d masked_linear masked_update replica_parts slot_linear
 GPU_PYTHON := build/gpu-env/bin/python
