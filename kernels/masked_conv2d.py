@@ -59,6 +59,7 @@ from sparselth.kernels.bitmask import launch_count, launch_unpack, use_triton
 
 Pair = int | Sequence[int]
 STREAMS = 4  # on which the vendor's convolutions of single replicas run side by side
+LISTED = 1024  # tiles that a program lists at a time; all at once, ptxas takes minutes for 2^18 of them
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
@@ -212,10 +213,14 @@ def _list_kernel(
 ):
     tile = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
-    occupied = tl.load(occupied_ptr + tile * k_tiles + offs, mask=offs < k_tiles, other=0)
-    slot = tl.cumsum(occupied) - occupied
-    tl.store(live_ptr + tile * k_tiles + slot, offs, mask=occupied != 0)
-    tl.store(count_ptr + tile, tl.sum(occupied))
+    listed = 0
+    for first in range(0, k_tiles, BLOCK):
+        k_tile = first + offs
+        occupied = tl.load(occupied_ptr + tile * k_tiles + k_tile, mask=k_tile < k_tiles, other=0)
+        slot = listed + tl.cumsum(occupied) - occupied
+        tl.store(live_ptr + tile * k_tiles + slot, k_tile, mask=occupied != 0)
+        listed += tl.sum(occupied)
+    tl.store(count_ptr + tile, listed)
 
 
 # Triton: the products
@@ -573,7 +578,7 @@ def launch_product(
             BLOCK_K=tile.k,
             num_warps=_power_of_2(tile.n * tile.k // 512, 4, 16),  # 16 weights a thread; 32 of them spill
         )
-        _list_kernel[r * out_tiles,](occupied, live, count, k_tiles, BLOCK=_power_of_2(k_tiles, 16, 1 << 30))
+        _list_kernel[r * out_tiles,](occupied, live, count, k_tiles, BLOCK=_power_of_2(k_tiles, 16, LISTED))
         _conv_kernel[_ceil(m, tile.m) * out_tiles, r](
             x,
             packed,

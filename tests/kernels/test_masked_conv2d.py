@@ -286,6 +286,15 @@ def test_only_occupied_tiles_are_visited() -> None:
     assert torch.equal(y, masked_conv2d(p.x, p.w, p.mask, p.bias, *p.rest, kernels="triton"))
 
 
+def test_lists_longer_than_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """29 tiles and more, listed 16 at a time."""
+    monkeypatch.setattr(op, "LISTED", 16)
+    for keep in ("channels", "0.01"):
+        p = problem(Case(1, 1, 200, (3, 3), 5, (3, 3), padding=1, keep=keep))
+        dy = random_dy(p)
+        check(p, dy, ours(p, dy))
+
+
 @pytest.mark.parametrize("part", pick(["tf32"], list(DTYPES)))
 def test_a_layer_without_weights_gives_its_bias(part: str) -> None:
     p = problem(Case(2, 2, 5, (4, 4), 3, (3, 3), keep="0"), DTYPES[part])
