@@ -10,9 +10,10 @@ import re
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -814,6 +815,24 @@ def test_injected_faults_of_training_are_found(monkeypatch: pytest.MonkeyPatch) 
         enter = Orders.enter
         patch.setattr(Orders, "enter", lambda self, epoch: enter(self, 0))  # the next epoch's never comes
         assert "off by" in attempt(short)["message"]
+
+
+def test_a_graph_that_writes_nothing_or_other_bits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [1.0, 1.0, 1.0]
+
+    def run() -> dict[str, torch.Tensor]:
+        return {"y": torch.full((3,), values.pop())}
+
+    def graphed(take: Callable[[], object], calls: int) -> SimpleNamespace:
+        take()
+        return SimpleNamespace(replay=take if len(values) == 1 else lambda: None)
+
+    monkeypatch.setattr(oracle, "graphed", graphed)
+    oracle.must_replay(run)
+    for left in ([1.0, 1.0], [2.0, 1.0, 1.0]):  # the last call is the replay's: none, or other bits
+        values[:] = left
+        with pytest.raises(oracle.Wrong, match="a CUDA graph gave other bits"):
+            oracle.must_replay(run)
 
 
 def test_a_training_race(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,17 +12,7 @@ from torch import Tensor
 
 from gpu.common import Case, Here, judged
 from gpu.timing import median, ratio, rows
-from oracle import (
-    DTYPES,
-    NAN,
-    UNIT,
-    Wrong,
-    compare,
-    graphed,
-    must_repeat,
-    need_memory,
-    precision,
-)
+from oracle import DTYPES, NAN, UNIT, Wrong, compare, must_replay, need_memory, precision
 from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d, floor, launch
 from sparselth.kernels.block_linear import Tile
 from sparselth.kernels.masked_conv2d import geometry
@@ -158,12 +148,7 @@ def smoke(here: Here) -> Iterator[Case]:
 
     def graph() -> None:
         p = problem(here, "bf16", s)
-        eager, kept = ours(p), dict[str, Tensor]()
-        replay = graphed(lambda: kept.update(ours(p)), 1).replay
-        for t in kept.values():
-            t.fill_(NAN)
-        replay()
-        must_repeat(kept, eager, "a CUDA graph")
+        must_replay(lambda: ours(p))
 
     yield Case(str(s), "bf16", check, 4)
     if here.device == "cuda":

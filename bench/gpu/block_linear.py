@@ -14,17 +14,7 @@ from torch import Tensor
 
 from gpu.common import Case, Here, judged
 from gpu.timing import Copies, Run, first_line, median, once, ratio, rows
-from oracle import (
-    DTYPES,
-    NAN,
-    UNIT,
-    Wrong,
-    compare,
-    graphed,
-    must_repeat,
-    need_memory,
-    precision,
-)
+from oracle import DTYPES, NAN, UNIT, Wrong, compare, must_replay, need_memory, precision
 from sparselth.kernels.block_linear import BlockWeight, Tile, block_linear, floor, launch
 
 Shape = tuple[int, int, int, int]  # B, N, K, block
@@ -124,15 +114,7 @@ def smoke(here: Here) -> Iterator[Case]:
     def run(workload: Workload, graph: bool) -> Any:
         shape, pruned = workload
         p = problem(here, "bf16", shape, 1 - pruned)
-        eager = ours(p)
-        if not graph:
-            return accuracy(p, "bf16", eager)
-        kept: dict[str, Tensor] = {}
-        replay = graphed(lambda: kept.update(ours(p)), 1).replay
-        for t in kept.values():
-            t.fill_(NAN)
-        replay()
-        return must_repeat(kept, eager, "a CUDA graph")
+        return must_replay(lambda: ours(p)) if graph else accuracy(p, "bf16", ours(p))
 
     for shape, pruned in here.pick([((20, 40, 70, 16), 0.5)], TARGETS.values()):
         yield Case(said(shape), "bf16", partial(run, (shape, pruned), False), 3)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpu.common import Case, Here, judged
 from gpu.timing import Copies, Run, median, ratio, rows
-from oracle import DTYPES, NAN, Wrong, compare, graphed, must_repeat, need_memory
+from oracle import DTYPES, Wrong, compare, must_repeat, must_replay, need_memory
 from sparselth.kernels.slot_linear import Slots, floor, slot_linear
 from sparselth.kernels.two_four_linear import TwoFour, two_four_linear
 
@@ -125,11 +125,7 @@ class Workload:
 
     def replay(self) -> None:
         """A CUDA graph gives the bits of a plain call."""
-        eager, kept = self.y(), {}
-        graph = graphed(lambda: kept.update(self.y()), 1)
-        kept["y"].fill_(NAN)
-        graph.replay()
-        must_repeat(kept, eager, "a CUDA graph")
+        must_replay(self.y)
 
     def ours(self, x: Tensor) -> Copies:
         def make() -> Run:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparselth.kernels import _graphs
+from sparselth.measure.floors import precision as precision
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 256  # elements before and behind every tensor of a check
@@ -46,20 +47,6 @@ def pick(interpreter: T, device: T) -> T:
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator(DEVICE).manual_seed(seed)
-
-
-@contextmanager
-def precision(part: str) -> Iterator[None]:
-    """fp32 products in TF32 or not, torch's and ours."""
-    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = [s.fp32_precision for s in settings]
-    try:
-        for s in settings:
-            s.fp32_precision = "tf32" if part == "tf32" else "ieee"
-        yield
-    finally:
-        for s, value in zip(settings, before, strict=True):
-            s.fp32_precision = value
 
 
 def fill(t: Tensor) -> Tensor:
@@ -182,6 +169,16 @@ def graphed(run: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
     """`calls` calls as a CUDA graph."""
     _graphs.warm_up(run)
     return _graphs.capture(run, calls)
+
+
+def must_replay(run: Callable[[], Mapping[str, Tensor]]) -> None:
+    """A CUDA graph of the call writes, over NaN, the bits of a plain call."""
+    eager, kept = run(), dict[str, Tensor]()
+    graph = graphed(lambda: kept.update(run()), 1)
+    for t in kept.values():
+        fill(t)
+    graph.replay()
+    must_repeat(kept, eager, "a CUDA graph")
 
 
 @contextmanager

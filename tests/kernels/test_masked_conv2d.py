@@ -23,9 +23,9 @@ from oracle import (
     DEVICE,
     DTYPES,
     compare,
-    graphed,
     must_be_zero,
     must_repeat,
+    must_replay,
     pick,
     poisoned,
     precision,
@@ -232,12 +232,7 @@ def test_in_a_cuda_graph(part: str) -> None:
     with precision(part):
         p = problem(LARGE[2], DTYPES[part])
         dy = random_dy(p)
-        eager, kept = dict(enumerate(ours(p, dy))), dict[int, Tensor]()
-        graph = graphed(lambda: kept.update(enumerate(ours(p, dy))), 1)
-    for t in kept.values():
-        t.fill_(torch.nan)
-    graph.replay()
-    must_repeat(kept, eager, "a CUDA graph")  # type: ignore[arg-type]
+        must_replay(lambda: {str(i): t for i, t in enumerate(ours(p, dy))})
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="chooses on CUDA alone")
