@@ -7,7 +7,6 @@ HAS_TRITON: kernels can be launched at all, in the interpreter or on a CUDA devi
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 try:
@@ -40,24 +39,4 @@ def within_grid(replicas: int) -> list[slice]:
     return [slice(start, start + GRID) for start in range(0, replicas, GRID)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Aot:
-    """One configuration a kernel ships with, for the compile gate (tests/kernels/test_compile.py).
-
-    A kernel file lists them as AOT. `signature` gives the Triton type of every argument that is no
-    constant ("*fp32", "*u8", "i32", ...); `aligned` names those that are multiples of 16.
-    """
-
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    aligned: tuple[str, ...]
-    num_warps: int
-    num_stages: int
-    max_registers: int
-    maxnreg: int | None = None  # as the launcher has it on sm_90
-    narrow: int = 0  # global loads and stores of less than 16 bytes that are meant
-    waiting: int = 0  # loads in a loop that wait for another load of the same turn, and are meant to
-
-
-__all__ = ["GRID", "HAS_TRITON", "INTERPRET", "Aot", "tl", "triton", "within_grid"]
+__all__ = ["GRID", "HAS_TRITON", "INTERPRET", "tl", "triton", "within_grid"]

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, library
 
 from sparselth.kernels import _native
-from sparselth.kernels._triton import HAS_TRITON, Aot, tl, triton
+from sparselth.kernels._triton import tl, triton
 from sparselth.kernels.bitmask import use_triton
 from sparselth.kernels.csr_linear import CsrIndex, csr_linear
 
@@ -483,47 +483,3 @@ def _infer(
 @_infer.register_fake
 def _(values, columns, starts, rows, x, bias, lanes, relu, kernels):
     return x.new_empty(rows.shape[0], x.shape[1])
-
-
-def _aot(dtype: str, columns: int, lanes: int, tiles: bool = False, wide: bool = False) -> Aot:
-    """Narrow are starts, rows, bias and y; of few columns, all that is read of x.
-
-    64 registers let all THREADS run at once.
-    """
-    constants = {"HAS_BIAS": True, "RELU": True, "DTYPE": dtype, "WORDS_C": 8 if wide else 4}
-    constants |= {"ROWS": 32 * WARPS // lanes, "LANES": lanes, "COLUMNS": columns}
-    x = "*i16" if columns == 1 and dtype != "fp32" else "*i32"
-    types = {"x_ptr": x, "bias_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
-    signature = {
-        name: types.get(name, "*i32") if name.endswith("_ptr") else "i32"
-        for name in _infer_kernel.arg_names
-        if name not in constants
-    }
-    if not tiles:  # one: Triton makes a constant of it
-        del signature["tiles"]
-        constants["tiles"] = 1
-    beside = columns * (4 if dtype == "fp32" else 2)  # bytes
-    return Aot(
-        kernel=_infer_kernel,
-        signature=signature,
-        constants=constants,
-        aligned=tuple(name for name in signature if name.endswith("_ptr")),
-        num_warps=WARPS,
-        num_stages=1,
-        max_registers=64 if beside <= 16 else 80,
-        narrow=16 if beside >= 16 else 40,
-    )
-
-
-AOT = []
-if HAS_TRITON:
-    AOT = [
-        *[_aot("bf16", columns, 16) for columns in (1, 4)],
-        *[_aot("bf16", 8, lanes) for lanes in (8, 16, 32, 128)],
-        *[_aot(dtype, 16, 16) for dtype in ("bf16", "fp16")],
-        *[_aot("fp32", columns, 16) for columns in (1, 8)],
-        _aot("fp16", 8, 32),
-        _aot("bf16", 8, 32, wide=True),
-        _aot("bf16", 16, 32, tiles=True),
-        _aot("fp32", 8, 32, tiles=True, wide=True),
-    ]

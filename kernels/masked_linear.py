@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-from sparselth.kernels._triton import HAS_TRITON, INTERPRET, Aot, tl, triton, within_grid
+from sparselth.kernels._triton import INTERPRET, tl, triton, within_grid
 from sparselth.kernels.bitmask import reference_unpack, use_triton
 
 
@@ -496,52 +496,3 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _forward.register_autograd(_backward, setup_context=_save)
-
-
-# What the compile gate checks: every tile, the large ones even, the small ones with ends to guard
-
-# Registers and narrow accesses. 128 registers let two IEEE programs share a multiprocessor. Narrow are the
-# mask's bytes, the bias, and in TF32 the copies of dy and x for dw, which transpose on the way.
-LIMITS = {"half": (200, 12), "tf32": (232, 136), "ieee": (128, 4)}
-
-
-def _aot(kernel: Any, kind: str, tile: Tile, **constants: Any) -> Aot:
-    """The kernel as the launchers start it; rows lie multiples of 16 apart, neighbours in a row 1."""
-    product = kernel is _product_kernel
-    blocks = ("BLOCK_M", "BLOCK_B", "BLOCK_C") if product else ("BLOCK_N", "BLOCK_K", "BLOCK_B")
-    constants |= dict(zip(blocks, tile, strict=False))
-    constants |= dict.fromkeys(("stride_vc",) if product else ("stride_dyn", "stride_xk"), 1)
-    constants |= {"PRECISION": "tf32" if kind == "tf32" else "ieee", "UPCAST": False}
-    bits = "mask_ptr" if product else "" if constants["SCORES"] else "factor_ptr"
-    pointer = "*bf16" if kind == "half" else "*fp32"
-    signature = {
-        name: "*u8" if name == bits else pointer if name.endswith("_ptr") else "i32"
-        for name in kernel.arg_names
-        if name not in constants
-    }
-    registers, narrow = LIMITS[kind]
-    return Aot(
-        kernel=kernel,
-        signature=signature,
-        constants=constants,
-        aligned=tuple(signature),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        max_registers=registers,
-        narrow=narrow,
-    )
-
-
-def _shipped() -> list[Aot]:
-    found = []
-    for kind, tiles in TILES.items():
-        for tile, even in zip(tiles, (True, False), strict=True):
-            for t in (False, True):
-                flags = {"TRANSPOSED": t, "HAS_BIAS": not t, "EVEN_M": even, "EVEN_C": even}
-                found.append(_aot(_product_kernel, kind, tile, **flags))
-            scores = tile is TILES["half"][1]
-            found.append(_aot(_weight_grad_kernel, kind, tile, SCORES=scores))
-    return found
-
-
-AOT = _shipped() if HAS_TRITON else []

@@ -1,4 +1,4 @@
-"""Compile a kernel file's AOT list without a GPU; print what the machine code is like.
+"""Compile an op's list in shipped/ without a GPU; print what the machine code is like.
 
     python tests/kernels/aot.py masked_linear          sm_80 and sm_90, all that is known, JSON
     python tests/kernels/aot.py --account [NAME ...]   sm_90, a row of a Markdown table each
@@ -37,6 +37,7 @@ from triton.compiler import ASTSource  # noqa: E402
 import sass  # noqa: E402
 from sass import Instruction  # noqa: E402
 
+NAMES = sorted(file.stem for file in Path(__file__).with_name("shipped").glob("[!_]*.py"))
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -125,7 +126,7 @@ def build_case(i: int) -> tuple[dict[str, Any], bytes]:
 def examine(name: str, capabilities: tuple[int, ...] = (80, 90)) -> list[dict[str, Any]]:
     """The facts of every configuration of a kernel file, for each capability in turn."""
     knobs.nvidia.dump_ptxas_log = True
-    module = importlib.import_module(f"sparselth.kernels.{name}")
+    module = importlib.import_module(f"shipped.{name}")
     CASES[:] = [(aot, capability) for aot in module.AOT for capability in capabilities]
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
         built = pool.map(build_case, range(len(CASES)), chunksize=1)
@@ -160,10 +161,9 @@ def account(names: list[str]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--account", action="store_true", help="rows of a Markdown table")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="default: every file with a list AOT")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: every file of shipped/")
     args = parser.parse_args()
-    files = sorted((Path(__file__).resolve().parents[2] / "kernels").glob("*.py"))
-    names = args.names or [file.stem for file in files if "\nAOT = " in file.read_text()]
+    names = args.names or NAMES
     if args.account:
         for line in account(names):
             print(line, flush=True)

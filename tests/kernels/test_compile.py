@@ -18,7 +18,9 @@ from triton_of_the_device import DEVICE
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-KERNELS = sorted(file.stem for file in (ROOT / "kernels").glob("*.py") if "\nAOT = " in file.read_text())
+KERNELS = sorted(
+    file.stem for file in (ROOT / "kernels").glob("[!_]*.py") if "@triton.jit" in file.read_text()
+)
 GATED = {DEVICE} | {
     version
     for file in (ROOT / "constraints").glob("*.txt")

@@ -521,7 +521,7 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sparselth.kernels.magnitude_threshold import AOT
+from shipped.magnitude_threshold import AOT
 for aot in AOT[2:4] + AOT[-2:]:  # ragged rows divide
     signature = {name: aot.signature.get(name, "constexpr") for name in aot.kernel.arg_names}
     source = ASTSource(fn=aot.kernel, signature=signature, constexprs=aot.constants)
