@@ -15,10 +15,9 @@ The matrix of a convolution is [N, (i, j, c)], and m = (image, p, q) are the row
 b filters by b channels at one tap (i, j), and those channels of a pixel lie side by side. b is 16, 32, 64 or
 128; N, and C at every tap, are rounded up to blocks, with weights of 0. x in another layout is copied.
 
-The live blocks of b filters are a list, lists go from the longest to the shortest, as in block_linear. A live
-block is multiplied whole: NaN and infinity in x pass all of its weights. Pruned blocks are not there, and
-filters without a live block give act(b). Sums are in fp32, fp32 products in TF32 where torch's convolutions
-are; two runs give equal bits.
+The live blocks of b filters are a list, as in block_linear. A live block is multiplied whole: NaN and
+infinity in x pass all of its weights. Pruned blocks are not there, and filters without a live block give
+act(b). Sums are in fp32, fp32 products in TF32 where torch's convolutions are; two runs give equal bits.
 
 The account of C = N = 256, 3 x 3 on 14 x 14, B = 256, bf16, a tenth of blocks of 64, on an H100 (an H200 has
 the same L2 cache): DRAM 52 MB, 17 us at 3.0 TB/s; L2 156 MB (x 84, w 46, y 26), 28 us at 5.5; 5.9 GFLOP, 8 us
@@ -41,22 +40,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from sparselth.kernels._triton import INTERPRET, tl, triton
+from sparselth.kernels import _tiles
+from sparselth.kernels._tiles import BLOCKS, DTYPES, GATHERED, SINGLY, Blocks, Tile, kind, written
+from sparselth.kernels._triton import tl, triton
 from sparselth.kernels.bitmask import use_triton
-from sparselth.kernels.block_linear import (
-    BLOCKS,
-    DTYPES,
-    ENOUGH,
-    KERNELS,
-    SHORTEST,
-    SMALL,
-    SPLIT_BELOW,
-    SUMMED,
-    BlockWeight,
-    Tile,
-    _sum_kernel,
-    written,
-)
+from sparselth.kernels.block_linear import KERNELS, BlockWeight
 from sparselth.kernels.masked_conv2d import Geometry, Pair, geometry
 
 LARGEST = 127  # taps down or across, for which `places` has room
@@ -86,23 +74,11 @@ TILES = {
         Tile(16, 16, 16, 1, 4),
     ),
 }
-GROUP = 4  # tiles of pixels that go through the lists side by side
-
-# On a CPU, in numbers of x that are gathered at a time: 1 MB, which a cache holds.
-GATHERED = 1 << 18
-SINGLY = 100  # blocks for each run of lists: up to here and up to GATHERED all blocks are one batch
 
 
 @dataclass(frozen=True, eq=False)
-class BlockFilters:
+class BlockFilters(Blocks):
     """w [N, C, kh, kw] by its live blocks."""
-
-    shape: tuple[int, int, int, int]
-    values: Tensor  # [L, b, b]; on a CPU with n innermost, so that a list is one matrix [k, n] to torch
-    places: Tensor
-    starts: Tensor
-    order: Tensor
-    runs: tuple[int, ...]  # lists of one length: how many, how long, and so on, longest first
 
     @staticmethod
     def from_dense(weight: Tensor, mask: Tensor | None = None, block: int = 64) -> BlockFilters:
@@ -126,14 +102,10 @@ class BlockFilters:
         flat, kept = (F.pad(t.permute(0, 2, 3, 1), (0, -c % block)).flatten(1) for t in (weight, mask))
         blocks = BlockWeight.from_dense(flat, kept, block)
         wide = -(-c // block)
-        tap, channel = blocks.columns // wide, blocks.columns % wide
+        tap, channel = blocks.places // wide, blocks.places % wide
         places = (tap // across << 24) + (tap % across << 16) + channel
         shape = n, c, down, across
         return BlockFilters(shape, blocks.values, places, blocks.starts, blocks.order, blocks.runs)
-
-    @property
-    def block(self) -> int:
-        return self.values.shape[2]
 
     @property
     def occupancy(self) -> float:
@@ -141,19 +113,8 @@ class BlockFilters:
         n, c, down, across = self.shape
         return self.places.numel() / (-(-n // self.block) * -(-c // self.block) * down * across)
 
-    def bytes(self) -> int:
-        """Memory of values and index."""
-        return sum(t.numel() * t.element_size() for t in (self.values, self.places, self.starts, self.order))
-
     def to_dense(self) -> Tensor:
-        return _dense(self.values, self.places, self.starts, self.order, self.shape)
-
-    def to(self, device: torch.device | str) -> BlockFilters:
-        values, places, starts, order = (
-            t.to(device) for t in (self.values, self.places, self.starts, self.order)
-        )
-        values = values.mT.contiguous().mT if values.device.type == "cpu" else values.contiguous()
-        return BlockFilters(self.shape, values, places, starts, order, self.runs)
+        return _dense(*self.tensors(), self.shape)
 
 
 def _unpacked(places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,7 +141,7 @@ def floor(
     g = geometry(kernel, stride, padding, dilation)
     outs = g.out(*x.shape[2:])
     pixels, size, blocks = len(x) * outs[0] * outs[1], x.element_size(), weight.places.numel()
-    tile, splits = choose(_kind(x.dtype), block, pixels, lists, blocks)
+    tile, splits = choose(kind(x.dtype, convolution=True), block, pixels, lists, blocks)
     # of every live block what its tap sees of the images, once for each part of its filters, and its weights
     # once for each tile of pixels
     *taps, channel = _unpacked(weight.places.long().cpu())
@@ -441,27 +402,14 @@ def _block_conv2d_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & in_n[None, :])
 
 
-def _kind(dtype: torch.dtype) -> str:
-    if dtype != torch.float32:
-        return "half"
-    # not cudnn.allow_tf32, which raises where convolutions and recurrent layers are set differently
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
-
-
 def choose(kind: str, block: int, pixels: int, lists: int, blocks: int) -> tuple[Tile, int]:
     """The tile of a product, and into how many parts each list is split."""
-    for tile in TILES[kind]:
-        if (tile.rows > 16 and tile.rows >= 2 * pixels) or block < tile.columns == 128:
-            continue
-        programs = _programs(tile, block, pixels, lists)
-        if programs >= ENOUGH or tile.rows <= SMALL:
-            break
-    steps = blocks * block // (lists * min(block, tile.depth))
-    return tile, max(1, min(SPLIT_BELOW // programs, steps // SHORTEST))
+    return _tiles.choose([_within(tile, block) for tile in TILES[kind]], block, pixels, lists, blocks)
 
 
-def _programs(tile: Tile, block: int, pixels: int, lists: int) -> int:
-    return -(-pixels // tile.rows) * lists * (block // min(block, tile.columns))
+def _within(tile: Tile, block: int) -> Tile:
+    """The tile with steps that end with a block."""
+    return tile._replace(depth=min(block, tile.depth))
 
 
 def launch(
@@ -484,50 +432,22 @@ def launch(
         raise ValueError(
             f"expected less than 2^31 pixels of y and numbers in an image, got {pixels} and {h * w * c}"
         )
-    x, values = x.permute(0, 2, 3, 1).contiguous(), values.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    kind = _kind(x.dtype)
-    tile, splits = chosen or choose(kind, block, pixels, lists, places.numel())
+    name, index = kind(x.dtype, convolution=True), (values, places, starts, order)
+    tile, splits = chosen or choose(name, block, pixels, lists, places.numel())
     y = x.new_empty(batch, p, q, n)
-    out = x.new_empty(splits, pixels, n, dtype=torch.float32) if splits > 1 else y
-    with torch.cuda.device_of(x):
-        _block_conv2d_kernel[_programs(tile, block, pixels, lists), splits](
-            x,
-            values,
-            places,
-            starts,
-            order,
-            bias,
-            out,
-            pixels,
-            n,
-            c,
-            h,
-            w,
-            p,
-            q,
-            lists,
-            splits,
-            GEOMETRY=tuple(g),
-            BLOCK=block,
-            HAS_BIAS=bias is not None and splits == 1,
-            RELU=relu and splits == 1,
-            SPLIT=splits > 1,
-            EVEN_C=c % block == 0,
-            BLOCK_M=tile.rows,
-            BLOCK_N=min(block, tile.columns),
-            DEPTH=min(block, tile.depth),
-            GROUP=GROUP,
-            PRECISION="tf32" if kind == "tf32" else "ieee",
-            CORES=kind != "ieee",
-            UPCAST=INTERPRET,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-        if splits > 1:
-            _sum_kernel[(-(-y.numel() // SUMMED),)](
-                out, bias, y, y.numel(), n, splits, HAS_BIAS=bias is not None, RELU=relu, SIZE=SUMMED
-            )
+    rest = {"C": c, "H": h, "W": w, "P": p, "Q": q, "GEOMETRY": tuple(g), "EVEN_C": c % block == 0}
+    _tiles.launch(
+        _block_conv2d_kernel,
+        x.permute(0, 2, 3, 1).contiguous(),
+        index,
+        bias,
+        relu,
+        y.view(pixels, n),
+        name,
+        _within(tile, block),
+        splits,
+        **rest,
+    )
     return y.permute(0, 3, 1, 2)
 
 

@@ -5,13 +5,12 @@ r"""Inference with block-sparse weights:  Y = act(X W^T + b),  of W only the blo
 | y       | [B, N]      | as x             |                + 4 (L + 2 N / b + 1)
 | bias    | [N]         | as x, or None    |              FLOPs = 2 B L b^2
 | values  | [L, b, b]   | as x             | the L live blocks, [n, k] each
-| columns | [L]         | int32            | their block columns
+| places  | [L]         | int32            | their block columns
 | starts  | [N / b + 1] | int32            | where the list of each block row begins in them; the end
 | order   | [N / b]     | int32            | block row of each list
 
 b is 16, 32, 64 or 128; N and K are rounded up to blocks, with weights of 0. The live blocks of a block row
-are a list. Lists go from the longest to the shortest, so that the last programs of a launch are short ones,
-and lists of one length are neighbours: on a CPU they are one batched product.
+are a list; _tiles has how lists are laid out and launched.
 
 A live block is multiplied whole: NaN and infinity in x reach y through all of its weights, pruned or not.
 Pruned blocks are not there, and nothing reaches y through them; only the reference, a dense product, has
@@ -37,29 +36,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from sparselth.kernels._triton import INTERPRET, tl, triton
+from sparselth.kernels import _tiles
+from sparselth.kernels._tiles import BLOCKS, DTYPES, GATHERED, SINGLY, Blocks, Tile, kind, laid, written
+from sparselth.kernels._triton import tl, triton
 from sparselth.kernels.bitmask import use_triton
 
-BLOCKS = (16, 32, 64, 128)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNELS = ("auto", "triton", "torch", "reference")
-
-
-class Tile(NamedTuple):
-    """What a program computes: rows (of the batch) x columns of y, in steps of `depth` along a list."""
-
-    rows: int
-    columns: int  # or the block, where that is less
-    depth: int
-    warps: int
-    stages: int
-
 
 # From large to small. A block of x comes from the L2 cache once for every live block, its weights once for
 # every tile of the batch, and that bounds large batches; hence 256 rows. Beside 128 columns they take a
@@ -89,27 +76,11 @@ TILES = {
         Tile(16, 16, 32, 1, 4),
     ),
 }
-SMALL = 64  # rows; tiles of more are taken where they make ENOUGH programs
-ENOUGH = 512
-SPLIT_BELOW = 264  # programs: fewer leave half of a big GPU idle, and long lists are split
-SHORTEST = 4  # steps of a part of a list
-GROUP = 4  # tiles of the batch that go through the lists side by side
-
-# On a CPU, in numbers of x that are gathered at a time: 1 MB, which a cache holds.
-GATHERED = 1 << 18
-SINGLY = 100  # blocks for each run of lists: up to here and up to GATHERED all blocks are one batch
 
 
 @dataclass(frozen=True, eq=False)
-class BlockWeight:
-    """W [N, K] by its live blocks."""
-
-    shape: tuple[int, int]
-    values: Tensor  # [L, b, b]; on a CPU with n innermost, so that a list is one matrix [k, n] to torch
-    columns: Tensor
-    starts: Tensor
-    order: Tensor
-    runs: tuple[int, ...]  # lists of one length: how many, how long, and so on, longest first
+class BlockWeight(Blocks):
+    """W [N, K] by its live blocks; `places` are the columns."""
 
     @staticmethod
     def from_dense(weight: Tensor, mask: Tensor | None = None, block: int = 64) -> BlockWeight:
@@ -135,7 +106,7 @@ class BlockWeight:
         runs = torch.stack(torch.unique_consecutive(lengths, return_counts=True)).flip(0)
         return BlockWeight(
             (weight.shape[0], weight.shape[1]),
-            _laid(values),
+            laid(values),
             columns.int(),
             starts.int(),
             order.int(),
@@ -143,25 +114,13 @@ class BlockWeight:
         )
 
     @property
-    def block(self) -> int:
-        return self.values.shape[2]
-
-    @property
     def occupancy(self) -> float:
         """Live blocks of all blocks."""
         n, k = (-(-size // self.block) for size in self.shape)
-        return self.columns.numel() / (n * k)
-
-    def bytes(self) -> int:
-        """Memory of values and index."""
-        return sum(t.numel() * t.element_size() for t in (self.values, self.columns, self.starts, self.order))
+        return self.places.numel() / (n * k)
 
     def to_dense(self) -> Tensor:
-        return _dense(self.values, self.columns, self.starts, self.order, self.shape)
-
-    def to(self, device: torch.device | str) -> BlockWeight:
-        columns, starts, order = (t.to(device) for t in (self.columns, self.starts, self.order))
-        return BlockWeight(self.shape, _laid(self.values.to(device)), columns, starts, order, self.runs)
+        return _dense(*self.tensors(), self.shape)
 
 
 def _blocks(t: Tensor, block: int) -> Tensor:
@@ -172,11 +131,7 @@ def _blocks(t: Tensor, block: int) -> Tensor:
     return t.reshape(-(-n // block), block, -(-k // block), block).transpose(1, 2)
 
 
-def _laid(values: Tensor) -> Tensor:
-    return values.mT.contiguous().mT if values.device.type == "cpu" else values.contiguous()
-
-
-def _dense(values: Tensor, columns: Tensor, starts: Tensor, order: Tensor, shape: tuple[int, int]) -> Tensor:
+def _dense(values: Tensor, columns: Tensor, starts: Tensor, order: Tensor, shape: Sequence[int]) -> Tensor:
     (n, k), block = shape, values.shape[2]
     rows = torch.repeat_interleave(order, starts.diff())
     dense = values.new_zeros(order.numel(), -(-k // block), block, block)
@@ -187,10 +142,10 @@ def _dense(values: Tensor, columns: Tensor, starts: Tensor, order: Tensor, shape
 def floor(weight: BlockWeight, batch: int) -> dict[str, int]:
     """Least bytes and FLOPs; and `l2_bytes`, what this kernel moves through the L2 cache with its tiles."""
     (n, k), block, lists = weight.shape, weight.block, weight.order.numel()
-    size, blocks = weight.values.element_size(), weight.columns.numel()
-    tile, splits = choose(_kind(weight.values.dtype), block, batch, lists, blocks)
+    size, blocks = weight.values.element_size(), weight.places.numel()
+    tile, splits = _tiles.choose(TILES[kind(weight.values.dtype)], block, batch, lists, blocks)
     # of each live block the batch once for each part of its rows, its weights once for each tile of the batch
-    inside = int((k - weight.columns.long() * block).clamp(max=block).sum())
+    inside = int((k - weight.places.long() * block).clamp(max=block).sum())
     x = batch * inside * (block // min(block, tile.columns))
     w = blocks * block**2 * -(-batch // tile.rows)
     return {
@@ -198,11 +153,6 @@ def floor(weight: BlockWeight, batch: int) -> dict[str, int]:
         "l2_bytes": (x + w) * size + written(batch * n, size, splits),
         "flops": 2 * batch * weight.values.numel(),
     }
-
-
-def written(numbers: int, size: int, splits: int) -> int:
-    """Bytes of y, and of its parts in fp32, which are written and read where lists are split."""
-    return numbers * (size + (8 * splits if splits > 1 else 0))
 
 
 def _torch(
@@ -323,7 +273,7 @@ def _block_linear_kernel(
     RELU: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
@@ -332,11 +282,11 @@ def _block_linear_kernel(
     UPCAST: tl.constexpr,
 ):
     PARTS: tl.constexpr = BLOCK // BLOCK_N
-    tiles_b = tl.cdiv(B, BLOCK_B)
+    tiles_b = tl.cdiv(B, BLOCK_M)
     tiles_n = lists * PARTS
     pid = tl.program_id(0)
     pid_b, pid_n = tl.swizzle2d(pid // tiles_n, pid % tiles_n, tiles_b, tiles_n, GROUP)
-    first_b = pid_b.to(tl.int64) * BLOCK_B
+    first_b = pid_b.to(tl.int64) * BLOCK_M
     start = tl.load(starts_ptr + pid_n // PARTS)
     end = tl.load(starts_ptr + pid_n // PARTS + 1)
     row = tl.load(order_ptr + pid_n // PARTS)
@@ -345,7 +295,7 @@ def _block_linear_kernel(
         start += tl.program_id(1) * share
         end = tl.minimum(start + share, end)
         out_ptr += tl.program_id(1).to(tl.int64) * B * N
-    offs_b = tl.arange(0, BLOCK_B)
+    offs_b = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     in_b = offs_b < (B - first_b).to(tl.int32)
 
@@ -356,7 +306,7 @@ def _block_linear_kernel(
     offs_x = offs_b[:, None] * stride_xb
     offs_w = offs_n[None, :] * BLOCK
     count = (end - start) * BLOCK
-    acc = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     columns = _columns(columns_ptr, 0, count, BLOCK, DEPTH)
     steps = tl.cdiv(count, DEPTH)
     if CORES:
@@ -420,57 +370,6 @@ def _block_linear_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_b[:, None] & in_n[None, :])
 
 
-@triton.jit
-def _sum_kernel(
-    parts_ptr,
-    bias_ptr,
-    out_ptr,
-    size,
-    N,
-    splits,
-    HAS_BIAS: tl.constexpr,
-    RELU: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    """out = act(parts[0] + parts[1] + ... + bias), `size` numbers in rows of N."""
-    offs = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = offs < size
-    acc = tl.zeros((SIZE,), tl.float32)
-    for _ in range(splits):
-        acc += tl.load(parts_ptr + offs, mask=inside, other=0.0)
-        parts_ptr += size
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs % N, mask=inside, other=0.0).to(tl.float32)
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)
-    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-SUMMED = 1024  # numbers of y that a program of _sum_kernel adds up
-
-
-def _kind(dtype: torch.dtype) -> str:
-    if dtype != torch.float32:
-        return "half"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def choose(kind: str, block: int, batch: int, lists: int, blocks: int) -> tuple[Tile, int]:
-    """The tile of a product, and into how many parts each list is split."""
-    for tile in TILES[kind]:
-        if (tile.rows > 16 and tile.rows >= 2 * batch) or block < tile.columns == 128:
-            continue
-        programs = _programs(tile, block, batch, lists)
-        if programs >= ENOUGH or tile.rows <= SMALL:
-            break
-    steps = blocks * block // (lists * tile.depth)
-    return tile, max(1, min(SPLIT_BELOW // programs, steps // SHORTEST))
-
-
-def _programs(tile: Tile, block: int, batch: int, lists: int) -> int:
-    return -(-batch // tile.rows) * lists * (block // min(block, tile.columns))
-
-
 def launch(
     x: Tensor,
     values: Tensor,
@@ -484,49 +383,14 @@ def launch(
 ) -> Tensor:
     """Y by Triton; `chosen` instead of what `choose` says."""
     (batch, k), block, lists = x.shape, values.shape[2], order.numel()
-    x, values = x if x.stride(1) == 1 else x.contiguous(), values.contiguous()
+    x = x if x.stride(1) == 1 else x.contiguous()
     if (batch > 1 and x.stride(0) >= 2**23) or k * block >= 2**31:  # offsets are 32 bits wide
         raise ValueError(f"expected rows of x less than 2^23 numbers apart, got {x.stride(0)} and K = {k}")
-    kind = _kind(x.dtype)
-    tile, splits = chosen or choose(kind, block, batch, lists, columns.numel())
-    width = min(block, tile.columns)
-    bias = None if bias is None else bias.contiguous()
+    name, index = kind(x.dtype), (values, columns, starts, order)
+    tile, splits = chosen or _tiles.choose(TILES[name], block, batch, lists, columns.numel())
     y = x.new_empty(batch, n)
-    out = x.new_empty(splits, batch, n, dtype=torch.float32) if splits > 1 else y
-    with torch.cuda.device_of(x):
-        _block_linear_kernel[_programs(tile, block, batch, lists), splits](
-            x,
-            values,
-            columns,
-            starts,
-            order,
-            bias,
-            out,
-            batch,
-            n,
-            k,
-            lists,
-            splits,
-            x.stride(0),
-            BLOCK=block,
-            HAS_BIAS=bias is not None and splits == 1,
-            RELU=relu and splits == 1,
-            SPLIT=splits > 1,
-            EVEN_K=k % block == 0,
-            BLOCK_B=tile.rows,
-            BLOCK_N=width,
-            DEPTH=tile.depth,
-            GROUP=GROUP,
-            PRECISION="tf32" if kind == "tf32" else "ieee",
-            CORES=kind != "ieee",
-            UPCAST=INTERPRET,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-        if splits > 1:
-            _sum_kernel[(-(-y.numel() // SUMMED),)](
-                out, bias, y, y.numel(), n, splits, HAS_BIAS=bias is not None, RELU=relu, SIZE=SUMMED
-            )
+    rest = {"K": k, "stride_xb": x.stride(0), "EVEN_K": k % block == 0}
+    _tiles.launch(_block_linear_kernel, x, index, bias, relu, y, name, tile, splits, **rest)
     return y
 
 
@@ -550,7 +414,7 @@ def block_linear(
             f"expected bias [{n}] in {x.dtype} on {x.device}, "
             f"got {list(bias.shape)} in {bias.dtype} on {bias.device}"
         )
-    index = weight.columns, weight.starts, weight.order
+    index = weight.places, weight.starts, weight.order
     # the operator is for the compiler and for autograd, which it refuses; a call of it takes 50 us
     wanted = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
     run = _operator if wanted else _forward

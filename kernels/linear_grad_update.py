@@ -38,26 +38,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparselth.kernels._tiles import Tile, kind
 from sparselth.kernels._triton import tl, triton
 from sparselth.kernels.bitmask import unpack, use_triton
 from sparselth.kernels.masked_update import BETA1, BETA2, EPS, masked_adam_many, masked_sgd_many
-
-
-class Tile(NamedTuple):
-    """What a program updates: rows x columns of weights, summed over the batch `depth` at a time."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
 
 # 16 weights a thread in at most 128 registers, so that 4 programs share a multiprocessor: with 8 weights the
 # product would read shared memory more often for each, with 32 they would not fit the registers. Of 300 x 784
@@ -440,8 +430,8 @@ def _launch(
     state = [weight, *moments]
     unit_dy, unit_x = _unit(n, dy.stride(0), dy.stride(2)), _unit(x.stride(0), x.stride(2))
     unit_w = _unit(k, weight.stride(0))
-    kind = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    tile = TILES[kind]
+    name = kind(weight.dtype)
+    tile = TILES[name]
     absent = [None] * (2 - len(moments))
     with torch.cuda.device_of(weight):
         _kernel[triton.cdiv(n, tile.rows) * triton.cdiv(k, tile.columns), r](
@@ -479,7 +469,7 @@ def _launch(
             BLOCK_N=tile.rows,
             BLOCK_K=tile.columns,
             BLOCK_B=tile.depth,
-            PRECISION=kind,
+            PRECISION=name,
             num_warps=tile.warps,
             num_stages=tile.stages,
             enable_fp_fusion=False,

@@ -54,13 +54,13 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from sparselth.kernels._graphs import replayed
+from sparselth.kernels._tiles import DTYPES, Tile, kind, precision
 from sparselth.kernels._triton import INTERPRET, tl, triton, within_grid
 from sparselth.kernels.bitmask import launch_count, launch_unpack, use_triton
 
 Pair = int | Sequence[int]
 STREAMS = 4  # on which the vendor's convolutions of single replicas run side by side
 LISTED = 1024  # tiles that a program lists at a time; all at once, ptxas takes minutes for 2^18 of them
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
 class Geometry(NamedTuple):
@@ -468,43 +468,33 @@ def _sum_kernel(
 # Launching them
 
 
-class Tile(NamedTuple):
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-    def blocks(self) -> dict[str, int]:
-        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
-
-
-def _tile(dtype: torch.dtype, precision: str, out: int, inner: int) -> Tile:
-    """Of forward and dgrad: m pixels x n of the `out` channels, k deep in taps of `inner` channels."""
-    if dtype == torch.float32 and precision == "ieee":  # no tensor cores: larger tiles spill
+def _tile(kind: str, out: int, inner: int) -> Tile:
+    """Of forward and dgrad: rows are pixels, columns some of the `out` channels, each tap has `inner`."""
+    if kind == "ieee":  # no tensor cores: larger tiles spill
         return Tile(64, _power_of_2(out, 16, 64), 16, 4, 4)
     if inner % 32:  # each column of a tile has its own tap, and so every number its own address
         return Tile(64, _power_of_2(out, 16, 64), 16, 4, 3)
     n = _power_of_2(out, 16, 128)
-    return Tile(128, n, 64 if inner % 64 == 0 and dtype != torch.float32 else 32, 8 if n == 128 else 4, 3)
+    return Tile(128, n, 64 if inner % 64 == 0 and kind == "half" else 32, 8 if n == 128 else 4, 3)
 
 
-def _wgrad_tile(dtype: torch.dtype, precision: str, n: int, c: int, k: int) -> Tile:
-    """Of wgrad: n x k of dw, m pixels deep."""
+def _wgrad_tile(kind: str, n: int, c: int, k: int) -> Tile:
+    """Of wgrad: rows and columns of dw [n, k], summed over pixels."""
     n, k = _power_of_2(n, 16, 128), _power_of_2(k, 16, 64 if c % 64 == 0 else 32)
-    if dtype == torch.float32 and precision == "ieee":
+    if kind == "ieee":
         # with 3 stages ptxas 12.9 fits 128 x 64 into 80 registers for sm_80, by spilling 16 bytes
-        return Tile(16, n, k, 8, 4) if n * k >= 4096 else Tile(16, n, k, 4, 3)
-    return Tile(32 if dtype == torch.float32 else 64, n, k, 4, 3)
+        return Tile(n, k, 16, 8, 4) if n * k >= 4096 else Tile(n, k, 16, 4, 3)
+    return Tile(n, k, 32 if kind == "tf32" else 64, 4, 3)
 
 
-def _chunks(tiles: int, m: int, tile: Tile) -> tuple[int, int]:
-    """(chunks, steps in each) of wgrad: enough programs for a large GPU, but 512 pixels in each at least.
+def _chunks(tiles: int, m: int, depth: int) -> tuple[int, int]:
+    """(chunks, steps of `depth` pixels in each) of wgrad: enough programs for a large GPU, but 512 pixels in
+    each at least.
 
     Neither R nor the device counts, so that a replica's sums are the same wherever it trains.
     """
-    steps = _ceil(m, tile.m)
-    each = min(steps, max(_ceil(512, tile.m), _ceil(steps * tiles, 264)))
+    steps = _ceil(m, depth)
+    each = min(steps, max(_ceil(512, depth), _ceil(steps * tiles, 264)))
     return _ceil(steps, each), each
 
 
@@ -515,12 +505,6 @@ def _power_of_2(n: int, low: int, high: int) -> int:
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    # not cudnn.allow_tf32, which raises where convolutions and recurrent layers are set differently
-    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return "tf32" if dtype == torch.float32 and tf32 else "ieee"
 
 
 def _pixels(t: Tensor) -> Tensor:
@@ -552,11 +536,11 @@ def launch_product(
     r, b, inner, *extent = x.shape
     n, c = w.shape[1:3]
     out, taps, m = c if transposed else n, g.kernel[0] * g.kernel[1], b * size[0] * size[1]
-    precision = _precision(x.dtype)
-    tile = _tile(x.dtype, precision, out, inner)
-    out_tiles, k_tiles = _ceil(out, tile.n), _ceil(taps * inner, tile.k)
+    name = kind(x.dtype, convolution=True)
+    tile = _tile(name, out, inner)
+    out_tiles, k_tiles = _ceil(out, tile.columns), _ceil(taps * inner, tile.depth)
     x, w, mask = _pixels(x), _rows(w), _rows(mask)
-    packed = x.new_empty(r, out_tiles, tile.n, k_tiles, tile.k)
+    packed = x.new_empty(r, out_tiles, tile.columns, k_tiles, tile.depth)
     occupied, live = x.new_empty(2, r, out_tiles, k_tiles, dtype=torch.int32)
     count = x.new_empty(r, out_tiles, dtype=torch.int32)
     y = x.new_empty(r, b, *size, out)
@@ -574,12 +558,13 @@ def launch_product(
             *mask.stride()[:2],
             TAPS=taps,
             TRANSPOSED=transposed,
-            BLOCK_N=tile.n,
-            BLOCK_K=tile.k,
-            num_warps=_power_of_2(tile.n * tile.k // 512, 4, 16),  # 16 weights a thread; 32 of them spill
+            BLOCK_N=tile.columns,
+            BLOCK_K=tile.depth,
+            # 16 weights a thread; 32 of them spill
+            num_warps=_power_of_2(tile.columns * tile.depth // 512, 4, 16),
         )
         _list_kernel[r * out_tiles,](occupied, live, count, k_tiles, BLOCK=_power_of_2(k_tiles, 16, LISTED))
-        _conv_kernel[_ceil(m, tile.m) * out_tiles, r](
+        _conv_kernel[_ceil(m, tile.rows) * out_tiles, r](
             x,
             packed,
             live,
@@ -597,10 +582,12 @@ def launch_product(
             x.stride(0),
             GEOMETRY=tuple(g),
             TRANSPOSED=transposed,
-            ONE_TAP=inner % tile.k == 0,
+            ONE_TAP=inner % tile.depth == 0,
             HAS_BIAS=bias is not None,
-            **tile.blocks(),
-            PRECISION=precision,
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns,
+            BLOCK_K=tile.depth,
+            PRECISION=precision(name),
             UPCAST=INTERPRET,
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -613,12 +600,12 @@ def launch_wgrad(dy: Tensor, x: Tensor, mask: Tensor, g: Geometry) -> Tensor:
         return torch.cat([launch_wgrad(dy[s], x[s], mask[s], g) for s in parts])
     r, b, n, p, q = dy.shape
     c, taps = x.shape[2], g.kernel[0] * g.kernel[1]
-    k, m, precision = taps * c, b * p * q, _precision(x.dtype)
-    tile = _wgrad_tile(x.dtype, precision, n, c, k)
-    n_tiles, k_tiles = _ceil(n, tile.n), _ceil(k, tile.k)
-    chunks, steps = _chunks(n_tiles * k_tiles, m, tile)
+    k, m, name = taps * c, b * p * q, kind(x.dtype, convolution=True)
+    tile = _wgrad_tile(name, n, c, k)
+    n_tiles, k_tiles = _ceil(n, tile.rows), _ceil(k, tile.columns)
+    chunks, steps = _chunks(n_tiles * k_tiles, m, tile.depth)
     dy, x, mask = _pixels(dy), _pixels(x), _rows(mask)
-    slab = x.new_empty(chunks, r, n_tiles * tile.n, k_tiles * tile.k, dtype=torch.float32)
+    slab = x.new_empty(chunks, r, n_tiles * tile.rows, k_tiles * tile.columns, dtype=torch.float32)
     dw = x.new_empty(r, n, c, *g.kernel)
     bytes_ = _power_of_2(mask.shape[2], 1, 128)
     with torch.cuda.device_of(x):
@@ -641,9 +628,11 @@ def launch_wgrad(dy: Tensor, x: Tensor, mask: Tensor, g: Geometry) -> Tensor:
             P=p,
             Q=q,
             GEOMETRY=tuple(g),
-            ONE_TAP=c % tile.k == 0,
-            **tile.blocks(),
-            PRECISION=precision,
+            ONE_TAP=c % tile.columns == 0,
+            BLOCK_M=tile.depth,
+            BLOCK_N=tile.rows,
+            BLOCK_K=tile.columns,
+            PRECISION=precision(name),
             UPCAST=INTERPRET,
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -672,13 +661,13 @@ CHOICES: dict[tuple[Any, ...], Choice] = {}
 def explain() -> str:
     """What "auto" chose on CUDA and why, one line a choice. After CHOICES.clear() it times again."""
     lines = []
-    for (which, device, dtype, precision, *layouts, g), choice in CHOICES.items():
+    for (which, device, dtype, name, *layouts, g), choice in CHOICES.items():
         a, strides_a, b, strides_b = (list(numbers) for numbers in layouts)
         times = ", ".join(f"{name} {1e3 * t:.3f} ms" for name, t in choice.seconds.items())
         why = times or "met inside a graph capture, where nothing can be timed"
         lines.append(
             f"{which} of {a} strides {strides_a} and {b} strides {strides_b}, {g}, "
-            f"{dtype} {precision} on {device}: {choice.taken} ({why})"
+            f"{dtype} {name} on {device}: {choice.taken} ({why})"
         )
     return "\n".join(lines) or "nothing was chosen yet; without CUDA the reference runs"
 
@@ -688,13 +677,14 @@ def _dispatch(
 ) -> Tensor:
     """Run one of `runs` for the pass `which` over the tensors a and b: "triton", or the vendor's convolution
     with the replicas as groups of one call ("reference") or "apart"."""
-    if not use_triton(kernels, a) or (kernels == "auto" and a.dtype not in POINTERS):
+    if not use_triton(kernels, a) or (kernels == "auto" and a.dtype not in DTYPES):
         return runs["reference"]()
-    if a.dtype not in POINTERS:
+    if a.dtype not in DTYPES:
         raise ValueError(f"expected fp32, fp16 or bf16 for Triton, got {a.dtype}")
     if kernels == "triton":
         return runs["triton"]()
-    key = (which, a.device, a.dtype, _precision(a.dtype), a.shape, a.stride(), b.shape, b.stride(), g)
+    name = kind(a.dtype, convolution=True)
+    key = (which, a.device, a.dtype, name, a.shape, a.stride(), b.shape, b.stride(), g)
     if not (key in CHOICES and CHOICES[key].seconds):
         CHOICES[key] = _measure(a.device, {k: v for k, v in runs.items() if k != "apart" or len(a) > 1})
     return runs[CHOICES[key].taken]()

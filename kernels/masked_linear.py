@@ -29,24 +29,14 @@ Account of y at 4096 square, batch 512, bf16, on an H100. Goal: 1.3 times cuBLAS
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, library
 
+from sparselth.kernels._tiles import Tile, kind, precision
 from sparselth.kernels._triton import INTERPRET, tl, triton, within_grid
 from sparselth.kernels.bitmask import reference_unpack, use_triton
-
-
-class Tile(NamedTuple):
-    """What a program computes: rows x columns of the result, in steps of `depth` along the sum."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
 
 # (large, small) for each kind of product; 16 deep in IEEE fp32, which spills registers beyond
 TILES = {
@@ -55,7 +45,6 @@ TILES = {
     "ieee": (Tile(128, 64, 16, 8, 4), Tile(32, 64, 16, 4, 4)),
 }
 LARGE_FROM = 64  # programs a replica: with fewer large tiles, half of a big GPU would idle
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def reference(x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
@@ -289,14 +278,6 @@ def _weight_grad_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _kind(dtype: torch.dtype) -> str:
-    if dtype not in DTYPES:
-        raise ValueError(f"Triton kernels take {', '.join(map(str, DTYPES))}, got {dtype}")
-    if dtype != torch.float32:
-        return "half"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 def _choose(kind: str, rows: int, columns: int) -> tuple[Tile, int]:
     """The tile for results [R, rows, columns] and the programs a replica takes; R must not matter."""
     large, small = TILES[kind]
@@ -329,8 +310,8 @@ def launch_product(
     w, mask, bias = _unit_stride(w), _unit_stride(mask), None if bias is None else bias.contiguous()
     _near(v, w)
     out = v.new_empty(r, b, m)
-    kind = _kind(v.dtype)
-    tile, programs = _choose(kind, m, b)
+    name = kind(v.dtype)
+    tile, programs = _choose(name, m, b)
     with torch.cuda.device_of(v):
         _product_kernel[programs, r](
             v,
@@ -351,7 +332,7 @@ def launch_product(
             BLOCK_M=tile.rows,
             BLOCK_B=tile.columns,
             BLOCK_C=tile.depth,
-            PRECISION="tf32" if kind == "tf32" else "ieee",
+            PRECISION=precision(name),
             UPCAST=INTERPRET,
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -367,8 +348,8 @@ def launch_weight_grad(dy: Tensor, x: Tensor, factor: Tensor, scores: bool) -> T
     factor = _unit_stride(factor)
     _near(dy, x, factor)
     out = x.new_empty(r, n, k)
-    kind = _kind(x.dtype)
-    tile, programs = _choose(kind, n, k)
+    name = kind(x.dtype)
+    tile, programs = _choose(name, n, k)
     with torch.cuda.device_of(x):
         _weight_grad_kernel[programs, r](
             dy,
@@ -385,7 +366,7 @@ def launch_weight_grad(dy: Tensor, x: Tensor, factor: Tensor, scores: bool) -> T
             BLOCK_N=tile.rows,
             BLOCK_K=tile.columns,
             BLOCK_B=tile.depth,
-            PRECISION="tf32" if kind == "tf32" else "ieee",
+            PRECISION=precision(name),
             UPCAST=INTERPRET,
             num_warps=tile.warps,
             num_stages=tile.stages,

@@ -13,8 +13,8 @@ from torch import Tensor
 from gpu.common import Case, Here, judged
 from gpu.timing import median, ratio, rows
 from oracle import DTYPES, NAN, UNIT, Wrong, compare, must_replay, need_memory, precision
+from sparselth.kernels._tiles import Tile
 from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d, floor, launch
-from sparselth.kernels.block_linear import Tile
 from sparselth.kernels.masked_conv2d import geometry
 
 Pair = tuple[int, int]

@@ -15,7 +15,8 @@ from torch import Tensor
 from gpu.common import Case, Here, judged
 from gpu.timing import Copies, Run, first_line, median, once, ratio, rows
 from oracle import DTYPES, NAN, UNIT, Wrong, compare, must_replay, need_memory, precision
-from sparselth.kernels.block_linear import BlockWeight, Tile, block_linear, floor, launch
+from sparselth.kernels._tiles import Tile
+from sparselth.kernels.block_linear import BlockWeight, block_linear, floor, launch
 
 Shape = tuple[int, int, int, int]  # B, N, K, block
 # B, N, K, block, part of the blocks pruned
@@ -253,7 +254,7 @@ def benchmark(here: Here, part: str, workload: Workload) -> dict[str, Any]:
                 except Exception as error:  # then the others race without it
                     facts["torch BSR"] = first_line(error)
             if workload == TARGETS.get(block) and part == "bf16":
-                index = w.columns, w.starts, w.order
+                index = w.places, w.starts, w.order
                 for tile in OTHER_TILES[block]:
                     name = "triton, tile {} x {} x {}, {} warps, {} stages".format(*tile)
                     rivals[name] = partial(launch, x, w.values, *index, len(bias), bias, False, (tile, 1))

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparselth.kernels import _native
+from sparselth.kernels._tiles import BLOCKS
 from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d
-from sparselth.kernels.block_linear import BLOCKS, BlockWeight, block_linear
+from sparselth.kernels.block_linear import BlockWeight, block_linear
 from sparselth.kernels.csr_linear import CsrIndex, bind_csr_linear
 from sparselth.kernels.csr_packed import Packed, bind_csr_packed
 from sparselth.kernels.sparse_conv2d import Conv2dIndex, Slices, bind_sparse_conv2d

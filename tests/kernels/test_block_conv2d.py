@@ -31,9 +31,10 @@ from oracle import (
     surrounded,
     traffic,
 )
+from sparselth.kernels import _tiles
 from sparselth.kernels import block_conv2d as module
+from sparselth.kernels._tiles import BLOCKS, Tile
 from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d, choose, floor, launch
-from sparselth.kernels.block_linear import BLOCKS, Tile
 from sparselth.kernels.masked_conv2d import geometry
 
 CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
@@ -358,7 +359,7 @@ def test_every_tile_and_split_lists(part: str, kind: str, tile: Tile) -> None:
         p = Problem(pick(1, 2), *channels, size, kernel, where, block, DTYPES[part], seed=2)
         right = p.right(True)
         with precision(part):
-            assert module._kind(p.x.dtype) == kind
+            assert _tiles.kind(p.x.dtype, convolution=True) == kind
             for splits in (1, 3):
                 y = p.launch((tile, splits))
                 assert (y.double() - right).norm() <= max(3 * UNIT[part], 1e-6) * right.norm()
@@ -408,8 +409,8 @@ def test_grids_are_a_devices(
             grids.append(grid)
             return lambda *args, **kwargs: None
 
-    for name in ("_block_conv2d_kernel", "_sum_kernel"):
-        monkeypatch.setattr(module, name, Counted())
+    monkeypatch.setattr(module, "_block_conv2d_kernel", Counted())
+    monkeypatch.setattr(_tiles, "_sum_kernel", Counted())
     monkeypatch.setattr(torch.cuda, "device_of", lambda t: nullcontext())
     x = torch.empty(batch, c, size, size, device="meta", dtype=torch.bfloat16)
     values = x.new_empty(blocks, block, block)

@@ -32,8 +32,10 @@ from oracle import (
     surrounded,
     traffic,
 )
+from sparselth.kernels import _tiles
 from sparselth.kernels import block_linear as module
-from sparselth.kernels.block_linear import BLOCKS, BlockWeight, Tile, block_linear, choose, floor, launch
+from sparselth.kernels._tiles import BLOCKS, Tile, choose
+from sparselth.kernels.block_linear import BlockWeight, block_linear, floor, launch
 
 CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
 RTOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # 3 times torch's own
@@ -266,10 +268,10 @@ def test_an_empty_list_reads_neither_x_nor_weights(kind: str, tile: Tile, splits
     x[:, :block] = NAN
     bias = torch.arange(3 * block, device=DEVICE).to(one.dtype)  # up to 95, sums to 127
     for w in (BlockWeight.from_dense(one, mask, block), BlockWeight.from_dense(one, mask & False, block)):
-        index = w.columns, w.starts, w.order
+        index = w.places, w.starts, w.order
         with precision(part):
             y = launch(x, surrounded(w.values), *index, len(bias), bias, False, (tile, splits))
-        live = w.columns.numel() * block * mask[:, -1]
+        live = w.places.numel() * block * mask[:, -1]
         assert y.equal((bias + live).expand_as(y))
 
 
@@ -287,9 +289,9 @@ def test_every_tile_and_split_lists(part: str, kind: str, tile: Tile) -> None:
     for block in pick((16, min(128, 2 * tile.columns)), BLOCKS):
         p = Problem(pick(19, 70), block + 9, pick(90, 5 * block + 8), block, DTYPES[part])
         w, right = p.weight, p.right(True)
-        call = partial(launch, p.x, w.values, w.columns, w.starts, w.order, len(p.bias))
+        call = partial(launch, p.x, w.values, w.places, w.starts, w.order, len(p.bias))
         with precision(part):
-            assert module._kind(p.x.dtype) == kind
+            assert _tiles.kind(p.x.dtype) == kind
             for splits in (1, 3):
                 y = call(p.bias, True, (tile, splits))
                 assert (y.double() - right).norm() <= max(3 * UNIT[part], 1e-6) * right.norm()
@@ -302,7 +304,7 @@ def test_every_tile_and_split_lists(part: str, kind: str, tile: Tile) -> None:
 def test_the_choice_of_tiles() -> None:
     def chosen(kind: str, block: int, batch: int, n: int, k: int, density: float) -> tuple[int, int, int]:
         lists = -(-n // block)
-        tile, splits = choose(kind, block, batch, lists, int(lists * k / block * density))
+        tile, splits = choose(module.TILES[kind], block, batch, lists, int(lists * k / block * density))
         return tile.rows, min(block, tile.columns), splits
 
     assert chosen("half", 64, 4096, 8192, 8192, 0.1) == (256, 64, 1)
@@ -318,7 +320,7 @@ def test_the_choice_of_tiles() -> None:
     for kind in module.TILES:
         for block in BLOCKS:
             for batch in (1, 16, 17, 33, 100, 5000):
-                tile, splits = choose(kind, block, batch, 7, 0)
+                tile, splits = choose(module.TILES[kind], block, batch, 7, 0)
                 assert splits == 1
                 assert tile.rows <= 16 or tile.rows < 2 * batch
                 assert tile.columns <= max(64, block)
@@ -344,8 +346,8 @@ def test_grids_are_a_devices(
             grids.append(grid)
             return lambda *args, **kwargs: None
 
-    for name in ("_block_linear_kernel", "_sum_kernel"):
-        monkeypatch.setattr(module, name, Counted())
+    monkeypatch.setattr(module, "_block_linear_kernel", Counted())
+    monkeypatch.setattr(_tiles, "_sum_kernel", Counted())
     monkeypatch.setattr(torch.cuda, "device_of", lambda t: nullcontext())
     x = torch.empty(batch, k, device="meta", dtype=torch.bfloat16)
     values = x.new_empty(blocks, block, block)
@@ -450,7 +452,7 @@ def test_what_does_not_fit_is_said() -> None:
             block_linear(*args)
     far = torch.empty(1, device="meta").as_strided((2, 30), (2**23, 1))
     with pytest.raises(ValueError, match=r"less than 2\^23 numbers apart"):
-        launch(far, weight.values, weight.columns, weight.starts, weight.order, 20, None, False)
+        launch(far, weight.values, weight.places, weight.starts, weight.order, 20, None, False)
 
 
 def test_floor() -> None:
@@ -482,9 +484,9 @@ def test_floor() -> None:
 def test_l2_bytes_are_what_the_kernel_loads_and_stores(shape: tuple[int, int, int, int], parts: int) -> None:
     p = Problem(*shape, torch.float32)
     w = p.weight
-    _, splits = choose("ieee", w.block, shape[0], w.order.numel(), w.columns.numel())
+    _, splits = choose(module.TILES["ieee"], w.block, shape[0], w.order.numel(), w.places.numel())
     assert splits == parts
-    with traffic(w.columns, w.starts, w.order, p.bias) as found:
+    with traffic(w.places, w.starts, w.order, p.bias) as found:
         block_linear(p.x, w, p.bias, kernels="triton")
     assert sum(found) == floor(w, shape[0])["l2_bytes"]
 
@@ -500,7 +502,7 @@ w = torch.randn(40, 50)
 w[16:32, :32] = 0
 weight, x, bias = BlockWeight.from_dense(w, block=16), torch.randn(5, 50), torch.randn(40)
 for kernels in ("auto", "reference"):
-    index = weight.columns, weight.starts, weight.order, list(weight.runs)
+    index = weight.places, weight.starts, weight.order, list(weight.runs)
     library.opcheck(_operator, (x, weight.values, *index, 40, bias, True, kernels))
     library.opcheck(_operator, (x.t().contiguous().t(), weight.values, *index, 40, None, False, kernels))
 compiled = torch.compile(lambda x: block_linear(x, weight, bias), fullgraph=True, backend="aot_eager")
@@ -521,4 +523,4 @@ def test_without_the_interpreter(without_interpreter: Callable[[str], str]) -> N
 def test_large_tiles_take_warp_groups_and_all_stages(
     takes_warp_groups: Callable[[str, dict[str, tuple[Any, ...]], str], None],
 ) -> None:
-    takes_warp_groups("block_linear", module.TILES, "BLOCK_B")
+    takes_warp_groups("block_linear", module.TILES, "BLOCK_M")

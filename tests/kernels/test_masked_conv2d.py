@@ -33,6 +33,7 @@ from oracle import (
 )
 from sparselth.kernels import _graphs, _triton, bitmask
 from sparselth.kernels import masked_conv2d as op
+from sparselth.kernels._tiles import kind
 from sparselth.kernels.masked_conv2d import masked_conv2d
 
 CONV = torch.backends.cudnn.conv  # type: ignore[attr-defined]
@@ -338,14 +339,14 @@ def test_gradients_by_finite_differences() -> None:
 def test_precision_is_that_of_convolutions() -> None:
     for setting in ("tf32", "ieee"):
         CONV.fp32_precision = setting  # and not that of recurrent layers: cudnn.allow_tf32 raises
-        assert op._precision(torch.float32) == setting
-        assert op._precision(torch.bfloat16) == "ieee"
+        assert kind(torch.float32, convolution=True) == setting
+        assert kind(torch.bfloat16, convolution=True) == "half"
 
 
 @pytest.mark.parametrize("part", pick(["tf32"], list(DTYPES)))
 def test_same_bits_again_and_in_any_company(part: str) -> None:
     p = problem(Case(2, 2, 2, (17, 17), 3, (2, 1)), DTYPES[part])
-    assert op._chunks(1, 2 * 16 * 17, op._wgrad_tile(torch.float32, "tf32", 3, 2, 4))[0] > 1
+    assert op._chunks(1, 2 * 16 * 17, op._wgrad_tile("tf32", 3, 2, 4).depth)[0] > 1
     dy = random_dy(p)
     with precision(part):
         together = ours(p, dy)

@@ -1,13 +1,11 @@
-(
-    """block_conv2d: every tile, the small ones with channels that end within a block; blocks of every size;
+"""block_conv2d: every tile, the small ones with channels that end within a block; blocks of every size;
 split lists."""
-    ""
-)
 
 from __future__ import annotations
 
 from shipped import Aot
-from sparselth.kernels.block_conv2d import GROUP, TILES, Tile, _block_conv2d_kernel
+from sparselth.kernels._tiles import GROUP, Tile, precision
+from sparselth.kernels.block_conv2d import TILES, _block_conv2d_kernel
 
 # Registers, and narrow accesses: those of the bias and of the places. Large tiles take up to 224 registers
 # on sm_80; on sm_90 those of 8 warps at most 128.
@@ -27,7 +25,7 @@ def _aot(kind: str, block: int, tile: Tile, even: bool = True, split: bool = Fal
         "BLOCK_N": min(block, tile.columns),
         "DEPTH": min(block, tile.depth),
         "GROUP": GROUP,
-        "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "PRECISION": precision(kind),
         "CORES": kind != "ieee",
         "UPCAST": False,
     }

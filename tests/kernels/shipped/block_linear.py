@@ -4,15 +4,8 @@ lists that are split."""
 from __future__ import annotations
 
 from shipped import Aot
-from sparselth.kernels.block_linear import (
-    GROUP,
-    SMALL,
-    SUMMED,
-    TILES,
-    Tile,
-    _block_linear_kernel,
-    _sum_kernel,
-)
+from sparselth.kernels._tiles import GROUP, SMALL, SUMMED, Tile, _sum_kernel, precision
+from sparselth.kernels.block_linear import TILES, _block_linear_kernel
 
 # Registers, and narrow accesses: those of the bias and of the columns. The large tiles take up to 200
 # registers on sm_80; on sm_90 less than 128, and two programs of 8 warps share a multiprocessor. That of
@@ -29,11 +22,11 @@ def _aot(kind: str, block: int, tile: Tile, even: bool = True, split: bool = Fal
         "RELU": not split,
         "SPLIT": split,
         "EVEN_K": even,
-        "BLOCK_B": tile.rows,
+        "BLOCK_M": tile.rows,
         "BLOCK_N": min(block, tile.columns),
         "DEPTH": tile.depth,
         "GROUP": GROUP,
-        "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "PRECISION": precision(kind),
         "CORES": kind != "ieee",
         "UPCAST": False,
     }

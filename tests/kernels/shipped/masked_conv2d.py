@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from shipped import Aot
+from sparselth.kernels._tiles import precision
 from sparselth.kernels.masked_conv2d import (
-    POINTERS,
     Geometry,
     _conv_kernel,
     _list_kernel,
@@ -27,7 +25,7 @@ MULTIPLES = ("OUT", "IN", "N", "C", "K", "stride_xr", "stride_dr", "stride_wr") 
 
 def _aot(
     kernel: Any,
-    dtype: torch.dtype,
+    pointer: str,
     constants: dict[str, Any],
     limits: tuple[int, int],
     even: bool = True,
@@ -36,7 +34,7 @@ def _aot(
 ) -> Aot:
     """`limits` are registers and narrow accesses."""
     names = [name for name in kernel.arg_names if name not in constants]
-    signature = {n: TYPES.get(n, POINTERS[dtype]) if n.endswith("_ptr") else "i32" for n in names}
+    signature = {n: TYPES.get(n, pointer) if n.endswith("_ptr") else "i32" for n in names}
     return Aot(
         kernel=kernel,
         signature=signature,
@@ -49,30 +47,36 @@ def _aot(
     )
 
 
+def _blocks(*sizes: int) -> dict[str, Any]:
+    return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), sizes, strict=True))
+
+
 def _shipped() -> list[Aot]:
-    found = [_aot(_list_kernel, torch.float32, {"BLOCK": 256}, (32, 5))]
+    found = [_aot(_list_kernel, "*fp32", {"BLOCK": 256}, (32, 5))]
     g = Geometry((3, 3), (2, 2), (1, 1), (1, 1))
     # narrow are all pixels of one channel, and for dw in TF32 the copies that transpose on the way
-    for dtype, precision, c, n, conv, dw in (
-        (torch.float32, "tf32", 1, 6, (128, 44), (64, 27)),
-        (torch.float32, "tf32", 256, 256, (200, 21), (176, 208)),
-        (torch.float32, "ieee", 256, 256, (128, 6), (112, 32)),
-        (torch.bfloat16, "ieee", 256, 256, (200, 21), (224, 64)),
+    for kind, c, n, conv, dw in (
+        ("tf32", 1, 6, (128, 44), (64, 27)),
+        ("tf32", 256, 256, (200, 21), (176, 208)),
+        ("ieee", 256, 256, (128, 6), (112, 32)),
+        ("half", 256, 256, (200, 21), (224, 64)),
     ):
-        product = {"GEOMETRY": tuple(g), "PRECISION": precision, "UPCAST": False}
+        pointer = "*bf16" if kind == "half" else "*fp32"
+        product = {"GEOMETRY": tuple(g), "PRECISION": precision(kind), "UPCAST": False}
         for transposed, out, inner in ((False, n, c), (True, c, n)):
-            tile = _tile(dtype, precision, out, inner)
-            constants = product | tile.blocks() | {"TRANSPOSED": transposed, "HAS_BIAS": not transposed}
-            constants["ONE_TAP"] = inner % tile.k == 0
-            found.append(_aot(_conv_kernel, dtype, constants, conv, c > 1, tile.warps, tile.stages))
-        tile = _wgrad_tile(dtype, precision, n, c, 9 * c)
-        constants = product | tile.blocks() | {"H": 28, "W": 28, "P": 14, "Q": 14}
-        constants["ONE_TAP"] = c % tile.k == 0
-        found.append(_aot(_wgrad_kernel, dtype, constants, dw, c > 1, tile.warps, tile.stages))
+            tile = _tile(kind, out, inner)
+            constants = product | _blocks(*tile[:3]) | {"TRANSPOSED": transposed, "HAS_BIAS": not transposed}
+            constants["ONE_TAP"] = inner % tile.depth == 0
+            found.append(_aot(_conv_kernel, pointer, constants, conv, c > 1, tile.warps, tile.stages))
+        tile = _wgrad_tile(kind, n, c, 9 * c)
+        constants = product | _blocks(tile.depth, tile.rows, tile.columns)
+        constants |= {"H": 28, "W": 28, "P": 14, "Q": 14}
+        constants["ONE_TAP"] = c % tile.columns == 0
+        found.append(_aot(_wgrad_kernel, pointer, constants, dw, c > 1, tile.warps, tile.stages))
     for transposed in (False, True):
         cut = {"TAPS": 9, "TRANSPOSED": transposed, "BLOCK_N": 128, "BLOCK_K": 64}
-        found.append(_aot(_pack_kernel, torch.bfloat16, cut, (64, 33), warps=16))
-    found.append(_aot(_sum_kernel, torch.float32, {"TAPS": 9, "BYTES": 128}, (48, 65)))
+        found.append(_aot(_pack_kernel, "*bf16", cut, (64, 33), warps=16))
+    found.append(_aot(_sum_kernel, "*fp32", {"TAPS": 9, "BYTES": 128}, (48, 65)))
     return found
 
 

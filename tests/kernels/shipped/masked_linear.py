@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from shipped import Aot
-from sparselth.kernels.masked_linear import TILES, Tile, _product_kernel, _weight_grad_kernel
+from sparselth.kernels._tiles import Tile, precision
+from sparselth.kernels.masked_linear import TILES, _product_kernel, _weight_grad_kernel
 
 # Registers and narrow accesses. 128 registers let two IEEE programs share a multiprocessor. Narrow are the
 # mask's bytes, the bias, and in TF32 the copies of dy and x for dw, which transpose on the way.
@@ -18,7 +19,7 @@ def _aot(kernel: Any, kind: str, tile: Tile, **constants: Any) -> Aot:
     blocks = ("BLOCK_M", "BLOCK_B", "BLOCK_C") if product else ("BLOCK_N", "BLOCK_K", "BLOCK_B")
     constants |= dict(zip(blocks, tile, strict=False))
     constants |= dict.fromkeys(("stride_vc",) if product else ("stride_dyn", "stride_xk"), 1)
-    constants |= {"PRECISION": "tf32" if kind == "tf32" else "ieee", "UPCAST": False}
+    constants |= {"PRECISION": precision(kind), "UPCAST": False}
     bits = "mask_ptr" if product else "" if constants["SCORES"] else "factor_ptr"
     pointer = "*bf16" if kind == "half" else "*fp32"
     signature = {
