@@ -16,8 +16,8 @@ import torch
 from sparselth.measure.floors import Anchors
 from sparselth.measure.layers import parse
 from sparselth.measure.memory import keep_freed
+from sparselth.measure.race_layers import Bench, Cell
 from sparselth.measure.rivals import rivals
-from sparselth.measure.rows import Bench, Cell
 from sparselth.report.bench_tables import table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -24,15 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparselth import pruning, train
-from sparselth.batches import Resident
-from sparselth.break_even import break_even
 from sparselth.config import Recipe, Replica
 from sparselth.data import load
-from sparselth.dispatch import choose
+from sparselth.data.batches import Resident
+from sparselth.engine.break_even import break_even
+from sparselth.engine.dense import init_weights
+from sparselth.engine.paths import choose
 from sparselth.kernels import _native
 from sparselth.measure.usual import network
 from sparselth.models import Conv, Model, get_model
-from sparselth.nn import init_weights
 from sparselth.streams import stream
 from sparselth.train import State
 
@@ -54,9 +54,9 @@ def resident(model: Model) -> Resident:
 
 def random_mask(model: Model, density: float) -> Tensor:
     """The mask [M] with exactly that share of every layer."""
-    noise = torch.rand(model.mask_size, generator=torch.Generator().manual_seed(1))
+    noise = torch.rand(model.params.mask_size, generator=torch.Generator().manual_seed(1))
     keep = {s.name: round(density ** (0.5 if s.output else 1.0) * s.numel) for s in model.weights}
-    return pruning.prune(model, noise, pruning.full_mask(model), keep)
+    return pruning.prune(model.params, noise, model.params.full_mask(), keep)
 
 
 def sparselth_step(
@@ -64,7 +64,7 @@ def sparselth_step(
 ) -> tuple[Callable[[], None], State]:
     """What `train.fit` does for every step, and the state it works on."""
     weights = init_weights(model, stream(0, "ticket", 0, "init"))[None]
-    weights[:, : model.mask_size] *= mask
+    weights[:, : model.params.mask_size] *= mask
     state = State.start(weights, RECIPE)
     steps = train.prepare(model, data, [train.Job(WHO, state, mask)], RECIPE, kernels, share)
 
@@ -105,11 +105,11 @@ def test_sparse_train_step(
 ) -> None:
     model = get_model(name)
     data = resident(model)
-    big = model.prunable > 10**6
+    big = model.params.prunable > 10**6
     sparsities = (0.2, 0.8, 0.9, 0.95) if big else (0.2, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
     takes = choose("auto", "cpu").csr_linear.takes
     share = break_even(model, RECIPE.batch_size, takes)
-    full = pruning.full_mask(model)
+    full = model.params.full_mask()
     calls = 1 if big else 20
     rivals = {"dense": (sparselth_step(model, data, full, "reference", {})[0], calls)}
     if len(model.input) == 3 and any(isinstance(layer, Conv) for layer in model.layers):

@@ -42,7 +42,7 @@ def matrix(n: int) -> Tensor:
 
 
 def gathering(rows: Tensor | None) -> Make:
-    """Batch after batch of 5,000 images; torch as sparselth/batches.py does it."""
+    """Batch after batch of 5,000 images; torch as sparselth/data/batches.py does it."""
     images = torch.randint(0, 256, (5000, 784), dtype=torch.uint8)
     labels, scale, shift = torch.randint(0, 10, (5000,)), torch.rand(784), -torch.rand(784)
     orders = torch.randperm(5000)[: 83 * B].view(83, B)

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from sparselth import pruning
-from sparselth.batches import Batches, Resident
 from sparselth.config import ImpConfig, Recipe, Replica
 from sparselth.data import Images, MissingData, data_dir, load
-from sparselth.experiments.workers import Pool
+from sparselth.data.batches import Batches, Resident
+from sparselth.engine.dense import Network, cross_entropy_grad, init_weights
+from sparselth.experiments.pool import Pool
 from sparselth.kernels.masked_update import masked_adam
 from sparselth.measure import usual
 from sparselth.models import get_model
-from sparselth.nn import Network, cross_entropy_grad, init_weights, views
 from sparselth.runs import open_run
 from sparselth.streams import stream
 
@@ -43,10 +43,10 @@ def images() -> Images:
 def start() -> tuple[Tensor, Tensor]:
     """Masked initial weights [1, P] and the mask [M] of the largest 20 % of each layer."""
     flat = init_weights(MODEL, stream(0, "ticket", 0, "init"))[None]
-    full = pruning.full_mask(MODEL)
+    full = MODEL.params.full_mask()
     keep = {spec.name: round(0.2 * spec.numel) for spec in MODEL.weights}
-    mask = pruning.prune(MODEL, flat[0, : MODEL.mask_size], full, keep)
-    flat[:, : MODEL.mask_size] *= mask
+    mask = pruning.prune(MODEL.params, flat[0, : MODEL.params.mask_size], full, keep)
+    flat[:, : MODEL.params.mask_size] *= mask
     return flat, mask
 
 
@@ -111,7 +111,7 @@ def test_train_step(images: Images, interleaved: Callable[..., Any], show: Calla
     for _ in range(20):
         resident()
         ours()
-    ours_named = views(MODEL, ours.flat)
+    ours_named = MODEL.params.views(ours.flat)
     for linear, spec in zip(resident.net[1::2], MODEL.weights, strict=True):
         error = (ours_named[spec.name][0] - linear.weight).norm() / linear.weight.norm()
         assert error < 1e-3, f"{spec.name}: (b) and (c) trained to different weights, {error:.1e}"

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from sparselth import machine, pruning, train
-from sparselth.batches import Resident
-from sparselth.break_even import break_even
 from sparselth.config import Recipe, Replica
 from sparselth.data import load
-from sparselth.dispatch import choose
+from sparselth.data.batches import Resident
+from sparselth.engine.break_even import break_even
+from sparselth.engine.dense import init_weights
+from sparselth.engine.paths import choose
 from sparselth.models import Model, get_model
-from sparselth.nn import init_weights
 from sparselth.streams import stream
 
 LEVELS = (0, 5, 10, 15)
@@ -35,9 +35,9 @@ ROUNDS, SECONDS = 20, 4.0
 def job(model: Model, recipe: Recipe, level: int, device: str, draw: int = 0) -> train.Job:
     """A network under the mask of magnitude pruning of its initial weights to a level's density."""
     weights = init_weights(model, stream(0, "ticket", 0, "init", draw))
-    rung = pruning.ladder(model, level, 0.2, "layer")[level]
-    mask = pruning.prune(model, weights[: model.mask_size], pruning.full_mask(model), rung)
-    weights[: model.mask_size] *= mask
+    rung = pruning.ladder(model.params, level, 0.2, "layer")[level]
+    mask = pruning.prune(model.params, weights[: model.params.mask_size], model.params.full_mask(), rung)
+    weights[: model.params.mask_size] *= mask
     who = Replica(0, "ticket", level, draw)
     return train.Job(who, train.State.start(weights[None].to(device), recipe), mask.to(device))
 
@@ -78,8 +78,8 @@ def on_cpu(model: Model, data: Resident, recipe: Recipe) -> None:
             found[label] = found.get(label, 0.0) + us
         found["between them"] = found["whole"] - sum(us for name, us in found.items() if name != "whole")
         columns.append(found)
-    rungs = pruning.ladder(model, max(LEVELS), 0.2, "layer")
-    left = [f"{100 * sum(rungs[level].values()) / model.prunable:.1f} %" for level in LEVELS]
+    rungs = pruning.ladder(model.params, max(LEVELS), 0.2, "layer")
+    left = [f"{100 * sum(rungs[level].values()) / model.params.prunable:.1f} %" for level in LEVELS]
     print(f"{machine.cpu_name()}, torch {torch.__version__}, {torch.get_num_threads()} thread")
     print(
         f"{model.name}, batch {recipe.batch_size}, {recipe.optimizer}; microseconds, and share of the step\n"
@@ -92,7 +92,7 @@ def on_cpu(model: Model, data: Resident, recipe: Recipe) -> None:
 
 
 def on_cuda(model: Model, data: Resident, recipe: Recipe, replicas: int = 100) -> None:
-    from sparselth.replay import Replay
+    from sparselth.engine.replay import Replay
 
     jobs = [job(model, recipe, 5, "cuda", draw) for draw in range(replicas)]
     weights, *moments = (

@@ -447,7 +447,7 @@ def magnitude_threshold(
 ) -> tuple[list[Tensor], Tensor]:
     """New masks without the k smallest magnitudes, and the largest of those magnitudes (-inf where k is 0).
 
-    Weights may be views of a flat buffer [R, P]: `flat[:, s.offset : s.offset + s.numel].unflatten(1,
+    Weights may be views of a flat buffer [R, P]: `flat[:, s.span].unflatten(1,
     s.matrix)`. The masks are views of one buffer: contiguous within a replica, and altogether where R is 1.
     A k that exceeds the survivors raises ValueError.
     """

@@ -1,6 +1,6 @@
 """Which weights go: magnitude, by layer or over all layers, with exact counts.
 
-A mask is a bool vector [M], M = `model.mask_size`, in the order of the flat buffer. Of n surviving
+A mask is a bool vector [M], M = `params.mask_size`, in the order of the flat buffer. Of n surviving
 weights exactly round(rate * n) go, the smallest magnitudes first, equal ones by lowest index.
 """
 
@@ -13,41 +13,20 @@ from torch import Tensor
 
 from sparselth.kernels import bitmask
 from sparselth.kernels.magnitude_threshold import launch, split
-from sparselth.models import Model, TensorSpec
+from sparselth.params import Params, matrix
 
 
-def full_mask(model: Model) -> Tensor:
-    """The mask of the dense network, bool [M]; the alignment gaps between tensors are False."""
-    mask = torch.zeros(model.mask_size, dtype=torch.bool)
-    for spec in model.weights:
-        mask[spec.offset : spec.offset + spec.numel] = True
-    return mask
-
-
-def packed(model: Model, masks: Tensor) -> dict[str, Tensor]:
-    """The bits of masks [R, M] by weight tensor, uint8 [R, N, ceil(K / 8)]."""
-    return {
-        s.name: bitmask.pack(masks[:, s.offset : s.offset + s.numel].view(-1, *s.matrix))
-        for s in model.weights
-    }
-
-
-def kept(model: Model, mask: Tensor) -> dict[str, int]:
-    """Surviving weights of every weight tensor."""
-    return {s.name: int(mask[s.offset : s.offset + s.numel].sum()) for s in model.weights}
-
-
-def ladder(model: Model, levels: int, rate: float, scope: str) -> list[dict[str, int]]:
+def ladder(params: Params, levels: int, rate: float, scope: str) -> list[dict[str, int]]:
     """Surviving weights at levels 0 to `levels`: by tensor for scope "layer", {"all": n} for "global".
 
     Under "layer" the output layer goes at half the rate, and the convolutions of conv2 to conv6 at half or
     three quarters of it (Frankle & Carbin 2019, Figure 2).
     """
     if scope == "global":
-        now, rates = {"all": model.prunable}, {"all": rate}
+        now, rates = {"all": params.prunable}, {"all": rate}
     else:
-        now = {s.name: s.numel for s in model.weights}
-        rates = {s.name: rate * s.rate_scale for s in model.weights}
+        now = {s.name: s.numel for s in params.weights}
+        rates = {s.name: rate * s.rate_scale for s in params.weights}
     found = [now]
     for _ in range(levels):
         now = {name: n - _rounded(rates[name] * n) for name, n in now.items()}
@@ -55,43 +34,41 @@ def ladder(model: Model, levels: int, rate: float, scope: str) -> list[dict[str,
     return found
 
 
-def prune(model: Model, weights: Tensor, mask: Tensor, keep: dict[str, int], kernels: str = "auto") -> Tensor:
+def prune(
+    params: Params, weights: Tensor, mask: Tensor, keep: dict[str, int], kernels: str = "auto"
+) -> Tensor:
     """The mask [M] that keeps the `keep` largest magnitudes of `weights` [M] among those `mask` keeps.
 
     `keep` is a rung of `ladder`; a rung above what `mask` keeps raises ValueError. `kernels` is "triton",
     "reference" or "auto", as in `sparselth.kernels.magnitude_threshold`.
     """
-    alive = kept(model, mask)
+    alive = params.kept(mask)
     if "all" in keep:
         alive = {"all": sum(alive.values())}
     for name, n in alive.items():
         if keep[name] > n:
             raise ValueError(f"{name}: cannot keep {keep[name]} of {n} weights")
     going = torch.tensor([[n - keep[name] for name, n in alive.items()]], device=weights.device)
-    tensors = [_matrix(spec, weights)[None] for spec in model.weights]
+    tensors = [matrix(spec, weights)[None] for spec in params.weights]
     buffer, _ = launch(
         tensors,
         going[:, 0] if "all" in keep else going,
-        [*packed(model, mask[None]).values()],
+        [*params.packed(mask[None]).values()],
         kernels=kernels,
     )
     new = torch.zeros_like(mask)
-    for spec, bits in zip(model.weights, split(buffer, tensors), strict=True):
-        _matrix(spec, new).copy_(bitmask.unpack(bits[0], spec.matrix[1]))
+    for spec, bits in zip(params.weights, split(buffer, tensors), strict=True):
+        matrix(spec, new).copy_(bitmask.unpack(bits[0], spec.matrix[1]))
     return new
 
 
-def shuffle(model: Model, mask: Tensor, generator: torch.Generator) -> Tensor:
+def shuffle(params: Params, mask: Tensor, generator: torch.Generator) -> Tensor:
     """The mask permuted within each weight tensor: the same counts in random places."""
     new = mask.clone()
-    for spec in model.weights:
-        span = slice(spec.offset, spec.offset + spec.numel)
+    for spec in params.weights:
+        span = spec.span
         new[span] = mask[span][torch.randperm(spec.numel, generator=generator)]
     return new
-
-
-def _matrix(spec: TensorSpec, flat: Tensor) -> Tensor:
-    return flat[spec.offset : spec.offset + spec.numel].view(spec.matrix)
 
 
 def _rounded(x: float) -> int:

@@ -20,25 +20,31 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from sparselth.config import ImpConfig, Replica
 from sparselth.errors import SparselthError
+from sparselth.files import (
+    Arrays,
+    append_lines,
+    dump,
+    dump_lines,
+    errors_named,
+    load_arrays,
+    read_lines,
+    write_atomically,
+)
 from sparselth.masks import unpack
 from sparselth.models import get_model
 
-Arrays = dict[str, NDArray[Any]]
 LINES = ("evaluations.jsonl", "timings.jsonl", "cells.jsonl")  # in the order they are appended
 
 
@@ -75,7 +81,7 @@ class RunRecord:
 def read(path: Path) -> RunRecord:
     """The run in `path`, finished or not; SparselthError when there is none or it cannot be read."""
     config = read_config(path)
-    lines = {name: _read_lines(path / name) for name in LINES}
+    lines = {name: read_lines(path / name) for name in LINES}
     done = {replica(line) for line in lines["cells.jsonl"]}
     timings = {replica(line): line for line in lines["timings.jsonl"]}
     untimed = dict.fromkeys(("train_seconds", "step_seconds"))
@@ -144,7 +150,7 @@ class RunFolder:
         for name, lines in zip(
             LINES, (evaluations, [point(who, **timings)], [point(who, **cell)]), strict=True
         ):
-            _append(self.path / name, lines)
+            append_lines(self.path / name, lines)
         self.finished.add(who)
         checkpoint_path(self.path, who).unlink(missing_ok=True)
 
@@ -152,20 +158,20 @@ class RunFolder:
         """Sort the lines into the order of `config.replicas()`."""
         order = {who: i for i, who in enumerate(self.config.replicas())}
         for name in LINES:
-            lines = _read_lines(self.path / name)
+            lines = read_lines(self.path / name)
             lines.sort(key=lambda line: (order[replica(line)], line.get("step", 0)))
-            write_atomically(self.path / name, _dump_lines(lines))
+            write_atomically(self.path / name, dump_lines(lines))
 
     def _recover(self) -> set[Replica]:
         """The finished cells; lines of others, torn ones and left-over files go."""
         planned = set(self.config.replicas())
-        lines = {name: _read_lines(self.path / name) for name in LINES}
+        lines = {name: read_lines(self.path / name) for name in LINES}
         done = {replica(line) for line in lines["cells.jsonl"]} & planned
         done = {who for who in done if cell_path(self.path, who).is_file()}
         timed = {replica(line) for line in lines["timings.jsonl"]}
         done &= timed
         for name in LINES:
-            text = _dump_lines([line for line in lines[name] if replica(line) in done])
+            text = dump_lines([line for line in lines[name] if replica(line) in done])
             file = self.path / name
             if file.is_file() and file.read_bytes() != text:
                 write_atomically(file, text)
@@ -192,7 +198,7 @@ def open_run(path: Path, config: ImpConfig, environment: dict[str, Any], resume:
             raise SparselthError(
                 f"{path}: holds a run with another {_difference(theirs, config)}; choose another --out"
             )
-    with _errors_named(path):
+    with errors_named(path):
         path.mkdir(parents=True, exist_ok=True)
         # closed only by the end of the process, because closing drops the lock
         with (path / ".lock").open("w") as lock:
@@ -203,8 +209,8 @@ def open_run(path: Path, config: ImpConfig, environment: dict[str, Any], resume:
                     f"{path}: another process is running this run; wait for it or stop it"
                 ) from None
             if fresh:
-                write_atomically(path / "environment.json", _dump(environment))
-                write_atomically(path / "config.json", _dump(config.to_json()))
+                write_atomically(path / "environment.json", dump(environment))
+                write_atomically(path / "config.json", dump(config.to_json()))
             folder = RunFolder(path, config)
             missing = len(config.replicas()) - len(folder.finished)
             if not fresh and missing and not resume:
@@ -223,91 +229,9 @@ def checkpoint_path(run: Path, who: Replica) -> Path:
     return run / "checkpoints" / f"{who.key}.safetensors"
 
 
-def save_arrays(file: Path, arrays: Arrays, header: dict[str, Any]) -> None:
-    """Write arrays and a JSON header as safetensors, atomically; equal content gives equal bytes."""
-    write_atomically(file, save(arrays, metadata={"sparselth": json.dumps(header)}))
-
-
-def load_arrays(file: Path) -> tuple[Arrays, dict[str, Any]]:
-    """Arrays and header of a file that `save_arrays` wrote."""
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            header = json.loads((opened.metadata() or {})["sparselth"])
-            return {name: opened.get_tensor(name) for name in opened.keys()}, header  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise SparselthError(
-            f"{file}: cannot be read ({error}); delete it and continue the run with --resume"
-        ) from error
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write beside, flush to the disk, rename: the file is either the old one or the new one."""
-    beside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with _errors_named(file):
-        try:
-            with beside.open("wb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(beside, file)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
-
-
 @lru_cache(maxsize=64)
 def _cell_file(file: Path) -> Arrays:
     return load_arrays(file)[0]
-
-
-@contextmanager
-def _errors_named(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise SparselthError(
-            f"cannot write {error.filename or file}: {error.strerror}; "
-            "what is finished is kept, mend this and continue with --resume, or choose another --out"
-        ) from error
-
-
-def _append(file: Path, lines: list[dict[str, Any]]) -> None:
-    with _errors_named(file), file.open("ab") as out:
-        end = out.tell()
-        try:
-            out.write(_dump_lines(lines))
-            out.flush()
-            os.fsync(out.fileno())
-        except OSError:
-            _cut(out, end)
-            raise
-
-
-def _cut(out: IO[bytes], end: int) -> None:
-    os.ftruncate(out.fileno(), end)
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that may be missing or end in a torn line."""
-    try:
-        content = file.read_bytes() if file.exists() else b""
-    except OSError as error:
-        raise SparselthError(f"cannot read {file}: {error.strerror}") from error
-    found = []
-    for number, line in enumerate(content.split(b"\n")[:-1], 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise SparselthError(f"{file}: line {number} is not JSON ({error})") from error
-    return found
-
-
-def _dump(data: dict[str, Any]) -> bytes:
-    return (json.dumps(data, indent=2) + "\n").encode()
-
-
-def _dump_lines(lines: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
 def _difference(theirs: ImpConfig, ours: ImpConfig) -> str:

@@ -20,11 +20,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparselth import pruning
-from sparselth.batches import Batches, Chunk, Resident
-from sparselth.compressed import CompressedEvaluator, CompressedSteps
 from sparselth.config import Recipe, Replica
-from sparselth.dispatch import Paths, choose
+from sparselth.data.batches import Batches, Chunk, Resident
+from sparselth.engine.compressed import CompressedEvaluator, CompressedSteps
+from sparselth.engine.dense import Network, cross_entropy, cross_entropy_grad
+from sparselth.engine.layout import Layout
+from sparselth.engine.paths import Paths, choose
+from sparselth.engine.replay import Replay
+from sparselth.engine.vendor import VendorNetwork
 from sparselth.errors import SparselthError
 from sparselth.kernels import bitmask
 from sparselth.kernels.masked_update import (
@@ -34,11 +37,7 @@ from sparselth.kernels.masked_update import (
     masked_adam,
     masked_sgd,
 )
-from sparselth.layout import Layout
 from sparselth.models import Conv, MaxPool, Model
-from sparselth.nn import Network, cross_entropy, cross_entropy_grad
-from sparselth.replay import Replay
-from sparselth.vendor import VendorNetwork
 
 DIVERGED_LOSS = 1e6  # a network that knows nothing loses ln(classes)
 
@@ -51,7 +50,7 @@ class Diverged(SparselthError):
 class State:
     """One network's training at one step: all that is needed to go on to the same bits.
 
-    P = `model.flat_size`, running statistics of batch norms among the weights. While `layout` is set,
+    P = `model.params.size`, running statistics of batch norms among the weights. While `layout` is set,
     training goes on in the compressed domain and the tensors are [1, layout.size]; in a batch they are rows
     of the batch's tensors.
     """
@@ -158,7 +157,7 @@ def fit(
 ) -> None:
     """Train every job to `recipe.steps`, in place.
 
-    `kernels` is what `sparselth.dispatch` chooses by; on a CPU layers with a smaller share of survivors than
+    `kernels` is what `engine.paths` chooses by; on a CPU layers with a smaller share of survivors than
     `break_even`, by name, are trained in the compressed domain where there are kernels for it. When
     `should_stop` returns True the states are left as they are, before their last step. Raises Diverged.
     """
@@ -213,7 +212,7 @@ def _compressed(model: Model, mask: Tensor, break_even: Mapping[str, float], pat
     pools = {layer.size for layer in model.layers if isinstance(layer, MaxPool)}
     if model.norms or not pools <= {2} or paths.csr_linear.takes not in ("native", "torch"):
         return frozenset()
-    kept = pruning.kept(model, mask)
+    kept = model.params.kept(mask)
     found = {s.name for s in model.weights if kept[s.name] < break_even.get(s.name, 0.0) * s.numel}
     # Convolutions go together, weighted by their work, since the vendor's want another layout of the images.
     convs = {s.name: prod(after[1:]) for s, layer, _, after in model.producers if isinstance(layer, Conv)}
@@ -403,10 +402,10 @@ class _Dense:
             self.network = Network(model, weights, recipe.batch_size, self.grad)
         self.updates: list[tuple[int, Step]] = []  # the optimizer's first step, and its update
         self.state_bytes = 4 * self.grad.numel()
-        rows, n = 0, model.trained_size
+        rows, n = 0, model.params.trained_size
         for start, some in groupby(jobs, lambda job: job.start_step):
             span = slice(rows, rows := rows + len([*some]))
-            full = bool((mask[span].sum(1) == model.prunable).all())
+            full = bool((mask[span].sum(1) == model.params.prunable).all())
             update, size = _updater(
                 *(weights[span, :n], self.grad[span, :n], [moment[span, :n] for moment in moments]),
                 *(None if full else mask[span], recipe, paths),

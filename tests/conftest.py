@@ -17,9 +17,9 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of a kernel
 
-from sparselth.batches import Resident
 from sparselth.cli.main import run
 from sparselth.data import load
+from sparselth.data.batches import Resident
 from sparselth.runs import RunRecord, read
 
 torch.set_num_threads(1)  # and so no thread pool that a forked worker would inherit

@@ -16,14 +16,14 @@ PAPER += [8.68, 6.95, 5.57, 4.47, 3.58, 2.87, 2.31, 1.85, 1.49, 1.19]
 
 
 def test_ladder_is_the_papers() -> None:
-    rungs = pruning.ladder(LENET, 20, 0.2, "layer")
-    found = [100 * sum(rung.values()) / LENET.prunable for rung in rungs]
+    rungs = pruning.ladder(LENET.params, 20, 0.2, "layer")
+    found = [100 * sum(rung.values()) / LENET.params.prunable for rung in rungs]
     assert found == pytest.approx(PAPER, abs=0.05)
 
 
 def test_global_ladder_counts_every_weight_once() -> None:
     # a peer takes 20 % of all weights, ignored layers included, from the rest
-    rungs = pruning.ladder(LENET, 3, 0.2, "global")
+    rungs = pruning.ladder(LENET.params, 3, 0.2, "global")
     assert [rung["all"] for rung in rungs] == [266_200, 212_960, 170_368, 136_294]
 
 
@@ -35,12 +35,12 @@ def test_halves_are_rounded_up(rate: float, n: int, going: int) -> None:
 
 
 def weights_of(model: Model, seed: int, ties: bool) -> torch.Tensor:
-    values = torch.randn(model.mask_size, generator=torch.Generator().manual_seed(seed))
+    values = torch.randn(model.params.mask_size, generator=torch.Generator().manual_seed(seed))
     return values.mul(2).round() if ties else values
 
 
 @given(
-    model=st.sampled_from([name for name in sorted(MODELS) if MODELS[name].prunable < 300_000]),
+    model=st.sampled_from([name for name in sorted(MODELS) if MODELS[name].params.prunable < 300_000]),
     seed=st.integers(0, 10**6),
     rate=st.floats(0.01, 0.9),
     scope=st.sampled_from(["layer", "global"]),
@@ -48,17 +48,17 @@ def weights_of(model: Model, seed: int, ties: bool) -> torch.Tensor:
 )
 def test_exact_counts_and_smallest_go(model: str, seed: int, rate: float, scope: str, ties: bool) -> None:
     net = get_model(model)
-    weights, mask = weights_of(net, seed, ties), pruning.full_mask(net)
-    for rung in pruning.ladder(net, 3, rate, scope)[1:]:
-        new = pruning.prune(net, weights, mask, rung)
-        kept = pruning.kept(net, new)
+    weights, mask = weights_of(net, seed, ties), net.params.full_mask()
+    for rung in pruning.ladder(net.params, 3, rate, scope)[1:]:
+        new = pruning.prune(net.params, weights, mask, rung)
+        kept = net.params.kept(new)
         assert sum(kept.values()) == sum(rung.values())
         if scope == "layer":
             assert kept == rung
         assert not (new & ~mask).any()
-        spans = [slice(0, net.mask_size)]
+        spans = [slice(0, net.params.mask_size)]
         if scope == "layer":
-            spans = [slice(s.offset, s.offset + s.numel) for s in net.weights]
+            spans = [s.span for s in net.weights]
         for span in spans:
             stays, goes = new[span], mask[span] & ~new[span]
             if goes.any() and stays.any():
@@ -68,37 +68,37 @@ def test_exact_counts_and_smallest_go(model: str, seed: int, rate: float, scope:
 
 def test_equal_magnitudes_go_by_lowest_index() -> None:
     # a peer's `> threshold` removes all of layer 1 here, and nothing of the rest
-    weights = torch.ones(LENET.mask_size)
+    weights = torch.ones(LENET.params.mask_size)
     weights[1::2] = -1
-    mask = pruning.prune(LENET, weights, pruning.full_mask(LENET), {"all": 266_100})
+    mask = pruning.prune(LENET.params, weights, LENET.params.full_mask(), {"all": 266_100})
     assert not mask[:100].any()
-    assert sum(pruning.kept(LENET, mask).values()) == 266_100
+    assert sum(LENET.params.kept(mask).values()) == 266_100
     assert mask[100:235_200].all()
 
 
 def test_pruned_weights_never_come_back() -> None:
-    mask = pruning.full_mask(LENET)
+    mask = LENET.params.full_mask()
     mask[:1000] = False
-    weights = torch.zeros(LENET.mask_size)
+    weights = torch.zeros(LENET.params.mask_size)
     weights[:1000] = 9  # not a survivor, however large
-    new = pruning.prune(LENET, weights, mask, {"all": 200_000})
+    new = pruning.prune(LENET.params, weights, mask, {"all": 200_000})
     assert not new[:1000].any()
 
 
 def test_rung_above_the_mask_is_refused() -> None:
-    mask = pruning.full_mask(LENET)
+    mask = LENET.params.full_mask()
     mask[:1000] = False
     with pytest.raises(ValueError, match="cannot keep 266200 of 265200"):
-        pruning.prune(LENET, torch.randn(LENET.mask_size), mask, {"all": 266_200})
+        pruning.prune(LENET.params, torch.randn(LENET.params.mask_size), mask, {"all": 266_200})
 
 
 @given(seed=st.integers(0, 10**6), rate=st.floats(0.05, 0.9))
 def test_shuffle_keeps_the_counts_and_moves_the_places(seed: int, rate: float) -> None:
     # a peer's shuffle rebinds a local name: its random-mask arm is the ticket
-    rung = pruning.ladder(LENET, 1, rate, "layer")[1]
-    mask = pruning.prune(LENET, weights_of(LENET, seed, False), pruning.full_mask(LENET), rung)
-    moved = pruning.shuffle(LENET, mask, torch.Generator().manual_seed(seed))
-    assert pruning.kept(LENET, moved) == pruning.kept(LENET, mask)
+    rung = pruning.ladder(LENET.params, 1, rate, "layer")[1]
+    mask = pruning.prune(LENET.params, weights_of(LENET, seed, False), LENET.params.full_mask(), rung)
+    moved = pruning.shuffle(LENET.params, mask, torch.Generator().manual_seed(seed))
+    assert LENET.params.kept(moved) == LENET.params.kept(mask)
     assert not torch.equal(moved, mask)
-    gap = ~pruning.full_mask(LENET)
+    gap = ~LENET.params.full_mask()
     assert not moved[gap].any()

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sparselth import pruning
-from sparselth.batches import Resident
 from sparselth.config import Recipe, Replica
+from sparselth.data.batches import Resident
+from sparselth.engine.dense import init_weights
 from sparselth.models import get_model
-from sparselth.nn import init_weights
 from sparselth.streams import stream
 from sparselth.train import Diverged, Job, State, fit, scores
 
@@ -21,11 +21,11 @@ SGD = Recipe(steps=120, lr=0.05, optimizer="sgd", weight_decay=1e-3, eval_every=
 
 def start(seed: int, recipe: Recipe, keep: float = 1.0) -> tuple[State, torch.Tensor]:
     weights = init_weights(LENET, stream(seed, "ticket", 0, "init"))
-    mask = pruning.full_mask(LENET)
+    mask = LENET.params.full_mask()
     if keep < 1:
-        rung = {"all": round(keep * LENET.prunable)}
-        mask = pruning.prune(LENET, weights[: LENET.mask_size], mask, rung)
-        weights[: LENET.mask_size] *= mask
+        rung = {"all": round(keep * LENET.params.prunable)}
+        mask = pruning.prune(LENET.params, weights[: LENET.params.mask_size], mask, rung)
+        weights[: LENET.params.mask_size] *= mask
     return State.start(weights[None], recipe), mask
 
 
@@ -34,7 +34,7 @@ def test_pruned_weights_stay_zero_and_live_ones_move(digits: Resident, recipe: R
     state, mask = start(0, recipe, keep=0.2)
     before = state.weights.clone()
     fit(LENET, digits, [Job(TICKET, state, mask)], recipe)
-    m = LENET.mask_size
+    m = LENET.params.mask_size
     for t in (state.weights, *state.moments, state.best_weights):
         assert not t[0, :m][~mask].any()
     moved = (state.weights != before)[0, :m][mask]
@@ -107,7 +107,7 @@ def test_adam_corrects_its_bias_from_the_rewind_step(digits: Resident) -> None:
     before = state.weights.clone()
     state.step = 30
     fit(LENET, digits, [Job(TICKET, state, mask, 30)], recipe)
-    moved = (state.weights - before).abs()[0, : LENET.mask_size]
+    moved = (state.weights - before).abs()[0, : LENET.params.mask_size]
     # a first Adam step moves every weight with a gradient by the learning rate
     assert moved[moved > 0].median() == pytest.approx(recipe.lr, rel=0.01)
 

@@ -90,7 +90,7 @@ def _as_on_a_device() -> Iterator[Any]:
 
     import dry
     import oracle
-    from sparselth import dispatch
+    from sparselth.engine import paths as dispatch
     from sparselth.kernels import masked_conv2d
 
     aten = torch.ops.aten

@@ -34,13 +34,13 @@ import trainings
 from gpu.common import Case, Here, judged
 from gpu.timing import Run, once, ratio, repeated
 from oracle import DEVICE, Wrong, graphed, precision
-from sparselth.batches import Gather
 from sparselth.config import ImpConfig
 from sparselth.data import Images, MissingData, data_dir, load
+from sparselth.data.batches import Gather
+from sparselth.engine.dense import Network, cross_entropy_grad
+from sparselth.engine.replay import Replay
 from sparselth.measure import usual
 from sparselth.models import Conv, Linear, Model, get_model
-from sparselth.nn import Network, cross_entropy_grad
-from sparselth.replay import Replay
 from sparselth.train import Job, fit
 from trainings import LR, NEAR, Setup, losses, made_up, must_be_near, never
 
@@ -147,7 +147,7 @@ class Stacked:
     def __call__(self) -> None:
         x, y = self.gather(self.order.index_select(0, self.clock % len(self.order)).flatten())
         self.network.backward(cross_entropy_grad(self.network.forward(x), y))
-        self.grad[:, : self.model.mask_size].mul_(self.mask)
+        self.grad[:, : self.model.params.mask_size].mul_(self.mask)
         self.optimizer.step()
         self.clock += 1
 
@@ -157,7 +157,7 @@ class Stacked:
 
 def split(model: Model, flat: Tensor) -> list[Tensor]:
     """The weights [R, ...] of flat buffers [R, P]."""
-    return [flat[:, s.offset : s.offset + s.numel].view(-1, *s.shape) for s in model.weights]
+    return [flat[:, s.span].view(-1, *s.shape) for s in model.weights]
 
 
 def pixels(setup: Setup) -> Tensor:
@@ -462,8 +462,8 @@ def imp(config: ImpConfig, images: Images, seconds: float) -> dict[str, Any]:
     Stopped `seconds` after it began, pricing included.
     """
     from sparselth.errors import Interrupted
-    from sparselth.experiments.plan import widest
-    from sparselth.experiments.workers import Pool
+    from sparselth.experiments.pool import Pool
+    from sparselth.experiments.price import widest
     from sparselth.runs import open_run
 
     total = len(config.replicas())

@@ -18,7 +18,7 @@ from sparselth.cli.options import PATH, Names, data_dir, output
 from sparselth.errors import SparselthError, UsageError, unknown
 
 if TYPE_CHECKING:
-    from sparselth.measure.networks import Result
+    from sparselth.measure.race_networks import Result
 
 DTYPES, MASKS = ("fp32", "tf32", "bf16", "fp16"), ("random", "block", "magnitude")
 NETWORK_BATCHES = (1, 8, 64, 256)
@@ -131,7 +131,7 @@ def bench(
         result = _network(run, level, seed, model, train, sparsities[0], batches, data_dir, chosen, say)
         rows, text, failed = result.rows, result.text, result.failed
     else:
-        from sparselth.measure import rows as measure
+        from sparselth.measure import race_layers as measure
 
         asked = measure.Asked(chosen, sparsities, shapes, batches, dtypes, kinds, run, level, seed)
         outcome = measure.bench_layers(asked, QUICK if quick else SECONDS, say)
@@ -163,7 +163,7 @@ def _network(
     device: str,
     say: Callable[[str], None],
 ) -> Result:
-    from sparselth.measure import networks
+    from sparselth.measure import race_networks as networks
 
     if run is not None:
         return networks.bench_run(run, level, seed, batches or NETWORK_BATCHES, data_dir, say, device)
@@ -292,7 +292,7 @@ def _facts(device: str) -> dict[str, Any]:
 
 def _write(document: dict[str, Any], out: Path | None, csv_file: Path | None) -> list[Path]:
     """The document and the figures into `out`, the rows as CSV."""
-    from sparselth.runs import write_atomically
+    from sparselth.files import write_atomically
 
     files = []
     rows = document["rows"]

@@ -74,9 +74,10 @@ def _torch() -> dict[str, Any]:
 def _kernels() -> list[dict[str, str]]:
     """The path of every op under --kernels auto; empty where torch does not work."""
     try:
-        from sparselth import dispatch, machine
+        from sparselth import machine
+        from sparselth.engine.paths import choose
 
-        paths = dispatch.choose("auto", machine.choose_device("auto")[0])
+        paths = choose("auto", machine.choose_device("auto")[0])
     except (ImportError, OSError, RuntimeError):
         return []
     return [{"op": op, "takes": path.takes, "why": path.why} for op, path in vars(paths).items()]
@@ -111,12 +112,11 @@ def _training() -> dict[str, Any]:
     try:
         import torch
 
-        from sparselth.batches import Resident
         from sparselth.config import Replica
         from sparselth.data import load
+        from sparselth.data.batches import Resident
+        from sparselth.engine.dense import init_weights
         from sparselth.models import get_model
-        from sparselth.nn import init_weights
-        from sparselth.pruning import full_mask
         from sparselth.streams import stream
         from sparselth.train import Job, State, fit
 
@@ -125,7 +125,7 @@ def _training() -> dict[str, Any]:
         recipe = model.recipes["short"].__class__(steps=50, lr=1.2e-3)
         data = Resident(load("mnist5k", Path()), "cpu", 500)
         state = State.start(init_weights(model, stream(0, "ticket", 0, "init"))[None], recipe)
-        fit(model, data, [Job(who, state, full_mask(model))], recipe)
+        fit(model, data, [Job(who, state, model.params.full_mask())], recipe)
         accuracy = state.evaluations[-1]["validation_accuracy"]
     except (SparselthError, ImportError, RuntimeError, AttributeError, TypeError) as error:
         return _check("training", False, f"{type(error).__name__}: {error}")

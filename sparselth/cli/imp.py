@@ -17,7 +17,7 @@ from sparselth.models import get_model
 
 if TYPE_CHECKING:
     from sparselth.data import DatasetSpec, Images
-    from sparselth.experiments.plan import Price
+    from sparselth.experiments.price import Price
 
 LONG_SECONDS = 60  # from this predicted time on a run is compared with the usual loop
 
@@ -152,9 +152,10 @@ def imp(ctx: click.Context, /, **flags: Any) -> None:
     say("loading torch and the data ...")
     import time
 
-    from sparselth import data, dispatch, machine
-    from sparselth.experiments.plan import recorded, widest
-    from sparselth.experiments.workers import Pool, available_workers
+    from sparselth import data, machine
+    from sparselth.engine.paths import choose
+    from sparselth.experiments.pool import Pool, available_workers
+    from sparselth.experiments.price import recorded, widest
     from sparselth.runs import open_run, read
 
     _check_shapes(config.model, data.get_dataset(config.dataset))  # before it is downloaded
@@ -164,13 +165,13 @@ def imp(ctx: click.Context, /, **flags: Any) -> None:
     if flags["deterministic"] and device == "cuda":
         flags["kernels"] = "triton"
     config = _configure(flags, dataset=images.spec.name, device=device)
-    paths = dispatch.choose(config.kernels, device)
+    paths = choose(config.kernels, device)
     path = flags["out"] or Path("runs") / f"{config.model}-{config.dataset}-{config.digest}"
     workers = 1 if device == "cuda" else workers or available_workers(device)
     environment = machine.environment() | {"dataset": config.dataset, "data_sha256": images.digest}
     environment["break_even"] = {}
     if paths.csr_linear.takes != "none":
-        from sparselth.break_even import break_even
+        from sparselth.engine.break_even import break_even
 
         model, batch = get_model(config.model), config.recipe.batch_size
         environment["break_even"] = break_even(model, batch, paths.csr_linear.takes)
@@ -331,7 +332,7 @@ class _Plan:
 
     def say(self, price: Price, finished: set[Replica], other: tuple[str, Price] | None = None) -> None:
         from sparselth.cli.progress import duration
-        from sparselth.experiments.plan import widest
+        from sparselth.experiments.price import widest
 
         config, device, workers, limit = self.config, self.device, self.workers, self.limit
         model, recipe = get_model(config.model), config.recipe
@@ -349,7 +350,7 @@ class _Plan:
         rate = f"lr {recipe.lr:g}" + (f", warm-up {recipe.warmup:,}" if recipe.warmup else "")
         rate += f", a tenth from {', '.join(f'{s:,}' for s in recipe.lr_drops)}" if recipe.lr_drops else ""
         rows = {
-            "model": f"{model.name}, {model.prunable:,} prunable weights",
+            "model": f"{model.name}, {model.params.prunable:,} prunable weights",
             "data": f"{self.images.spec.title} from {self.images.source}",
             "levels": _levels(config),
             "arms": f"{', '.join(config.arms)}; seeds {', '.join(map(str, config.seeds))}"
@@ -379,7 +380,8 @@ def _levels(config: ImpConfig) -> str:
 
     model = get_model(config.model)
     rungs = [
-        sum(r.values()) / model.prunable for r in ladder(model, config.levels, config.rate, config.scope)
+        sum(r.values()) / model.params.prunable
+        for r in ladder(model.params, config.levels, config.rate, config.scope)
     ]
     shown = rungs if len(rungs) <= 12 else [*rungs[:4], *rungs[-2:]]
     steps = [f"{100 * rung:.1f}" for rung in shown]

@@ -51,14 +51,16 @@ def _models() -> Listing:
                 "name": model.name,
                 "input": model.input,
                 "dataset": model.dataset,
-                "prunable": model.prunable,
+                "prunable": model.params.prunable,
                 "biases": biases,
                 "batch_norms": norms,
                 "weights": weights,
             }
         )
         others = f"{biases:,} biases" + (f", {norms:,} of batch norms" if norms else "")
-        lines.append(f"{model.name:<16}{model.prunable:>10,} prunable weights, {others}; {model.source}")
+        lines.append(
+            f"{model.name:<16}{model.params.prunable:>10,} prunable weights, {others}; {model.source}"
+        )
         lines.append(f"  images of {' x '.join(map(str, model.input))}, as in {model.dataset}")
         for spec in model.weights:
             shape = " x ".join(map(str, spec.shape))

@@ -10,8 +10,8 @@ from typing import Any
 
 from sparselth.config import ImpConfig, Replica
 from sparselth.experiments.imp import Finished
-from sparselth.experiments.plan import Price
-from sparselth.experiments.workers import Watcher
+from sparselth.experiments.pool import Watcher
+from sparselth.experiments.price import Price
 from sparselth.models import get_model
 from sparselth.pruning import ladder
 
@@ -53,8 +53,8 @@ class _Progress(Silent):
         self.total, self.count = len(cells), len(finished)
         self.began = time.monotonic()
         model = get_model(config.model)
-        rungs = ladder(model, config.levels, config.rate, config.scope)
-        self.remaining = [sum(rung.values()) / model.prunable for rung in rungs]
+        rungs = ladder(model.params, config.levels, config.rate, config.scope)
+        self.remaining = [sum(rung.values()) / model.params.prunable for rung in rungs]
         self.speed = 0.0
 
     def evaluated(

@@ -23,20 +23,15 @@ import torch
 from torch import Tensor
 
 from sparselth import pruning
-from sparselth.batches import Resident
 from sparselth.config import FRESH, ImpConfig, Replica
-from sparselth.dispatch import choose
-from sparselth.experiments.plan import needs
+from sparselth.data.batches import Resident
+from sparselth.engine.dense import init_weights
+from sparselth.engine.paths import choose
+from sparselth.experiments.price import needs
+from sparselth.files import Arrays, load_arrays, save_arrays
 from sparselth.masks import pack, unpack
 from sparselth.models import Model, get_model
-from sparselth.nn import init_weights
-from sparselth.runs import (
-    Arrays,
-    cell_path,
-    checkpoint_path,
-    load_arrays,
-    save_arrays,
-)
+from sparselth.runs import cell_path, checkpoint_path
 from sparselth.streams import stream
 from sparselth.train import Job, State, fit, scores
 
@@ -106,7 +101,7 @@ def _job(config: ImpConfig, model: Model, run: Path, who: Replica, device: str) 
         state = _load_state(checkpoint, device)
     else:
         weights = start_weights(config, model, run, who)
-        weights[: model.mask_size] *= mask
+        weights[: model.params.mask_size] *= mask
         state = State.start(weights[None].to(device), config.recipe, start_step)
     return Job(who, state, mask.to(device), start_step, config.rewind if who.level == 0 else None)
 
@@ -116,18 +111,18 @@ def _finish(
 ) -> Finished:
     state, mask = job.state, job.mask.cpu()
     _save_cell(run, config, model, job.who, mask, state)
-    kept = pruning.kept(model, mask)
+    kept = model.params.kept(mask)
     return Finished(
         job.who,
         {
-            "weights_remaining": sum(kept.values()) / model.prunable,
+            "weights_remaining": sum(kept.values()) / model.params.prunable,
             "kept": kept,
             "early_stop_step": state.best_step,
             "validation_loss_at_early_stop": state.best_loss,
             "accuracy_at_early_stop": at_early_stop,
             "final_accuracy": final,
             "state_bytes": state.bytes,
-            "dense_state_bytes": 4 * model.flat_size * (2 + len(state.moments)),
+            "dense_state_bytes": 4 * model.params.size * (2 + len(state.moments)),
         },
         state.evaluations,
         {
@@ -141,25 +136,28 @@ def find_mask(config: ImpConfig, model: Model, run: Path, who: Replica) -> Tenso
     """The mask [M] of a cell, from the trained weights of the ticket it needs."""
     source = needs(config, who)
     if source is None:
-        return pruning.full_mask(model)
+        return model.params.full_mask()
     arrays, _ = load_arrays(cell_path(run, source))
-    before, weights = torch.zeros(model.mask_size, dtype=torch.bool), torch.zeros(model.mask_size)
+    before, weights = (
+        torch.zeros(model.params.mask_size, dtype=torch.bool),
+        torch.zeros(model.params.mask_size),
+    )
     for spec in model.weights:
-        span = slice(spec.offset, spec.offset + spec.numel)
+        span = spec.span
         bits = unpack(arrays[f"mask/{spec.name}"], spec.matrix[1])
         before[span] = torch.from_numpy(bits).flatten()
         weights[span][before[span]] = torch.from_numpy(arrays[f"kept/{spec.name}"])
-    rungs = pruning.ladder(model, who.level, config.rate, config.scope)
+    rungs = pruning.ladder(model.params, who.level, config.rate, config.scope)
     kernels = choose(config.kernels, config.device).magnitude_threshold.takes
     mask = pruning.prune(
-        model,
+        model.params,
         weights.to(config.device),
         before.to(config.device),
         rungs[who.level],
         "triton" if kernels == "triton" else "reference",
     ).cpu()
     if who.arm.startswith("random-"):
-        mask = pruning.shuffle(model, mask, stream(who.seed, who.arm, who.level, "mask", who.draw))
+        mask = pruning.shuffle(model.params, mask, stream(who.seed, who.arm, who.level, "mask", who.draw))
     return mask
 
 
@@ -168,10 +166,10 @@ def start_weights(config: ImpConfig, model: Model, run: Path, who: Replica) -> T
     if who.arm in FRESH or who.level == 0:
         return init_weights(model, stream(who.seed, who.arm, who.level, "init", who.draw))
     arrays, _ = load_arrays(cell_path(run, Replica(who.seed, "ticket", 0)))
-    weights = torch.zeros(model.flat_size)
-    for spec in model.weights + model.unpruned:
+    weights = torch.zeros(model.params.size)
+    for spec in model.weights + model.params.unpruned:
         values = torch.from_numpy(arrays[f"rewind/{spec.name}"])
-        weights[spec.offset : spec.offset + spec.numel] = values.flatten()
+        weights[spec.span] = values.flatten()
     return weights
 
 
@@ -179,15 +177,15 @@ def _save_cell(run: Path, config: ImpConfig, model: Model, who: Replica, mask: T
     weights = state.weights[0].cpu()
     arrays: Arrays = {}
     for spec in model.weights:
-        span = slice(spec.offset, spec.offset + spec.numel)
+        span = spec.span
         arrays[f"mask/{spec.name}"] = pack(mask[span].view(spec.matrix).numpy())
         arrays[f"kept/{spec.name}"] = weights[span][mask[span]].numpy()
-    for spec in model.unpruned:
-        arrays[f"bias/{spec.name}"] = weights[spec.offset : spec.offset + spec.numel].numpy()
+    for spec in model.params.unpruned:
+        arrays[f"bias/{spec.name}"] = weights[spec.span].numpy()
     if state.kept_weights is not None:
         rewind = state.kept_weights[0].cpu()
-        for spec in model.weights + model.unpruned:
-            values = rewind[spec.offset : spec.offset + spec.numel].view(spec.shape)
+        for spec in model.weights + model.params.unpruned:
+            values = rewind[spec.span].view(spec.shape)
             arrays[f"rewind/{spec.name}"] = values.numpy()
     header = {
         "schema": "sparselth.cell/1",

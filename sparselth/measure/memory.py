@@ -25,11 +25,10 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 
 import torch
-from safetensors.numpy import save
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from sparselth.runs import Arrays
+from sparselth.files import Arrays, array_bytes
 
 SPAN = "sparselth peak"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -182,7 +181,7 @@ def keep_freed() -> bool:
 
 def file_bytes(arrays: Arrays, header: Mapping[str, object]) -> int:
     """What arrays take in a file of the run's format."""
-    return len(save(arrays, metadata={"sparselth": json.dumps(header)}))
+    return len(array_bytes(arrays, header))
 
 
 _REFERENCE = ctypes.byref(ctypes.c_int())

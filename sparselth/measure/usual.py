@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from sparselth import pruning
 from sparselth.config import FRESH, ImpConfig, Recipe, Replica
 from sparselth.data import Images
+from sparselth.engine.dense import init_weights
 from sparselth.models import AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, ReLU, get_model
-from sparselth.nn import init_weights
 from sparselth.streams import stream
 
 EVALUATION_BATCH = 1000
@@ -73,7 +73,7 @@ def network(model: Model, flat: Tensor) -> nn.Sequential:
                 found.append(nn.Linear(prod(before), out))
         tensors = [t for t in found[-1].state_dict().values() if t.dim()]  # but not the count of batches
         for tensor, spec in zip(tensors, specs, strict=True):
-            tensor.copy_(flat[spec.offset : spec.offset + spec.numel].view(spec.shape))
+            tensor.copy_(flat[spec.span].view(spec.shape))
     return nn.Sequential(*found)
 
 
@@ -81,7 +81,7 @@ def masks(model: Model, net: nn.Sequential, mask: Tensor) -> Masks:
     """A dense float mask for every weight, from a mask [M]."""
     products = [module for module in net if isinstance(module, nn.Conv2d | nn.Linear)]
     return {
-        product.weight: mask[spec.offset : spec.offset + spec.numel].view(spec.shape).float()
+        product.weight: mask[spec.span].view(spec.shape).float()
         for product, spec in zip(products, model.weights, strict=True)
     }
 
@@ -166,13 +166,16 @@ def _sample(config: ImpConfig, images: Images, threads: int, seconds: float) -> 
     torch.set_num_threads(threads)
     model = get_model(config.model)
     flat = init_weights(model, stream(config.seeds[0], "price", 0, "init"))
-    rungs = pruning.ladder(model, config.levels, config.rate, config.scope)
+    params = model.params
+    rungs = pruning.ladder(params, config.levels, config.rate, config.scope)
     levels = sorted({0, config.levels // 2, config.levels})
     spent, steps = 0.0, 0
     for level in levels:
-        mask = pruning.prune(model, flat[: model.mask_size], pruning.full_mask(model), rungs[level])
+        mask = pruning.prune(
+            model.params, flat[: model.params.mask_size], model.params.full_mask(), rungs[level]
+        )
         weights = flat.clone()
-        weights[: model.mask_size] *= mask
+        weights[: params.mask_size] *= mask
         run = loop(images, model, config.recipe, weights, mask)
         run()
         taken, took = _repeat(run, 0.8 * seconds / len(levels))

@@ -15,6 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
+from sparselth.files import write_atomically
 from sparselth.models import get_model
 from sparselth.report.stats import (
     cells,
@@ -26,7 +27,7 @@ from sparselth.report.stats import (
     weights_remaining,
 )
 from sparselth.report.tables import percent
-from sparselth.runs import RunRecord, write_atomically
+from sparselth.runs import RunRecord
 
 WIDTH = 3.3  # inches, one column of a paper
 DPI = 200

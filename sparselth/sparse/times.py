@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 
 from sparselth import __version__, clock
+from sparselth.files import read_cache, write_cache
 from sparselth.kernels.step_parts import Call
-from sparselth.runs import write_atomically
 
 # Rounds and seconds of a race at least, and how many times the fastest's time what goes on may take
 HEATS = (3, 0.03, 2.0), (7, 0.07, 1.1), (7, 0.2, 1.0)
@@ -53,14 +49,9 @@ class Cache:
     """Times that were measured on this machine before, for batches of one size on one device (its key)."""
 
     def __init__(self, batch: int, device: str) -> None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        self.batch, self.file, self.new = batch, folder / "sparselth" / "convert.json", False
-        self.known: dict[str, dict[str, float]] = {}
+        self.batch, self.new = batch, False
+        self.known: dict[str, dict[str, float]] = read_cache("convert")
         self.unsure: dict[str, dict[str, float]] = {}  # not for the file: measured among other programs
-        with contextlib.suppress(OSError, ValueError):
-            self.known = json.loads(self.file.read_text())
-        if not isinstance(self.known, dict):
-            self.known = {}
         self.suffix = (
             f", batch {batch}, {device}, torch {torch.__version__}, sparselth {__version__}, way {WAY}"
         )
@@ -82,8 +73,4 @@ class Cache:
 
     def save(self) -> None:
         if self.new:
-            with contextlib.suppress(OSError):  # without a cache the next conversion measures again
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(
-                    self.file, (json.dumps(self.known, indent=1, sort_keys=True) + "\n").encode()
-                )
+            write_cache("convert", self.known)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sparselth.measure import rows as measure
+from sparselth.measure import race_layers as measure
 from sparselth.report import bench_figures, bench_tables
 from sparselth.runs import RunRecord
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sparselth import runs
+from sparselth import files, runs
 from sparselth.runs import RunRecord
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -182,17 +182,17 @@ def test_a_full_disk(cli: Cli, tmp_path: Path) -> None:
 
 def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "lines.jsonl"
-    runs._append(file, [{"a": 1}])
+    files.append_lines(file, [{"a": 1}])
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(runs.os, "fsync", full)
-    with pytest.raises(runs.SparselthError, match="No space left on device"):
-        runs._append(file, [{"b": 2}] * 1000)
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(files.SparselthError, match="No space left on device"):
+        files.append_lines(file, [{"b": 2}] * 1000)
     assert file.read_text() == '{"a": 1}\n'
-    with pytest.raises(runs.SparselthError, match="No space left on device"):
-        runs.write_atomically(file, b"other")
+    with pytest.raises(files.SparselthError, match="No space left on device"):
+        files.write_atomically(file, b"other")
     assert file.read_text() == '{"a": 1}\n'
     assert list(tmp_path.iterdir()) == [file]
 

@@ -205,20 +205,20 @@ def test_is_prune(model: str, scope: str, monkeypatch: pytest.MonkeyPatch) -> No
     """Three levels of the paper's schedule in the blocks that ship, on weights with ties."""
     monkeypatch.undo()
     net = get_model(model)
-    weights = (torch.randn(net.mask_size, generator=torch.Generator().manual_seed(0)) * 500).round()
-    mask = pruning.full_mask(net)
+    weights = (torch.randn(net.params.mask_size, generator=torch.Generator().manual_seed(0)) * 500).round()
+    mask = net.params.full_mask()
     flat = weights.to(DEVICE)[None]
-    matrices = [flat[:, s.offset : s.offset + s.numel].unflatten(1, s.matrix) for s in net.weights]
+    matrices = [flat[:, s.span].unflatten(1, s.matrix) for s in net.weights]
     masks: list[Tensor] = []
-    ladder = pruning.ladder(net, 3, 0.5, scope)
+    ladder = pruning.ladder(net.params, 3, 0.5, scope)
     for before, after in pairwise(ladder):
         k = torch.tensor([[before[name] - after[name] for name in after]])
         k = k if scope == "layer" else k[:, 0]
-        mask = pruning.prune(net, weights, mask, after)
+        mask = pruning.prune(net.params, weights, mask, after)
         old = masks
         masks, _ = magnitude_threshold(matrices, k, old)
         for spec, found in zip(net.weights, masks, strict=True):
-            right = mask[spec.offset : spec.offset + spec.numel].to(DEVICE)
+            right = mask[spec.span].to(DEVICE)
             assert torch.equal(unpack(found, spec.matrix[1]).flatten(), right)
     if model == "lenet5":  # the others take the interpreter too long
         bits, _ = launch(matrices, k, old, kernels="triton")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparselth import nn
+from sparselth.engine import dense
 from sparselth.kernels import _native
 from sparselth.kernels.step_parts import (
     bias_relu,
@@ -130,7 +130,7 @@ def test_gather_has_the_bits_of_batches(
     if some:
         live = live[torch.rand(pixels, generator=draw) < keep]
     x, y = gather(**d, index=index, rows=live if some else None, kernels=kernels)
-    # as sparselth/batches.py has it
+    # as sparselth/data/batches.py has it
     right = torch.addcmul(d["shift"][:, None], d["images"][index].T.float(), d["scale"][:, None])[live]
     assert y.equal(d["labels"][index])
     if torch_has_this_level(way):
@@ -340,9 +340,9 @@ def test_a_label_of_no_class_makes_nan(way: str, label: int) -> None:
 def test_the_network_and_these_agree() -> None:
     draw = generator(0)
     logits, labels = torch.randn(10, 60, generator=draw), torch.randint(10, (60,), generator=draw)
-    theirs = nn.cross_entropy_grad(logits[None], labels[None, None])[0]
+    theirs = dense.cross_entropy_grad(logits[None], labels[None, None])[0]
     torch.testing.assert_close(cross_entropy_grad(logits, labels), theirs, rtol=1e-5, atol=1e-8)
-    loss, right = nn.cross_entropy(logits[None], labels[None, None])
+    loss, right = dense.cross_entropy(logits[None], labels[None, None])
     found = cross_entropy(logits, labels)
     assert found == (pytest.approx(loss.item(), rel=1e-6), right.item())
 
@@ -351,10 +351,10 @@ def test_the_network_and_these_agree() -> None:
 
 
 def network_pool(x: Tensor, dy: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-    """(y, dx) as sparselth/nn.py has them."""
+    """(y, dx) as sparselth/engine/dense.py has them."""
     c, h, w, b = x.shape
     out = torch.zeros(1, c, h // 2, w // 2, b)
-    pool, cut = nn.DensePool(2, out, out.new_zeros(1, c, h, w, b)), nn.DenseReLU()
+    pool, cut = dense.DensePool(2, out, out.new_zeros(1, c, h, w, b)), dense.DenseReLU()
     y = pool.forward(x[None])
     if relu:
         cut.forward(y)

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from oracle import DEVICE, Wrong, must_be_zero, must_repeat, pick, same_bits
-from sparselth import pruning
-from sparselth.batches import Batches, Resident
 from sparselth.config import Recipe, Replica
 from sparselth.data import Images, get_dataset
-from sparselth.dispatch import choose
+from sparselth.data.batches import Batches, Resident
+from sparselth.engine.dense import init_weights
+from sparselth.engine.paths import choose
+from sparselth.engine.replay import Replay
 from sparselth.models import Conv, Linear, MaxPool, Model, ReLU, get_model
-from sparselth.nn import init_weights
-from sparselth.replay import Replay
 from sparselth.streams import stream
 from sparselth.train import Job, State, fit
 
@@ -73,9 +72,9 @@ def data_of(part: str, images: int | None) -> Resident:
 
 def job(model: Model, recipe: Recipe, seed: int, keep: float = 1.0, start: int = 0) -> Job:
     """A cell with random weights, of which a random mask keeps about `keep`."""
-    weights, mask = init_weights(model, stream(seed, "ticket", 1, "init")), pruning.full_mask(model)
-    mask &= torch.rand(model.mask_size, generator=torch.Generator().manual_seed(seed)) < keep
-    weights[: model.mask_size] *= mask
+    weights, mask = init_weights(model, stream(seed, "ticket", 1, "init")), model.params.full_mask()
+    mask &= torch.rand(model.params.mask_size, generator=torch.Generator().manual_seed(seed)) < keep
+    weights[: model.params.mask_size] *= mask
     state = State.start(weights[None].to(DEVICE), recipe, start)
     return Job(Replica(seed, "ticket", 1), state, mask.to(DEVICE), start)
 
@@ -164,8 +163,8 @@ def beside_the_reference(part: str, kernels: str) -> dict[str, float]:
     found, right = (setup.trained(cells, k) for k in (kernels, "reference"))
     errors = [0.0]
     for ours, theirs in zip(found, right, strict=True):
-        pruned = ~ours.mask[None, : setup.model.mask_size] & pruning.full_mask(setup.model).to(DEVICE)
-        must_be_zero(ours.state.weights[:, : setup.model.mask_size], pruned, "pruned weights")
+        pruned = ~ours.mask[None, : setup.model.params.mask_size] & setup.model.params.full_mask().to(DEVICE)
+        must_be_zero(ours.state.weights[:, : setup.model.params.mask_size], pruned, "pruned weights")
         wanted = {k: t for k, t in named(theirs).items() if k != "best weights"}
         errors += [must_be_near(named(ours), wanted, NEAR), must_be_near(losses(ours), losses(theirs), NEAR)]
     return {"error": max(errors)}
@@ -222,7 +221,7 @@ def idle(part: str, kernels: str) -> None:
     jobs = setup.jobs([(0, 1.0, 0), (1, 0.3, 0)])
     for one in jobs:
         for moment in one.state.moments:
-            moment.fill_(0.1)[:, : setup.model.mask_size] *= one.mask
+            moment.fill_(0.1)[:, : setup.model.params.mask_size] *= one.mask
     states = [[one.state.weights, *one.state.moments] for one in jobs]
     before = [torch.cat(rows) for rows in zip(*states, strict=True)]
     replay, tensors = setup.replay(jobs, kernels)

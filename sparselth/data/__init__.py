@@ -1,0 +1,19 @@
+"""Data sets: `sets` says what they are, `files` reads and fetches them, `batches` feeds them to training."""
+
+from sparselth.data.files import ASSETS, MissingData, data_dir, fetch, load, resolve
+from sparselth.data.sets import DATASETS, DEFAULT, FALLBACK, DatasetSpec, Images, get_dataset
+
+__all__ = [
+    "ASSETS",
+    "DATASETS",
+    "DEFAULT",
+    "FALLBACK",
+    "DatasetSpec",
+    "Images",
+    "MissingData",
+    "data_dir",
+    "fetch",
+    "get_dataset",
+    "load",
+    "resolve",
+]

@@ -1,0 +1,230 @@
+"""Whole data sets as numpy arrays, read from files whose every byte is checked.
+
+The layout on disk is torchvision's, so a folder that torchvision filled works. `mnist5k` lies inside
+the package and needs neither a folder nor a network. CIFAR-10 comes as pickles, which are code: they
+are never unpickled here, but cut at the offsets that their checksums vouch for. Importing this module
+does not import torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import importlib
+import io
+import os
+import socket
+import stat
+import tempfile
+import textwrap
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparselth.data.sets import (
+    DATASETS,
+    DEFAULT,
+    FALLBACK,
+    CifarFile,
+    DatasetSpec,
+    IdxFile,
+    Images,
+    get_dataset,
+)
+from sparselth.errors import SparselthError
+from sparselth.files import cache_folder
+
+ASSETS = Path(__file__).parents[1] / "assets"
+TIMEOUT = 10.0  # seconds without a byte until a download is given up
+
+
+class MissingData(SparselthError):
+    """A file of a data set is not there."""
+
+
+def data_dir(flag: Path | None) -> Path:
+    """The folder of all data sets: --data-dir, else SPARSELTH_DATA, else the user's cache folder."""
+    chosen = flag or os.environ.get("SPARSELTH_DATA")
+    try:
+        return (Path(chosen).expanduser() if chosen else cache_folder() / "data").absolute()
+    except RuntimeError:  # no home, as in some containers
+        raise SparselthError(
+            f"{chosen or '~/.cache'}: there is no home folder; pass --data-dir FOLDER"
+        ) from None
+
+
+def load(name: str, folder: Path) -> Images:
+    """Read a data set from `folder`, or from the package if it lies there.
+
+    A file that is not there raises MissingData; one that is not exactly the file it should be raises
+    SparselthError.
+    """
+    spec = get_dataset(name)
+    if spec.torchvision is None:
+        root, source, missing = ASSETS / spec.folder, "inside the package", "reinstall sparselth"
+        damaged = missing
+    else:
+        root = folder.absolute() / spec.folder
+        source, missing = str(root), _how_to_get(spec, folder)
+        damaged = (
+            "delete it to have it downloaded again, or pass --data-dir with a folder that has a good one"
+        )
+    paths = [_find(root / file.name, missing) for file in spec.files]  # all there before one is read
+    arrays = [
+        array
+        for path, file in zip(paths, spec.files, strict=True)
+        for array in file.arrays(_read(path, file, damaged))
+    ]
+
+    images = [array.reshape(len(array), -1) for array in arrays[::2]]
+    labels = [array.astype(np.int64) for array in arrays[1::2]]
+    if len(images) == 1:
+        test = np.zeros(len(labels[0]), dtype=bool)
+        for label in range(spec.classes):
+            test[np.flatnonzero(labels[0] == label)[-(spec.n_test // spec.classes) :]] = True
+        images = [images[0][~test], images[0][test]]
+        labels = [labels[0][~test], labels[0][test]]
+    return Images(
+        spec,
+        np.concatenate(images[:-1]),  # a copy even of one array: those of a file are read-only
+        np.concatenate(labels[:-1]),
+        images[-1].copy(),
+        labels[-1],
+        spec.digest,
+        source,
+    )
+
+
+def fetch(name: str, folder: Path) -> None:
+    """Download a data set into `folder` with torchvision; a file that is there already is left alone.
+
+    Whatever goes wrong raises SparselthError, and neither that nor an interruption leaves anything behind.
+    """
+    spec = get_dataset(name)
+    if spec.torchvision is None:
+        return
+    target = folder.absolute() / spec.folder
+    made: list[Path] = []
+    timeout = socket.getdefaulttimeout()
+    try:
+        made = [path for path in (target, *target.parents) if not path.exists()]
+        target.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(TIMEOUT)
+        with (
+            tempfile.TemporaryDirectory(dir=folder, prefix=".download-", ignore_cleanup_errors=True) as temp,
+            contextlib.redirect_stdout(io.StringIO()),  # stdout carries results; progress is on stderr
+        ):
+            getattr(_torchvision_datasets(), spec.torchvision)(temp, download=True)
+            for file in spec.files:
+                if not (target / file.name).exists():
+                    Path(temp, spec.folder, file.name).replace(target / file.name)
+    except Exception as error:
+        cause = textwrap.shorten(str(error) or type(error).__name__, 240, placeholder=" ...")
+        raise SparselthError(
+            f"cannot download {spec.title} into {folder.absolute()}: {cause}; {_how_to_get(spec, folder)}"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+        for path in made:
+            with contextlib.suppress(OSError):  # rmdir removes a folder only if it is empty
+                path.rmdir()
+
+
+def resolve(
+    name: str | None, folder_flag: Path | None, note: Callable[[str], None], default: str = DEFAULT
+) -> Images:
+    """The data set a command works on: read, or downloaded and read.
+
+    `name` and `folder_flag` are --dataset and --data-dir, None where the user gave none. Without a
+    name it is `default`; if that is neither there nor to be downloaded it is mnist5k, where images of
+    its shape are wanted, and `note` is called with one line that says so. Files that are there but
+    damaged are an error in every case.
+    """
+    spec = get_dataset(default if name is None else name)
+    if spec.torchvision is None:
+        return load(spec.name, ASSETS)
+    folder = data_dir(folder_flag)
+    try:
+        return load(spec.name, folder)
+    except MissingData:
+        if (folder_flag or os.environ.get("SPARSELTH_DATA")) and not _writable(folder):
+            raise SparselthError(
+                f"{folder} does not hold {spec.title} and is read-only, so it cannot be downloaded there; "
+                f"{_how_to_get(spec, folder)}"
+            ) from None
+    try:
+        fetch(spec.name, folder)
+    except SparselthError as error:
+        spare = DATASETS[FALLBACK]
+        if name is not None or spec.shape != spare.shape:
+            raise
+        note(
+            f"NOT using {spec.title}, but {FALLBACK}: {spare.n_train:,} training and {spare.n_test:,} test "
+            f"images that come with sparselth, so expect lower accuracies ({error})"
+        )
+        return load(FALLBACK, ASSETS)
+    return load(spec.name, folder)
+
+
+def _how_to_get(spec: DatasetSpec, folder: Path) -> str:
+    names = ", ".join(file.name for file in spec.files)
+    spare = f", or use --dataset {FALLBACK}" if spec.shape == DATASETS[FALLBACK].shape else ""
+    return (
+        f"put {names} into {folder.absolute() / spec.folder}, "
+        f"or pass --data-dir with a folder that holds {spec.folder}{spare}"
+    )
+
+
+def _writable(folder: Path) -> bool:
+    """Whether files can be made in `folder`, or in the nearest folder above it that exists."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return os.access(there, os.W_OK | os.X_OK)
+
+
+def _find(path: Path, remedy: str) -> Path:
+    """`path`, or the .gz beside it if only that exists."""
+    for found in (path, path.with_name(f"{path.name}.gz")):
+        try:
+            mode = found.stat().st_mode
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise SparselthError(f"{found}: {error.strerror}; {remedy}") from None
+        if not stat.S_ISREG(mode):
+            raise SparselthError(f"{found}: expected a file, found a folder or a device; {remedy}")
+        return found
+    raise MissingData(f"{path}: no such file; {remedy}")
+
+
+def _read(path: Path, file: IdxFile | CifarFile, remedy: str) -> bytes:
+    """The bytes of a file, uncompressed and checked to the last bit."""
+    size, magic = file.size, file.magic
+    try:
+        with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw as stream:
+            data = stream.read(size + 1)
+    except (OSError, EOFError, zlib.error) as error:  # the last two, and BadGzipFile, from gzip
+        cause = error.strerror if isinstance(error, OSError) else None
+        raise SparselthError(f"{path}: {cause or f'broken gzip file ({error})'}; {remedy}") from None
+
+    if len(data) != size:
+        found = f"{len(data):,}" if len(data) < size else "more"
+        problem = f"expected {size:,} bytes uncompressed, found {found}"
+    elif not data.startswith(magic):
+        problem = f"expected the magic number 0x{magic.hex()}, found 0x{data[: len(magic)].hex()}"
+    elif (digest := hashlib.sha256(data).hexdigest()) != file.sha256:
+        problem = f"expected sha256 {file.sha256}, found {digest}"
+    else:
+        return data
+    raise SparselthError(f"{path}: {problem}; {remedy}")
+
+
+def _torchvision_datasets() -> Any:
+    """torchvision.datasets; imported late because it imports torch, and by name because it is untyped."""
+    try:
+        return importlib.import_module("torchvision.datasets")
+    except Exception as error:  # RuntimeError where the releases of torch and torchvision do not fit
+        raise RuntimeError(f"torchvision does not work with the torch that is installed ({error})") from None

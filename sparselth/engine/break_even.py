@@ -1,0 +1,157 @@
+"""Below which share of survivors a layer is trained faster compressed than dense, on this machine.
+
+Measured once for each layer shape, processor and library, on one thread, and kept in the user's cache
+folder. A compressed layer's time is a straight line in its density: two random masks give the line, and
+break-even is where it meets 95 % of the dense layer's time, update included. Small layers can be faster
+through the compressed kernels even with all their weights; then it is ALWAYS.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor
+
+from sparselth.engine import dense
+from sparselth.engine.compressed import COLUMNS, Ends, Product, make_index
+from sparselth.engine.vendor import VendorNetwork
+from sparselth.files import read_cache, write_cache
+from sparselth.kernels.masked_update import bind_masked_adam
+from sparselth.kernels.step_parts import Call
+from sparselth.machine import cpu_name
+from sparselth.models import Conv, Layer, Model
+from sparselth.params import TensorSpec
+
+MARGIN = 0.95
+ALWAYS = 2.0
+DENSITIES = 0.05, 0.35, 1.0
+ROUNDS, SECONDS = 5, 0.1  # rounds of all, interleaved, until the time is up
+
+
+def break_even(model: Model, batch: int, kernels: str) -> dict[str, float]:
+    """Break-even density of every weight tensor for "native" or "torch" kernels; 0 where dense is best.
+
+    What the cache does not hold is measured now: a second or two for a small network. A network with batch
+    norms stays dense.
+    """
+    if model.norms:
+        return {}
+    known = read_cache("break_even")
+    found, before = dict[str, float](), len(known)
+    for spec, layer, shape, after in model.producers:
+        first = spec is model.weights[0]
+        key = f"{layer} {'first ' * first}on {list(shape)}, batch {batch}, {kernels}"
+        key += f", {cpu_name()}, torch {torch.__version__}"
+        if not isinstance(known.get(key), float):
+            known[key] = round(_measure(_Case(spec, layer, shape, after, first, batch, kernels)), 3)
+        found[spec.name] = known[key]
+    if len(known) > before:
+        write_cache("break_even", known)
+    return found
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One layer as it stands in a network."""
+
+    spec: TensorSpec
+    layer: Layer
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    first: bool
+    batch: int
+    kernels: str
+
+
+def _measure(case: _Case) -> float:
+    """One layer's break-even density."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        dense, sparse, denser, full = _seconds([_dense(case), *(_compressed(case, d) for d in DENSITIES)])
+    finally:
+        torch.set_num_threads(threads)
+    if full < MARGIN * dense:
+        return ALWAYS
+    slope = max(denser - sparse, 1e-9) / (DENSITIES[1] - DENSITIES[0])
+    return min(1.0, max(0.0, DENSITIES[0] + (MARGIN * dense - sparse) / slope))
+
+
+def _seconds(calls: list[Call]) -> list[float]:
+    """The least seconds of each, all in turn."""
+    best = [float("inf")] * len(calls)
+    began, rounds = time.perf_counter(), 0
+    while rounds < ROUNDS or time.perf_counter() - began < SECONDS:
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - start)
+        rounds += 1
+    return best
+
+
+def _dense(case: _Case) -> Call:
+    """Forward, backward and masked update of a dense layer, as `dense` or `vendor` has it."""
+    spec, layer, before, first = case.spec, case.layer, case.before, case.first
+    weights, grad = _random(1, *spec.matrix), torch.zeros(1, *spec.matrix)
+    bits = torch.full((1, -(-spec.numel // 8)), 255, dtype=torch.uint8)
+    update = _update(weights, grad, bits, case.kernels)
+    bias, dbias = torch.zeros(2, 1, spec.shape[0], 1)
+    if isinstance(layer, Conv):
+        model = Model("", (before[0], before[1], before[2]), (layer,), {}, "")
+        flat, slopes = _random(1, model.params.size), torch.zeros(1, model.params.size)
+        vendor = VendorNetwork(model, flat, slopes, first=first)
+        x = _random(1, prod(before), case.batch).mT.contiguous().mT
+        dy = torch.randn(case.batch, *case.after).contiguous(memory_format=torch.channels_last)
+
+        def convolve() -> None:
+            vendor.forward(x)
+            vendor.backward(dy.movedim(0, -1)[None])
+            update()
+
+        return convolve
+    y = dense.activation(weights, 1, case.after, case.batch)
+    x, dy = dense.activation(weights, 1, before, case.batch).normal_(), torch.randn_like(y)
+    product = dense.DenseLinear(dense.Place(weights, bias, grad, dbias, y, before, not first))
+
+    def run() -> None:
+        product.forward(x)
+        product.backward(dy)
+        update()
+
+    return run
+
+
+def _compressed(case: _Case, density: float) -> Call:
+    """The same of a compressed layer under a random mask."""
+    spec, before = case.spec, case.before
+    mask = torch.rand(spec.matrix, generator=torch.Generator().manual_seed(0)) < density
+    index = make_index(spec, case.layer, before, mask, case.first)
+    columns = -(-case.batch // COLUMNS) * COLUMNS
+    weights, grad = _random(1, index.kept), torch.zeros(1, index.kept)
+    x, y = _random(prod(before), columns), torch.zeros(prod(case.after), columns)
+    ends = Ends(x, y, None if case.first else torch.zeros_like(x), torch.randn_like(y))
+    product = Product(case.layer, spec, before, case.after, weights[0], grad[0], index, case.kernels)
+    calls = product.forward(ends, torch.zeros(spec.shape[0]), relu=False) + product.backward(ends)
+    update = _update(weights, grad, None, case.kernels)
+
+    def run() -> None:
+        for call in calls:
+            call()
+        update()
+
+    return run
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _update(weights: Tensor, grad: Tensor, bits: Tensor | None, kernels: str) -> Call:
+    w, g = weights.view(1, -1), grad.view(1, -1)
+    moments = torch.zeros_like(w), torch.zeros_like(w)
+    return partial(bind_masked_adam(w, g, moments, bits, kernels=kernels), 1, 1e-4)

@@ -1,0 +1,293 @@
+"""One replica with layers in the compressed domain, on a CPU.
+
+A layer above its break-even density is dense and goes through the vendor's products; below it, weights
+and gradients are vectors of survivors and go through `csr_linear` and `sparse_conv2d`, which touch
+nothing else. Both stand in one chain of calls, bound to fixed buffers once, so that a step costs what its
+arithmetic costs. Activations are features-major as in `dense`, without the replica axis: [C, H, W, B] or
+[K, B]; B is padded to whole cache lines, and the gradient of the padding is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor
+
+from sparselth.config import Recipe, Replica
+from sparselth.data.batches import Batches, Chunk, Resident
+from sparselth.engine import dense
+from sparselth.engine.layout import Layout
+from sparselth.kernels.csr_linear import (
+    CsrIndex,
+    bind_csr_input_grad,
+    bind_csr_linear,
+    bind_csr_weight_grad,
+)
+from sparselth.kernels.sparse_conv2d import (
+    Conv2dIndex,
+    bind_sparse_conv2d,
+    bind_sparse_conv2d_input_grad,
+    bind_sparse_conv2d_weight_grad,
+)
+from sparselth.kernels.step_parts import (
+    Call,
+    bind_bias_relu,
+    bind_cross_entropy_grad,
+    bind_gather,
+    bind_max_pool,
+    bind_max_pool_backward,
+    bind_relu_backward,
+    cross_entropy,
+    sequence,
+)
+from sparselth.models import Conv, Layer, MaxPool, Model, ReLU
+from sparselth.params import TensorSpec
+
+Index = CsrIndex | Conv2dIndex
+Named = tuple[str, Call]
+COLUMNS = 16  # a batch is padded to a multiple: one cache line
+
+
+class CompressedEvaluator:
+    """Mean cross-entropy and accuracy of one replica whose weights lie in `layout`."""
+
+    def __init__(self, model: Model, layout: Layout, weights: Tensor, kernels: str) -> None:
+        self.model, self.layout, self.weights, self.kernels = model, layout, weights, kernels
+        self.rows: Tensor | None = None  # pixels that are read; a convolution takes them all
+        first = model.weights[0]
+        if first.name in layout.compressed and len(first.shape) == 2 and not layout.inputs.all():
+            self.rows = layout.inputs.nonzero()[:, 0].int()
+        self.index = {
+            spec.name: self._index(spec, layer, before)
+            for spec, layer, before, _ in model.producers
+            if spec.name in layout.compressed
+        }
+        self.chains: dict[int, Chain] = {}
+
+    def measure(self, chunks: Sequence[Chunk]) -> tuple[list[float], list[float]]:
+        loss = right = 0.0
+        for x, y in chunks:
+            n = x.shape[2]
+            if n not in self.chains:
+                self.chains[n] = self.chain(n, None)
+            chain = self.chains[n]
+            chain.x[:, :n] = x[0] if self.rows is None else x[0].index_select(0, self.rows)
+            chain.run()
+            more = cross_entropy(chain.logits[:, :n], y[0, 0], self.kernels)
+            loss, right = loss + more[0], right + more[1]
+        total = sum(x.shape[2] for x, _ in chunks)
+        return [loss / total], [right / total]
+
+    def chain(self, batch: int, grad: Tensor | None) -> Chain:
+        pixels = len(self.layout.inputs) if self.rows is None else len(self.rows)
+        return Chain(self.model, self.layout, self.index, self.weights, pixels, batch, self.kernels, grad)
+
+    def _index(self, spec: TensorSpec, layer: Layer, before: tuple[int, ...]) -> Index:
+        mask, first = self.layout.trained(spec), spec is self.model.weights[0]
+        if first and self.rows is not None:
+            mask = mask[:, self.rows]
+        return make_index(spec, layer, before, mask, first)
+
+
+class CompressedSteps:
+    """The steps of one replica whose weights lie in `layout`; see `sparselth.train.Steps`."""
+
+    def __init__(
+        self,
+        model: Model,
+        layout: Layout,
+        weights: Tensor,
+        data: Resident,
+        who: Replica,
+        recipe: Recipe,
+        kernels: str,
+    ) -> None:
+        self.grad = torch.zeros_like(weights)
+        evaluator = CompressedEvaluator(model, layout, weights, kernels)
+        self.measure = evaluator.measure
+        self.index_bytes = layout.bytes() + sum(index.bytes() for index in evaluator.index.values())
+        self.chain = chain = evaluator.chain(recipe.batch_size, self.grad)
+        self.batches = Batches(data, [who], recipe.batch_size)
+        scale, shift = data.scale.flatten(), data.shift.flatten()
+        x, rows = chain.x[:, : recipe.batch_size], evaluator.rows
+        self.gather = bind_gather(data.images, data.labels, scale, shift, x, chain.labels, rows, kernels)
+
+    def gradients(self, step: int) -> None:
+        self.gather(self.batches.index(step))
+        self.chain.run()
+
+
+def make_index(spec: TensorSpec, layer: Layer, before: tuple[int, ...], mask: Tensor, first: bool) -> Index:
+    """Where what `mask` [N, K] keeps of a layer lies; the first layer has no gradient of its input."""
+    if isinstance(layer, Conv):
+        size = before[1], before[2]
+        return Conv2dIndex.of(mask.view(spec.shape), size, padding=layer.padding, backward=not first)
+    return CsrIndex.of(mask, backward=not first)
+
+
+@dataclass
+class Ends:
+    """A layer's input and output and, in training, their gradients; dx is None for the network's input."""
+
+    x: Tensor
+    y: Tensor
+    dx: Tensor | None
+    dy: Tensor | None
+
+
+class Chain:
+    """Every layer's forward and, with `grad`, backward as one list of calls on fixed buffers.
+
+    `x` [pixels, columns] and `labels` [B] are filled by the caller; `run` computes `logits` [classes,
+    columns] and, with `grad`, all gradients of the mean cross-entropy.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        layout: Layout,
+        index: dict[str, Index],
+        weights: Tensor,
+        pixels: int,
+        batch: int,
+        kernels: str,
+        grad: Tensor | None,
+    ) -> None:
+        columns = -(-batch // COLUMNS) * COLUMNS
+        self.x = x = torch.zeros(pixels, columns)
+        self.labels = torch.zeros(batch, dtype=torch.int64)
+        forwards: list[Named] = []
+        backwards: list[list[Named]] = []
+        dx: Tensor | None = None
+        dbias: Tensor | None = None  # of the last product: whoever reads its output writes it
+        producers = iter(model.producers)
+        layers = [*zip(model.layers, model.shapes, model.shapes[1:], strict=False)]
+        for (layer, before, after), (next_layer, _, _) in zip(layers, [*layers[1:], layers[-1]], strict=True):
+            if isinstance(layer, ReLU):
+                continue  # done by what is before it
+            relu = isinstance(next_layer, ReLU)
+            y = torch.zeros(prod(after), columns)
+            dy = torch.zeros_like(y) if grad is not None else None
+            ends = Ends(x, y, dx, dy)
+            if isinstance(layer, MaxPool):
+                name = "pool"
+                forward, backward = _pool(before, after, ends, relu, dbias, kernels)
+                dbias = None
+            else:
+                if dx is not None and dbias is not None:
+                    call = bind_relu_backward(dx.view(*before, -1), None, dbias, kernels)
+                    backwards.append([("bias gradient", call)])
+                spec, *_ = next(producers)
+                name = spec.name.removesuffix(".weight")
+                bias = model.biases[model.weights.index(spec)]
+                dbias = None if grad is None else layout.view(grad, bias)
+                slope = None if grad is None else layout.view(grad, spec)
+                product = Product(
+                    layer,
+                    spec,
+                    before,
+                    after,
+                    layout.view(weights, spec),
+                    slope,
+                    index.get(spec.name),
+                    kernels,
+                )
+                forward = product.forward(ends, layout.view(weights, bias), relu)
+                backward = product.backward(ends) if grad is not None else []
+                if relu and dy is not None:
+                    shape = *after, columns
+                    backward.insert(0, bind_relu_backward(dy.view(shape), y.view(shape), dbias, kernels))
+                    dbias = None
+            forwards += [(f"{name} forward", call) for call in forward]
+            backwards.append([(f"{name} backward", call) for call in backward])
+            x, dx = y, dy
+        self.logits = x
+        calls = forwards
+        if dx is not None:
+            logits, dlogits = x[:, :batch], dx[:, :batch]
+            loss = bind_cross_entropy_grad(logits, self.labels, dlogits, dbias, kernels)
+            calls.append(("cross-entropy", loss))
+            calls += [call for layer in reversed(backwards) for call in layer]
+        self.calls = calls  # by name, for a profile
+        self.run = sequence([call for _, call in calls])
+
+
+def _pool(
+    before: tuple[int, ...],
+    after: tuple[int, ...],
+    ends: Ends,
+    relu: bool,
+    dbias: Tensor | None,
+    kernels: str,
+) -> tuple[list[Call], list[Call]]:
+    x, y = ends.x.view(*before, -1), ends.y.view(*after, -1)
+    forward = [bind_max_pool(x, y, relu, kernels)]
+    if ends.dx is None or ends.dy is None:
+        return forward, []
+    dx, dy = ends.dx.view(x.shape), ends.dy.view(y.shape)
+    return forward, [bind_max_pool_backward(dy, x, y, dx, relu, dbias, kernels)]
+
+
+@dataclass
+class Product:
+    """A fully connected layer or a convolution, dense or compressed, as lists of calls."""
+
+    layer: Layer
+    spec: TensorSpec
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    weight: Tensor  # [kept] with an index, else [N * K]
+    slope: Tensor | None  # its gradient
+    index: Index | None
+    kernels: str
+
+    def forward(self, ends: Ends, bias: Tensor, relu: bool) -> list[Call]:
+        """y = act(W x + bias)."""
+        w, x, y, kernels = self.weight, self._in(ends.x), self._out(ends.y), self.kernels
+        if isinstance(self.index, CsrIndex):
+            return [bind_csr_linear(self.index, w, x, bias, y, relu, kernels)]
+        if isinstance(self.index, Conv2dIndex):
+            return [bind_sparse_conv2d(self.index, w, x, bias, y, relu, kernels)]
+        if isinstance(self.layer, Conv):
+            weight, column = w.view(1, *self.spec.matrix), bias.view(1, -1, 1)
+            slope = None if self.slope is None else self.slope.view(weight.shape)
+            place = dense.Place(weight, column, slope, None, y[None], self.before, ends.dx is not None)
+            self.dense = dense.DenseConv(self.layer, place)
+            rectify = [bind_bias_relu(ends.y, None, kernels)] if relu else []
+            return [partial(self.dense.forward, x[None]), *rectify]
+        w = w.view(self.spec.matrix)
+        if relu:
+            return [partial(torch.mm, w, x, out=y), bind_bias_relu(y, bias, kernels)]
+        return [partial(torch.addmm, bias[:, None], w, x, out=y)]
+
+    def backward(self, ends: Ends) -> list[Call]:
+        """dW, and dx but for the network's input; after `forward`."""
+        assert ends.dy is not None
+        assert self.slope is not None
+        w, slope, x, dy, kernels = self.weight, self.slope, self._in(ends.x), self._out(ends.dy), self.kernels
+        dx = None if ends.dx is None else self._in(ends.dx)
+        calls: list[Call]
+        if isinstance(self.index, CsrIndex):
+            calls = [bind_csr_weight_grad(self.index, dy, x, slope, kernels)]
+            return calls if dx is None else [*calls, bind_csr_input_grad(self.index, w, dy, dx, kernels)]
+        if isinstance(self.index, Conv2dIndex):
+            calls = [bind_sparse_conv2d_weight_grad(self.index, dy, x, slope, None, kernels)]
+            if dx is not None:
+                calls.append(bind_sparse_conv2d_input_grad(self.index, w, dy, dx, kernels))
+            return calls
+        slope = slope.view(self.spec.matrix)
+        if isinstance(self.layer, Conv):
+            calls = [partial(self.dense.backward, dy[None])]
+            return calls if dx is None else [*calls, partial(dx[None].copy_, self.dense.dx)]
+        calls = [partial(torch.mm, dy, x.t(), out=slope)]
+        return calls if dx is None else [*calls, partial(torch.mm, w.view(slope.shape).t(), dy, out=dx)]
+
+    def _in(self, t: Tensor) -> Tensor:
+        return t.view(*self.before, -1) if isinstance(self.layer, Conv) else t
+
+    def _out(self, t: Tensor) -> Tensor:
+        return t.view(*self.after, -1) if isinstance(self.layer, Conv) else t

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparselth.config import Replica
+from sparselth.data import load
+from sparselth.data.batches import Batches, Resident
+from sparselth.errors import UsageError
+from sparselth.streams import stream
+
+TICKET = Replica(0, "ticket", 0)
+
+
+def indices(batches: Batches, epoch: int) -> torch.Tensor:
+    """Image indices of an epoch by replica, [R, steps * B]."""
+    return batches.draw(epoch).flatten(1)
+
+
+def test_split_is_by_seed_and_complete(digits: Resident) -> None:
+    train, validation = digits.split(0)
+    assert len(train) == digits.n_train == 3500
+    assert len(validation) == digits.n_validation == 500
+    assert torch.equal(torch.cat([train, validation]).sort().values, torch.arange(4000))
+    assert torch.equal(digits.split(0)[0], train)
+    assert not torch.equal(digits.split(1)[0], train)
+
+
+def test_every_epoch_is_a_new_order_of_the_training_images(digits: Resident) -> None:
+    batches = Batches(digits, [TICKET, Replica(0, "reinit", 3), Replica(1, "ticket", 0)], 60)
+    assert batches.steps_per_epoch == 58
+    for epoch in range(3):
+        for r, seen in enumerate(indices(batches, epoch)):
+            assert seen.unique().numel() == 58 * 60
+            assert set(seen.tolist()) <= set(digits.split([0, 0, 1][r])[0].tolist())
+    a, b, c = indices(batches, 0)
+    assert not torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert not torch.equal(a, indices(batches, 1)[0])
+
+
+@given(st.integers(0, 300), st.integers(1, 70))
+def test_a_batch_depends_on_replica_and_step_alone(step: int, batch: int) -> None:
+    digits = Resident(load("mnist5k", Path()), "cpu", 250)
+    among = [Replica(1, "reinit", 2, 1), TICKET]
+    together, alone = Batches(digits, among, batch), Batches(digits, [TICKET], batch)
+    together.at(0)
+    x, y = together.at(step)
+    ours, labels = alone.at(step)
+    assert torch.equal(x[1], ours[0])
+    assert torch.equal(y[1], labels[0])
+
+
+def test_batches_are_the_scaled_images(digits: Resident) -> None:
+    batches = Batches(digits, [TICKET], 60)
+    x, y = batches.at(57)
+    chosen = indices(batches, 0)[0][57 * 60 :]
+    spec = load("mnist5k", Path()).spec
+    expected = (digits.images[chosen].double() / 255 - spec.mean[0]) / spec.std[0]
+    torch.testing.assert_close(x[0].T.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(y[0, 0], digits.labels[chosen])
+    seen = torch.cat([x for x, _ in digits.validation(0)], 2)
+    assert seen.shape == (1, 784, 500)
+    expected = (digits.images[digits.split(0)[1]].double() / 255 - spec.mean[0]) / spec.std[0]
+    torch.testing.assert_close(seen[0].T.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_batch_larger_than_the_data_is_named(digits: Resident) -> None:
+    with pytest.raises(UsageError, match="--batch-size 3501: expected at most the 3500 training images"):
+        Batches(digits, [TICKET], 3501)
+
+
+def test_streams_differ_in_every_part_of_their_name() -> None:
+    names = [(0, "ticket", 1, "init", 0), (1, "ticket", 1, "init", 0), (0, "reinit", 1, "init", 0)]
+    names += [(0, "ticket", 2, "init", 0), (0, "ticket", 1, "mask", 0), (0, "ticket", 1, "init", 1)]
+    names += [(0, "ticket", 11, "init", 0), (0, "ticket", 1, "1/init", 0)]
+    draws = {tuple(torch.rand(4, generator=stream(*name)).tolist()) for name in names}
+    assert len(draws) == len(names)
+    again = torch.rand(4, generator=stream(*names[0]))
+    assert tuple(again.tolist()) in draws

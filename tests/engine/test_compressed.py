@@ -1,0 +1,204 @@
+"""Training in the compressed domain: the numbers of dense training with masks, at any mix of layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparselth import train
+from sparselth.config import Recipe, Replica
+from sparselth.data.batches import Resident
+from sparselth.engine import break_even
+from sparselth.engine.dense import init_weights
+from sparselth.kernels import _native
+from sparselth.models import Conv, Linear, MaxPool, Model, ReLU, get_model
+from sparselth.runs import RunRecord
+from sparselth.streams import stream
+from sparselth.train import Job, State, fit, scores
+
+LENET, LENET5 = get_model("lenet-300-100"), get_model("lenet5")
+TICKET = Replica(0, "ticket", 1)
+ADAM = Recipe(steps=12, lr=1.2e-3, batch_size=23, eval_every=6)
+SGD = replace(ADAM, lr=0.05, optimizer="sgd", weight_decay=1e-3)
+LIBRARIES = ["torch", pytest.param("native", marks=pytest.mark.skipif(not _native.LIB, reason=_native.WHY))]
+
+
+def start(model: Model, recipe: Recipe, keep: float, seed: int = 0) -> tuple[State, torch.Tensor]:
+    """A state with a random mask; the output layer keeps its root."""
+    weights = init_weights(model, stream(seed, "ticket", 0, "init"))
+    mask = model.params.full_mask()
+    chance = torch.rand(model.params.mask_size, generator=torch.Generator().manual_seed(seed))
+    for spec in model.weights:
+        span = spec.span
+        mask[span] &= chance[span] < (keep**0.5 if spec.output else keep)
+    weights[: model.params.mask_size] *= mask
+    return State.start(weights[None], recipe), mask
+
+
+def every(model: Model, share: float = 1.0) -> dict[str, float]:
+    return {spec.name: share for spec in model.weights}
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, bound: float = 2e-6) -> bool:
+    return bool((found - expected).norm() <= bound * expected.norm())
+
+
+@pytest.mark.parametrize("kernels", LIBRARIES)
+@pytest.mark.parametrize("recipe", [ADAM, SGD], ids=["adam", "sgd"])
+@pytest.mark.parametrize("keep", [0.3, 0.05, 0.005])
+@pytest.mark.parametrize("model", [LENET, LENET5], ids=lambda model: model.name)
+def test_the_numbers_are_those_of_dense_training(
+    model: Model, keep: float, recipe: Recipe, kernels: str, digits: Resident
+) -> None:
+    runs = {}
+    for name in ("reference", kernels):
+        state, mask = start(model, recipe, keep)
+        job = Job(TICKET, state, mask)
+        fit(model, digits, [job], recipe, kernels=name, break_even=every(model))
+        assert state.layout is None
+        (accuracies,) = scores(model, digits, [job], name, every(model))
+        runs[name] = state, mask, accuracies
+    (state, mask, accuracies), (expected, _, right) = runs[kernels], runs["reference"]
+    m = model.params.mask_size
+    for found, dense in zip(
+        (state.weights, state.best_weights, *state.moments),
+        (expected.weights, expected.best_weights, *expected.moments),
+        strict=True,
+    ):
+        assert close(found, dense, 1e-5)
+        assert not found[0, :m][~mask].any()
+    assert state.best_step == expected.best_step
+    for line, other in zip(state.evaluations, expected.evaluations, strict=True):
+        assert line["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-5)
+    assert accuracies[0] == pytest.approx(right[0], abs=2e-3)  # a logit that ties may fall either way
+    if kernels == "native":
+        assert state.bytes < expected.bytes * (keep + 0.15)
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> Model:
+    """Small networks with everything a chain can meet: pools before and after ReLU, none, layers in a row."""
+    layers: list[Conv | MaxPool | ReLU | Linear] = []
+    size = 28
+    for _ in range(draw(st.integers(0, 2))):
+        kernel, padding = draw(st.sampled_from([1, 3, 5])), draw(st.integers(0, 2))
+        layers.append(Conv(draw(st.integers(1, 4)), kernel, padding))
+        size += 2 * padding - kernel + 1
+        order: list[MaxPool | ReLU] = draw(
+            st.sampled_from([[], [ReLU()], [MaxPool(2)], [MaxPool(2), ReLU()], [ReLU(), MaxPool(2)]])
+        )
+        layers += order
+        size //= 2 if MaxPool(2) in order else 1
+    for _ in range(draw(st.integers(0, 2))):
+        layers += [Linear(draw(st.integers(1, 40))), *draw(st.sampled_from([[ReLU()], []]))]
+    return Model("random", (1, 28, 28), (*layers, Linear(10)), {}, "")
+
+
+@pytest.mark.parametrize("kernels", LIBRARIES)
+@given(
+    model=networks(),
+    keep=st.sampled_from([0.6, 0.2, 0.03, 0.0]),
+    seed=st.integers(0, 10**6),
+    compressed=st.integers(0, 63),
+)
+@settings(max_examples=25)
+def test_random_networks_and_mixes_of_layers(
+    kernels: str, model: Model, keep: float, seed: int, compressed: int, digits: Resident
+) -> None:
+    recipe = replace(SGD, steps=2, batch_size=7, eval_every=2, lr=1e-3)
+    share = {spec.name: float(compressed >> i & 1) * 1.1 for i, spec in enumerate(model.weights)}
+    found, expected = [], []
+    for name, states in ((kernels, found), ("reference", expected)):
+        state, mask = start(model, recipe, keep, seed)
+        fit(model, digits, [Job(TICKET, state, mask)], recipe, kernels=name, break_even=share)
+        states.append(state)
+    assert close(found[0].weights, expected[0].weights)
+    assert close(found[0].moments[0], expected[0].moments[0], 1e-4)
+
+
+@pytest.mark.parametrize("stop", [1, 6, 7])
+@pytest.mark.skipif(not _native.LIB, reason=_native.WHY)
+def test_stopping_anywhere_changes_no_bit(stop: int, digits: Resident) -> None:
+    share = every(LENET, 0.2)  # the output layer, with more, stays dense
+    whole, mask = start(LENET, ADAM, 0.1)
+    fit(LENET, digits, [Job(TICKET, whole, mask)], ADAM, break_even=share)
+    state, _ = start(LENET, ADAM, 0.1)
+    calls = iter(range(1000))
+    fit(
+        LENET,
+        digits,
+        [Job(TICKET, state, mask)],
+        ADAM,
+        break_even=share,
+        should_stop=lambda: next(calls) == stop,
+    )
+    assert state.step == stop
+    fit(LENET, digits, [Job(TICKET, state, mask)], ADAM, break_even=share)
+    assert torch.equal(state.weights, whole.weights)
+    assert all(map(torch.equal, state.moments, whole.moments))
+    assert state.evaluations == whole.evaluations
+
+
+@pytest.mark.skipif(not _native.LIB, reason=_native.WHY)
+def test_a_checkpoint_in_the_middle_is_expanded(digits: Resident) -> None:
+    shapes = []
+    state, mask = start(LENET, ADAM, 0.1)
+
+    def seen(jobs: Sequence[Job]) -> None:
+        assert jobs[0].state is state
+        assert state.layout is not None
+        whole = state.expanded()
+        assert whole.layout is None
+        shapes.extend(t.shape[1] for t in (whole.weights, whole.best_weights, *whole.moments))
+        assert state.weights.shape[1] == state.layout.size
+
+    fit(LENET, digits, [Job(TICKET, state, mask)], ADAM, break_even=every(LENET), on_evaluation=seen)
+    assert set(shapes) == {LENET.params.size}
+
+
+def test_layers_without_kernels_or_gain_stay_dense(digits: Resident) -> None:
+    paths = train.choose("auto", "cpu")
+    _, mask = start(LENET, ADAM, 0.1)
+    assert train._compressed(LENET, mask, every(LENET), paths)
+    assert not train._compressed(LENET, mask, {}, paths)
+    assert not train._compressed(LENET, mask, every(LENET), train.choose("reference", "cpu"))
+    pooled = Model("pooled", (1, 28, 28), (Conv(2, 3), MaxPool(3), Linear(10)), {}, "")
+    _, mask = start(pooled, ADAM, 0.1)
+    assert not train._compressed(pooled, mask, every(pooled), paths)
+
+
+@pytest.mark.skipif(not _native.LIB, reason=_native.WHY)
+def test_break_even_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = break_even.break_even(LENET, 60, "native")
+    assert set(found) == {spec.name for spec in LENET.weights}
+    assert all(0 <= share <= 1 or share == break_even.ALWAYS for share in found.values())
+    monkeypatch.setattr(break_even, "_measure", lambda *_: pytest.fail("measured again"))
+    assert break_even.break_even(LENET, 60, "native") == found
+    file = tmp_path / "sparselth" / "break_even.json"
+    assert len(json.loads(file.read_text())) == 3
+    monkeypatch.setattr(break_even, "_measure", lambda *_: 0.25)
+    file.write_text("{ torn")
+    assert set(break_even.break_even(LENET, 60, "native").values()) == {0.25}
+
+
+def test_imp_says_what_a_level_costs(
+    imp: Callable[..., RunRecord], capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = imp("--levels", "4", "--rate", "0.6", "--seeds", "0", "--arms", "ticket")
+    assert "of dense" in capsys.readouterr().out
+    for point in record.points:
+        assert point["step_seconds"] > 0
+        assert point["dense_state_bytes"] == 16 * LENET.params.size
+    first, *_, last = record.points
+    assert first["dense_state_bytes"] <= first["state_bytes"] < 1.2 * first["dense_state_bytes"]
+    assert last["weights_remaining"] < 0.04
+    if _native.LIB:
+        assert last["state_bytes"] < 0.12 * last["dense_state_bytes"]
