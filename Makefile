@@ -14,7 +14,8 @@ GPU_PYTHON := build/gpu-env/bin/python
 SECONDS_OF_BUNDLE := 3600
 NATIVE_TESTS := native csr_linear csr_packed sparse_conv2d sparse_conv2d_rows step_parts masked_update
 
-.PHONY: imp test test-oldest test-newest check bench science properties sanitize constraints gpu-dry gpu-bundle clean
+.PHONY: imp test test-oldest test-newest check bench same-bits science properties sanitize constraints gpu-dry \
+  gpu-bundle clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +24,7 @@ help:
 	@echo "make test-oldest, make test-newest  the tests with the lower bounds, with what is newest"
 	@echo "make check    set up, then ruff and mypy"
 	@echo "make bench    set up, then the benchmarks"
+	@echo "make same-bits BEFORE=REV  set up, then hold HEAD against that revision: bits, bench, steps"
 	@echo "make science  set up, then the tests that train for minutes"
 	@echo "make properties  set up, then the kernels' property tests with 2,000 cases each"
 	@echo "make sanitize set up, then the native kernels' tests under the address and undefined-behaviour sanitizers"
@@ -52,6 +54,10 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench --benchmark-only -q
+
+# SPARSELTH_DATA=FOLDER where MNIST, Fashion-MNIST and CIFAR-10 lie; runs on what is not there are left out.
+same-bits: $(STAMP)
+	$(BIN)/python bench/same_bits.py $(BEFORE)
 
 science: $(STAMP)
 	$(BIN)/python -m pytest -q -m science
