@@ -26,6 +26,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -36,8 +38,24 @@ from sparselth.kernels.bitmask import pack, unpack, use_triton
 from sparselth.kernels.masked_update import alike, is_dense, masked_adam_many, masked_sgd_many
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ONE = torch.ones(())
+_DTYPE, _ON_CPU = attrgetter("dtype"), attrgetter("is_cpu")
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
 Masks = Mapping[Tensor, Tensor]
+
+
+def _check(param: Tensor) -> None:
+    if param.dtype.itemsize not in _INTEGERS or not param.is_floating_point() or not is_dense(param):
+        raise ValueError(
+            "expected dense parameters of fp64, fp32, fp16 or bf16, got "
+            f"{param.dtype} {list(param.shape)} with strides {list(param.stride())}"
+        )
+
+
+def _refusal(param: Tensor, name: str, t: Tensor) -> ValueError:
+    now, then = (f"{x.dtype} {list(x.shape)} on {x.device}" for x in (param, t))
+    remedy = "cast the state by optimizer.load_state_dict(optimizer.state_dict())"
+    remedy = remedy if t.shape == param.shape else "make a new optimizer"
+    return ValueError(f"a parameter is now {now}, its {name} {then}: {remedy}")
 
 
 class _Masked(torch.optim.Optimizer, ABC):
@@ -59,19 +77,19 @@ class _Masked(torch.optim.Optimizer, ABC):
         # packed [1, bytes], in the order of memory that the strides say
         self._bits: dict[int, tuple[tuple[int, ...], Tensor]] = {}
         self._rates: dict[tuple[int, torch.device], tuple[float | None, Tensor]] = {}
+        self._met: dict[int, tuple[Any, Sequence[Any]]] = {}  # parameters and moments of a group's last step
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if param.dtype.itemsize not in _INTEGERS or not param.is_floating_point() or not is_dense(param):
-                self.param_groups.pop()
-                raise ValueError(
-                    "expected dense parameters of fp64, fp32, fp16 or bf16, got "
-                    f"{param.dtype} {list(param.shape)} with strides {list(param.stride())}"
-                )
+        try:
+            for param in self.param_groups[-1]["params"]:
+                _check(param)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def set_mask(self, param: Tensor, mask: Tensor | None) -> None:
@@ -100,7 +118,7 @@ class _Masked(torch.optim.Optimizer, ABC):
         return self._mask(param) if param in self._masks else None
 
     def _mask(self, param: Tensor) -> Tensor:
-        mask: Tensor = unpack(self._masks[param], param.numel())
+        mask: Tensor = unpack(self._masks[param].to(param.device), param.numel())
         return mask.view(param.shape)
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,11 +145,6 @@ class _Masked(torch.optim.Optimizer, ABC):
         groups = [{**group, "fused": True} for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
         for param, mask in zip(params, masks.values(), strict=True):
-            moments = self.state.get(param, {})
-            for name, t in moments.items():
-                # saved in another order of axes, which torch's CPU kernels would not notice
-                if isinstance(t, Tensor) and t.shape == param.shape and t.stride() != param.stride():
-                    moments[name] = torch.empty_like(param).copy_(t)
             self.set_mask(param, mask)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,20 +164,27 @@ class _Masked(torch.optim.Optimizer, ABC):
         if found:  # says SGD; Adam has raised
             raise ValueError("expected dense gradients, got a sparse one")
         ours = self._prepare(group, params, state) and getattr(self, "found_inf", None) is None
+        mixed = self._match(
+            group, params, grads, *(column for column in state[:3] if column)
+        )  # steps come last
+        if mixed:
+            ours = group["fused"] = False  # to torch's loop over tensors, which takes them
         asked, on_cpu = self._kernels == "triton", True
         launches: dict[torch.device, list[int]] = {}
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            if grad.stride() != param.stride() and not alike(grad, param):  # torch's CPU kernels never look
-                grads[i] = grad = torch.empty_like(param).copy_(grad)
-            if ours and (asked or param.is_cuda) and self._on_triton(param):
+            cpu = param.is_cpu
+            if ours and (asked or not cpu) and self._on_triton(param):
                 launches.setdefault(param.device, []).append(i)
                 continue
             if (place := id(param)) in self._integers:
                 live = self._integers[place]
                 if live is None:
                     live = self._integers[place] = self._make_integers(param)
-                grad.view(live.dtype).bitwise_and_(live)
-            on_cpu = on_cpu and param.is_cpu
+                if mixed:
+                    grad.masked_fill_(live == 0, 0)
+                else:
+                    grad.view(live.dtype).bitwise_and_(live)
+            on_cpu = on_cpu and cpu
         lists = [entries for entries in (params, grads, *state) if entries]
         for device, places in launches.items():
             self._triton_step(group, [[entries[i] for i in places] for entries in lists], device)
@@ -176,6 +196,40 @@ class _Masked(torch.optim.Optimizer, ABC):
             for entries in lists:
                 entries.clear()
         return found
+
+    # Kernels run over memory as it lies; `module.to` and `.data` may have laid a parameter out anew.
+    def _match(self, group: dict[str, Any], params: list[Tensor], *columns: list[Any]) -> bool:
+        """Lay gradients and moments out as their parameters are now; whether they differ in dtype."""
+        strides, dtypes = [*map(Tensor.stride, params)], [*map(_DTYPE, params)]
+        now = strides, dtypes, [*map(_ON_CPU, params)], [*map(Tensor.numel, params)]
+        held = [*params, *chain.from_iterable(columns[1:])]
+        before, known = self._met.get(id(group), (None, ()))
+        same = now == before and len(held) == len(known) and all(map(is_, held, known))
+        if same and ([*map(Tensor.stride, columns[0])], [*map(_DTYPE, columns[0])]) == (strides, dtypes):
+            return False
+        mixed = False
+        for i, param in enumerate(params):
+            _check(param)
+            for column in columns:
+                if column[i] is not None:
+                    mixed = self._lay(param, column, i) or mixed
+            if (live := self._integers.get(id(param))) is not None:
+                if live.shape != param.shape:
+                    raise _refusal(param, "mask", live.bool())
+                self._integers[id(param)] = live if alike(live, self._empty_integers(param)) else None
+        self._met[id(group)] = (None, ()) if mixed else (now, held)
+        return mixed
+
+    def _lay(self, param: Tensor, column: list[Tensor], i: int) -> bool:
+        t, state = column[i], self.state[param]
+        takes = isinstance(self, torch.optim.SGD) and getattr(self, "found_inf", None) is None
+        name = next((name for name, value in state.items() if value is t), "gradient")
+        if t.shape != param.shape or t.device != param.device or not (takes or t.dtype == param.dtype):
+            raise _refusal(param, name, t)
+        if t.stride() != param.stride():
+            column[i] = torch.empty_like(param, dtype=t.dtype).copy_(t)
+            state.update({name: column[i]} if name in state else {})
+        return t.dtype != param.dtype
 
     def _on_triton(self, param: Tensor) -> bool:
         return param.dtype == torch.float32 and use_triton(self._kernels, param)
@@ -194,15 +248,17 @@ class _Masked(torch.optim.Optimizer, ABC):
         return rate
 
     def _make_integers(self, param: Tensor) -> Tensor:
-        laid = torch.empty_like(param, dtype=_INTEGERS[param.itemsize])
-        return laid.copy_(self._mask(param)).neg_()
+        return self._empty_integers(param).copy_(self._mask(param)).neg_()
+
+    def _empty_integers(self, param: Tensor) -> Tensor:
+        return torch.empty_like(param, dtype=_INTEGERS[param.itemsize])
 
     def _make_bits(self, param: Tensor) -> Tensor | None:
         """The mask packed in the order of memory, which a parameter may change."""
         if id(param) not in self._integers:
             return None
         strides, bits = self._bits.get(id(param), ((), None))
-        if bits is None or strides != param.stride():
+        if bits is None or strides != param.stride() or bits.is_cpu is not param.is_cpu:
             laid = torch.empty_like(param, dtype=torch.bool).copy_(self._mask(param))
             bits = pack(laid.as_strided((1, param.numel()), (param.numel(), 1)))
             self._bits[id(param)] = param.stride(), bits
@@ -224,7 +280,8 @@ class _Masked(torch.optim.Optimizer, ABC):
 @lru_cache(maxsize=1)
 def fused_loses_gradients() -> bool:
     """Whether torch's fused SGD on a CPU takes gradients of 16 bits for 0 where there is dampening (2.11)."""
-    weights, gradient = torch.zeros(64, dtype=torch.bfloat16), torch.ones(64, dtype=torch.bfloat16)
+    weights = torch.zeros(64, dtype=torch.bfloat16, device="cpu")
+    gradient = torch.ones_like(weights)
     numbers: dict[str, Any] = {"weight_decay": 0.0, "momentum": 0.5, "lr": 1.0, "dampening": 0.5}
     flags: dict[str, Any] = {"nesterov": False, "maximize": False, "is_first_step": True}
     torch._fused_sgd_([weights], [gradient], [torch.zeros_like(weights)], **numbers, **flags)
@@ -276,18 +333,13 @@ class MaskedSGD(_Masked, torch.optim.SGD):
 
     def _torch_step(self, group: dict[str, Any], *lists: list[Tensor]) -> None:
         params, grads, *buffers = lists
-        torch._fused_sgd_(
-            params,
-            grads,
-            buffers[0] if buffers else [],
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=0.0,
-            nesterov=group["nesterov"],
-            maximize=False,
-            is_first_step=False,  # _prepare has made the buffers
-        )
+        hyper: dict[str, Any] = {k: group[k] for k in ("lr", "momentum", "weight_decay", "nesterov")}
+        hyper |= {
+            "dampening": 0.0,
+            "maximize": False,
+            "is_first_step": False,
+        }  # _prepare has made the buffers
+        torch._fused_sgd_(params, grads, buffers[0] if buffers else [], **hyper)
 
     def _triton_step(self, group: dict[str, Any], lists: list[list[Tensor]], device: torch.device) -> None:
         params, grads, *buffers = lists
@@ -312,21 +364,9 @@ class _MaskedAdam(_Masked):
         params, grads, first, second, steps = lists
         torch._foreach_add_(steps, _ONE, alpha=1)  # torch's own `1` takes several times as long
         update = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
-        update(
-            params,
-            grads,
-            first,
-            second,
-            [],
-            steps,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-        )
+        hyper: dict[str, Any] = {k: group[k] for k in ("lr", "eps", "weight_decay")}
+        hyper |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "amsgrad": False, "maximize": False}
+        update(params, grads, first, second, [], steps, **hyper)
 
     def _triton_step(self, group: dict[str, Any], lists: list[list[Tensor]], device: torch.device) -> None:
         params, grads, first, second, steps = lists
@@ -372,18 +412,8 @@ class MaskedAdam(_MaskedAdam, torch.optim.Adam):
         masks: Masks | None = None,
         kernels: str = "auto",
     ) -> None:
-        torch.optim.Adam.__init__(
-            self,
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            capturable=capturable,
-            fused=True,
-        )
+        flags: dict[str, bool] = {"maximize": maximize, "capturable": capturable, "fused": True}
+        torch.optim.Adam.__init__(self, params, lr, betas, eps, weight_decay, amsgrad, **flags)
         self._begin(masks, kernels)
 
 
@@ -410,16 +440,6 @@ class MaskedAdamW(_MaskedAdam, torch.optim.AdamW):
         masks: Masks | None = None,
         kernels: str = "auto",
     ) -> None:
-        torch.optim.AdamW.__init__(
-            self,
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            capturable=capturable,
-            fused=True,
-        )
+        flags: dict[str, bool] = {"maximize": maximize, "capturable": capturable, "fused": True}
+        torch.optim.AdamW.__init__(self, params, lr, betas, eps, weight_decay, amsgrad, **flags)
         self._begin(masks, kernels)

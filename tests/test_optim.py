@@ -437,6 +437,171 @@ def test_masks_hold_under_torch_compile() -> None:
     assert (param[mask] < 0.8).all()
 
 
+def strided(t: Tensor, order: list[int]) -> Tensor:
+    """The same numbers, axis `order[-1]` contiguous."""
+    back = [order.index(i) for i in range(t.ndim)]
+    return t.permute(order).contiguous().permute(back)
+
+
+WAYS: dict[str, Callable[[nn.Module], object]] = {  # to lay parameters out anew under a living optimizer
+    "channels_last": lambda net: net.to(memory_format=torch.channels_last),
+    "contiguous": lambda net: net.to(memory_format=torch.contiguous_format),
+    "data": lambda net: [
+        setattr(p, "data", strided(p.data, [*range(1, p.ndim), 0])) for p in net.parameters() if p.ndim > 1
+    ],
+    "swap": lambda net: [
+        torch.utils.swap_tensors(p, nn.Parameter(strided(p.detach(), [*range(p.ndim)][::-1])))
+        for p in list(net.parameters())
+    ],
+}
+
+
+@every
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("triton", marks=interpreted)])
+def test_parameters_laid_out_anew_keep_their_masks_and_moments(name: str, way: str, kernels: str) -> None:
+    ours, theirs, options = OPTIONS[name]
+    net, rival = network(), network()
+    if way == "channels_last":
+        net.to(memory_format=torch.contiguous_format)
+    masks, others = some(net), some(rival)
+    optimizer = ours(net.parameters(), masks=masks, kernels=kernels, **options)
+    other = theirs(rival.parameters(), foreach=False, **options)  # torch's default, which asks for strides
+    with torch.no_grad():
+        for p, mask in others.items():
+            p.mul_(mask)
+    for step in range(4):
+        if step == 2:
+            masks = {
+                q: masks[p] for p, q in zip(net.parameters(), net.parameters(), strict=True) if p in masks
+            }
+            WAYS[way](net)
+        for p, q in zip(net.parameters(), rival.parameters(), strict=True):
+            q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(step))
+            p.grad = torch.empty_like(p).copy_(q.grad)
+        spoil(masks, torch.nan)
+        spoil(others, 0.0)
+        optimizer.step()
+        other.step()
+    check_zero(optimizer, masks)
+    for p, q in zip(net.parameters(), rival.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+
+
+@every
+def test_moments_laid_out_anew_by_hand(name: str) -> None:
+    ours, theirs, options = OPTIONS[name]
+    param, rival = (nn.Parameter(torch.linspace(1, 2, 30).view(5, 6)) for _ in range(2))
+    mask = torch.arange(30).view(5, 6) % 4 > 0
+    optimizer = ours([param], masks={param: mask}, **options)
+    other = theirs([rival], foreach=False, **options)
+    with torch.no_grad():
+        rival.mul_(mask)
+    for step in range(4):
+        if step == 2:
+            state = optimizer.state[param]
+            state.update({k: strided(v, [1, 0]) for k, v in state.items() if k != "step"})
+        grad = torch.randn(5, 6, generator=torch.Generator().manual_seed(step))
+        param.grad, rival.grad = grad.clone(), grad * mask
+        optimizer.step()
+        other.step()
+    check_zero(optimizer, {param: mask})
+    assert torch.allclose(param, rival, rtol=1e-5, atol=1e-6)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_another_dtype_after_a_step(name: str, dtype: torch.dtype) -> None:
+    """As torch's default optimizer where that takes it, else one line that says what to do, and is right."""
+    ours, theirs, options = OPTIONS[name]
+    net, rival = (nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)) for _ in range(2))
+    rival.load_state_dict(net.state_dict())
+    masks, others = some(net), some(rival)
+    optimizer, other = ours(net.parameters(), masks=masks, **options), theirs(rival.parameters(), **options)
+    with torch.no_grad():
+        for p, mask in others.items():
+            p.mul_(mask)
+
+    def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        optimizer.zero_grad()
+        for i, p in enumerate(net.parameters()):
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * seed + i))
+            p.grad = noise.to(p.dtype)
+        spoil(masks if net is not rival else others, torch.nan if net is not rival else 0.0)
+        optimizer.step()
+
+    for n, o in ((net, optimizer), (rival, other)):
+        step(n, o, 0)
+        n.to(dtype)
+    before = copy.deepcopy((rival.state_dict(), other.state_dict()))
+    try:
+        step(rival, other, 1)
+    except RuntimeError:  # halfway
+        rival.load_state_dict(before[0])
+        other.load_state_dict(before[1])
+        step(rival, other, 1)
+        with pytest.raises(ValueError, match=f"{dtype} .* torch.float32 .*load_state_dict") as error:
+            step(net, optimizer, 1)
+        assert "\n" not in str(error.value)
+        optimizer.load_state_dict(optimizer.state_dict())
+    step(net, optimizer, 1)
+    step(net, optimizer, 2)
+    step(rival, other, 2)
+    check_zero(optimizer, masks)
+    size = {torch.float64: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    for p, q in zip(net.parameters(), rival.parameters(), strict=True):
+        assert p.dtype == dtype
+        live = masks.get(p, torch.ones(p.shape).bool())
+        assert torch.allclose(p[live], q[live], rtol=size, atol=size)
+
+
+@every
+def test_another_shape_or_device_after_a_step_is_refused(name: str) -> None:
+    ours, _, options = OPTIONS[name]
+    for change, says in (
+        (lambda p: p.data[:4], r"now torch.float32 \[4, 6\] on cpu, .* \[5, 6\] on cpu: "),
+        (lambda p: p.data[:, ::2], r"strides \[6, 2\]"),
+        (lambda p: p.data[:1].expand(5, 6), r"strides \[0, 1\]"),
+    ):
+        param = nn.Parameter(torch.ones(5, 6))
+        optimizer = ours([param], masks={param: torch.arange(30).view(5, 6) % 3 > 0}, **options)
+        param.grad = torch.ones(5, 6)
+        optimizer.step()
+        before = param.data = change(param)
+        param.grad = torch.ones_like(param)
+        with pytest.raises(ValueError, match=says) as error:
+            optimizer.step()
+        assert "\n" not in str(error.value)
+        assert torch.equal(param, before)
+    if optimizer.state[param]:
+        param.data = torch.ones(5, 6)
+        param.grad = torch.ones(5, 6)
+        optimizer.state[param] = {k: v.to("meta") for k, v in optimizer.state[param].items()}
+        with pytest.raises(ValueError, match="on meta: cast the state"):
+            optimizer.step()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every
+def test_another_device_after_a_step(name: str) -> None:
+    ours, _, options = OPTIONS[name]
+    net = nn.Linear(6, 5)
+    masks = some(net)
+    optimizer = ours(net.parameters(), masks=masks, **options)
+    for _ in range(2):
+        net(torch.ones(3, 6)).sum().backward()
+        optimizer.step()
+    net.cuda()
+    optimizer.zero_grad()
+    net(torch.ones(3, 6, device="cuda")).sum().backward()
+    if any(optimizer.state.values()):
+        with pytest.raises(ValueError, match=r"on cuda:0, .* on cpu: cast the state"):
+            optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    check_zero(optimizer, {p: m.cuda() for p, m in masks.items()})
+
+
 def foreign(p: Tensor) -> None:
     MaskedAdam([p], masks={nn.Parameter(torch.ones(4, 6)): torch.ones(4, 6).bool()})
 
