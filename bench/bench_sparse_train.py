@@ -31,8 +31,8 @@ from sparselth.engine.break_even import break_even
 from sparselth.engine.dense import init_weights
 from sparselth.engine.paths import choose
 from sparselth.kernels import _native
-from sparselth.measure.usual import network
 from sparselth.models import Conv, Model, get_model
+from sparselth.models.torch import network
 from sparselth.streams import stream
 from sparselth.train import State
 

@@ -24,6 +24,7 @@ from sparselth.experiments.pool import Pool
 from sparselth.kernels.masked_update import masked_adam
 from sparselth.measure import usual
 from sparselth.models import get_model
+from sparselth.models.torch import masks, network
 from sparselth.runs import open_run
 from sparselth.streams import stream
 
@@ -57,8 +58,8 @@ class ResidentLoop:
         scaled = torch.addcmul(data.shift, data.images.T.float(), data.scale)
         self.pixels, self.labels = scaled.T.contiguous(), data.labels
         flat, mask = start()
-        self.net = usual.network(MODEL, flat[0])
-        self.masks = usual.masks(MODEL, self.net, mask)
+        self.net = network(MODEL, flat[0])
+        self.masks = masks(MODEL, self.net, mask)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=LR)
         self.order, self.place = Batches(data, [WHO], BATCH).draw(0)[0], 0
 

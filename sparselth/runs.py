@@ -23,7 +23,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +32,15 @@ from numpy.typing import NDArray
 from sparselth.config import ImpConfig, Replica
 from sparselth.errors import SparselthError
 from sparselth.files import (
-    Arrays,
     append_lines,
     dump,
     dump_lines,
     errors_named,
-    load_arrays,
     read_lines,
     write_atomically,
 )
-from sparselth.masks import unpack
 from sparselth.models import get_model
+from sparselth.tickets import read_mask
 
 LINES = ("evaluations.jsonl", "timings.jsonl", "cells.jsonl")  # in the order they are appended
 
@@ -74,8 +71,7 @@ class RunRecord:
     def mask(self, seed: int, level: int, name: str) -> NDArray[np.bool_]:
         """The ticket's mask of the weight tensor `name`, bool [N, K]."""
         spec = next(s for s in get_model(self.config.model).weights if s.name == name)
-        arrays = _cell_file(cell_path(self.path, Replica(seed, "ticket", level)))
-        return unpack(arrays[f"mask/{name}"], spec.matrix[1])
+        return read_mask(cell_path(self.path, Replica(seed, "ticket", level)), spec)
 
 
 def read(path: Path) -> RunRecord:
@@ -227,11 +223,6 @@ def cell_path(run: Path, who: Replica) -> Path:
 
 def checkpoint_path(run: Path, who: Replica) -> Path:
     return run / "checkpoints" / f"{who.key}.safetensors"
-
-
-@lru_cache(maxsize=64)
-def _cell_file(file: Path) -> Arrays:
-    return load_arrays(file)[0]
 
 
 def _difference(theirs: ImpConfig, ours: ImpConfig) -> str:

@@ -19,8 +19,8 @@ from gpu.timing import rows
 from oracle import DTYPES, compare, need_memory, precision
 from sparselth import sparse
 from sparselth.engine.dense import init_weights
-from sparselth.measure.usual import network
 from sparselth.models import get_model
+from sparselth.models.torch import network
 from sparselth.sparse import times
 
 Workload = tuple[str, float, int]  # network, sparsity, batch

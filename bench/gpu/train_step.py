@@ -41,6 +41,7 @@ from sparselth.engine.dense import Network, cross_entropy_grad
 from sparselth.engine.replay import Replay
 from sparselth.measure import usual
 from sparselth.models import Conv, Linear, Model, get_model
+from sparselth.models.torch import masks, network
 from sparselth.train import Job, fit
 from trainings import LR, NEAR, Setup, losses, made_up, must_be_near, never
 
@@ -65,8 +66,8 @@ class Eager:
     def __init__(self, setup: Setup, one: Job) -> None:
         self.model, data = setup.model, setup.data
         self.pixels, self.labels = pixels(setup), data.labels
-        self.net = usual.network(setup.model, one.state.weights[0].cpu()).to(DEVICE)
-        self.masks = usual.masks(setup.model, self.net, one.mask)
+        self.net = network(setup.model, one.state.weights[0].cpu()).to(DEVICE)
+        self.masks = masks(setup.model, self.net, one.mask)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=LR)
         self.order, self.place = setup.order([one])[:, 0], 0
         self.held_out = data.split(one.who.seed)[1].to(DEVICE)
@@ -97,11 +98,11 @@ class Vmapped:
         device, model = DEVICE, setup.model
         self.shape = len(jobs), setup.recipe.batch_size, *model.input
         self.pixels, self.labels = pixels(setup), setup.data.labels
-        nets = [usual.network(model, one.state.weights[0].cpu()) for one in jobs]
-        masks = [[*usual.masks(model, net, o.mask.cpu()).values()] for net, o in zip(nets, jobs, strict=True)]
+        nets = [network(model, one.state.weights[0].cpu()) for one in jobs]
+        each = [[*masks(model, net, o.mask.cpu()).values()] for net, o in zip(nets, jobs, strict=True)]
         stacked = torch.func.stack_module_state(nets)[0]
         self.parameters = {name: t.detach().to(device) for name, t in stacked.items()}
-        self.masks = [torch.stack(rows).to(device) for rows in zip(*masks, strict=True)]
+        self.masks = [torch.stack(rows).to(device) for rows in zip(*each, strict=True)]
         self.masked = [name for name in self.parameters if name.endswith("weight")]
         skeleton = copy.deepcopy(nets[0]).to("meta")
 

@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparselth import pruning
+from sparselth import pruning, tickets
 from sparselth.config import FRESH, ImpConfig, Replica
 from sparselth.data.batches import Resident
 from sparselth.engine.dense import init_weights
 from sparselth.engine.paths import choose
 from sparselth.experiments.price import needs
 from sparselth.files import Arrays, load_arrays, save_arrays
-from sparselth.masks import pack, unpack
 from sparselth.models import Model, get_model
 from sparselth.runs import cell_path, checkpoint_path
 from sparselth.streams import stream
@@ -137,22 +136,13 @@ def find_mask(config: ImpConfig, model: Model, run: Path, who: Replica) -> Tenso
     source = needs(config, who)
     if source is None:
         return model.params.full_mask()
-    arrays, _ = load_arrays(cell_path(run, source))
-    before, weights = (
-        torch.zeros(model.params.mask_size, dtype=torch.bool),
-        torch.zeros(model.params.mask_size),
-    )
-    for spec in model.weights:
-        span = spec.span
-        bits = unpack(arrays[f"mask/{spec.name}"], spec.matrix[1])
-        before[span] = torch.from_numpy(bits).flatten()
-        weights[span][before[span]] = torch.from_numpy(arrays[f"kept/{spec.name}"])
+    before, _ = tickets.read(cell_path(run, source), model.params)
     rungs = pruning.ladder(model.params, who.level, config.rate, config.scope)
     kernels = choose(config.kernels, config.device).magnitude_threshold.takes
     mask = pruning.prune(
         model.params,
-        weights.to(config.device),
-        before.to(config.device),
+        torch.from_numpy(before.weights[: model.params.mask_size]).to(config.device),
+        torch.from_numpy(before.mask).to(config.device),
         rungs[who.level],
         "triton" if kernels == "triton" else "reference",
     ).cpu()
@@ -165,38 +155,23 @@ def start_weights(config: ImpConfig, model: Model, run: Path, who: Replica) -> T
     """The weights [P] a cell starts from, before its mask."""
     if who.arm in FRESH or who.level == 0:
         return init_weights(model, stream(who.seed, who.arm, who.level, "init", who.draw))
-    arrays, _ = load_arrays(cell_path(run, Replica(who.seed, "ticket", 0)))
-    weights = torch.zeros(model.params.size)
-    for spec in model.weights + model.params.unpruned:
-        values = torch.from_numpy(arrays[f"rewind/{spec.name}"])
-        weights[spec.span] = values.flatten()
-    return weights
+    first, _ = tickets.read(cell_path(run, Replica(who.seed, "ticket", 0)), model.params)
+    assert first.rewound is not None
+    return torch.from_numpy(first.rewound)
 
 
 def _save_cell(run: Path, config: ImpConfig, model: Model, who: Replica, mask: Tensor, state: State) -> None:
-    weights = state.weights[0].cpu()
-    arrays: Arrays = {}
-    for spec in model.weights:
-        span = spec.span
-        arrays[f"mask/{spec.name}"] = pack(mask[span].view(spec.matrix).numpy())
-        arrays[f"kept/{spec.name}"] = weights[span][mask[span]].numpy()
-    for spec in model.params.unpruned:
-        arrays[f"bias/{spec.name}"] = weights[spec.span].numpy()
-    if state.kept_weights is not None:
-        rewind = state.kept_weights[0].cpu()
-        for spec in model.weights + model.params.unpruned:
-            values = rewind[spec.span].view(spec.shape)
-            arrays[f"rewind/{spec.name}"] = values.numpy()
-    header = {
-        "schema": "sparselth.cell/1",
-        "model": config.model,
-        "dataset": config.dataset,
-        "config": config.digest,
-        "cell": who.key,
-        "rewind_step": config.rewind,
-        "shapes": {spec.name: spec.shape for spec in model.weights},
-    }
-    save_arrays(cell_path(run, who), arrays, header)
+    kept = None if state.kept_weights is None else state.kept_weights[0].cpu().numpy()
+    tickets.save(
+        cell_path(run, who),
+        model.params,
+        tickets.Content(mask.numpy(), state.weights[0].cpu().numpy(), kept),
+        model=config.model,
+        dataset=config.dataset,
+        config=config.digest,
+        cell=who.key,
+        rewind_step=config.rewind,
+    )
 
 
 def _save_state(file: Path, state: State) -> None:

@@ -26,9 +26,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from sparselth import data, pruning, runs, sparse, train
+from sparselth import data, pruning, runs, sparse, tickets, train
 from sparselth.clock import Race, Sample, Timing, rounds, warm, warm_wall
 from sparselth.config import Recipe, Replica
 from sparselth.data.batches import Batches, Resident
@@ -37,15 +36,13 @@ from sparselth.engine.dense import init_weights
 from sparselth.engine.paths import choose
 from sparselth.engine.vendor import VendorNetwork
 from sparselth.errors import SparselthError, UsageError
-from sparselth.files import Arrays, load_arrays
 from sparselth.machine import cpu_name
-from sparselth.masks import pack, unpack
 from sparselth.measure import energy, memory
 from sparselth.measure.floors import precision
 from sparselth.measure.memory import Memory, held
 from sparselth.measure.rivals import quiet_compiler
-from sparselth.measure.usual import network
 from sparselth.models import Conv, Model, get_model
+from sparselth.models.torch import network, sequential
 from sparselth.streams import stream
 
 Say = Callable[[str], None]
@@ -216,23 +213,6 @@ def bench_training(name: str, sparsity: float, batch: int, say: Say) -> Result:
         sentences.append("There is a GPU here, but steps of training are measured on the CPU.")
     text = _text(title, _table(rows), memory.table(pair), sentences)
     return Result(rows, text, bool(wrong))
-
-
-def sequential(model: Model, flat: Tensor) -> nn.Sequential:
-    """The model in torch.nn with the weights of a buffer [P], in evaluation mode.
-
-    Batch norms are part of the products before them: what scales an output scales its weights.
-    """
-    found: list[nn.Module] = []
-    for module in network(model, flat).eval():
-        match module:
-            case nn.BatchNorm2d():
-                found[-1] = fuse_conv_bn_eval(found[-1], module)  # type: ignore[type-var]
-            case nn.BatchNorm1d():
-                found[-1] = fuse_linear_bn_eval(found[-1], module)  # type: ignore[type-var]
-            case _:
-                found.append(module)
-    return nn.Sequential(*found).eval()
 
 
 # ---- inference
@@ -594,36 +574,21 @@ def _load(run: Path, model: Model, who: Replica) -> tuple[Tensor, Tensor, int]:
     A dense network needs no mask: its file is counted without one.
     """
     file = runs.cell_path(run, who)
-    arrays, header = load_arrays(file)
-    flat, mask = torch.zeros(model.params.size), torch.zeros(model.params.mask_size, dtype=torch.bool)
-    for spec in model.weights:
-        span = spec.span
-        mask[span] = torch.from_numpy(unpack(arrays[f"mask/{spec.name}"], spec.matrix[1])).flatten()
-        flat[span][mask[span]] = torch.from_numpy(arrays[f"kept/{spec.name}"])
-    for spec in model.params.unpruned:
-        flat[spec.span] = torch.from_numpy(arrays[f"bias/{spec.name}"])
+    content, header = tickets.read(file, model.params)
+    flat, mask = torch.from_numpy(content.weights), torch.from_numpy(content.mask)
     if who.level:
         return flat, mask, file.stat().st_size
-    kinds = "kept/", "bias/"
-    return flat, mask, memory.file_bytes({k: v for k, v in arrays.items() if k.startswith(kinds)}, header)
+    content = tickets.Content(content.mask, content.weights)
+    return flat, mask, memory.file_bytes(tickets.arrays(model.params, content, dense=True), header)
 
 
 def _stored(case: Case, dense: bool) -> int:
     """Bytes of a file as a run writes it."""
-    arrays: Arrays = {}
-    for spec in case.model.weights:
-        span = spec.span
-        if dense:
-            arrays[f"kept/{spec.name}"] = case.dense[span].numpy()
-        else:
-            arrays[f"mask/{spec.name}"] = pack(case.mask[span].view(spec.matrix).numpy())
-            arrays[f"kept/{spec.name}"] = case.pruned[span][case.mask[span]].numpy()
-    for spec in case.model.params.unpruned:
-        arrays[f"bias/{spec.name}"] = case.dense[spec.span].numpy()
-    shapes = {spec.name: spec.shape for spec in case.model.weights}
-    return memory.file_bytes(
-        arrays, {"schema": "sparselth.cell/1", "model": case.model.name, "shapes": shapes}
-    )
+    params, full = case.model.params, case.model.params.full_mask()
+    mask, weights = (full, case.dense) if dense else (case.mask, case.pruned)
+    content = tickets.Content(mask.numpy(), weights.numpy())
+    head = tickets.header(params, model=case.model.name)
+    return memory.file_bytes(tickets.arrays(params, content, dense), head)
 
 
 def _check_batches(batches: Sequence[int]) -> None:

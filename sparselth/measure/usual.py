@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +20,12 @@ from sparselth import pruning
 from sparselth.config import FRESH, ImpConfig, Recipe, Replica
 from sparselth.data import Images
 from sparselth.engine.dense import init_weights
-from sparselth.models import AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, ReLU, get_model
+from sparselth.models import Model, get_model
+from sparselth.models.torch import Masks, masks, network
 from sparselth.streams import stream
 
 EVALUATION_BATCH = 1000
 VALIDATION = 5000
-Masks = dict[Tensor, Tensor]
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
@@ -51,39 +50,6 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         picture = self.pixels[i].permute(1, 2, 0).numpy()
         array = picture[:, :, 0] if picture.shape[2] == 1 else picture
         return self.transform(Image.fromarray(array)), self.labels[i]
-
-
-def network(model: Model, flat: Tensor) -> nn.Sequential:
-    """The model in torch.nn, with the weights of a flat buffer [P]."""
-    found: list[nn.Module] = []
-    for layer, before, specs in zip(model.layers, model.shapes, model.parts, strict=False):
-        match layer:
-            case Conv(out, kernel, padding):
-                found.append(nn.Conv2d(before[0], out, kernel, padding=padding))
-            case MaxPool(size):
-                found.append(nn.MaxPool2d(size))
-            case AvgPool():
-                found.append(nn.AvgPool2d((before[1], before[2])))
-            case BatchNorm():
-                found.append(nn.BatchNorm2d(before[0]) if len(before) > 1 else nn.BatchNorm1d(before[0]))
-            case ReLU():
-                found.append(nn.ReLU())
-            case Linear(out):
-                found += [nn.Flatten()] * (len(before) > 1)
-                found.append(nn.Linear(prod(before), out))
-        tensors = [t for t in found[-1].state_dict().values() if t.dim()]  # but not the count of batches
-        for tensor, spec in zip(tensors, specs, strict=True):
-            tensor.copy_(flat[spec.span].view(spec.shape))
-    return nn.Sequential(*found)
-
-
-def masks(model: Model, net: nn.Sequential, mask: Tensor) -> Masks:
-    """A dense float mask for every weight, from a mask [M]."""
-    products = [module for module in net if isinstance(module, nn.Conv2d | nn.Linear)]
-    return {
-        product.weight: mask[spec.span].view(spec.shape).float()
-        for product, spec in zip(products, model.weights, strict=True)
-    }
 
 
 def step(net: nn.Sequential, masks: Masks, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:

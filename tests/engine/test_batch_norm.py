@@ -22,9 +22,9 @@ from sparselth.engine.vendor import VendorNetwork
 from sparselth.experiments.imp import start_weights, train_cells
 from sparselth.files import load_arrays
 from sparselth.kernels._triton import INTERPRET
-from sparselth.measure.race_networks import _flat, _load, sequential
-from sparselth.measure.usual import network
+from sparselth.measure.race_networks import _flat, _load
 from sparselth.models import MODELS, AvgPool, BatchNorm, Conv, Layer, Linear, MaxPool, Model, ReLU, get_model
+from sparselth.models.torch import network, sequential
 from sparselth.runs import RunRecord, cell_path, checkpoint_path
 from sparselth.streams import stream
 from sparselth.train import Evaluator, Job, State, fit, scores

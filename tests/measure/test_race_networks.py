@@ -22,6 +22,7 @@ from sparselth.errors import SparselthError, UsageError
 from sparselth.measure import race_networks
 from sparselth.measure.race_networks import Result, bench_model, bench_run, bench_training
 from sparselth.models import get_model
+from sparselth.models.torch import sequential
 
 MODEL = "lenet-300-100"
 
@@ -210,7 +211,7 @@ def test_sequential_computes_what_the_model_does(name: str) -> None:
     x = torch.randn(3, *model.input)
     expected = Network(model, flat[None], 3).forward(x.flatten(1).T[None])[0].T
     with torch.no_grad():
-        torch.testing.assert_close(race_networks.sequential(model, flat)(x), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sequential(model, flat)(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_with_a_random_mask() -> None:
@@ -284,7 +285,7 @@ def test_onnxruntime_is_a_rival_where_it_is_installed(monkeypatch: pytest.Monkey
     pytest.importorskip("onnxruntime")
     model = get_model("conv2")
     net, x = (
-        race_networks.sequential(model, init_weights(model, torch.Generator())),
+        sequential(model, init_weights(model, torch.Generator())),
         torch.randn(2, 3, 32, 32),
     )
     with torch.no_grad():

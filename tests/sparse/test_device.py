@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from oracle import DEVICE, DTYPES, NAN, Skip, compare, graphed, pick, poisoned, precision
 from sparselth import sparse
 from sparselth.engine.dense import init_weights
-from sparselth.measure.usual import network
 from sparselth.models import get_model
+from sparselth.models.torch import network
 from sparselth.sparse.formats import OURS_GPU
 
 timing = importlib.import_module("sparselth.sparse.times")

@@ -31,8 +31,8 @@ from sparselth.kernels import _graphs, _native, bitmask
 from sparselth.kernels.csr_packed import Packed
 from sparselth.kernels.step_parts import Call
 from sparselth.measure.floors import precision
-from sparselth.measure.race_networks import sequential
 from sparselth.models import MODELS
+from sparselth.models.torch import sequential
 from sparselth.sparse.choice import allowed
 from sparselth.sparse.device import Device
 

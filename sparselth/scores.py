@@ -1,0 +1,82 @@
+"""Scores: what ranks prunable weights. The largest stay.
+
+A score is `score(network, weights, mask, batch, generator)`: the model, its trained weights [P], the mask [M]
+so far, a batch (x [B, ...], y [B]) of training images, and a generator of the cell's own. It gives one number
+a weight, [M]; those of pruned weights do not matter. What needs gradients takes them from the network that
+`sparselth.models.torch` makes of the model.
+
+    >>> from sparselth.models import Model
+    >>> from sparselth.scores import Batch, register
+    >>> @register("large-final-low-initial", "an example of a score")  # doctest: +SKIP
+    ... def example(network: Model, weights, mask, batch: Batch, generator):
+    ...     return weights[: mask.numel()].abs()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparselth.errors import SparselthError
+from sparselth.models import Model
+from sparselth.registry import Registry
+
+Batch = tuple[Tensor, Tensor]  # x [B, C, H, W] fp32 as the network takes them, labels [B] int64
+Score = Callable[[Model, Tensor, Tensor, Batch, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A score and what it says in one line."""
+
+    score: Score
+    meaning: str
+
+
+SCORES: Registry[Scored] = Registry("score")
+
+
+def register(name: str, meaning: str) -> Callable[[Score], Score]:
+    """Make a function known as a score under a name, which must be free."""
+
+    def add(score: Score) -> Score:
+        SCORES.add(name, Scored(score, meaning))
+        return score
+
+    return add
+
+
+@register("magnitude", "the size of the trained weight (Frankle & Carbin 2019)")
+def magnitude(
+    network: Model, weights: Tensor, mask: Tensor, batch: Batch, generator: torch.Generator
+) -> Tensor:
+    return weights[: mask.numel()].abs()
+
+
+@register("random", "a uniform draw of the seed and level: what any other score is held against")
+def random(network: Model, weights: Tensor, mask: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+    return torch.rand(mask.numel(), generator=generator).to(weights.device)
+
+
+def ranked(name: str, scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores of any sign, [M], as fp32 numbers from 0 on in the same order, equal ones equal.
+
+    What `mask` has pruned may be anything. SparselthError for NaN or another shape.
+    """
+    if scores.shape != mask.shape:
+        raise SparselthError(
+            f"score {name}: expected one number a weight, {list(mask.shape)}, got {list(scores.shape)}"
+        )
+    alive = scores[mask]
+    if alive.isnan().any():
+        raise SparselthError(f"score {name}: {int(alive.isnan().sum())} of its numbers are NaN")
+    if not (alive < 0).any() and scores.dtype == torch.float32:
+        return scores
+    # the bits of floats from 1.0 on are ordered as the numbers are, and there are 2^30 of them
+    places = torch.unique(alive, return_inverse=True)[1]
+    found = torch.zeros(mask.shape, dtype=torch.float32, device=scores.device)
+    found[mask] = (places.int() + 0x3F800000).view(torch.float32)
+    return found

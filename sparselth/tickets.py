@@ -1,0 +1,176 @@
+"""Ticket files: a mask, the weights it leaves, and where they came from. The cells of a run are such files.
+
+    mask/NAME    bits of a weight tensor, uint8 [N, ceil(K / 8)], as `sparselth.masks` packs them
+    kept/NAME    its surviving trained weights, fp32 [kept], in row-major order
+    bias/NAME    all of a tensor that is not pruned: biases, and what batch norms hold
+    rewind/NAME  every tensor at the rewind step, in the shape a user knows it by; in the file of level 0
+                 alone, since all levels of a seed go back to the same weights
+
+Safetensors with a JSON header under "sparselth": schema, model, dataset, config (digest), cell, rewind_step,
+shapes. One reader and one writer; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparselth import masks
+from sparselth.errors import SparselthError
+from sparselth.files import Arrays, load_arrays, save_arrays
+from sparselth.models import Model, get_model
+from sparselth.params import Params, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SCHEMA = "sparselth.cell/1"
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Content:
+    """What a file holds, as buffers in the order of Params."""
+
+    mask: NDArray[np.bool_]  # [M]
+    weights: Floats  # [P], trained; 0 where the mask is
+    rewound: Floats | None = None  # [P] of the rewind step, before the mask; of level 0 alone
+
+
+def arrays(params: Params, content: Content, dense: bool = False) -> Arrays:
+    """The arrays of a file; `dense`: without a mask, which a network that keeps everything does not need."""
+    found: Arrays = {}
+    for spec in params.weights:
+        mask = content.mask[spec.span]
+        if not dense:
+            found[f"mask/{spec.name}"] = masks.pack(mask.reshape(spec.matrix))
+        found[f"kept/{spec.name}"] = content.weights[spec.span][mask]
+    for spec in params.unpruned:
+        found[f"bias/{spec.name}"] = content.weights[spec.span]
+    if content.rewound is not None:
+        for spec in params.all:
+            found[f"rewind/{spec.name}"] = content.rewound[spec.span].reshape(spec.shape)
+    return found
+
+
+def header(params: Params, **where: Any) -> dict[str, Any]:
+    """The header of a file; `where` it came from: model, dataset, config, cell, rewind_step."""
+    return {"schema": SCHEMA, **where, "shapes": {spec.name: spec.shape for spec in params.weights}}
+
+
+def save(file: Path, params: Params, content: Content, **where: Any) -> None:
+    """Write a file, atomically; equal content gives equal bytes."""
+    save_arrays(file, arrays(params, content), header(params, **where))
+
+
+def read(file: Path, params: Params) -> tuple[Content, dict[str, Any]]:
+    """Content and header of a file of a network with these parameters; SparselthError where it is none."""
+    found, head = load_arrays(file)
+    mask, weights = np.zeros(params.mask_size, bool), np.zeros(params.size, np.float32)
+    rewound = np.zeros(params.size, np.float32) if any(name.startswith("rewind/") for name in found) else None
+    try:
+        for spec in params.weights:
+            mask[spec.span] = masks.unpack(found[f"mask/{spec.name}"], spec.matrix[1]).ravel()
+            weights[spec.span][mask[spec.span]] = found[f"kept/{spec.name}"]
+        for spec in params.unpruned:
+            weights[spec.span] = found[f"bias/{spec.name}"]
+        if rewound is not None:
+            for spec in params.all:
+                rewound[spec.span] = found[f"rewind/{spec.name}"].ravel()
+    except KeyError as error:
+        raise SparselthError(
+            f"{file}: has no {error.args[0]}; expected the ticket of another network"
+        ) from None
+    except ValueError as error:
+        raise SparselthError(f"{file}: does not fit the network ({error})") from None
+    return Content(mask, weights, rewound), head
+
+
+def read_mask(file: Path, spec: TensorSpec) -> NDArray[np.bool_]:
+    """The mask of one weight tensor, bool [N, K]."""
+    try:
+        return masks.unpack(load_arrays(file)[0][f"mask/{spec.name}"], spec.matrix[1])
+    except (KeyError, ValueError) as error:
+        raise SparselthError(f"{file}: has no mask of {spec.name} ({error})") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Ticket:
+    """A ticket that was found, with its network."""
+
+    model: Model
+    header: dict[str, Any]
+    content: Content
+    start: Floats | None  # [P] of the rewind step, before the mask
+
+    @property
+    def weights_remaining(self) -> float:
+        """Kept share of the prunable weights."""
+        return float(self.content.mask.sum()) / self.model.params.prunable
+
+    @cached_property
+    def masks(self) -> dict[str, Tensor]:
+        """Parameter name in `trained()` and `rewound()` -> bool of its shape, True = kept."""
+        import torch
+
+        return {
+            spec.name: torch.from_numpy(self.content.mask[spec.span].reshape(spec.shape))
+            for spec in self.model.params.weights
+        }
+
+    def trained(self) -> nn.Sequential:
+        """The network as it was trained, in training mode; its pruned weights are 0."""
+        return self._network(self.content.weights)
+
+    def rewound(self) -> nn.Sequential:
+        """The ticket itself: the network at the rewind step with its pruned weights at 0, to be trained.
+
+        SparselthError where the weights of the rewind step are not there: they lie in the file of level 0,
+        which must be beside this one.
+        """
+        if self.start is None:
+            raise SparselthError(
+                f"{self.header.get('cell', 'ticket')}: the weights of the rewind step lie in level 0's file, "
+                "which is not beside it; keep the files of a run together"
+            )
+        weights = self.start.copy()
+        weights[: len(self.content.mask)][~self.content.mask] = 0
+        return self._network(weights)
+
+    def _network(self, weights: Floats) -> nn.Sequential:
+        import torch
+
+        from sparselth.models.torch import network
+
+        return network(self.model, torch.from_numpy(weights))
+
+
+def load(file: str | Path) -> Ticket:
+    """The ticket in a file of a run, cells/seed0-ticket-05.safetensors, of this version or an older one.
+
+    A control arm's file is read too. SparselthError when the file is none or cannot be read, UsageError
+    when nobody knows its model.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise SparselthError(f"{file}: no such file; tickets lie in the folder cells of a run")
+    head = load_arrays(file)[1]
+    if head.get("schema") != SCHEMA or "model" not in head:
+        raise SparselthError(f"{file}: expected a ticket, {SCHEMA}, found {head.get('schema')!r}")
+    model = get_model(head["model"])
+    content, _ = read(file, model.params)
+    start = content.rewound
+    if start is None and (first := _level_0(file, head)).is_file():
+        start = read(first, model.params)[0].rewound
+    return Ticket(model, head, content, start)
+
+
+def _level_0(file: Path, head: dict[str, Any]) -> Path:
+    """Where the weights lie that a cell goes back to: seed3-ticket-00 of seed3-random-mask-07."""
+    seed = str(head.get("cell", "")).partition("-")[0]
+    return file.with_name(f"{seed}-ticket-00.safetensors")
