@@ -47,7 +47,7 @@ from torch import Tensor
 from sparselth.kernels._tiles import Tile, kind
 from sparselth.kernels._triton import tl, triton
 from sparselth.kernels.bitmask import unpack, use_triton
-from sparselth.kernels.masked_update import BETA1, BETA2, EPS, masked_adam_many, masked_sgd_many
+from sparselth.kernels.masked_update import BETA1, BETA2, EPS, masked_adam_many, masked_sgd_many, update
 
 # 16 weights a thread in at most 128 registers, so that 4 programs share a multiprocessor: with 8 weights the
 # product would read shared memory more often for each, with 32 they would not fit the registers. Of 300 x 784
@@ -82,48 +82,6 @@ def floor(
         "bytes": (1 + moments) * state + rest,
         "flops": 2 * r * n * k * batch,
     }
-
-
-@triton.jit
-def _update(
-    w_ptr,
-    a_ptr,
-    b_ptr,
-    offs,
-    g,
-    touched,
-    live,
-    beta1,
-    beta2,
-    rest1,
-    rest2,
-    eps,
-    decay,
-    rate,
-    root,
-    MOMENTS: tl.constexpr,
-):
-    """Load, update and store a block; one operation after the other as `_block` of masked_update."""
-    w = tl.load(w_ptr + offs, mask=touched, other=0.0)
-    g = tl.fma(w, decay, g)
-    if MOMENTS == 2:
-        a = tl.load(a_ptr + offs, mask=touched, other=0.0)
-        b = tl.load(b_ptr + offs, mask=touched, other=0.0)
-        a = tl.fma(g - a, rest1, a)
-        b = tl.fma(g * rest2, g, b * beta2)
-        tl.store(b_ptr + offs, tl.where(live, b, 0.0), mask=touched)
-        # IEEE roots and quotients of 0 take a slow path, and one lane takes its warp along
-        up, down = tl.where(live, a * rate, 1.0), tl.where(live, b, 1.0)
-        w = w + tl.div_rn(up, tl.div_rn(tl.sqrt_rn(down), root) + eps)
-    else:
-        a = g
-        if MOMENTS == 1:
-            a = tl.load(a_ptr + offs, mask=touched, other=0.0) * beta1 + g
-        w = tl.fma(a, rate, w)
-    if MOMENTS > 0:
-        tl.store(a_ptr + offs, tl.where(live, a, 0.0), mask=touched)
-    # a gradient of NaN or infinity stays in its own lane, and here it ends
-    tl.store(w_ptr + offs, tl.where(live, w, 0.0), mask=touched)
 
 
 @triton.jit
@@ -213,11 +171,13 @@ def _kernel(
             for i in range(0, B, BLOCK_B):
                 inside = in_n[:, None] & (offs_b < B - i)[None, :]
                 db += tl.sum(tl.load(dy_ptr + i * stride_dyb + offs_dy, mask=inside, other=0.0), axis=1)
-            _update(
+            offs_bias = r * stride_biasr + first_n + offs_n
+            update(
                 bias_ptr,
                 bias_a_ptr,
                 bias_b_ptr,
-                r * stride_biasr + first_n + offs_n,
+                offs_bias,
+                tl.load(bias_ptr + offs_bias, mask=in_n, other=0.0),
                 db,
                 in_n,
                 in_n,
@@ -230,6 +190,8 @@ def _kernel(
                 rate,
                 root,
                 MOMENTS,
+                NESTEROV=False,
+                DECOUPLED=False,
             )
 
     offs_k = tl.arange(0, BLOCK_K)
@@ -266,11 +228,13 @@ def _kernel(
         a_ptr += at
     if MOMENTS > 1:
         b_ptr += at
-    _update(
-        w_ptr + at,
+    w_ptr += at
+    update(
+        w_ptr,
         a_ptr,
         b_ptr,
         offs,
+        tl.load(w_ptr + offs, mask=touched, other=0.0),
         g,
         touched,
         live,
@@ -283,6 +247,8 @@ def _kernel(
         rate,
         root,
         MOMENTS,
+        NESTEROV=False,
+        DECOUPLED=False,
     )
 
 

@@ -291,11 +291,13 @@ def _check_flat(w: Tensor, g: Tensor, a: Tensor | None, b: Tensor | None, bits: 
 
 
 @triton.jit
-def _block(
+def update(
     w_ptr,
-    g_ptr,
     a_ptr,
     b_ptr,
+    offs,
+    w,
+    g,
     touched,
     live,
     beta1,
@@ -310,32 +312,34 @@ def _block(
     NESTEROV: tl.constexpr,
     DECOUPLED: tl.constexpr,
 ):
-    """Load, update and store one block; the order of operations is that of torch's CPU kernels."""
-    w = tl.load(w_ptr, mask=touched, other=0.0)
-    g = tl.load(g_ptr, mask=touched, other=0.0)
+    """Update weights w by gradients g and store them; the order of operations is that of torch's CPU kernels.
+
+    `touched` is read and written, `live` not pruned; `rate` is the step size, negative, `root` what Adam's
+    second root is divided by.
+    """
     if DECOUPLED:
         w = w * decay
     else:
         g = tl.fma(w, decay, g)
     if MOMENTS == 2:
-        a = tl.load(a_ptr, mask=touched, other=0.0)
-        b = tl.load(b_ptr, mask=touched, other=0.0)
+        a = tl.load(a_ptr + offs, mask=touched, other=0.0)
+        b = tl.load(b_ptr + offs, mask=touched, other=0.0)
         a = tl.fma(g - a, rest1, a)
         b = tl.fma(g * rest2, g, b * beta2)
-        tl.store(b_ptr, tl.where(live, b, 0.0), mask=touched)
+        tl.store(b_ptr + offs, tl.where(live, b, 0.0), mask=touched)
         # IEEE roots and quotients of 0 take a slow path, and one lane takes its warp along
         up, down = tl.where(live, a * rate, 1.0), tl.where(live, b, 1.0)
         w = w + tl.div_rn(up, tl.div_rn(tl.sqrt_rn(down), root) + eps)
     else:
         a = g
         if MOMENTS == 1:
-            a = tl.load(a_ptr, mask=touched, other=0.0) * beta1 + g
+            a = tl.load(a_ptr + offs, mask=touched, other=0.0) * beta1 + g
             g = tl.fma(a, beta1, g) if NESTEROV else a
         w = tl.fma(g, rate, w)
     if MOMENTS > 0:
-        tl.store(a_ptr, tl.where(live, a, 0.0), mask=touched)
+        tl.store(a_ptr + offs, tl.where(live, a, 0.0), mask=touched)
     # a gradient of NaN or infinity stays in its own lane, and here it ends
-    tl.store(w_ptr, tl.where(live, w, 0.0), mask=touched)
+    tl.store(w_ptr + offs, tl.where(live, w, 0.0), mask=touched)
 
 
 @triton.jit
@@ -402,11 +406,15 @@ def _update_kernel(
         inside = i + 8 * offs_byte < whole
         touched = (inside & (byte != 0))[:, None]
         live = (byte[:, None] >> offs_bit[None, :]) & 1 != 0
-        _block(
-            tl.multiple_of((w_at + 4 * i).to(tl.pointer_type(tl.float32)), 16) + offs,
-            tl.multiple_of((g_at + 4 * i).to(tl.pointer_type(tl.float32)), 16) + offs,
-            tl.multiple_of((a_at + 4 * i).to(tl.pointer_type(tl.float32)), 16) + offs,
-            tl.multiple_of((b_at + 4 * i).to(tl.pointer_type(tl.float32)), 16) + offs,
+        w_ptr = tl.multiple_of((w_at + 4 * i).to(tl.pointer_type(tl.float32)), 16)
+        g_ptr = tl.multiple_of((g_at + 4 * i).to(tl.pointer_type(tl.float32)), 16)
+        update(
+            w_ptr,
+            tl.multiple_of((a_at + 4 * i).to(tl.pointer_type(tl.float32)), 16),
+            tl.multiple_of((b_at + 4 * i).to(tl.pointer_type(tl.float32)), 16),
+            offs,
+            tl.load(w_ptr + offs, mask=touched, other=0.0),
+            tl.load(g_ptr + offs, mask=touched, other=0.0),
             touched,
             live,
             beta1,
@@ -429,11 +437,15 @@ def _update_kernel(
         byte = tl.load(bits_ptr + (i + offs) // 8, mask=i + offs < masked_end, other=255).to(tl.int32)
         touched = inside & (byte != 0)
         live = (byte >> ((i + offs) % 8).to(tl.int32)) & 1 != 0
-        _block(
-            (w_at + 4 * i).to(tl.pointer_type(tl.float32)) + offs,
-            (g_at + 4 * i).to(tl.pointer_type(tl.float32)) + offs,
-            (a_at + 4 * i).to(tl.pointer_type(tl.float32)) + offs,
-            (b_at + 4 * i).to(tl.pointer_type(tl.float32)) + offs,
+        w_ptr = (w_at + 4 * i).to(tl.pointer_type(tl.float32))
+        g_ptr = (g_at + 4 * i).to(tl.pointer_type(tl.float32))
+        update(
+            w_ptr,
+            (a_at + 4 * i).to(tl.pointer_type(tl.float32)),
+            (b_at + 4 * i).to(tl.pointer_type(tl.float32)),
+            offs,
+            tl.load(w_ptr + offs, mask=touched, other=0.0),
+            tl.load(g_ptr + offs, mask=touched, other=0.0),
             touched,
             live,
             beta1,
