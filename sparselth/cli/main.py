@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from sparselth import __version__
+from sparselth.cli.plain import speak_plainly
 from sparselth.errors import Interrupted, SparselthError, UsageError
 
 COMMANDS = {
@@ -65,6 +66,7 @@ def run(args: list[str]) -> int:
     """Run the command line; the exit code."""
     debug = "--debug" in args
     signal.signal(signal.SIGTERM, _terminate)
+    speak_plainly()
     try:
         code = cli.main(args, prog_name="sparselth", standalone_mode=False)
         sys.stdout.flush()
