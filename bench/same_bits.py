@@ -107,7 +107,11 @@ RUNS = (
     Run("lenet5, reference", "--model lenet5 --steps 60 --rate 0.7 --levels 2 --seeds 0 --kernels reference"),
     Run("all of mnist", "--model lenet-300-100 --steps 300 --levels 1 --seeds 0 --arms ticket", "mnist"),
     Run("all of fashion", "--model lenet5 --steps 100 --levels 1 --seeds 0 --arms ticket", "fashion-mnist"),
-    Run("conv2", "--model conv2 --steps 10 --batch-size 16 --rate 0.7 --levels 2 --seeds 0", "cifar10"),
+    Run(
+        "conv2",
+        "--model conv2 --steps 8 --batch-size 16 --rate 0.97 --levels 3 --seeds 0 --arms ticket,random-mask",
+        "cifar10",
+    ),
     Run(
         "vgg19, batch norms",
         "--model vgg19 --steps 5 --batch-size 8 --scope global --rate 0.5 --levels 1 --seeds 0 --rewind 2 "
