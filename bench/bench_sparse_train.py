@@ -31,7 +31,7 @@ from sparselth.engine.break_even import break_even
 from sparselth.engine.dense import init_weights
 from sparselth.engine.paths import choose
 from sparselth.kernels import _native
-from sparselth.models import Conv, Model, get_model
+from sparselth.models import Model, get_model
 from sparselth.models.torch import network
 from sparselth.streams import stream
 from sparselth.train import State
@@ -112,7 +112,7 @@ def test_sparse_train_step(
     full = model.params.full_mask()
     calls = 1 if big else 20
     rivals = {"dense": (sparselth_step(model, data, full, "reference", {})[0], calls)}
-    if len(model.input) == 3 and any(isinstance(layer, Conv) for layer in model.layers):
+    if len(model.input) == 3 and model.convolves:
         rivals["torch NCHW"] = torch_step(model, data, torch.contiguous_format), calls
         rivals["torch channels-last"] = torch_step(model, data, torch.channels_last), calls
     rivals["sparselth 0%"] = sparselth_step(model, data, full, "auto", share)[0], calls

@@ -123,11 +123,11 @@ class Ticket:
             for spec in self.model.params.weights
         }
 
-    def trained(self) -> nn.Sequential:
+    def trained(self) -> nn.Module:
         """The network as it was trained, in training mode; its pruned weights are 0."""
         return self._network(self.content.weights)
 
-    def rewound(self) -> nn.Sequential:
+    def rewound(self) -> nn.Module:
         """The ticket itself: the network at the rewind step with its pruned weights at 0, to be trained.
 
         SparselthError where the weights of the rewind step are not there: they lie in the file of level 0,
@@ -142,7 +142,7 @@ class Ticket:
         weights[: len(self.content.mask)][~self.content.mask] = 0
         return self._network(weights)
 
-    def _network(self, weights: Floats) -> nn.Sequential:
+    def _network(self, weights: Floats) -> nn.Module:
         import torch
 
         from sparselth.models.torch import network

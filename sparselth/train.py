@@ -24,7 +24,7 @@ from sparselth.config import Recipe, Replica
 from sparselth.data.batches import Batches, Chunk, Resident
 from sparselth.engine.compressed import CompressedEvaluator, CompressedSteps
 from sparselth.engine.dense import Network, cross_entropy, cross_entropy_grad
-from sparselth.engine.layout import Layout
+from sparselth.engine.layout import Layout, compressible
 from sparselth.engine.paths import Paths, choose
 from sparselth.engine.replay import Replay
 from sparselth.engine.vendor import VendorNetwork
@@ -37,7 +37,7 @@ from sparselth.kernels.masked_update import (
     masked_adam,
     masked_sgd,
 )
-from sparselth.models import Conv, MaxPool, Model
+from sparselth.models import Conv, Model
 
 DIVERGED_LOSS = 1e6  # a network that knows nothing loses ln(classes)
 
@@ -208,9 +208,8 @@ def _groups(
 
 
 def _compressed(model: Model, mask: Tensor, break_even: Mapping[str, float], paths: Paths) -> frozenset[str]:
-    """The layers that are trained in the compressed domain; there are no kernels for batch norms there."""
-    pools = {layer.size for layer in model.layers if isinstance(layer, MaxPool)}
-    if model.norms or not pools <= {2} or paths.csr_linear.takes not in ("native", "torch"):
+    """The layers that are trained in the compressed domain."""
+    if not compressible(model) or paths.csr_linear.takes not in ("native", "torch"):
         return frozenset()
     kept = model.params.kept(mask)
     found = {s.name for s in model.weights if kept[s.name] < break_even.get(s.name, 0.0) * s.numel}
@@ -227,7 +226,7 @@ def _compressed(model: Model, mask: Tensor, break_even: Mapping[str, float], pat
 
 def _takes_vendor(model: Model, paths: Paths) -> bool:
     """Whether dense networks go through `VendorNetwork`, one at a time: they have convolutions."""
-    return paths.masked_conv2d.takes == "vendor" and any(isinstance(layer, Conv) for layer in model.layers)
+    return paths.masked_conv2d.takes == "vendor" and model.convolves
 
 
 def _fit(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparselth.engine import dense
 from sparselth.engine.compressed import COLUMNS, Ends, Product, make_index
+from sparselth.engine.layout import compressible
 from sparselth.engine.vendor import VendorNetwork
 from sparselth.files import read_cache, write_cache
 from sparselth.kernels.masked_update import bind_masked_adam
@@ -35,10 +36,10 @@ ROUNDS, SECONDS = 5, 0.1  # rounds of all, interleaved, until the time is up
 def break_even(model: Model, batch: int, kernels: str) -> dict[str, float]:
     """Break-even density of every weight tensor for "native" or "torch" kernels; 0 where dense is best.
 
-    What the cache does not hold is measured now: a second or two for a small network. A network with batch
-    norms stays dense.
+    What the cache does not hold is measured now: a second or two for a small network. {} for a network that
+    stays dense.
     """
-    if model.norms:
+    if not compressible(model):
         return {}
     known = read_cache("break_even")
     found, before = dict[str, float](), len(known)

@@ -165,7 +165,8 @@ class Chain:
         dx: Tensor | None = None
         dbias: Tensor | None = None  # of the last product: whoever reads its output writes it
         producers = iter(model.producers)
-        layers = [*zip(model.layers, model.shapes, model.shapes[1:], strict=False)]
+        ops = [node.op for node in model.nodes]
+        layers = [*zip(ops, model.shapes, model.shapes[1:], strict=False)]
         for (layer, before, after), (next_layer, _, _) in zip(layers, [*layers[1:], layers[-1]], strict=True):
             if isinstance(layer, ReLU):
                 continue  # done by what is before it

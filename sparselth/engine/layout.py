@@ -12,8 +12,23 @@ import torch
 from torch import Tensor
 
 from sparselth.kernels import bitmask
-from sparselth.models import Model
+from sparselth.models import Conv, Linear, MaxPool, Model, ReLU
 from sparselth.params import ALIGN, TensorSpec
+
+
+def compressible(model: Model) -> bool:
+    """Whether layers of a model can be compressed: a chain of what there are kernels for.
+
+    Those are products of stride 1 and pools of 2 x 2, each with or without a ReLU.
+    """
+    ops = [node.op for node in model.nodes]
+    known = (
+        isinstance(op, Linear | ReLU)
+        or (isinstance(op, Conv) and op.stride == 1)
+        or (isinstance(op, MaxPool) and op.size == 2)
+        for op in ops
+    )
+    return model.is_chain and all(known) and not isinstance(ops[0], ReLU)
 
 
 class Layout:

@@ -18,7 +18,7 @@ from typing import Any
 
 from sparselth.config import FRESH, ImpConfig, Recipe, Replica
 from sparselth.errors import SparselthError
-from sparselth.models import Conv, Model, get_model
+from sparselth.models import Model, get_model
 
 
 class Agenda:
@@ -110,10 +110,9 @@ def widest(config: ImpConfig) -> int:
 
 def replica_bytes(model: Model, recipe: Recipe) -> int:
     """Device memory of one replica of a batch: its state, and the activations of a step and an evaluation."""
-    convolves = any(isinstance(layer, Conv) for layer in model.layers)
     moments = 2 if recipe.optimizer == "adam" else 1
     # weights, best weights, moments, and gradients where a convolution writes them; masks are a bit a weight
-    floats = model.params.size * (2 + moments + convolves + 1 / 32)
+    floats = model.params.size * (2 + moments + model.convolves + 1 / 32)
     numbers = [prod(shape) for shape in model.shapes]
     chunk = model.evaluation_batch
     # a layer's output, its gradient and what a pool or a loss holds beside them

@@ -144,7 +144,7 @@ def of_model(model: Model) -> list[Layer]:
     found = []
     for spec, layer, before, _ in model.producers:
         if isinstance(layer, Conv):
-            found.append(Layer(spec.shape, (before[1], before[2]), 1, layer.padding, model.name))
+            found.append(Layer(spec.shape, (before[1], before[2]), layer.stride, layer.padding, model.name))
         else:
             found.append(Layer(spec.shape, origin=model.name))
     return found

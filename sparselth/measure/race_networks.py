@@ -41,7 +41,7 @@ from sparselth.measure import energy, memory
 from sparselth.measure.floors import precision
 from sparselth.measure.memory import Memory, held
 from sparselth.measure.rivals import quiet_compiler
-from sparselth.models import Conv, Model, get_model
+from sparselth.models import Model, get_model
 from sparselth.models.torch import network, sequential
 from sparselth.streams import stream
 
@@ -172,7 +172,7 @@ def bench_training(name: str, sparsity: float, batch: int, say: Say) -> Result:
     first = _first_batch(model, resident, batch)
     reference = [_gradient(model, flat, first) for flat in (case.dense, case.pruned)]
     reference[1][: model.params.mask_size] *= case.mask
-    convolves = any(isinstance(layer, Conv) for layer in model.layers)
+    convolves = model.convolves
     limit = GRADIENT_CONV if convolves else GRADIENT
     errors, footprints = {}, {}
     for label, step in steps.items():
@@ -245,7 +245,7 @@ def _inference(
         say(f"{case.model.name}, batch {batch}: converting")
         began = time.perf_counter()
         try:
-            converted = sparse.convert(pruned, None, x)
+            converted = sparse.convert(pruned, None, x)  # type: ignore[arg-type]  # it says what it refuses
         except ValueError as error:
             raise SparselthError(f"{case.model.name} cannot be converted: {error}") from None
         conversion = time.perf_counter() - began
@@ -303,11 +303,11 @@ def _inference(
     return found
 
 
-def _dense_rivals(net: nn.Sequential, x: Tensor) -> tuple[dict[str, Call], list[str]]:
+def _dense_rivals(net: nn.Module, x: Tensor) -> tuple[dict[str, Call], list[str]]:
     """The dense network in every way this machine has, and why not in others."""
     calls: dict[str, Call] = {"dense": partial(net, x)}
     notes = []
-    if any(isinstance(module, nn.Conv2d) for module in net):
+    if any(isinstance(module, nn.Conv2d) for module in net.modules()):
         turned = copy.deepcopy(net).to(memory_format=torch.channels_last)
         calls["dense channels-last"] = partial(turned, x.contiguous(memory_format=torch.channels_last))
     others = {"dense compiled": _compiled} | ({} if x.is_cuda else {"onnxruntime": _onnx})
@@ -320,7 +320,7 @@ def _dense_rivals(net: nn.Sequential, x: Tensor) -> tuple[dict[str, Call], list[
     return calls, notes
 
 
-def _compiled(net: nn.Sequential, x: Tensor) -> Call:
+def _compiled(net: nn.Module, x: Tensor) -> Call:
     quiet_compiler()
     torch.compiler.reset()  # or the eighth batch size would no longer be compiled
     call = partial(torch.compile(copy.deepcopy(net), dynamic=False), x)
@@ -328,11 +328,11 @@ def _compiled(net: nn.Sequential, x: Tensor) -> Call:
     return call
 
 
-def _onnx(net: nn.Sequential, x: Tensor) -> Call:
+def _onnx(net: nn.Module, x: Tensor) -> Call:
     """ONNX Runtime on the same network, where it and `onnx` are installed."""
     onnx, runtime = importlib.import_module("onnx"), importlib.import_module("onnxruntime")
     make, nodes, constants, name = onnx.helper, [], [], "x"
-    for i, module in enumerate(net):
+    for i, module in enumerate(net.children()):
         inputs = [name]
         settings: dict[str, Any] = {}
         for label, parameter in module.named_parameters():
@@ -367,7 +367,7 @@ def _logits(run: Callable[[Tensor], Tensor], images: Tensor, batch: int) -> Tens
     return torch.cat([run(chunk) for chunk in torch.split(images, batch)])
 
 
-def _error(y: object, net: nn.Sequential, x: Tensor) -> float:
+def _error(y: object, net: nn.Module, x: Tensor) -> float:
     """The largest error of a logit against float64, relative to the largest logit."""
     assert isinstance(y, Tensor)
     exact: Tensor = copy.deepcopy(net).double()(x[:CHECKED].double())
@@ -400,7 +400,7 @@ def _steps(case: Case, recipe: Recipe, resident: Resident) -> dict[str, _Step]:
     """All rivals; "torch" and "sparselth" are always there."""
     full = case.model.params.full_mask()
     found = {"torch": _torch_step(case, recipe, resident, torch.contiguous_format)}
-    if any(isinstance(layer, Conv) for layer in case.model.layers):
+    if case.model.convolves:
         found["torch channels-last"] = _torch_step(case, recipe, resident, torch.channels_last)
     share = break_even(case.model, recipe.batch_size, choose("auto", "cpu").csr_linear.takes)
     found["sparselth dense"] = _our_step(case.model, case.dense, full, recipe, resident, share)

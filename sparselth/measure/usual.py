@@ -52,7 +52,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(array)), self.labels[i]
 
 
-def step(net: nn.Sequential, masks: Masks, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+def step(net: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
     """One step: pruned weights get no gradient, and are zeroed again behind the update."""
     optimizer.zero_grad()
     F.cross_entropy(net(x), y).backward()  # type: ignore[no-untyped-call]

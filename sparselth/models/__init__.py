@@ -1,10 +1,24 @@
 """The networks as data: `graph` says what a model is, `zoo` finds it by name, one family a file."""
 
-from sparselth.models.graph import AvgPool, BatchNorm, Conv, Layer, Linear, MaxPool, Model, ReLU
+from sparselth.models.graph import (
+    INPUT,
+    Add,
+    AvgPool,
+    BatchNorm,
+    Conv,
+    Layer,
+    Linear,
+    MaxPool,
+    Model,
+    Node,
+    ReLU,
+)
 from sparselth.models.zoo import MODELS, get_model, register
 
 __all__ = [
+    "INPUT",
     "MODELS",
+    "Add",
     "AvgPool",
     "BatchNorm",
     "Conv",
@@ -12,6 +26,7 @@ __all__ = [
     "Linear",
     "MaxPool",
     "Model",
+    "Node",
     "ReLU",
     "get_model",
     "register",

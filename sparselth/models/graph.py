@@ -1,6 +1,6 @@
-"""The networks, as data: layers, shapes, weight counts and the recipes they are trained with.
+"""The networks, as data: layers and what they read, shapes, weight counts and recipes of training.
 
-Nothing here computes; `sparselth.engine` trains a model. The folder imports neither torch nor numpy, so that
+Nothing here computes; `sparselth.engine` trains a model. Only `torch` of this folder imports torch, so that
 `sparselth ls models` and every `--help` answer at once.
 """
 
@@ -12,16 +12,23 @@ from functools import cached_property
 from math import prod
 
 from sparselth.config import Recipe
+from sparselth.errors import UsageError
 from sparselth.params import Params, TensorSpec
 
 
 @dataclass(frozen=True)
 class Conv:
-    """Convolution with `out` square filters, stride 1, a bias, zero padding on every side."""
+    """Convolution with `out` square filters, a bias, zero padding on every side."""
 
     out: int
     kernel: int
     padding: int = 0
+    stride: int = 1
+
+    def __repr__(self) -> str:
+        # break-evens are remembered by it: what has no stride keeps the name it had before there were any
+        stride = f", stride={self.stride}" if self.stride > 1 else ""
+        return f"Conv(out={self.out}, kernel={self.kernel}, padding={self.padding}{stride})"
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,29 @@ class Linear:
     out: int
 
 
-Layer = Conv | MaxPool | AvgPool | ReLU | BatchNorm | Linear
+@dataclass(frozen=True)
+class Add:
+    """The sum of two or more activations of one shape."""
+
+
+Layer = Conv | MaxPool | AvgPool | ReLU | BatchNorm | Linear | Add
+INPUT = -1  # the place of the image among what layers read
+
+
+@dataclass(frozen=True)
+class Node:
+    """A layer and what it reads: outputs of layers before it, by their places in `Model.layers`, or INPUT."""
+
+    op: Layer
+    inputs: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Model:
     """A network: an input shape [C, H, W], layers, and named recipes ("short", "paper").
+
+    A layer reads what stands before it; one that reads something else is a `Node`. The last one gives the
+    logits. Layers that do not fit raise UsageError.
 
     Under scope "layer" fully connected layers are pruned at the rate asked for, the output layer at half
     of it, convolutions at `conv_rate_scale` times it.
@@ -70,31 +94,76 @@ class Model:
 
     name: str
     input: tuple[int, int, int]
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer | Node, ...]
     recipes: Mapping[str, Recipe]
     source: str
     classes: int = 10
     dataset: str = "mnist"  # what it is trained on unless the user names another
     conv_rate_scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        for i, node in enumerate(self.nodes):
+            if not node.inputs or any(not INPUT <= j < i for j in node.inputs):
+                raise UsageError(
+                    f"model {self.name}: layer {i}, {node.op}, reads {list(node.inputs)}; "
+                    f"expected places before its own, from {INPUT}"
+                )
+        for i, node in enumerate(self.nodes):
+            before = [self.shapes[j + 1] for j in node.inputs]
+            many, images = isinstance(node.op, Add), isinstance(node.op, Conv | MaxPool | AvgPool)
+            fits = len(set(before)) == 1 and many == (len(before) > 1) and not (images and len(before[0]) < 3)
+            if not fits or min(self.shapes[i + 1]) < 1:
+                read = " and ".join(map(str, before))
+                raise UsageError(f"model {self.name}: layer {i}, {node.op}, cannot read {read}")
+            if not self.readers[i + 1] and i + 1 < len(self.nodes):
+                raise UsageError(f"model {self.name}: layer {i}, {node.op}, is read by nobody")
+
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """Every layer with what it reads."""
+        return tuple(
+            layer if isinstance(layer, Node) else Node(layer, (i - 1,)) for i, layer in enumerate(self.layers)
+        )
+
+    @cached_property
+    def readers(self) -> tuple[tuple[int, ...], ...]:
+        """Who reads the image, and who each layer's output, as often as they do."""
+        found: list[list[int]] = [[] for _ in range(len(self.nodes) + 1)]
+        for i, node in enumerate(self.nodes):
+            for j in node.inputs:
+                found[j + 1].append(i)
+        return tuple(map(tuple, found))
+
+    @cached_property
+    def is_chain(self) -> bool:
+        """Whether every layer reads what stands before it, and nothing else."""
+        return all(node.inputs == (i - 1,) for i, node in enumerate(self.nodes))
+
+    @cached_property
+    def convolves(self) -> bool:
+        return any(isinstance(node.op, Conv) for node in self.nodes)
+
+    def may_overwrite(self, i: int) -> bool:
+        """Whether layer i may work in place: it alone reads what it reads, and that is not the image."""
+        (source, *_) = self.nodes[i].inputs
+        return source != INPUT and self.readers[source + 1] == (i,)
+
     @cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shape of the activation before each layer, and after the last: [C, H, W] or [K]."""
-        shape: tuple[int, ...] = self.input
-        found = [shape]
-        for layer in self.layers:
-            match layer:
-                case Conv(out, kernel, padding):
-                    _, h, w = shape
-                    shape = (out, h + 2 * padding - kernel + 1, w + 2 * padding - kernel + 1)
+        """Shape of the image, and then of each layer's output: [C, H, W] or [K]."""
+        found: list[tuple[int, ...]] = [self.input]
+        for node in self.nodes:
+            shape = found[node.inputs[0] + 1]
+            match node.op:
+                case Conv(out, kernel, padding, stride):
+                    shape = (out, *((n + 2 * padding - kernel) // stride + 1 for n in shape[1:]))
                 case MaxPool(size):
-                    c, h, w = shape
-                    shape = (c, h // size, w // size)
+                    shape = (*shape[:1], *(n // size for n in shape[1:]))
                 case AvgPool():
-                    shape = (shape[0], 1, 1)
+                    shape = (*shape[:1], 1, 1)
                 case Linear(out):
                     shape = (out,)
-                case ReLU() | BatchNorm():
+                case ReLU() | BatchNorm() | Add():
                     pass
             found.append(shape)
         return tuple(found)
@@ -102,26 +171,27 @@ class Model:
     @property
     def evaluation_batch(self) -> int:
         """Images of one evaluation batch: few where a convolution's shifted copies must fit the cache."""
-        return 100 if any(isinstance(layer, Conv) for layer in self.layers) else 500
+        return 100 if self.convolves else 500
 
     @property
     def producers(self) -> tuple[tuple[TensorSpec, Layer, tuple[int, ...], tuple[int, ...]], ...]:
         """Every weight tensor with its layer and the shapes of that layer's input and output."""
         layers = [
-            (layer, before, after)
-            for layer, before, after in zip(self.layers, self.shapes, self.shapes[1:], strict=False)
-            if isinstance(layer, Conv | Linear)
+            (node.op, self.shapes[node.inputs[0] + 1], self.shapes[i + 1])
+            for i, node in enumerate(self.nodes)
+            if isinstance(node.op, Conv | Linear)
         ]
         return tuple((spec, *pair) for spec, pair in zip(self.weights, layers, strict=True))
 
     @cached_property
     def weights(self) -> tuple[TensorSpec, ...]:
         """The prunable tensors, in order; they fill the front of the flat buffer."""
-        last = max(i for i, layer in enumerate(self.layers) if isinstance(layer, Linear | Conv))
+        last = max(i for i, node in enumerate(self.nodes) if isinstance(node.op, Linear | Conv))
         offset, found = 0, []
-        for i, (layer, before) in enumerate(zip(self.layers, self.shapes, strict=False)):
-            match layer:
-                case Conv(out, k, _):
+        for i, node in enumerate(self.nodes):
+            before = self.shapes[node.inputs[0] + 1]
+            match node.op:
+                case Conv(out, k):
                     shape: tuple[int, ...] = (out, before[0], k, k)
                     fans, scale = (before[0] * k * k, out * k * k), self.conv_rate_scale
                 case Linear(out):
@@ -166,8 +236,8 @@ class Model:
             *(self.norms[::2], self.norms[1::2], self.statistics[::2], self.statistics[1::2]), strict=True
         )
         found: list[tuple[TensorSpec, ...]] = []
-        for layer in self.layers:
-            match layer:
+        for node in self.nodes:
+            match node.op:
                 case Conv() | Linear():
                     found.append(next(products))
                 case BatchNorm():
@@ -179,13 +249,13 @@ class Model:
     def _channels(self, names: tuple[str, str], behind: TensorSpec) -> tuple[TensorSpec, ...]:
         """Two vectors of every batch norm, behind a tensor."""
         found: list[TensorSpec] = []
-        for i, (layer, shape) in enumerate(zip(self.layers, self.shapes, strict=False)):
-            for name in names if isinstance(layer, BatchNorm) else ():
-                behind = TensorSpec(f"{self._label(i)}.{name}", shape[:1], behind.end)
+        for i, node in enumerate(self.nodes):
+            for name in names if isinstance(node.op, BatchNorm) else ():
+                behind = TensorSpec(f"{self._label(i)}.{name}", self.shapes[i + 1][:1], behind.end)
                 found.append(behind)
         return tuple(found)
 
     def _label(self, index: int) -> str:
-        kind = type(self.layers[index])
-        count = sum(isinstance(layer, kind) for layer in self.layers[: index + 1])
+        kind = type(self.nodes[index].op)
+        count = sum(isinstance(node.op, kind) for node in self.nodes[: index + 1])
         return f"{ {Conv: 'conv', Linear: 'fc', BatchNorm: 'norm'}[kind] }{count}"

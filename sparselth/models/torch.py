@@ -2,65 +2,117 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from math import prod
 
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from sparselth.models.graph import AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, ReLU
+from sparselth.models.graph import Add, AvgPool, BatchNorm, Conv, Layer, Linear, MaxPool, Model, ReLU
 
 Masks = dict[Tensor, Tensor]
 
 
-def network(model: Model, flat: Tensor) -> nn.Sequential:
-    """The model in training mode, with the weights of a flat buffer [P]; "conv1.weight" is one of them."""
-    found: OrderedDict[str, nn.Module] = OrderedDict()
-    for i, (layer, before, specs) in enumerate(zip(model.layers, model.shapes, model.parts, strict=False)):
-        name = specs[0].name.rpartition(".")[0] if specs else f"{type(layer).__name__.lower()}{i}"
-        module: nn.Module
-        match layer:
-            case Conv(out, kernel, padding):
-                module = nn.Conv2d(before[0], out, kernel, padding=padding)
-            case MaxPool(size):
-                module = nn.MaxPool2d(size)
-            case AvgPool():
-                module = nn.AvgPool2d((before[1], before[2]))
-            case BatchNorm():
-                module = nn.BatchNorm2d(before[0]) if len(before) > 1 else nn.BatchNorm1d(before[0])
-            case ReLU():
-                module = nn.ReLU()
-            case Linear(out):
-                if len(before) > 1:
-                    found["flatten"] = nn.Flatten()
-                module = nn.Linear(prod(before), out)
-        tensors = [t for t in module.state_dict().values() if t.dim()]  # but not the count of batches
-        for tensor, spec in zip(tensors, specs, strict=True):
-            tensor.copy_(flat[spec.span].view(spec.shape))
-        found[name] = module
-    return nn.Sequential(found)
+class Sum(nn.Module):
+    """The sum of what it is given."""
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        for other in others:
+            x = x + other
+        return x
 
 
-def sequential(model: Model, flat: Tensor) -> nn.Sequential:
-    """The model in evaluation mode, without batch norms: what scales an output scales its weights."""
-    found: OrderedDict[str, nn.Module] = OrderedDict()
-    for name, module in network(model, flat).eval().named_children():
-        match module:
-            case nn.BatchNorm2d():
-                before, product = found.popitem()
-                found[before] = fuse_conv_bn_eval(product, module)  # type: ignore[type-var]
-            case nn.BatchNorm1d():
-                before, product = found.popitem()
-                found[before] = fuse_linear_bn_eval(product, module)  # type: ignore[type-var]
-            case _:
-                found[name] = module
-    return nn.Sequential(found).eval()
+class Graph(nn.Module):
+    """The layers of a model that is no chain, in its order."""
+
+    def __init__(self, model: Model, layers: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.inputs = [node.inputs for node in model.nodes]
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [x]
+        for inputs, layer in zip(self.inputs, self.children(), strict=True):
+            read = [values[j + 1] for j in inputs]
+            values.append(layer(read[0].flatten(1)) if isinstance(layer, nn.Linear) else layer(*read))
+        return values[-1]
 
 
-def masks(model: Model, net: nn.Sequential, mask: Tensor) -> Masks:
+def network(model: Model, flat: Tensor) -> nn.Module:
+    """The model in training mode, with the weights of a flat buffer [P]; "conv1.weight" is one of them.
+
+    A chain is a plain nn.Sequential, any other model a `Graph`.
+    """
+    return _joined(model, _layers(model, flat))
+
+
+def sequential(model: Model, flat: Tensor) -> nn.Module:
+    """The model in evaluation mode, without batch norms: what scales an output scales its weights.
+
+    Of a `Graph` they are still there and do nothing, and one stays what it is that is not all that reads the
+    layer before it.
+    """
+    found = {name: layer.eval() for name, layer in _layers(model, flat).items()}
+    names = list(found)
+    for i, node in enumerate(model.nodes):
+        if not model.may_overwrite(i):
+            continue
+        name, before = names[i], names[node.inputs[0]]
+        norm, product = found[name], found[before]
+        if isinstance(norm, nn.BatchNorm2d) and isinstance(product, nn.Conv2d):
+            found[before], found[name] = fuse_conv_bn_eval(product, norm), nn.Identity()
+        elif isinstance(norm, nn.BatchNorm1d) and isinstance(product, nn.Linear):
+            found[before], found[name] = fuse_linear_bn_eval(product, norm), nn.Identity()
+    return _joined(model, found).eval()
+
+
+def masks(model: Model, net: nn.Module, mask: Tensor) -> Masks:
     """A dense float mask for every weight, from a mask [M]."""
-    products = [module for module in net if isinstance(module, nn.Conv2d | nn.Linear)]
+    products = [module for module in net.children() if isinstance(module, nn.Conv2d | nn.Linear)]
     return {
         product.weight: mask[spec.span].view(spec.shape).float()
         for product, spec in zip(products, model.weights, strict=True)
     }
+
+
+def _joined(model: Model, layers: dict[str, nn.Module]) -> nn.Module:
+    if not model.is_chain:
+        return Graph(model, layers)
+    chain = nn.Sequential()
+    for (name, layer), before in zip(layers.items(), model.shapes, strict=False):
+        if isinstance(layer, nn.Linear) and len(before) > 1:
+            chain.add_module("flatten", nn.Flatten())
+        if not isinstance(layer, nn.Identity):
+            chain.add_module(name, layer)
+    return chain
+
+
+def _layers(model: Model, flat: Tensor) -> dict[str, nn.Module]:
+    """A module for every layer."""
+    found = {}
+    for i, (node, specs) in enumerate(zip(model.nodes, model.parts, strict=True)):
+        layer = _layer(node.op, model.shapes[node.inputs[0] + 1])
+        tensors = [t for t in layer.state_dict().values() if t.dim()]  # but not the count of batches
+        for tensor, spec in zip(tensors, specs, strict=True):
+            tensor.copy_(flat[spec.span].view(spec.shape))
+        name = specs[0].name.rpartition(".")[0] if specs else f"{type(node.op).__name__.lower()}{i}"
+        found[name] = layer
+    return found
+
+
+def _layer(op: Layer, before: tuple[int, ...]) -> nn.Module:
+    match op:
+        case Conv(out, kernel, padding, stride):
+            return nn.Conv2d(before[0], out, kernel, stride, padding)
+        case MaxPool(size):
+            return nn.MaxPool2d(size)
+        case AvgPool():
+            return nn.AvgPool2d((before[1], before[2]))
+        case BatchNorm():
+            return nn.BatchNorm2d(before[0]) if len(before) > 1 else nn.BatchNorm1d(before[0])
+        case ReLU():
+            return nn.ReLU()
+        case Linear(out):
+            return nn.Linear(prod(before), out)
+        case Add():
+            return Sum()

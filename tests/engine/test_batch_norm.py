@@ -275,7 +275,7 @@ def test_vgg19_is_the_papers() -> None:
     model = get_model("vgg19")
     convs = [spec.numel for spec, layer, *_ in model.producers if isinstance(layer, Conv)]
     assert (len(convs), sum(convs), model.params.prunable) == (16, 20_018_880, 20_024_000)
-    assert sum(isinstance(layer, BatchNorm) for layer in model.layers) == 16
+    assert sum(isinstance(node.op, BatchNorm) for node in model.nodes) == 16
     assert [shape[1:] for shape in model.shapes[-6:]] == [(2, 2), (2, 2), (2, 2), (2, 2), (1, 1), ()]
     recipe = model.recipes["paper"]
     assert (recipe.steps, recipe.batch_size, recipe.optimizer) == (112_480, 64, "sgd")

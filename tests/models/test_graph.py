@@ -35,7 +35,7 @@ def test_conv_networks_are_the_papers(name: str) -> None:
     assert (recipe.steps, recipe.lr, recipe.batch_size, recipe.optimizer) == (steps, lr, 60, "adam")
     assert (recipe.warmup, recipe.weight_decay, recipe.lr_drops) == (0, 0, ())
     rates = {spec.name: 0.2 * spec.rate_scale for spec in model.weights}
-    convs = sum(isinstance(layer, Conv) for layer in model.layers)
+    convs = sum(isinstance(node.op, Conv) for node in model.nodes)
     expected = [conv_rate] * convs + [0.2, 0.2, 0.1]
     assert list(rates.values()) == pytest.approx(expected)
     for levels, left in REMAINING[name].items():
