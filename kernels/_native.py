@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -67,13 +67,35 @@ def bind(entry: str, arguments: ctypes.Structure, *alive: object) -> Callable[[]
     return partial(function, ctypes.byref(arguments))
 
 
-def use_native(kernels: str) -> bool:
-    """Whether the C kernels run: "native" where they must, "auto" where they can."""
-    if kernels == "native" and LIB is None:
-        raise ValueError(f'kernels="native", but the native kernels are missing: {WHY}')
-    if kernels not in ("auto", "native", "torch", "reference"):
-        raise ValueError(f"kernels is {kernels!r}, not auto, native, torch or reference")
-    return kernels == "native" or (kernels == "auto" and LIB is not None)
+def check(
+    name: str,
+    t: torch.Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    contiguous: bool = False,
+) -> None:
+    """Refuse a tensor that is not what a C kernel reads or writes."""
+    if t.dtype != dtype or not t.is_cpu or t.shape != tuple(shape) or (contiguous and not t.is_contiguous()):
+        wanted = "fp32" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{name}: expected {'contiguous ' * contiguous}{wanted} {list(shape)} on a CPU, "
+            f"got {t.dtype} {list(t.shape)}, strides {list(t.stride())}, on {t.device}"
+        )
+
+
+def vector(name: str, t: torch.Tensor | None, size: int) -> None:
+    """Of biases and of kept weights; None is none."""
+    if t is not None:
+        check(name, t, (size,), contiguous=True)
+
+
+def matrix(name: str, t: torch.Tensor, rows: int, batch: int) -> None:
+    """[rows, batch], whose rows may lie apart."""
+    check(name, t, (rows, batch))
+    if batch > 1 and t.stride(1) != 1:
+        raise ValueError(f"{name}: expected its columns side by side, got strides {t.stride()}")
+    if rows > 1 and t.stride(0) < batch:
+        raise ValueError(f"{name}: expected rows that do not overlap, got strides {t.stride()}")
 
 
 def address(t: torch.Tensor | None) -> int | None:

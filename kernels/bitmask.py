@@ -24,21 +24,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from sparselth.kernels._triton import HAS_TRITON, INTERPRET, tl, triton
+from sparselth.kernels._choose import use_triton
+from sparselth.kernels._triton import tl, triton
 
 BLOCK = 1024  # bytes of bits a program packs or unpacks
 COUNT_BLOCK = 4096  # elements a program counts
 PROGRAMS = 2**31 - 1  # the first axis of a CUDA grid; the others end at 65,535
 MAGIC = 0x0102040810204080  # times eight bytes of 0 or 1: their bits, packed, in the highest byte
-
-
-def use_triton(kernels: str, tensor: Tensor) -> bool:
-    """Whether "auto", "triton" or "reference" means Triton for this tensor."""
-    if kernels not in ("auto", "triton", "reference"):
-        raise ValueError(f'expected kernels "auto", "triton" or "reference", got "{kernels}"')
-    if kernels == "triton" and not tensor.is_cuda and not INTERPRET:
-        raise ValueError(f"Triton on a {tensor.device.type} tensor needs TRITON_INTERPRET=1 before import")
-    return kernels == "triton" or (kernels == "auto" and tensor.is_cuda and HAS_TRITON)
 
 
 def is_ragged(k: int) -> bool:

@@ -40,11 +40,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from sparselth.kernels import _tiles
+from sparselth.kernels import _choose, _tiles
 from sparselth.kernels._tiles import BLOCKS, DTYPES, GATHERED, SINGLY, Blocks, Tile, kind, written
 from sparselth.kernels._triton import tl, triton
-from sparselth.kernels.bitmask import use_triton
-from sparselth.kernels.block_linear import KERNELS, BlockWeight
+from sparselth.kernels.block_linear import HAS, BlockWeight
 from sparselth.kernels.masked_conv2d import Geometry, Pair, geometry
 
 LARGEST = 127  # taps down or across, for which `places` has room
@@ -505,11 +504,10 @@ def _forward(
     g = _geometry(geometry)
     if len(x) == 0:
         return _empty(x, n, g)
-    if kernels not in KERNELS:
-        raise ValueError(f"expected kernels {', '.join(KERNELS)}, got {kernels}")
-    if kernels != "torch" and use_triton(kernels, x):
+    backend = _choose.choose(kernels, HAS, x)
+    if backend == "triton":
         return launch(x, values, places, starts, order, n, bias, relu, g)
-    if kernels == "reference":
+    if backend == "reference":
         dense = _dense(values, places, starts, order, (n, x.shape[1], *g.kernel))
         y = F.conv2d(x, dense, bias, g.stride, g.padding, g.dilation)
         y = y.relu_() if relu else y

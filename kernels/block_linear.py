@@ -42,11 +42,11 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from sparselth.kernels import _tiles
+from sparselth.kernels._choose import choose
 from sparselth.kernels._tiles import BLOCKS, DTYPES, GATHERED, SINGLY, Blocks, Tile, kind, laid, written
 from sparselth.kernels._triton import tl, triton
-from sparselth.kernels.bitmask import use_triton
 
-KERNELS = ("auto", "triton", "torch", "reference")
+HAS = ("triton", "torch", "reference")
 
 # From large to small. A block of x comes from the L2 cache once for every live block, its weights once for
 # every tile of the batch, and that bounds large batches; hence 256 rows. Beside 128 columns they take a
@@ -435,11 +435,10 @@ def _forward(
 ) -> Tensor:
     if x.shape[0] == 0:
         return x.new_empty(0, n)
-    if kernels not in KERNELS:
-        raise ValueError(f"expected kernels {', '.join(KERNELS)}, got {kernels}")
-    if kernels != "torch" and use_triton(kernels, x):
+    backend = choose(kernels, HAS, x)
+    if backend == "triton":
         return launch(x, values, columns, starts, order, n, bias, relu)
-    if kernels == "reference":
+    if backend == "reference":
         dense = _dense(values, columns, starts, order, (n, x.shape[1]))
         y = F.linear(x, dense, bias)
         return y.relu_() if relu else y

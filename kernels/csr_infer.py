@@ -30,9 +30,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, library
 
-from sparselth.kernels import _native
+from sparselth.kernels._choose import choose, use_triton
 from sparselth.kernels._triton import tl, triton
-from sparselth.kernels.bitmask import use_triton
 from sparselth.kernels.csr_linear import CsrIndex, csr_linear
 
 
@@ -445,7 +444,7 @@ def csr_infer(
 
     x [K, B] is fastest contiguous, B a power of two up to 16; else it is copied first. Any B is right, but
     each 16 columns (fp32: 8) read the weights again. Sums are in fp32, in one order whatever the device does.
-    `kernels`: "triton", "reference" (torch), or "auto": Triton on CUDA, on a CPU native in fp32, else torch.
+    `kernels`: "triton", "native" (fp32 on a CPU), "reference" (torch), or "auto", the first that is there.
     """
     if torch.is_autocast_enabled(x.device.type):
         x, bias = x.to(packed.values.dtype), None if bias is None else bias.to(packed.values.dtype)
@@ -456,8 +455,9 @@ def csr_infer(
         raise ValueError(f"expected x[{k}, B] and bias[{n}] for W[{n}, {k}]; got {got}")
     if any(t.dtype != x.dtype or t.device != x.device for t in tensors.values()):
         raise ValueError(f"expected all of one dtype and on one device; got {got}")
-    native = kernels == "auto" and x.device.type == "cpu" and x.dtype == torch.float32
-    if native and _native.LIB is not None and not torch.compiler.is_compiling():
+    native = x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    has = ("triton", "native", "reference") if native else ("triton", "reference")
+    if choose(kernels, has, x) == "native":
         bias = None if bias is None else bias.detach().contiguous()
         return csr_linear(*packed.native, x.detach().contiguous(), bias, relu, kernels="native")
     return _infer(*packed.arrays(), x, bias, packed.lanes, relu, kernels)  # type: ignore[no-any-return]

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from sparselth.kernels import _native
+from sparselth.kernels._choose import use_native
 
 # Columns of a tile. Small enough for the caches: with 64 columns of x, 128 take 32 KB and 1,024 take 256 KB.
 # Large enough that a row keeps some 24 weights in it, to pay for another visit of y.
@@ -199,11 +200,10 @@ def bind_csr_linear(
 ) -> Callable[[], None]:
     """`csr_linear` on fixed tensors, the result in `y` [N, B]."""
     n, k = index.shape
-    _matrix("x", x, k, x.shape[-1])
-    _matrix("y", y, n, x.shape[-1])
-    _vector("values", values, index.kept)
-    if bias is not None:
-        _vector("bias", bias, n)
+    _native.matrix("x", x, k, x.shape[-1])
+    _native.matrix("y", y, n, x.shape[-1])
+    _native.vector("values", values, index.kept)
+    _native.vector("bias", bias, n)
     return _bind_product(index.forward, values, x, bias, y, relu, kernels)
 
 
@@ -212,9 +212,9 @@ def bind_csr_input_grad(
 ) -> Callable[[], None]:
     """`csr_input_grad` on fixed tensors, the result in `dx` [K, B]."""
     n, k = index.shape
-    _matrix("dy", dy, n, dy.shape[-1])
-    _matrix("dx", dx, k, dy.shape[-1])
-    _vector("values", values, index.kept)
+    _native.matrix("dy", dy, n, dy.shape[-1])
+    _native.matrix("dx", dx, k, dy.shape[-1])
+    _native.vector("values", values, index.kept)
     if index.backward is None:
         raise ValueError("this index was made with backward=False and knows no dx")
     return _bind_product(index.backward, values, dy, None, dx, False, kernels)
@@ -225,11 +225,11 @@ def bind_csr_weight_grad(
 ) -> Callable[[], None]:
     """`csr_weight_grad` on fixed tensors, the result in `dv` [kept]."""
     n, k = index.shape
-    _matrix("x", x, k, x.shape[-1])
-    _matrix("dy", dy, n, x.shape[-1])
-    _vector("dv", dv, index.kept)
+    _native.matrix("x", x, k, x.shape[-1])
+    _native.matrix("dy", dy, n, x.shape[-1])
+    _native.vector("dv", dv, index.kept)
     csr = index.forward
-    if _native.use_native(kernels):
+    if use_native(kernels):
         arguments = _WeightGrad(
             starts=csr.starts.data_ptr(),
             columns=csr.columns.data_ptr(),
@@ -272,7 +272,7 @@ class _WeightGrad(ctypes.Structure):  # struct csr_weight_grad
 def _bind_product(
     csr: Csr, values: Tensor, x: Tensor, bias: Tensor | None, y: Tensor, relu: bool, kernels: str
 ) -> Callable[[], None]:
-    if _native.use_native(kernels):
+    if use_native(kernels):
         arguments = _Linear(
             starts=csr.starts.data_ptr(),
             columns=csr.columns.data_ptr(),
@@ -315,21 +315,3 @@ def _bind_product(
             y.relu_()
 
     return run
-
-
-def _matrix(name: str, t: Tensor, rows: int, batch: int) -> None:
-    if t.dtype != torch.float32 or t.device.type != "cpu" or t.shape != (rows, batch):
-        raise ValueError(
-            f"{name}: expected fp32 [{rows}, {batch}] on a CPU, got {t.dtype} {list(t.shape)} on {t.device}"
-        )
-    if batch > 1 and t.stride(1) != 1:
-        raise ValueError(f"{name}: expected its columns side by side, got strides {t.stride()}")
-    if rows > 1 and t.stride(0) < batch:
-        raise ValueError(f"{name}: expected rows that do not overlap, got strides {t.stride()}")
-
-
-def _vector(name: str, t: Tensor, size: int) -> None:
-    if t.dtype != torch.float32 or t.device.type != "cpu" or t.shape != (size,) or not t.is_contiguous():
-        raise ValueError(
-            f"{name}: expected contiguous fp32 [{size}] on a CPU, got {t.dtype} {list(t.shape)} on {t.device}"
-        )

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from sparselth.kernels import _native
-from sparselth.kernels.csr_linear import _matrix, _vector
+from sparselth.kernels._choose import use_native
 
 WIDE = 64  # columns that are worked on at a time
 NEAR = 28 << 10  # bytes of x that stay in the first-level cache; 10 / 7 of it where they are copied first
@@ -165,11 +165,10 @@ def bind_csr_packed(
 ) -> Callable[[], None]:
     """`csr_packed` on fixed tensors: each call of what this returns is one foreign call."""
     n, k = packed.shape
-    _matrix("x", x, k, x.shape[-1])
-    _matrix("y", y, n, x.shape[-1])
-    if bias is not None:
-        _vector("bias", bias, n)
-    if not _native.use_native(kernels):
+    _native.matrix("x", x, k, x.shape[-1])
+    _native.matrix("y", y, n, x.shape[-1])
+    _native.vector("bias", bias, n)
+    if not use_native(kernels):
 
         def run() -> None:
             y.copy_(reference(packed, x, bias, relu))

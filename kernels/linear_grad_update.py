@@ -44,9 +44,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparselth.kernels._choose import use_triton
 from sparselth.kernels._tiles import Tile, kind
 from sparselth.kernels._triton import tl, triton
-from sparselth.kernels.bitmask import unpack, use_triton
+from sparselth.kernels.bitmask import unpack
 from sparselth.kernels.masked_update import BETA1, BETA2, EPS, masked_adam_many, masked_sgd_many, update
 
 # 16 weights a thread in at most 128 registers, so that 4 programs share a multiprocessor: with 8 weights the

@@ -46,6 +46,7 @@ import numpy as np
 import torch
 from torch import Tensor, library
 
+from sparselth.kernels._choose import use_triton
 from sparselth.kernels._triton import tl, triton
 from sparselth.kernels.bitmask import (
     is_ragged,
@@ -54,7 +55,6 @@ from sparselth.kernels.bitmask import (
     popcount,
     reference_pack,
     reference_unpack,
-    use_triton,
 )
 
 BLOCK = 1024  # bytes of mask, and so 8,192 weights, a program

@@ -53,10 +53,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
+from sparselth.kernels._choose import use_triton
 from sparselth.kernels._graphs import replayed
 from sparselth.kernels._tiles import DTYPES, Tile, kind, precision
 from sparselth.kernels._triton import INTERPRET, tl, triton, within_grid
-from sparselth.kernels.bitmask import launch_count, launch_unpack, use_triton
+from sparselth.kernels.bitmask import launch_count, launch_unpack
 
 Pair = int | Sequence[int]
 STREAMS = 4  # on which the vendor's convolutions of single replicas run side by side

@@ -34,9 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from sparselth.kernels._choose import use_triton
 from sparselth.kernels._tiles import Tile, kind, precision
 from sparselth.kernels._triton import INTERPRET, tl, triton, within_grid
-from sparselth.kernels.bitmask import reference_unpack, use_triton
+from sparselth.kernels.bitmask import reference_unpack
 
 # (large, small) for each kind of product; 16 deep in IEEE fp32, which spills registers beyond
 TILES = {

@@ -52,8 +52,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
 from sparselth.kernels import _native
+from sparselth.kernels._choose import use_native, use_triton
 from sparselth.kernels._triton import tl, triton
-from sparselth.kernels.bitmask import count, unpack, use_triton
+from sparselth.kernels.bitmask import count, unpack
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 BLOCK, NARROW, WARPS = 1024, 256, 4  # weights of a round, and of a round of single weights
@@ -161,7 +162,7 @@ def bind_masked_sgd(
         raise ValueError(
             f"expected a momentum buffer if and only if there is momentum, got momentum {momentum}"
         )
-    if _native.use_native(kernels):
+    if use_native(kernels):
         moments = 0 if a is None else 1
         call, s = _bind(w, g, a, None, bits, moments=moments, nesterov=nesterov)
         s.beta1, s.decay = momentum, weight_decay
@@ -208,7 +209,7 @@ def bind_masked_adam(
     """
     a, b = moments
     beta1, beta2 = betas
-    if _native.use_native(kernels):
+    if use_native(kernels):
         call, s = _bind(w, g, a, b, bits, moments=2, decoupled=decoupled)
         s.rest1, s.rest2, s.beta2, s.eps, s.decay = 1 - beta1, 1 - beta2, beta2, eps, weight_decay
 

@@ -43,8 +43,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparselth.kernels._choose import use_triton
 from sparselth.kernels._triton import tl, triton
-from sparselth.kernels.bitmask import use_triton
 
 LANES = 128  # replicas of a round of begin_step
 PIXELS = 1024  # of a program of gather; 16 to a thread

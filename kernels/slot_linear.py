@@ -58,8 +58,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
+from sparselth.kernels._choose import use_triton
 from sparselth.kernels._triton import INTERPRET, tl, triton
-from sparselth.kernels.bitmask import use_triton
 
 ROWS, COLUMNS, UNIT = 128, 64, 512  # of a block, a chunk, a unit
 TAKEN = ((0, 2, 3), (1, 3, 2))  # slots of the first eight of 16 weights, and of the second

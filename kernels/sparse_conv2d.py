@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparselth.kernels import _native
+from sparselth.kernels._choose import use_native
 
 CELL = 16  # columns of the batch that are worked on at a time; 64 bytes
 RING = 448 << 10  # bytes of packed rows that a small second-level cache still holds
@@ -344,7 +345,7 @@ def bind_sparse_conv2d(
     `Slices`: as x what `index.slices` made, as y what the next layer's made.
     """
     _check(index, x, y, pool, values=(values, index.kept), bias=(bias, index.shape[0]))
-    if _native.use_native(kernels):
+    if use_native(kernels):
         return _bind("sparse_conv2d", index.forward, x, y, values=values, bias=bias, relu=relu, pool=pool)
     if isinstance(x, Slices) or isinstance(y, Slices):
         raise ValueError(f"slices: expected native kernels, got kernels={kernels!r}, {_native.WHY}")
@@ -362,7 +363,7 @@ def bind_sparse_conv2d_input_grad(
     _check(index, dx, dy, values=(values, index.kept))
     if index.backward is None:
         raise ValueError("this index was made with backward=False and knows no dx")
-    if _native.use_native(kernels):
+    if use_native(kernels):
         return _bind("sparse_conv2d", index.backward, dy, dx, values=values)
 
     def run() -> None:
@@ -381,7 +382,7 @@ def bind_sparse_conv2d_weight_grad(
 ) -> Callable[[], None]:
     """`sparse_conv2d_weight_grad` on fixed tensors, the results in `dv` [kept] and `db` [N]."""
     _check(index, x, dy, dv=(dv, index.kept), db=(db, index.shape[0]))
-    if _native.use_native(kernels):
+    if use_native(kernels):
         return _bind("sparse_conv2d_weight_grad", index.forward, x, dy, dv=dv, dbias=db)
 
     def run() -> None:
@@ -508,17 +509,8 @@ def _check(
     for name, (image, pixels) in images.items():
         t = image.images if isinstance(image, Slices) else image
         shape = (-(-batch // CELL), *pixels, CELL) if isinstance(image, Slices) else (*pixels, batch)
-        if t.shape != shape or t.dtype != torch.float32 or t.device.type != "cpu":
-            raise ValueError(
-                f"{name}: expected fp32 {list(shape)} on a CPU, got {t.dtype} {list(t.shape)} on {t.device}"
-            )
+        _native.check(name, t, shape)
         if batch > 1 and t.stride(-1) != 1:
             raise ValueError(f"{name}: expected a contiguous batch, got strides {t.stride()}")
     for name, (v, size) in vectors.items():
-        if v is not None and (
-            v.dtype != torch.float32 or v.device.type != "cpu" or v.shape != (size,) or not v.is_contiguous()
-        ):
-            raise ValueError(
-                f"{name}: expected contiguous fp32 [{size}] on a CPU, "
-                f"got {v.dtype} {list(v.shape)} on {v.device}"
-            )
+        _native.vector(name, v, size)

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparselth.kernels import _native
+from sparselth.kernels._choose import use_native
 
 LINE = 16  # floats of a cache line
 RUN = 96  # places of y that registers hold, of one filter
@@ -221,7 +222,7 @@ def sparse_conv2d_rows_call(
     """`sparse_conv2d_rows` of any x, for repeated calls: what a batch needs is made once."""
     n, _, _, _ = packed.shape
     places = packed.halves if pool else packed.out
-    if not _native.use_native(kernels):
+    if not use_native(kernels):
 
         def plain(x: Tensor) -> Tensor:
             x = x.contiguous()
@@ -260,7 +261,7 @@ def bind_sparse_conv2d_rows(
     """`sparse_conv2d_rows` on fixed tensors: each call of what this returns is one foreign call."""
     _image("x", x, len(x), _inputs(packed))
     _image("y", y, len(x), (packed.shape[0], *(packed.halves if pool else packed.out)))
-    if not _native.use_native(kernels):
+    if not use_native(kernels):
 
         def run() -> None:
             y.copy_(reference(packed, x, bias, relu, pool))
@@ -286,13 +287,7 @@ def _bind(
     packed: PackedConv2d, batch: int, bias: Tensor | None, relu: bool, pool: bool, *alive: Tensor
 ) -> tuple[_Arguments, Callable[[], None]]:
     n, c, _, _ = packed.shape
-    if bias is not None and (
-        bias.dtype != torch.float32 or not bias.is_cpu or bias.shape != (n,) or not bias.is_contiguous()
-    ):
-        raise ValueError(
-            f"bias: expected contiguous fp32 [{n}] on a CPU, "
-            f"got {bias.dtype} {list(bias.shape)} on {bias.device}"
-        )
+    _native.vector("bias", bias, n)
     p, q = packed.out
     whole = -(-batch // packed.group) * -(-p // packed.strip)  # pieces with all filters
     threads = max(1, min(_native.threads(), 1 + floor(packed, batch)["flops"] // WORK))
@@ -357,9 +352,6 @@ def _inputs(packed: PackedConv2d) -> tuple[int, int, int]:
 
 
 def _image(name: str, t: Tensor, batch: int, shape: tuple[int, int, int]) -> None:
-    if t.shape != (batch, *shape) or t.dtype != torch.float32 or not t.is_cpu:
-        raise ValueError(
-            f"{name}: expected fp32 {[batch, *shape]} on a CPU, got {t.dtype} {list(t.shape)} on {t.device}"
-        )
+    _native.check(name, t, (batch, *shape))
     if not t.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous [B, C, H, W], got strides {t.stride()}")

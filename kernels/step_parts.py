@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 from sparselth.kernels import _native
+from sparselth.kernels._choose import use_native
 
 Call = Callable[[], object]
 MANY = 1 << 17  # numbers from which on a second thread pays
@@ -140,14 +141,14 @@ def bind_gather(
     """A function of int64 indices [B] that fills x and y; IndexError where one is outside of the images."""
     count, pixels = images.shape
     live = pixels if rows is None else len(rows)
-    _check("images", images, torch.uint8, (count, pixels))
-    _check("labels", labels, torch.int64, (count,))
-    _check("scale", scale, torch.float32, (pixels,))
-    _check("shift", shift, torch.float32, (pixels,))
-    _check("y", y, torch.int64, (x.shape[-1],))
+    _native.check("images", images, (count, pixels), torch.uint8, contiguous=True)
+    _native.check("labels", labels, (count,), torch.int64, contiguous=True)
+    _native.check("scale", scale, (pixels,), torch.float32, contiguous=True)
+    _native.check("shift", shift, (pixels,), torch.float32, contiguous=True)
+    _native.check("y", y, (x.shape[-1],), torch.int64, contiguous=True)
     _lines({"x": x}, (live, x.shape[-1]))
     if rows is not None:
-        _check("rows", rows, torch.int32, (live,))
+        _native.check("rows", rows, (live,), torch.int32, contiguous=True)
         if live and not (rows[0] >= 0 and rows[-1] < pixels and bool((rows.diff() > 0).all())):
             raise ValueError(f"rows: expected ascending numbers of pixels from 0 to {pixels - 1}")
     batch = len(y)
@@ -162,7 +163,7 @@ def bind_gather(
             raise ValueError(f"index: expected int64 [{batch}], got {index.dtype} {list(index.shape)}")
 
     outside = f"index: expected images from 0 to {count - 1}"
-    if _native.use_native(kernels):
+    if use_native(kernels):
         a = _Gather(
             images=images.data_ptr(),
             labels=labels.data_ptr(),
@@ -207,8 +208,8 @@ def _affine(images: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def bind_bias_relu(y: Tensor, bias: Tensor | None = None, kernels: str = "auto") -> Call:
     """`bias_relu` on fixed tensors."""
     lines, (strides,) = _lines({"y": y})
-    _vector("bias", bias, len(y))
-    if _native.use_native(kernels):
+    _native.vector("bias", bias, len(y))
+    if use_native(kernels):
         a = _BiasReLU(y=y.data_ptr(), bias=_native.address(bias), at=(*lines, strides), threads=_threads(y))
         return _native.bind("bias_relu", a, y, bias)
     column = None if bias is None else bias.view(-1, *[1] * (y.dim() - 1))
@@ -227,8 +228,8 @@ def bind_relu_backward(
     """`relu_backward` on fixed tensors; either of `y` and `dbias` may be missing."""
     given = {"dy": dy} if y is None else {"dy": dy, "y": y}
     lines, strides = _lines(given)
-    _vector("dbias", dbias, len(dy))
-    if _native.use_native(kernels):
+    _native.vector("dbias", dbias, len(dy))
+    if use_native(kernels):
         a = _ReLUBackward(
             dy=dy.data_ptr(),
             y=_native.address(y),
@@ -258,11 +259,11 @@ def bind_cross_entropy_grad(
     """`cross_entropy_grad` on fixed tensors, and the gradient of the last layer's bias."""
     classes, batch = logits.shape
     _lines({"logits": logits, "dlogits": dlogits})
-    _check("labels", labels, torch.int64, (batch,))
-    _vector("dbias", dbias, classes)
+    _native.check("labels", labels, (batch,), torch.int64, contiguous=True)
+    _native.vector("dbias", dbias, classes)
     if logits.data_ptr() == dlogits.data_ptr() and batch:
         raise ValueError("expected dlogits in other memory than logits")
-    if _native.use_native(kernels):
+    if use_native(kernels):
         a = _CrossEntropy(
             logits=logits.data_ptr(),
             labels=labels.data_ptr(),
@@ -291,8 +292,8 @@ def bind_cross_entropy(
     """`cross_entropy` on fixed tensors."""
     classes, batch = logits.shape
     _lines({"logits": logits})
-    _check("labels", labels, torch.int64, (batch,))
-    if _native.use_native(kernels):
+    _native.check("labels", labels, (batch,), torch.int64, contiguous=True)
+    if use_native(kernels):
         a = _CrossEntropy(
             logits=logits.data_ptr(),
             labels=labels.data_ptr(),
@@ -319,7 +320,7 @@ def bind_max_pool(x: Tensor, y: Tensor, relu: bool = False, kernels: str = "auto
     """`max_pool` on fixed tensors."""
     c, h, w, b = x.shape
     strides = [_strides("x", x, x.shape), _strides("y", y, (c, h // 2, w // 2, b))]
-    if _native.use_native(kernels):
+    if use_native(kernels):
         a = _MaxPool(
             x=x.data_ptr(),
             y=y.data_ptr(),
@@ -358,8 +359,8 @@ def bind_max_pool_backward(
     small = (c, h // 2, w // 2, b)
     strides = [_strides("x", x, x.shape), _strides("dx", dx, x.shape)]
     strides += [_strides("y", y, small), _strides("dy", dy, small)]
-    _vector("dbias", dbias, c)
-    if _native.use_native(kernels):
+    _native.vector("dbias", dbias, c)
+    if use_native(kernels):
         a = _MaxPool(
             x=x.data_ptr(),
             y=y.data_ptr(),
@@ -419,7 +420,7 @@ def _bind_transpose(fixed: Tensor, fill: bool, kernels: str) -> Callable[[Tensor
         if t.numel() != k * b:
             raise ValueError(f"expected {k} numbers a row, got {list(t.shape)}")
 
-    if _native.use_native(kernels):
+    if use_native(kernels):
         here = fixed.data_ptr()
         a = (
             _Transpose(y=here, rows=b, columns=k, ldx=k, ldy=ld, threads=_threads(fixed))
@@ -572,25 +573,9 @@ def _lines(
 
 def _strides(name: str, t: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of channels, rows and columns of a checked tensor [N, B] or [C, H, W, B]."""
-    if t.dtype != torch.float32 or not t.is_cpu or t.shape != shape:
-        raise ValueError(
-            f"{name}: expected fp32 {list(shape)} on a CPU, got {t.dtype} {list(t.shape)} on {t.device}"
-        )
+    _native.check(name, t, shape)
     used = [(size, stride) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
     side_by_side = t.shape[-1] <= 1 or t.stride(-1) == 1
     if t.numel() and not (side_by_side and all(stride > 0 for _, stride in used)):
         raise ValueError(f"{name}: expected the batch side by side, got strides {list(t.stride())}")
     return (t.stride(0), 0, 0) if t.dim() == 2 else t.stride()[:3]
-
-
-def _vector(name: str, t: Tensor | None, size: int) -> None:
-    if t is not None:
-        _check(name, t, torch.float32, (size,))
-
-
-def _check(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if t.dtype != dtype or not t.is_cpu or t.shape != shape or not t.is_contiguous():
-        raise ValueError(
-            f"{name}: expected contiguous {dtype} {list(shape)} on a CPU, got {t.dtype} {list(t.shape)}, "
-            f"strides {list(t.stride())}, on {t.device}"
-        )

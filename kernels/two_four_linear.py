@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparselth.kernels._choose import choose
+
 ROWS, COLUMNS = 32, 64  # N and K are multiples, as cuSPARSELt and CUTLASS together want it
 CAPABILITY = (8, 0)  # the first with sparse tensor cores
 DTYPES = (torch.bfloat16, torch.float16)
@@ -114,13 +116,8 @@ def two_four_linear(
         raise ValueError(f"expected x[B, {k}], not empty, and bias[{n}]; got {got}")
     if any((t.dtype, t.device) != (x.dtype, x.device) for t in given.values()):
         raise ValueError(f"expected all of one dtype on one device; got {got}")
-    if kernels not in ("auto", "torch", "reference"):
-        raise ValueError(f'expected kernels "auto", "torch" or "reference", got "{kernels}"')
-    if kernels == "torch" and not x.is_cuda:
-        raise ValueError(f"torch's semi-structured products need CUDA, got x on {x.device}")
-    if kernels == "reference" or not x.is_cuda:
-        return reference(weight, x, bias, relu)
-    return launch(weight, x, bias, relu)
+    has = ("torch", "reference") if x.is_cuda else ("reference",)
+    return (launch if choose(kernels, has, x) == "torch" else reference)(weight, x, bias, relu)
 
 
 def launch(weight: TwoFour, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:

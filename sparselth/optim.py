@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sparselth.kernels.bitmask import pack, unpack, use_triton
+from sparselth.kernels._choose import use_triton
+from sparselth.kernels.bitmask import pack, unpack
 from sparselth.kernels.masked_update import alike, is_dense, masked_adam_many, masked_sgd_many
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from sparselth import clock
 from sparselth.kernels import _native
+from sparselth.kernels._choose import use_triton
 from sparselth.kernels._graphs import capture, warm_up
-from sparselth.kernels.bitmask import use_triton
 from sparselth.kernels.csr_infer import PackedCsr, csr_infer
 from sparselth.kernels.slot_linear import WIDEST, Slots, slot_linear
 from sparselth.kernels.two_four_linear import CAPABILITY, COLUMNS, ROWS, TwoFour, two_four_linear

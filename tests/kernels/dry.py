@@ -40,7 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver, jit
 
-from sparselth.kernels import replica_parts
+from sparselth.kernels import _choose, replica_parts
 from sparselth.kernels.bitmask import launch_count, launch_pack, launch_unpack
 from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d
 from sparselth.kernels.block_linear import BlockWeight, block_linear
@@ -131,21 +131,18 @@ def launches() -> Iterator[Launches]:
         plain(self, *args, grid=grid, warmup=True, **kwargs)
         found.grid(self.fn.__name__, grid(kwargs) if callable(grid) else grid)
 
-    plain = jit.JITFunction.run
+    def lacks(backend: str, *args: Any, **kwargs: Any) -> str:
+        return "" if backend == "triton" else why(backend, *args, **kwargs)
+
+    plain, why = jit.JITFunction.run, _choose.lacks
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(jit.JITFunction, "_do_compile", do_compile))
         stack.enter_context(mock.patch.object(jit.JITFunction, "run", run))
         for owner, name in ALLOCATORS:
             stack.enter_context(mock.patch.object(owner, name, _zeros(getattr(owner, name))))
-        for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").startswith("sparselth") and hasattr(module, "use_triton"):
-                stack.enter_context(mock.patch.object(module, "use_triton", _use_triton))
+        stack.enter_context(mock.patch.object(_choose, "lacks", lacks))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver()))
         yield found
-
-
-def _use_triton(kernels: str, tensor: Tensor) -> bool:
-    return kernels in ("auto", "triton")
 
 
 def _zeros(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:

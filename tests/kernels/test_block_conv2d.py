@@ -523,7 +523,7 @@ def test_what_does_not_fit_is_said() -> None:
         ((x, weight, None, 0), "stride and dilation from 1"),
         (
             (x, weight, None, 1, 0, 1, False, "cuda"),
-            "expected kernels auto, triton, torch, reference, got cuda",
+            "kernels='cuda': expected auto, triton, torch or reference",
         ),
     ):
         with pytest.raises(ValueError, match=words):

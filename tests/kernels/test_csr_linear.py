@@ -292,5 +292,5 @@ def test_wrong_operands_are_named() -> None:
         csr_linear(index, values, x, torch.randn(5))
     with pytest.raises(ValueError, match="backward=False"):
         csr_input_grad(index, values, y)
-    with pytest.raises(ValueError, match="kernels is 'fast'"):
+    with pytest.raises(ValueError, match="kernels='fast'"):
         csr_linear(index, values, x, kernels="fast")

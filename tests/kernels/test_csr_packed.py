@@ -130,5 +130,5 @@ def test_misuse() -> None:
         csr_packed(packed, torch.zeros(5, 2))
     with pytest.raises(ValueError, match=r"bias: expected contiguous fp32 \[3\]"):
         csr_packed(packed, torch.zeros(4, 2), torch.zeros(4))
-    with pytest.raises(ValueError, match="kernels is 'fast'"):
+    with pytest.raises(ValueError, match="kernels='fast'"):
         csr_packed(packed, torch.zeros(4, 2), kernels="fast")

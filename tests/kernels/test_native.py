@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sparselth.kernels import _native
+from sparselth.kernels._choose import use_native
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,12 +90,12 @@ assert csr_linear(index, torch.ones(6), torch.ones(3, 4)).sum() == 24
 def test_native_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "LIB", None)
     monkeypatch.setattr(_native, "WHY", "not built")
-    assert not _native.use_native("auto")
-    assert not _native.use_native("torch")
+    assert not use_native("auto")
+    assert not use_native("torch")
     with pytest.raises(ValueError, match="the native kernels are missing: not built"):
-        _native.use_native("native")
-    with pytest.raises(ValueError, match="not auto, native, torch or reference"):
-        _native.use_native("fastest")
+        use_native("native")
+    with pytest.raises(ValueError, match="expected auto, native, torch or reference"):
+        use_native("fastest")
 
 
 @needs_native

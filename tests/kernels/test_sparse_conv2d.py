@@ -296,7 +296,7 @@ def test_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda i, v, x: sc.sparse_conv2d(i, v, x.double()), "got torch.float64"),
         (lambda i, v, x: sc.sparse_conv2d(i, v, x.repeat(1, 1, 1, 2)[..., ::2]), "contiguous batch"),
         (lambda i, v, x: sc.sparse_conv2d(i, v, x, v), r"bias: expected contiguous fp32 \[3\]"),
-        (lambda i, v, x: sc.sparse_conv2d(i, v, x, kernels="fast"), "kernels is 'fast'"),
+        (lambda i, v, x: sc.sparse_conv2d(i, v, x, kernels="fast"), "kernels='fast'"),
         (lambda i, v, x: sc.sparse_conv2d_input_grad(i, v, torch.zeros(3, 4, 5, 9)), "knows no dx"),
         (lambda i, v, x: sc.Conv2dIndex.of(torch.ones(3, 2, 3, 3), (6, 7)), "expected a bool mask"),
         (lambda i, v, x: sc.Conv2dIndex.of(torch.ones(3, 2, 3, 3) > 0, (2, 7)), "images of 3 x 3 or more"),

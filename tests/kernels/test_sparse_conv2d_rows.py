@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparselth.kernels import _native
 from sparselth.kernels import sparse_conv2d_rows as sr
+from sparselth.kernels._choose import use_native
 from sparselth.kernels.sparse_conv2d_rows import PackedConv2d
 
 CASES = settings(max_examples=int(os.environ.get("SPARSELTH_CASES", "25")), deadline=None)
@@ -79,12 +80,12 @@ def compare(packed: PackedConv2d, batch: int, kernels: str, offset: int, bias: b
     for threads in (1, 3):
         torch.set_num_threads(threads)
         again = sr.sparse_conv2d_rows(packed, x, b, relu, kernels=kernels)
-        if _native.use_native(kernels):
+        if use_native(kernels):
             assert torch.equal(again, y)  # to the bit, whatever the threads
     if min(packed.halves) > 0:
         pooled_memory, pooled = inside((batch, n, *packed.halves), offset, 7.0)
         sr.bind_sparse_conv2d_rows(packed, x, b, pooled, relu, True, kernels)()
-        if _native.use_native(kernels):
+        if use_native(kernels):
             assert torch.equal(pooled, F.max_pool2d(y, 2))
         assert error(pooled, F.max_pool2d(exact, 2)) < 1e-6
         pooled.fill_(7.0)
@@ -210,7 +211,7 @@ def test_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda p, x: sr.sparse_conv2d_rows(p, x[:, 1:]), r"x: expected fp32 \[9, 2, 6, 7\] on a CPU"),
         (lambda p, x: sr.sparse_conv2d_rows(p, x.double()), "got torch.float64"),
         (lambda p, x: sr.sparse_conv2d_rows(p, x, x), r"bias: expected contiguous fp32 \[3\]"),
-        (lambda p, x: sr.sparse_conv2d_rows(p, x, kernels="fast"), "kernels is 'fast'"),
+        (lambda p, x: sr.sparse_conv2d_rows(p, x, kernels="fast"), "kernels='fast'"),
         (lambda p, x: sr.bind_sparse_conv2d_rows(p, x, None, x), r"y: expected fp32 \[9, 3, 4, 5\]"),
         (lambda p, x: sr.bind_sparse_conv2d_rows(p, x.mT.contiguous().mT, None, x), "expected a contiguous"),
         (lambda p, x: PackedConv2d.of(x[0], (6, 7)), r"expected a weight \[N, C, kh, kw\] in fp32"),
