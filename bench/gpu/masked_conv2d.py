@@ -138,24 +138,9 @@ def vast(here: Here, part: str) -> None:
         raise Wrong("dw of all images is not the sum of two halves")
 
 
-def refused(here: Here, part: str) -> None:
-    """More than 2^31 numbers within a replica are refused, not computed wrong."""
-    x = torch.zeros(1, 1, 1, 1, 1, device=here.device, dtype=DTYPES[part]).expand(1, 2**15, 1, 2**8, 2**8)
-    w = torch.zeros(1, 1, 1, 1, 1, device=here.device, dtype=DTYPES[part])
-    mask = torch.ones(1, 1, 1, dtype=torch.uint8, device=here.device)
-    try:
-        masked_conv2d(x, w, mask, kernels="triton")
-    except ValueError as error:
-        if "2^31" not in str(error):
-            raise
-        return
-    raise Wrong("2^31 numbers in x[r] were not refused")
-
-
 def large(here: Here) -> Iterator[Case]:
     yield Case("replicas 2^31 apart", "bf16", partial(apart, here, "bf16"), 5)
     yield Case("beyond 2^31 numbers in y", "bf16", partial(vast, here, "bf16"), 15)
-    yield Case("beyond 2^31 numbers in a replica", "bf16", partial(refused, here, "bf16"))
 
 
 # At the sizes of layers

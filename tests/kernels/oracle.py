@@ -21,6 +21,7 @@ from sparselth.measure.floors import precision as precision
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 256  # elements before and behind every tensor of a check
+RESERVED = 2**26  # bytes
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
 UNIT = {  # the relative error of one rounding; in TF32 of a product, whose operands are cut off
     "bf16": 2**-8,
@@ -58,7 +59,10 @@ def fill(t: Tensor) -> Tensor:
 
 @contextmanager
 def poisoned(guard: int = GUARD) -> Iterator[None]:
-    """Whatever is allocated inside is full of NaN, and nothing may write in front of it or behind it."""
+    """Whatever is allocated inside is full of NaN, and nothing may write in front of it or behind it.
+
+    Without a guard it is where it would have been, and the places around it are not looked at.
+    """
     kept: list[Tensor] = []
     plain = torch.empty
 
@@ -67,8 +71,8 @@ def poisoned(guard: int = GUARD) -> Iterator[None]:
             t = allocate(*args, **kwargs)
             if not t.numel() or t.device.type == "meta":
                 return t
-            if not guard:
-                return fill(t)
+            if not guard:  # on a CPU large memory is only reserved
+                return t if t.device.type == "cpu" and t.nbytes > RESERVED else fill(t)
             wide = fill(plain(t.numel() + 2 * guard, dtype=t.dtype, device=t.device))
             kept.append(wide)
             return wide.as_strided(t.shape, t.stride(), guard)

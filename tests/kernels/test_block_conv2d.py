@@ -146,20 +146,6 @@ def ieee() -> Iterator[None]:
     conv.fp32_precision = before
 
 
-@pytest.fixture(autouse=True, scope="module")
-def poison() -> Iterator[None]:
-    """What a launcher allocates is full of NaN."""
-    new_empty = Tensor.new_empty
-
-    def poisoned(self: Tensor, *size: int, **kwargs: object) -> Tensor:
-        t = new_empty(self, *size, **kwargs)  # type: ignore[call-overload]
-        return t.fill_(NAN) if t.is_floating_point() else t  # type: ignore[no-any-return]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tensor, "new_empty", poisoned)
-        yield
-
-
 LAYERS = {  # b, c, n, size, kernel, (stride, padding, dilation)
     "ones": (1, 1, 1, (1, 1), (1, 1)),
     "1x1, stride 2": (3, 67, 35, (5, 4), (1, 1), ((2, 2), (0, 0), (1, 1))),

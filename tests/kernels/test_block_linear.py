@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -104,20 +104,6 @@ class Problem:
         assert y.shape == right.shape
         assert y.is_contiguous()
         assert (y.double() - right).norm() <= (2e-3 if tf32 else RTOL[y.dtype]) * self.scale().norm()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poison() -> Iterator[None]:
-    """What a launcher allocates is full of NaN."""
-    new_empty = Tensor.new_empty
-
-    def poisoned(self: Tensor, *size: int, **kwargs: object) -> Tensor:
-        t = new_empty(self, *size, **kwargs)  # type: ignore[call-overload]
-        return t.fill_(NAN) if t.is_floating_point() else t  # type: ignore[no-any-return]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tensor, "new_empty", poisoned)
-        yield
 
 
 @pytest.mark.parametrize("kernels", WAYS)

@@ -6,7 +6,7 @@ On a device also at the large tiles, in every dtype and layout.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -98,20 +98,6 @@ def assert_close(
         assert a.shape == b.shape, name
         error, size = (a.double() - b).norm(), (scale or right)[name].norm()
         assert error <= RTOL[a.dtype] * size, f"{name}: {error:.1e} of {size:.1e}"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poison() -> Iterator[None]:
-    """What a launcher allocates is full of NaN."""
-    new_empty = Tensor.new_empty
-
-    def poisoned(self: Tensor, *size: int, **kwargs: object) -> Tensor:
-        t = new_empty(self, *size, **kwargs)  # type: ignore[call-overload]
-        return t.fill_(NAN) if t.is_floating_point() else t  # type: ignore[no-any-return]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tensor, "new_empty", poisoned)
-        yield
 
 
 def check(

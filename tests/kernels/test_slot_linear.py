@@ -342,7 +342,7 @@ def test_what_does_not_fit_is_said() -> None:
         ((x.bfloat16(),), "of one dtype"),
         ((x, bias.float()), "of one dtype"),
         ((x.to("meta"),), "on one device"),
-        ((x, bias, False, "cuda"), 'got "cuda"'),
+        ((x, bias, False, "cuda"), "kernels='cuda'"),
     ):
         with pytest.raises(ValueError, match=words):
             slot_linear(slots, *args)
