@@ -67,6 +67,20 @@ def bind(entry: str, arguments: ctypes.Structure, *alive: object) -> Callable[[]
     return partial(function, ctypes.byref(arguments))
 
 
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd expects a gradient of one of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def refuse_gradient(**tensors: torch.Tensor | None) -> None:
+    """Raise where autograd would take what an op computes for a constant."""
+    for name, t in tensors.items():
+        if wants_gradient(t):
+            raise ValueError(
+                f"{name}: this op has no gradient, got requires_grad=True; detach() it or use torch.no_grad()"
+            )
+
+
 def check(
     name: str,
     t: torch.Tensor,
@@ -81,6 +95,8 @@ def check(
             f"{name}: expected {'contiguous ' * contiguous}{wanted} {list(shape)} on a CPU, "
             f"got {t.dtype} {list(t.shape)}, strides {list(t.stride())}, on {t.device}"
         )
+    if t.requires_grad:
+        refuse_gradient(**{name: t})
 
 
 def vector(name: str, t: torch.Tensor | None, size: int) -> None:

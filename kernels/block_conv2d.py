@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from sparselth.kernels import _choose, _tiles
+from sparselth.kernels import _choose, _native, _tiles
 from sparselth.kernels._tiles import BLOCKS, DTYPES, GATHERED, SINGLY, Blocks, Tile, kind, written
 from sparselth.kernels._triton import tl, triton
 from sparselth.kernels.block_linear import HAS, BlockWeight
@@ -483,7 +483,7 @@ def block_conv2d(
     flat = [v for pair in g for v in pair]
     index = weight.places, weight.starts, weight.order
     # the operator is for the compiler and for autograd, which it refuses; a call of it takes 50 us
-    wanted = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+    wanted = torch.compiler.is_compiling() or _native.wants_gradient(x, values, bias)
     run = _operator if wanted else _forward
     return run(x, values, *index, weight.runs, n, bias, relu, flat, kernels)
 

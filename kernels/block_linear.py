@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from sparselth.kernels import _tiles
+from sparselth.kernels import _native, _tiles
 from sparselth.kernels._choose import choose
 from sparselth.kernels._tiles import BLOCKS, DTYPES, GATHERED, SINGLY, Blocks, Tile, kind, laid, written
 from sparselth.kernels._triton import tl, triton
@@ -416,7 +416,7 @@ def block_linear(
         )
     index = weight.places, weight.starts, weight.order
     # the operator is for the compiler and for autograd, which it refuses; a call of it takes 50 us
-    wanted = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+    wanted = torch.compiler.is_compiling() or _native.wants_gradient(x, values, bias)
     run = _operator if wanted else _forward
     return run(x, values, *index, weight.runs, n, bias, relu, kernels)
 

@@ -30,6 +30,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, library
 
+from sparselth.kernels import _native
 from sparselth.kernels._choose import choose, use_triton
 from sparselth.kernels._triton import tl, triton
 from sparselth.kernels.csr_linear import CsrIndex, csr_linear
@@ -455,7 +456,8 @@ def csr_infer(
         raise ValueError(f"expected x[{k}, B] and bias[{n}] for W[{n}, {k}]; got {got}")
     if any(t.dtype != x.dtype or t.device != x.device for t in tensors.values()):
         raise ValueError(f"expected all of one dtype and on one device; got {got}")
-    native = x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    wanted = torch.compiler.is_compiling() or _native.wants_gradient(x, packed.values, bias)  # the operator
+    native = x.is_cpu and x.dtype == torch.float32 and not wanted
     has = ("triton", "native", "reference") if native else ("triton", "reference")
     if choose(kernels, has, x) == "native":
         bias = None if bias is None else bias.detach().contiguous()

@@ -167,6 +167,7 @@ def bind_csr_packed(
     n, k = packed.shape
     _native.matrix("x", x, k, x.shape[-1])
     _native.matrix("y", y, n, x.shape[-1])
+    _native.refuse_gradient(values=packed.values)
     _native.vector("bias", bias, n)
     if not use_native(kernels):
 

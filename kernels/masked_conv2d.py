@@ -53,6 +53,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
+from sparselth.kernels import _native
 from sparselth.kernels._choose import use_triton
 from sparselth.kernels._graphs import replayed
 from sparselth.kernels._tiles import DTYPES, Tile, kind, precision
@@ -530,6 +531,7 @@ def launch_product(
     transposed: bool,
 ) -> Tensor:
     """Forward, or if transposed dgrad with dy for x; `size` is the height and width of the result."""
+    _native.refuse_gradient(x=x, w=w, bias=bias)
     if len(parts := within_grid(len(x))) > 1:
         cut = ((x[s], w[s], mask[s], None if bias is None else bias[s]) for s in parts)
         found = [_pixels(launch_product(*some, size, g, transposed)) for some in cut]
@@ -597,6 +599,7 @@ def launch_product(
 
 
 def launch_wgrad(dy: Tensor, x: Tensor, mask: Tensor, g: Geometry) -> Tensor:
+    _native.refuse_gradient(dy=dy, x=x)
     if len(parts := within_grid(len(x))) > 1:
         return torch.cat([launch_wgrad(dy[s], x[s], mask[s], g) for s in parts])
     r, b, n, p, q = dy.shape

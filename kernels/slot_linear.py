@@ -58,6 +58,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
+from sparselth.kernels import _native
 from sparselth.kernels._choose import use_triton
 from sparselth.kernels._triton import INTERPRET, tl, triton
 
@@ -501,7 +502,7 @@ def slot_linear(
     if any((t.dtype, t.device) != (x.dtype, x.device) for t in given.values()):
         raise ValueError(f"expected all of one dtype on one device; got {got}")
     # the operator is for the compiler and for autograd, which it refuses; a call of it takes longer than ours
-    wanted = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+    wanted = torch.compiler.is_compiling() or _native.wants_gradient(x, slots.values, bias)
     run: Callable[..., Tensor] = _operator if wanted else _forward
     return run(*slots.tensors(), n, k, x, bias, relu, kernels)
 

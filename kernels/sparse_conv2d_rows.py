@@ -220,6 +220,7 @@ def sparse_conv2d_rows_call(
     kernels: str = "auto",
 ) -> Callable[[Tensor], Tensor]:
     """`sparse_conv2d_rows` of any x, for repeated calls: what a batch needs is made once."""
+    _native.refuse_gradient(bias=bias, values=packed.values)
     n, _, _, _ = packed.shape
     places = packed.halves if pool else packed.out
     if not use_native(kernels):
@@ -259,6 +260,7 @@ def bind_sparse_conv2d_rows(
     kernels: str = "auto",
 ) -> Callable[[], None]:
     """`sparse_conv2d_rows` on fixed tensors: each call of what this returns is one foreign call."""
+    _native.refuse_gradient(bias=bias, values=packed.values)
     _image("x", x, len(x), _inputs(packed))
     _image("y", y, len(x), (packed.shape[0], *(packed.halves if pool else packed.out)))
     if not use_native(kernels):

@@ -123,6 +123,7 @@ def max_pool_backward(dy: Tensor, x: Tensor, y: Tensor, relu: bool = False, kern
 
 def transpose(x: Tensor, kernels: str = "auto") -> Tensor:
     """x [M, N] as [N, M] in memory of its own."""
+    _native.refuse_gradient(x=x)
     y = x.new_empty(x.shape[1], x.shape[0])
     bind_columns(y, kernels)(x.contiguous())
     return y
