@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from sparselth import pruning
-from sparselth.config import ImpConfig, Recipe, Replica
+from sparselth.config import Recipe, Replica
 from sparselth.data import Images, MissingData, data_dir, load
 from sparselth.data.batches import Batches, Resident
 from sparselth.engine.dense import Network, cross_entropy_grad, init_weights
+from sparselth.experiments.imp import ImpConfig
+from sparselth.experiments.plan import Watcher
 from sparselth.experiments.pool import Pool
 from sparselth.kernels.masked_update import masked_adam
 from sparselth.measure import usual
@@ -173,7 +175,7 @@ def test_two_seeds_on_two_cores(
                 open_run(path, config, {}, resume=False) as folder,
                 Pool(config, images, path, len(seeds), {}) as pool,
             ):
-                pool.run(folder, Nobody())
+                pool.run(folder, Watcher())
 
         return run
 
@@ -185,11 +187,3 @@ def test_two_seeds_on_two_cores(
         f"  two seeds {two.median:6.2f} s   {two.low:.2f} to {two.high:.2f}\n"
         f"  two seeds on two cores take {two.median / one.median:.2f}x the time of one"
     )
-
-
-class Nobody:
-    def started(self, *_: object) -> None: ...
-    def evaluated(self, *_: object) -> None: ...
-    def finished(self, *_: object) -> None: ...
-    def halved(self, *_: object) -> None: ...
-    def tick(self) -> None: ...

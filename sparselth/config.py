@@ -1,43 +1,145 @@
 """What is run, as frozen dataclasses; flags, the run folder's config.json and Python build the same object.
 
-Imports neither torch nor numpy. Every check a user can fail is here, before anything slow starts.
+A field made by `option` carries its default, the help of its flag and what it may hold. From these come the
+checks, config.json and back, the digest, and on the command line the flags. Imports neither torch nor numpy:
+what a user can get wrong is told before anything slow starts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any, ClassVar, Literal, Self, get_origin, get_type_hints
 
 from sparselth.errors import UsageError, unknown
-
-ARMS = {
-    "ticket": "the mask found by pruning, the original weights of the rewind step",
-    "reinit": "the ticket's mask, fresh weights from the same law",
-    "random-mask": "the mask shuffled within each layer, the original weights",
-    "random-reinit": "the mask shuffled within each layer, fresh weights",
-}
-FRESH = ("reinit", "random-reinit")  # arms that draw new weights, and may do so several times
+from sparselth.registry import Registry
 
 OPTIMIZERS = ("adam", "sgd")
 SCOPES = ("layer", "global")
 KERNELS = ("auto", "native", "torch", "triton", "reference")
+FIRST = "imp"  # the experiment of a config.json that names none
+
+Check = Callable[[Any], str | None]  # what was expected, or None where a value is that
+
+
+def option(
+    default: Any = MISSING,
+    help: str = "",
+    check: Check | None = None,
+    choices: Collection[str] | Callable[[], Collection[str]] | None = None,
+    added: bool = False,
+) -> Any:
+    """A field of a configuration; without `help` it has no flag.
+
+    `choices` are the names it may hold, or a function that imports them. `added` fields came after runs had
+    been written: at their default they leave a configuration's digest as it was.
+    """
+    metadata = {"help": help, "check": check, "choices": choices, "added": added}
+    return field(default=default, metadata=metadata)
+
+
+def at_least(low: int, why: str = "") -> Check:
+    """Numbers from `low` on."""
+    expected = f"expected {low} or more" + (f" ({why})" if why else "")
+    return lambda value: None if value >= low else expected
+
+
+def below_one(value: float) -> str | None:
+    return None if 0 <= value < 1 else "expected a number from 0 to below 1"
+
+
+def positive(value: float) -> str | None:
+    return None if value > 0 else "expected a positive number"
+
+
+def not_negative(value: float) -> str | None:
+    return None if value >= 0 else "expected 0 or a positive number"
+
+
+def choices_of(of: Field[Any]) -> Collection[str] | None:
+    """The names that a field may hold."""
+    choices = of.metadata.get("choices")
+    return choices if choices is None or isinstance(choices, Collection) else choices()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Options:
+    """A frozen dataclass of `option` fields: checked, written to JSON and read from it."""
+
+    def check(self) -> None:
+        """Raise UsageError, naming the field, for values that make no experiment."""
+        for f in fields(self):
+            value, check = getattr(self, f.name), f.metadata.get("check")
+            if isinstance(value, Options):
+                value.check()
+            if value != f.default and (choices := choices_of(f)) is not None:
+                for name in value if isinstance(value, tuple) else (value,):
+                    if name not in choices:
+                        kind = choices.kind if isinstance(choices, Registry) else f.name
+                        raise unknown(kind, name, choices)
+            if check and (expected := check(value)):
+                raise self.wrong(f.name, expected)
+
+    def wrong(self, name: str, expected: str) -> UsageError:
+        """The error of a field that holds something else than what was expected."""
+        value = getattr(self, name)
+        if isinstance(value, tuple):
+            value = ",".join(map(str, value))
+        elif isinstance(value, float):
+            value = f"{value:g}"
+        return UsageError(f"`{name}` {value}: {expected}")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that `from_json` turns back into an equal object."""
+        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Inverse of `to_json`: what `data` lacks takes its default, what is unknown raises UsageError."""
+        known = {f.name: f for f in fields(cls)}
+        missing = [f.name for f in known.values() if f.default is MISSING and f.name not in data]
+        for what, names in (("unknown", [name for name in data if name not in known]), ("missing", missing)):
+            if names:
+                raise UsageError(f"{what} {', '.join(names)}; it was written by another version")
+        kinds = get_type_hints(cls)
+        return cls(**{name: _from_json(kinds[name], value) for name, value in data.items()})
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this object from another: its JSON without what was added and is at its default."""
+        data = self.to_json()
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.metadata.get("added") and value == f.default:
+                del data[f.name]
+            elif isinstance(value, Options):
+                data[f.name] = value.identity()
+        return data
+
+
+def _from_json(kind: Any, value: Any) -> Any:
+    if get_origin(kind) is tuple:
+        return tuple(value)
+    return kind.from_json(value) if isinstance(kind, type) and issubclass(kind, Options) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Options):
     """How one network is trained. Steps count batches; the learning rate is a function of the step."""
 
-    steps: int
-    lr: float
-    batch_size: int = 60
-    optimizer: Literal["adam", "sgd"] = "adam"
-    momentum: float = 0.9  # SGD only
-    weight_decay: float = 0.0
-    warmup: int = 0  # steps of linear warm-up
-    lr_drops: tuple[int, ...] = ()  # steps at which the rate is divided by ten
-    eval_every: int = 100
+    steps: int = option(help="Training steps of every network.", check=at_least(1))
+    lr: float = option(help="Learning rate.", check=positive)
+    batch_size: int = option(60, "Images per step.", at_least(1))
+    optimizer: Literal["adam", "sgd"] = option("adam", "What takes the steps.", choices=OPTIMIZERS)
+    momentum: float = option(0.9, "Of sgd.", below_one)
+    weight_decay: float = option(0.0, "L2 penalty in the gradient.", not_negative)
+    warmup: int = option(0, "Steps over which the learning rate rises to `lr`.", at_least(0))
+    lr_drops: tuple[int, ...] = option(
+        (), "Steps at which the learning rate is divided by ten, e.g. 20000,25000."
+    )
+    eval_every: int = option(100, check=at_least(1))
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update that takes `step` to `step + 1`."""
@@ -46,8 +148,11 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Replica:
-    """Who is trained: the names that its random streams are derived from."""
+class Cell:
+    """The smallest thing an experiment computes once: the names that its random streams are derived from.
+
+    `arm` says what is done, `level` how far (0 is the dense network), `draw` which of several.
+    """
 
     seed: int
     arm: str
@@ -63,108 +168,54 @@ class Replica:
         """A name for files, e.g. seed0-reinit-03-draw1."""
         return f"seed{self.seed}-{self.arm}-{self.level:02d}" + (f"-draw{self.draw}" if self.draw else "")
 
+    @staticmethod
+    def of(line: dict[str, Any]) -> Cell:
+        """Whom a line of a run folder is about."""
+        return Cell(line["seed"], line["arm"], line["level"], line["draw"])
+
 
 @dataclass(frozen=True, kw_only=True)
-class ImpConfig:
-    """One run of iterative magnitude pruning with its control arms."""
+class Config(Options):
+    """What one run computes: fields, and the cells they ask for."""
 
-    model: str
-    dataset: str
-    seeds: tuple[int, ...]
-    arms: tuple[str, ...]
-    levels: int
-    rate: float
-    scope: Literal["layer", "global"]
-    one_shot: bool
-    rewind: int
-    reinits: int
-    device: Literal["cpu", "cuda"]
-    kernels: str
-    recipe: Recipe
+    name: ClassVar[str]  # of the experiment: its command, and in config.json
+
+    def cells(self) -> list[Cell]:
+        """Every cell of the run, in the order of its lines."""
+        raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object that `from_json` turns back into an equal configuration."""
-        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return data
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> ImpConfig:
-        """Inverse of `to_json`; a missing or unknown key raises UsageError."""
-        data = dict(data)
-        recipe = dict(data.pop("recipe", {}))
-        for cls, given in ((ImpConfig, {*data, "recipe"}), (Recipe, set(recipe))):
-            known = {f.name for f in fields(cls)}
-            if given != known:
-                off = ", ".join(sorted(given ^ known))
-                raise UsageError(f"config.json: missing or unknown {off}; it was written by another version")
-        recipe["lr_drops"] = tuple(recipe["lr_drops"])
-        for key in ("seeds", "arms"):
-            data[key] = tuple(data[key])
-        return ImpConfig(recipe=Recipe(**recipe), **data)
-
-    def replicas(self) -> list[Replica]:
-        """Every cell of the run, in the order of its files: level 0 exists once a seed, as a ticket."""
-        return [
-            Replica(seed, arm, level, draw)
-            for seed in self.seeds
-            for arm in self.arms
-            for level in range(0 if arm == "ticket" else 1, self.levels + 1)
-            for draw in range(self.reinits if arm in FRESH else 1)
-        ]
+        return {"experiment": self.name} | super().to_json()
 
     @property
     def digest(self) -> str:
         """Eight hex digits that name this configuration."""
-        text = json.dumps(self.to_json(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        data = self.identity()
+        if self.name == FIRST:
+            del data["experiment"]
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
 
-    def check(self) -> None:
-        """Raise UsageError, naming the flag, for values that make no experiment."""
-        recipe = self.recipe
-        _at_least("--levels", self.levels, 1, "level 0 is the dense network and always runs")
-        _at_least("--steps", recipe.steps, 1)
-        _at_least("--batch-size", recipe.batch_size, 1)
-        _at_least("--reinits", self.reinits, 1)
-        _at_least("--warmup", recipe.warmup, 0)
-        if not 0 < self.rate < 1:
-            raise UsageError(
-                f"--rate {self.rate:g}: expected a number between 0 and 1, "
-                "the share of the remaining weights that one level prunes"
-            )
-        if not 0 <= self.rewind < recipe.steps:
-            raise UsageError(
-                f"--rewind {self.rewind}: expected a step from 0 to {recipe.steps - 1}, "
-                f"because training ends at step {recipe.steps}"
-            )
-        if not recipe.lr > 0:
-            raise UsageError(f"--lr {recipe.lr:g}: expected a positive number")
-        if not 0 <= recipe.momentum < 1:
-            raise UsageError(f"--momentum {recipe.momentum:g}: expected a number from 0 to below 1")
-        if recipe.weight_decay < 0:
-            raise UsageError(f"--weight-decay {recipe.weight_decay:g}: expected 0 or a positive number")
-        if recipe.optimizer not in OPTIMIZERS:
-            raise unknown("optimizer", recipe.optimizer, OPTIMIZERS)
-        if self.scope not in SCOPES:
-            raise unknown("scope", self.scope, SCOPES)
-        if self.kernels not in KERNELS:
-            raise unknown("kernels", self.kernels, KERNELS)
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise UsageError(f"--seeds {_list(self.seeds)}: expected different numbers from 0 on")
-        for arm in self.arms:
-            if arm not in ARMS:
-                raise unknown("arm", arm, ARMS)
-        if "ticket" not in self.arms:
-            raise UsageError(
-                f"--arms {_list(self.arms)}: 'ticket' is missing, and every other arm controls for it"
-            )
-        if len(set(self.arms)) != len(self.arms):
-            raise UsageError(f"--arms {_list(self.arms)}: an arm is named twice")
+    def difference(self, other: Config) -> Iterator[tuple[str, Any, Any]]:
+        """Every setting that differs: its name, its value here, its value there."""
+        ours, theirs = self.to_json(), other.to_json()
+        for data in (ours, theirs):
+            data |= data.pop("recipe", {})
+        for name in ours | theirs:
+            if ours.get(name) != theirs.get(name):
+                yield name, ours.get(name), theirs.get(name)
 
 
-def _at_least(flag: str, value: int, low: int, why: str = "") -> None:
-    if value < low:
-        raise UsageError(f"{flag} {value}: expected {low} or more" + (f" ({why})" if why else ""))
+EXPERIMENTS: Registry[type[Config]] = Registry(
+    "experiment",
+    "sparselth.experiments",
+    but=("agenda", "arms", "base", "jobs", "memory", "plan", "pool", "price", "run", "training"),
+)
 
 
-def _list(items: tuple[object, ...]) -> str:
-    return ",".join(map(str, items))
+def config_from_json(data: dict[str, Any]) -> Config:
+    """The configuration of a config.json, of whichever experiment; one of other fields raises UsageError."""
+    data = dict(data)
+    return EXPERIMENTS[data.pop("experiment", FIRST)].from_json(data)
+
+
+Replica = Cell  # the old name, until its callers have moved

@@ -1,4 +1,8 @@
-"""The errors a user can mend. The command line prints them as one line."""
+"""The errors a user can mend: one line that names what is off and says what to do.
+
+A message names fields and arguments in backticks, "`batch_size` 0: expected 1 or more"; the command line
+prints them as its flags, "--batch-size 0: ...".
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ class SparselthError(Exception):
 
 
 class UsageError(SparselthError):
-    """A flag or argument is off (exit 2)."""
+    """A field, an argument or a flag is off (exit 2)."""
 
 
 class Interrupted(SparselthError):

@@ -83,7 +83,7 @@ def load_plugin(file: Path) -> None:
     name = f"sparselth_plugin_{path.stem}_{len(_plugins)}"
     spec = importlib.util.spec_from_file_location(name, path) if path.suffix == ".py" else None
     if spec is None or spec.loader is None or not path.is_file():
-        raise UsageError(f"plugin {file}: expected a Python file, such as my_model.py")
+        raise UsageError(f"`plugin` {file}: expected a Python file, such as my_model.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     _plugins[path] = name
@@ -91,9 +91,9 @@ def load_plugin(file: Path) -> None:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name], _plugins[path]
-        if isinstance(error, UsageError):
-            raise
-        raise SparselthError(f"plugin {file}: {type(error).__name__}: {error}") from error
+        if isinstance(error, SparselthError):
+            raise UsageError(f"`plugin` {file}: {error}") from error
+        raise SparselthError(f"`plugin` {file}: {type(error).__name__}: {error}") from error
 
 
 def plugins() -> tuple[Path, ...]:

@@ -1,8 +1,8 @@
-"""The run folder: everything one run computed, in files that a kill cannot spoil.
+"""The run folder: everything one run of any experiment computed, in files that a kill cannot spoil.
 
-    config.json        what is run; another configuration is refused
+    config.json        the experiment and what is run; another configuration is refused
     environment.json   versions, processor, git commit, data checksum
-    cells.jsonl        one line per finished cell: kept weights, early stop, accuracies
+    cells.jsonl        one line per finished cell: what its experiment says of it
     evaluations.jsonl  one line per evaluation on the validation set
     timings.jsonl      seconds per cell; the only measurements that differ from run to run
     cells/KEY.safetensors        mask bits, the surviving trained weights, biases and batch norms; level 0
@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparselth.config import ImpConfig, Replica
-from sparselth.errors import SparselthError
+from sparselth.config import Cell, Config, config_from_json
+from sparselth.errors import SparselthError, UsageError
 from sparselth.files import (
     append_lines,
     dump,
@@ -40,19 +40,15 @@ from sparselth.files import (
     write_atomically,
 )
 from sparselth.models import get_model
+from sparselth.registry import plugins
 from sparselth.tickets import read_mask
 
 LINES = ("evaluations.jsonl", "timings.jsonl", "cells.jsonl")  # in the order they are appended
 
 
-def replica(line: dict[str, Any]) -> Replica:
-    """Whom a line of the folder is about."""
-    return Replica(line["seed"], line["arm"], line["level"], line["draw"])
-
-
-def point(who: Replica, **values: Any) -> dict[str, Any]:
-    """A line about `who`."""
-    return {"seed": who.seed, "arm": who.arm, "level": who.level, "draw": who.draw, **values}
+def point(cell: Cell, **values: Any) -> dict[str, Any]:
+    """A line about a cell."""
+    return {"seed": cell.seed, "arm": cell.arm, "level": cell.level, "draw": cell.draw, **values}
 
 
 @dataclass(frozen=True)
@@ -60,55 +56,75 @@ class RunRecord:
     """A run folder as it was when read."""
 
     path: Path
-    config: ImpConfig
-    points: list[dict[str, Any]]  # finished cells with their timings, in the order of config.replicas()
+    config: Any  # of the class of its experiment, whose report reads more of it than `Config` has
+    points: list[dict[str, Any]]  # finished cells with their timings, in the order of config.cells()
     evaluations: list[dict[str, Any]]  # of those cells, by step within a cell
 
     @property
     def complete(self) -> bool:
-        return len(self.points) == len(self.config.replicas())
+        return len(self.points) == len(self.config.cells())
 
     def mask(self, seed: int, level: int, name: str) -> NDArray[np.bool_]:
         """The ticket's mask of the weight tensor `name`, bool [N, K]."""
         spec = next(s for s in get_model(self.config.model).weights if s.name == name)
-        return read_mask(cell_path(self.path, Replica(seed, "ticket", level)), spec)
+        return read_mask(cell_path(self.path, Cell(seed, "ticket", level)), spec)
 
 
 def read(path: Path) -> RunRecord:
     """The run in `path`, finished or not; SparselthError when there is none or it cannot be read."""
     config = read_config(path)
     lines = {name: read_lines(path / name) for name in LINES}
-    done = {replica(line) for line in lines["cells.jsonl"]}
-    timings = {replica(line): line for line in lines["timings.jsonl"]}
+    done = {Cell.of(line) for line in lines["cells.jsonl"]}
+    timings = {Cell.of(line): line for line in lines["timings.jsonl"]}
     untimed = dict.fromkeys(("train_seconds", "step_seconds"))
-    points = [line | timings.get(replica(line), untimed) for line in lines["cells.jsonl"]]
-    order = {who: i for i, who in enumerate(config.replicas())}
+    points = [line | timings.get(Cell.of(line), untimed) for line in lines["cells.jsonl"]]
+    order = {who: i for i, who in enumerate(config.cells())}
     return RunRecord(
         path,
         config,
-        sorted(points, key=lambda line: order[replica(line)]),
+        sorted(points, key=lambda line: order[Cell.of(line)]),
         sorted(
-            (line for line in lines["evaluations.jsonl"] if replica(line) in done),
-            key=lambda line: (order[replica(line)], line["step"]),
+            (line for line in lines["evaluations.jsonl"] if Cell.of(line) in done),
+            key=lambda line: (order[Cell.of(line)], line["step"]),
         ),
     )
 
 
-def read_config(path: Path) -> ImpConfig:
-    """The configuration of the run in `path`."""
+def read_config(path: Path) -> Any:
+    """The configuration of the run in `path`, of the class of its experiment.
+
+    Where a name in it is not known and a plugin that the run was begun with is not loaded, the error says so.
+    """
     file = path / "config.json"
     if not file.is_file():
         raise SparselthError(f"{path}: not a run folder (no config.json); `sparselth ls runs` lists runs")
     try:
-        return ImpConfig.from_json(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        config = config_from_json(json.loads(file.read_text()))
+        if without := _plugins_not_loaded(path):
+            config.check()
+    except UsageError as error:
+        if without := _plugins_not_loaded(path):
+            needed = " ".join(f"`plugin` {name}" for name in without)
+            raise SparselthError(f"{path}: was begun with {needed}; give it again ({error})") from error
+        raise SparselthError(f"{file}: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise SparselthError(f"{file}: cannot be read as a configuration ({error})") from error
+    return config
+
+
+def _plugins_not_loaded(path: Path) -> list[str]:
+    """The plugins that a run was begun with and that are not there now."""
+    try:
+        theirs = json.loads((path / "environment.json").read_text()).get("plugins", [])
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [name for name in theirs if Path(name) not in plugins()]
 
 
 class RunFolder:
     """A run folder that one process writes to; `open_run` gives it."""
 
-    def __init__(self, path: Path, config: ImpConfig) -> None:
+    def __init__(self, path: Path, config: Config) -> None:
         self.path, self.config = path, config
         self.finished = self._recover()
 
@@ -132,42 +148,42 @@ class RunFolder:
             return {str(name): float(share) for name, share in environment["break_even"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SparselthError(
-                f"{self.path / 'environment.json'}: cannot be read ({error}); begin the run in another --out"
+                f"{self.path / 'environment.json'}: cannot be read ({error}); begin the run in another `out`"
             ) from error
 
     def add(
         self,
-        who: Replica,
-        cell: dict[str, Any],
+        cell: Cell,
+        line: dict[str, Any],
         evaluations: list[dict[str, Any]],
         timings: dict[str, float],
     ) -> None:
         """Record a finished cell whose file is already written."""
         for name, lines in zip(
-            LINES, (evaluations, [point(who, **timings)], [point(who, **cell)]), strict=True
+            LINES, (evaluations, [point(cell, **timings)], [point(cell, **line)]), strict=True
         ):
             append_lines(self.path / name, lines)
-        self.finished.add(who)
-        checkpoint_path(self.path, who).unlink(missing_ok=True)
+        self.finished.add(cell)
+        checkpoint_path(self.path, cell).unlink(missing_ok=True)
 
     def complete(self) -> None:
-        """Sort the lines into the order of `config.replicas()`."""
-        order = {who: i for i, who in enumerate(self.config.replicas())}
+        """Sort the lines into the order of `config.cells()`."""
+        order = {who: i for i, who in enumerate(self.config.cells())}
         for name in LINES:
             lines = read_lines(self.path / name)
-            lines.sort(key=lambda line: (order[replica(line)], line.get("step", 0)))
+            lines.sort(key=lambda line: (order[Cell.of(line)], line.get("step", 0)))
             write_atomically(self.path / name, dump_lines(lines))
 
-    def _recover(self) -> set[Replica]:
+    def _recover(self) -> set[Cell]:
         """The finished cells; lines of others, torn ones and left-over files go."""
-        planned = set(self.config.replicas())
+        planned = set(self.config.cells())
         lines = {name: read_lines(self.path / name) for name in LINES}
-        done = {replica(line) for line in lines["cells.jsonl"]} & planned
+        done = {Cell.of(line) for line in lines["cells.jsonl"]} & planned
         done = {who for who in done if cell_path(self.path, who).is_file()}
-        timed = {replica(line) for line in lines["timings.jsonl"]}
+        timed = {Cell.of(line) for line in lines["timings.jsonl"]}
         done &= timed
         for name in LINES:
-            text = dump_lines([line for line in lines[name] if replica(line) in done])
+            text = dump_lines([line for line in lines[name] if Cell.of(line) in done])
             file = self.path / name
             if file.is_file() and file.read_bytes() != text:
                 write_atomically(file, text)
@@ -179,7 +195,7 @@ class RunFolder:
 
 
 @contextmanager
-def open_run(path: Path, config: ImpConfig, environment: dict[str, Any], resume: bool) -> Iterator[RunFolder]:
+def open_run(path: Path, config: Config, environment: dict[str, Any], resume: bool) -> Iterator[RunFolder]:
     """Create the folder, or open one that this configuration began; locked until left.
 
     Raises SparselthError, before anything is written, when the folder holds something else, a run of
@@ -188,11 +204,12 @@ def open_run(path: Path, config: ImpConfig, environment: dict[str, Any], resume:
     fresh = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     if not fresh:
         if not path.is_dir():
-            raise SparselthError(f"{path}: expected a folder for the run, found a file; choose another --out")
+            raise SparselthError(f"{path}: expected a folder for the run, found a file; choose another `out`")
         theirs = read_config(path)
-        if theirs != config:
+        if differs := next(config.difference(theirs), None):
+            name, ours, other = differs
             raise SparselthError(
-                f"{path}: holds a run with another {_difference(theirs, config)}; choose another --out"
+                f"{path}: holds a run with another {name} ({other} there, {ours} here); choose another `out`"
             )
     with errors_named(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -208,27 +225,18 @@ def open_run(path: Path, config: ImpConfig, environment: dict[str, Any], resume:
                 write_atomically(path / "environment.json", dump(environment))
                 write_atomically(path / "config.json", dump(config.to_json()))
             folder = RunFolder(path, config)
-            missing = len(config.replicas()) - len(folder.finished)
+            missing = len(config.cells()) - len(folder.finished)
             if not fresh and missing and not resume:
                 raise SparselthError(
-                    f"{path}: unfinished, {missing} of {len(config.replicas())} cells are missing; "
-                    "add --resume to go on, or choose another --out"
+                    f"{path}: unfinished, {missing} of {len(config.cells())} cells are missing; "
+                    "add `resume` to go on, or choose another `out`"
                 )
             yield folder
 
 
-def cell_path(run: Path, who: Replica) -> Path:
-    return run / "cells" / f"{who.key}.safetensors"
+def cell_path(run: Path, cell: Cell) -> Path:
+    return run / "cells" / f"{cell.key}.safetensors"
 
 
-def checkpoint_path(run: Path, who: Replica) -> Path:
-    return run / "checkpoints" / f"{who.key}.safetensors"
-
-
-def _difference(theirs: ImpConfig, ours: ImpConfig) -> str:
-    """The first setting that differs, e.g. "levels (15 there, 10 here)"."""
-    a, b = theirs.to_json(), ours.to_json()
-    a |= a.pop("recipe")
-    b |= b.pop("recipe")
-    name = next(key for key in b if a[key] != b[key])
-    return f"{name} ({a[name]} there, {b[name]} here)"
+def checkpoint_path(run: Path, cell: Cell) -> Path:
+    return run / "checkpoints" / f"{cell.key}.safetensors"

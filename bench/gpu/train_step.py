@@ -34,11 +34,12 @@ import trainings
 from gpu.common import Case, Here, judged
 from gpu.timing import Run, once, ratio, repeated
 from oracle import DEVICE, Wrong, graphed, precision
-from sparselth.config import ImpConfig
 from sparselth.data import Images, MissingData, data_dir, load
 from sparselth.data.batches import Gather
 from sparselth.engine.dense import Network, cross_entropy_grad
 from sparselth.engine.replay import Replay
+from sparselth.experiments.imp import ImpConfig
+from sparselth.experiments.plan import Watcher
 from sparselth.measure import usual
 from sparselth.models import Conv, Linear, Model, get_model
 from sparselth.models.torch import masks, network
@@ -441,16 +442,11 @@ def benchmarks(here: Here) -> Iterator[Case]:
 # A full run
 
 
-class Watch:
+class Watch(Watcher):
     """Stops a run after some seconds, as a user would."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
-
-    def started(self, *_: object) -> None: ...
-    def evaluated(self, *_: object) -> None: ...
-    def finished(self, *_: object) -> None: ...
-    def halved(self, *_: object) -> None: ...
 
     def tick(self) -> None:
         if time.monotonic() > self.end:
@@ -463,11 +459,11 @@ def imp(config: ImpConfig, images: Images, seconds: float) -> dict[str, Any]:
     Stopped `seconds` after it began, pricing included.
     """
     from sparselth.errors import Interrupted
+    from sparselth.experiments.agenda import widest
     from sparselth.experiments.pool import Pool
-    from sparselth.experiments.price import widest
     from sparselth.runs import open_run
 
-    total = len(config.replicas())
+    total = len(config.cells())
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "run"
         with (

@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from sparselth.cli.options import PATH, data_dir, output
-from sparselth.config import ARMS
+from sparselth.cli.options import PATH, as_flags, data_dir, output
+from sparselth.config import EXPERIMENTS
 from sparselth.errors import SparselthError, unknown
+from sparselth.experiments.arms import ARMS
 from sparselth.models import MODELS
 
 Listing = tuple[list[dict[str, Any]], list[str]]  # rows for JSON, lines for people
 
 
 @click.command()
-@click.argument("what", metavar="models|datasets|arms|runs")
+@click.argument("what", metavar="models|datasets|arms|scores|experiments|runs")
 @data_dir
 @click.option(
     "--out", type=PATH, default=Path("runs"), show_default=True, help="Folder whose runs are listed."
 )
 @output
 def ls(what: str, data_dir: Path | None, out: Path, as_json: bool, quiet: bool, debug: bool) -> None:
-    """List models (with the weights of each layer), datasets, arms or runs."""
+    """List models (with the weights of each layer), datasets, arms, scores, experiments or runs."""
     listings: dict[str, Callable[[], Listing]] = {
         "models": _models,
         "datasets": lambda: _datasets(data_dir),
         "arms": _arms,
+        "scores": _scores,
+        "experiments": _experiments,
         "runs": lambda: _runs(out),
     }
     if what not in listings:
@@ -82,7 +86,7 @@ def _datasets(folder: Path | None) -> Listing:
         except data.MissingData:
             source, there = f"not in {place}; downloaded when first used", False
         except SparselthError as error:
-            source, there = str(error), False
+            source, there = as_flags(str(error)), False
         shape = " x ".join(map(str, spec.shape))
         rows.append(
             {
@@ -98,9 +102,34 @@ def _datasets(folder: Path | None) -> Listing:
 
 
 def _arms() -> Listing:
-    return [{"name": name, "meaning": text} for name, text in ARMS.items()], [
-        f"{name:<16}{text}" for name, text in ARMS.items()
-    ]
+    return _meanings({name: arm.meaning for name, arm in ARMS.items()})
+
+
+def _scores() -> Listing:
+    from sparselth.scores import SCORES
+
+    return _meanings({name: scored.meaning for name, scored in SCORES.items()})
+
+
+def _meanings(found: dict[str, str]) -> Listing:
+    """Names, and a line about each."""
+    rows = [{"name": name, "meaning": text} for name, text in found.items()]
+    return rows, [f"{name:<16}{text}" for name, text in found.items()]
+
+
+def _experiments() -> Listing:
+    """Every experiment with the options of its configuration."""
+    rows, lines = [], []
+    for name, experiment in EXPERIMENTS.items():
+        meaning = (experiment.__doc__ or "").partition("\n")[0]
+        options = [f for f in fields(experiment) if f.metadata.get("help")]
+        lines.append(f"{name:<16}{meaning}")
+        row: dict[str, Any] = {"name": name, "meaning": meaning, "options": []}
+        for f in options:
+            row["options"].append({"name": f.name, "default": f.default, "help": f.metadata["help"]})
+            lines.append(f"  --{f.name.replace('_', '-'):<14}{as_flags(f.metadata['help'])}")
+        rows.append(row)
+    return rows, lines
 
 
 def _runs(out: Path) -> Listing:
@@ -111,21 +140,12 @@ def _runs(out: Path) -> Listing:
         try:
             record = read(file.parent)
         except SparselthError as error:
-            lines.append(f"{file.parent}  {error}")
+            lines.append(as_flags(f"{file.parent}  {error}"))
             continue
-        config, total = record.config, len(record.config.replicas())
+        config, total = record.config, len(record.config.cells())
         state = "finished" if record.complete else f"{len(record.points)} of {total} cells, --resume goes on"
-        rows.append(
-            {
-                "run": str(record.path),
-                "model": config.model,
-                "dataset": config.dataset,
-                "cells": total,
-                "finished": len(record.points),
-            }
-        )
-        lines.append(
-            f"{record.path}  {config.model} on {config.dataset}, {config.levels} levels, seeds "
-            f"{','.join(map(str, config.seeds))}, {config.recipe.steps:,} steps: {state}"
-        )
+        of = {name: getattr(config, name) for name in ("model", "dataset") if hasattr(config, name)}
+        row = {"run": str(record.path), "experiment": config.name} | of
+        rows.append(row | {"cells": total, "finished": len(record.points)})
+        lines.append(f"{record.path}  {config.title}: {state}")
     return rows, lines or [f"no runs in {out}; `sparselth imp` makes one"]

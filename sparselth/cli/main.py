@@ -6,19 +6,21 @@ import importlib
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from sparselth import __version__
+from sparselth.cli.options import as_flags, plugin
 from sparselth.cli.plain import speak_plainly
-from sparselth.errors import Interrupted, SparselthError, UsageError
+from sparselth.errors import Interrupted, SparselthError, UsageError, unknown
+from sparselth.registry import load_plugin
 
-COMMANDS = {
-    "imp": "Find winning tickets by iterative magnitude pruning, beside their controls.",
+COMMANDS = {  # beside those of experiments
     "bench": "Measure what sparsity is worth on this machine, beside dense at its best.",
     "show": "Print the table of a run again, or its JSON.",
-    "ls": "List models, datasets, arms or runs.",
+    "ls": "List models, datasets, arms, scores, experiments or runs.",
     "doctor": "Say what this machine has and what will be used.",
 }
 
@@ -27,29 +29,38 @@ class LazyGroup(click.Group):
     """Imports a command's module only when it is called, so that --help is quick."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        from sparselth.config import EXPERIMENTS
+
+        return [*EXPERIMENTS, *COMMANDS]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        command = getattr(importlib.import_module(f"sparselth.cli.{cmd_name}"), cmd_name)
-        assert isinstance(command, click.Command)
-        return command
+        if cmd_name in COMMANDS:
+            command = getattr(importlib.import_module(f"sparselth.cli.{cmd_name}"), cmd_name)
+            assert isinstance(command, click.Command)
+            return command
+        from sparselth.cli.experiment import command as experiment_command
+        from sparselth.experiments.base import get_experiment
+
+        return experiment_command(get_experiment(cmd_name))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from sparselth.config import EXPERIMENTS
+
+        helps = {name: (found.__doc__ or "").partition("\n")[0] for name, found in EXPERIMENTS.items()}
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl(list((helps | COMMANDS).items()))
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
-            from sparselth.errors import unknown
-
-            raise unknown("command", args[0], COMMANDS)
+            known = self.list_commands(ctx)
+            if args[0] not in known:
+                raise unknown("command", args[0], known)
         return super().resolve_command(ctx, args)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="sparselth")
+@plugin
 def cli() -> None:
     """Lottery tickets on sparse kernels.
 
@@ -68,7 +79,7 @@ def run(args: list[str]) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     speak_plainly()
     try:
-        code = cli.main(args, prog_name="sparselth", standalone_mode=False)
+        code = cli.main(_plugged(args), prog_name="sparselth", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort):
@@ -98,8 +109,22 @@ def run(args: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"sparselth: {message}", file=sys.stderr)
+    print(f"sparselth: {as_flags(message)}", file=sys.stderr)
     return code
+
+
+def _plugged(args: list[str]) -> list[str]:
+    """Load the file behind every --plugin, wherever it stands: commands and flags may be its own."""
+    rest, words = [], iter(args)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--plugin":
+            rest.append(word)
+        elif file := value if equals else next(words, ""):
+            load_plugin(Path(file))
+        else:
+            rest.append(word)  # without a file: click says so
+    return rest
 
 
 def _terminate(*_: object) -> None:

@@ -1,10 +1,12 @@
-"""The flags that mean the same in every command."""
+"""The flags that mean the same in every command, those of fields, messages with flags."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import MISSING, Field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import click
 
@@ -52,8 +54,18 @@ class Names(click.ParamType):  # type: ignore[type-arg]
 PATH = click.Path(path_type=Path)
 
 
+plugin = click.option(
+    "--plugin",
+    metavar="FILE",
+    multiple=True,
+    expose_value=False,
+    help="A Python file that registers models, data sets, scores, arms, experiments or forms.",
+)
+
+
 def output(command: F) -> F:
-    """--json, --quiet, --debug."""
+    """--json, --quiet, --debug, --plugin."""
+    command = plugin(command)
     command = click.option("--debug", is_flag=True, help="Show tracebacks.")(command)
     command = click.option("-q", "--quiet", is_flag=True, help="No plan and no progress.")(command)
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(command)
@@ -64,3 +76,36 @@ data_dir = click.option(
     type=PATH,
     help="Folder of the data sets, laid out as torchvision does.  [default: $SPARSELTH_DATA or the cache]",
 )
+
+
+def as_flags(text: str) -> str:
+    """A message of the library with its fields as flags: "`batch_size` 0" is "--batch-size 0"."""
+    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda match: "--" + match[1].replace("_", "-"), text)
+
+
+def flag(of: Field[Any], kind: Any, recipes: bool = False) -> click.Option:
+    """The flag of a field of type `kind`; with `recipes` its default is the recipe's."""
+    choices, default, text = of.metadata["choices"], of.default, as_flags(of.metadata["help"])
+    if recipes:
+        known = "" if default in (MISSING, ()) else f", {default}"
+        text, default = f"{text}  [default: the recipe's{known}]", None
+    words: dict[str, Any] = {"default": default, "help": text, "show_default": default not in ("", None)}
+    if kind is bool:
+        words |= {"is_flag": True, "show_default": False}
+    elif get_origin(kind) is tuple:
+        numbers = get_args(kind)[0] is int
+        words["type"] = Numbers() if numbers else Names()
+        words["default"] = shown(default) if isinstance(default, tuple) else None
+    elif isinstance(choices, tuple):
+        words["type"] = click.Choice(choices)
+    else:
+        words["type"] = kind
+    return click.Option([f"--{of.name.replace('_', '-')}"], **words)
+
+
+def shown(values: tuple[Any, ...]) -> str:
+    """Values as their flag takes them: numbers in a row as 0-4."""
+    numbers = [value for value in values if isinstance(value, int)]
+    if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[0] + len(values))):
+        return f"{numbers[0]}-{numbers[-1]}"
+    return ",".join(map(str, values))

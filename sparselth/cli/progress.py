@@ -8,68 +8,54 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sparselth.config import ImpConfig, Replica
-from sparselth.experiments.imp import Finished
-from sparselth.experiments.pool import Watcher
-from sparselth.experiments.price import Price
-from sparselth.models import get_model
-from sparselth.pruning import ladder
+from sparselth.config import Cell
+from sparselth.experiments.base import Finished
+from sparselth.experiments.plan import Plan, Watcher
+from sparselth.experiments.training import Training
 
 HEARTBEAT_SECONDS = 20.0
 
 
 @contextmanager
-def progress(config: ImpConfig, price: Price, finished: set[Replica], quiet: bool) -> Iterator[Watcher]:
+def progress(plan: Plan, quiet: bool) -> Iterator[Watcher]:
     """The watcher that fits stderr."""
     if quiet:
-        yield Silent()
+        yield Watcher()
     elif sys.stderr.isatty():
-        with Bars(config, price, finished) as bars:
+        with Bars(plan) as bars:
             yield bars
     else:
-        yield Lines(config, price, finished)
+        yield Lines(plan)
 
 
-class Silent:
-    """Says nothing."""
-
-    def started(self, worker: int, cells: Sequence[Replica]) -> None: ...
-    def evaluated(
-        self, worker: int, cells: Sequence[Replica], step: int, accuracy: float, steps_per_second: float
-    ) -> None: ...
-    def finished(self, worker: int, done: Finished) -> None: ...
-    def halved(self, cells: int, limit: int) -> None: ...
-    def tick(self) -> None: ...
-
-
-class _Progress(Silent):
+class _Progress(Watcher):
     """Counts cells and foretells the end from the work that is done."""
 
-    def __init__(self, config: ImpConfig, price: Price, finished: set[Replica]) -> None:
-        cells = config.replicas()
+    def __init__(self, plan: Plan) -> None:
+        config, price, cells = plan.config, plan.price, plan.config.cells()
         self.config = config
-        self.cost = {who: price.batch_seconds(config, [who]) for who in cells if who not in finished}
-        self.share: dict[Replica, float] = {}  # of the cells under way or done
-        self.total, self.count = len(cells), len(finished)
+        self.steps = config.recipe.steps if isinstance(config, Training) else 1
+        self.cost = {cell: 1.0 for cell in cells if cell not in plan.finished}
+        if price and isinstance(config, Training):
+            self.cost = {cell: price.batch_seconds(config, [cell]) for cell in self.cost}
+        self.share: dict[Cell, float] = {}  # of the cells under way or done
+        self.total, self.count = len(cells), len(plan.finished)
         self.began = time.monotonic()
-        model = get_model(config.model)
-        rungs = ladder(model.params, config.levels, config.rate, config.scope)
-        self.remaining = [sum(rung.values()) / model.params.prunable for rung in rungs]
         self.speed = 0.0
 
     def evaluated(
-        self, worker: int, cells: Sequence[Replica], step: int, accuracy: float, steps_per_second: float
+        self, worker: int, cells: Sequence[Cell], step: int, accuracy: float, steps_per_second: float
     ) -> None:
-        self.share |= dict.fromkeys(cells, min(1.0, step / self.config.recipe.steps))
+        self.share |= dict.fromkeys(cells, min(1.0, step / self.steps))
         self.speed = steps_per_second or self.speed
 
     def finished(self, worker: int, done: Finished) -> None:
-        self.share[done.who] = 1.0
+        self.share[done.cell] = 1.0
         self.count += 1
 
     @property
     def fraction(self) -> float:
-        return sum(self.cost[who] * share for who, share in self.share.items()) / max(
+        return sum(self.cost[cell] * share for cell, share in self.share.items()) / max(
             sum(self.cost.values()), 1e-9
         )
 
@@ -83,19 +69,18 @@ class _Progress(Silent):
 class Lines(_Progress):
     """One line per finished cell, and a sign of life in between; for logs."""
 
-    def __init__(self, config: ImpConfig, price: Price, finished: set[Replica]) -> None:
-        super().__init__(config, price, finished)
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
         self.said = time.monotonic()
 
     def finished(self, worker: int, done: Finished) -> None:
         super().finished(worker, done)
-        cell = done.cell
-        speed = self.speed or self.config.recipe.steps / done.timings["train_seconds"]
-        self._say(
-            f"[{self.count}/{self.total}] {done.who}, {100 * cell['weights_remaining']:.1f} % left: "
-            f"test {100 * cell['accuracy_at_early_stop']:.2f} % at step {cell['early_stop_step']:,}, "
-            f"{100 * cell['final_accuracy']:.2f} % at the end; {speed:,.0f} steps/s, {self.left} to go"
-        )
+        said = self.config.said(done.line)
+        text = f"[{self.count}/{self.total}] {done.cell}{', ' * bool(said)}{said}; "
+        if isinstance(self.config, Training):
+            speed = self.speed or self.steps / done.timings["train_seconds"]
+            text += f"{speed:,.0f} steps/s, "
+        self._say(f"{text}{self.left} to go")
 
     def halved(self, cells: int, limit: int) -> None:
         self._say(f"out of memory with {cells} networks at once; going on with {limit}")
@@ -112,8 +97,8 @@ class Lines(_Progress):
 class Bars(_Progress):
     """A bar for the run and one for the cell of each worker."""
 
-    def __init__(self, config: ImpConfig, price: Price, finished: set[Replica]) -> None:
-        super().__init__(config, price, finished)
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
@@ -126,7 +111,7 @@ class Bars(_Progress):
         )
         self.whole = self.bars.add_task("all cells", total=1.0, note="")
         self.rows: dict[int, Any] = {}
-        self.shown: dict[int, Replica] = {}  # the first network of each row
+        self.shown: dict[int, Cell] = {}  # the first network of each row
 
     def __enter__(self) -> Bars:
         self.bars.start()
@@ -135,12 +120,12 @@ class Bars(_Progress):
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
-    def started(self, worker: int, cells: Sequence[Replica]) -> None:
+    def started(self, worker: int, cells: Sequence[Cell]) -> None:
         self._row(worker, cells)
         self.tick()
 
     def evaluated(
-        self, worker: int, cells: Sequence[Replica], step: int, accuracy: float, steps_per_second: float
+        self, worker: int, cells: Sequence[Cell], step: int, accuracy: float, steps_per_second: float
     ) -> None:
         super().evaluated(worker, cells, step, accuracy, steps_per_second)
         if self.shown[worker] != cells[0]:
@@ -153,14 +138,15 @@ class Bars(_Progress):
     def halved(self, cells: int, limit: int) -> None:
         self.bars.console.print(f"out of memory with {cells} networks at once; going on with {limit}")
 
-    def _row(self, worker: int, cells: Sequence[Replica]) -> None:
+    def _row(self, worker: int, cells: Sequence[Cell]) -> None:
         """Show what a worker trains in place of what it trained before."""
         first = cells[0]
-        text = f"{first} ({100 * self.remaining[first.level]:.1f} %)"
+        about = self.config.about(first)
+        text = f"{first}" + (f" ({about})" if about else "")
         text += f" and {len(cells) - 1} more" if len(cells) > 1 else ""
         if worker in self.rows:
             self.bars.remove_task(self.rows[worker])
-        self.rows[worker] = self.bars.add_task(text, total=self.config.recipe.steps, note="starting")
+        self.rows[worker] = self.bars.add_task(text, total=self.steps, note="starting")
         self.shown[worker] = first
 
     def tick(self) -> None:

@@ -25,20 +25,17 @@ def show(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
 
 
 def report(record: RunRecord, as_json: bool, wall: dict[str, Any] | None = None) -> None:
-    """The table, or the document that `imp --json` prints; `wall` is what computing it took just now."""
+    """The table, or the document of `NAME --json`; `wall` is what computing it took just now."""
+    config = record.config
     if as_json:
-        from sparselth.report.stats import summary
-
         document = {
-            "schema": "sparselth.imp/1",
+            "schema": f"sparselth.{config.name}/1",
             "run": str(record.path),
-            "config": record.config.to_json(),
+            "config": config.to_json(),
             "complete": record.complete,
             "points": record.points,
-            "summary": summary(record),
+            "summary": config.summary(record),
         } | ({"wall": wall} if wall else {})
         print(json.dumps(document, indent=2))
     else:
-        from sparselth.report.tables import table
-
-        print(table(record))
+        print(config.table(record))

@@ -1,1 +1,1 @@
-"""Experiments are functions: a frozen configuration in, a run folder out."""
+"""Experiments: a frozen configuration in, a run folder out. `base` says what one is, `run` runs it."""

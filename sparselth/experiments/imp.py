@@ -12,202 +12,244 @@ One-shot pruning takes every level's mask from the dense network.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from sparselth import pruning, tickets
-from sparselth.config import FRESH, ImpConfig, Replica
-from sparselth.data.batches import Resident
-from sparselth.engine.dense import init_weights
-from sparselth.engine.paths import choose
-from sparselth.experiments.price import needs
-from sparselth.files import Arrays, load_arrays, save_arrays
+from sparselth.config import SCOPES, Cell, at_least, option
+from sparselth.experiments.arms import ARMS
+from sparselth.experiments.base import Place, register
+from sparselth.experiments.training import Training
 from sparselth.models import Model, get_model
-from sparselth.runs import cell_path, checkpoint_path
-from sparselth.streams import stream
-from sparselth.train import Job, State, fit, scores
 
-CHECKPOINT_SECONDS = 60.0
+if TYPE_CHECKING:
+    from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Finished:
-    """A trained cell: its line, its evaluations, what it took."""
-
-    who: Replica
-    cell: dict[str, Any]
-    evaluations: list[dict[str, Any]]
-    timings: dict[str, float]  # train_seconds in all; step_seconds, the median; of a batch its share
+    from sparselth.data import Images
+    from sparselth.runs import RunRecord
 
 
-def train_cells(
-    config: ImpConfig,
-    run: Path,
-    data: Resident,
-    cells: Sequence[Replica],
-    break_even: Mapping[str, float],
-    on_evaluation: Callable[[Sequence[Job]], None] = lambda jobs: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> list[Finished] | None:
-    """Train cells together and write their files; None when stopped, after checkpoints were written.
+PER_CLASS = 10  # training images that a score sees of every class, in the mean
 
-    Reads only files of finished cells and their own checkpoints, so it can run in any process.
+
+def _scores() -> Collection[str]:
+    from sparselth.scores import SCORES
+
+    return SCORES
+
+
+def _share(rate: float) -> str | None:
+    expected = "expected a number between 0 and 1, the share of the remaining weights that one level prunes"
+    return None if 0 < rate < 1 else expected
+
+
+def _arms(arms: tuple[str, ...]) -> str | None:
+    if "ticket" not in arms:
+        return "'ticket' is missing, and every other arm controls for it"
+    return None if len(set(arms)) == len(arms) else "an arm is named twice"
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class ImpConfig(Training):
+    """Find winning tickets by iterative magnitude pruning, beside their controls.
+
+    Trains the dense network, prunes its smallest weights, rewinds the rest and repeats (Frankle & Carbin
+    2019). Each level's ticket is compared with the same mask on fresh weights (reinit) and the same
+    weights under a shuffled mask (random-mask). Ends with a table, figures and a folder that `sparselth
+    show` reads; a run that was stopped goes on with --resume.
     """
-    model = get_model(config.model)
-    jobs = [_job(config, model, run, who, data.device) for who in cells]
-    saved = time.monotonic()
 
-    def evaluated(some: Sequence[Job]) -> None:
-        nonlocal saved
-        on_evaluation(some)
-        if time.monotonic() - saved > CHECKPOINT_SECONDS:
-            for job in some:
-                _save_state(checkpoint_path(run, job.who), job.state.expanded())
-            saved = time.monotonic()
+    name: ClassVar[str] = "imp"
 
-    fit(
-        model,
-        data,
-        jobs,
-        config.recipe,
-        kernels=config.kernels,
-        break_even=break_even,
-        on_evaluation=evaluated,
-        should_stop=should_stop,
+    arms: tuple[str, ...] = option(
+        ("ticket", "reinit", "random-mask"),
+        "What is trained under a level's mask; see `sparselth ls arms`.",
+        _arms,
+        ARMS,
     )
-    if any(job.state.step < config.recipe.steps for job in jobs):
-        for job in jobs:
-            _save_state(checkpoint_path(run, job.who), job.state)
-        return None
-    accuracies = scores(model, data, jobs, config.kernels, break_even)
-    return [_finish(config, model, run, job, *pair) for job, pair in zip(jobs, accuracies, strict=True)]
-
-
-def _job(config: ImpConfig, model: Model, run: Path, who: Replica, device: str) -> Job:
-    """A cell as it stands: at its checkpoint, or at its start."""
-    mask = find_mask(config, model, run, who)
-    continued = who.level > 0 and who.arm not in FRESH
-    start_step = config.rewind if continued else 0
-    checkpoint = checkpoint_path(run, who)
-    if checkpoint.exists():
-        state = _load_state(checkpoint, device)
-    else:
-        weights = start_weights(config, model, run, who)
-        weights[: model.params.mask_size] *= mask
-        state = State.start(weights[None].to(device), config.recipe, start_step)
-    return Job(who, state, mask.to(device), start_step, config.rewind if who.level == 0 else None)
-
-
-def _finish(
-    config: ImpConfig, model: Model, run: Path, job: Job, at_early_stop: float, final: float
-) -> Finished:
-    state, mask = job.state, job.mask.cpu()
-    _save_cell(run, config, model, job.who, mask, state)
-    kept = model.params.kept(mask)
-    return Finished(
-        job.who,
-        {
-            "weights_remaining": sum(kept.values()) / model.params.prunable,
-            "kept": kept,
-            "early_stop_step": state.best_step,
-            "validation_loss_at_early_stop": state.best_loss,
-            "accuracy_at_early_stop": at_early_stop,
-            "final_accuracy": final,
-            "state_bytes": state.bytes,
-            "dense_state_bytes": 4 * model.params.size * (2 + len(state.moments)),
-        },
-        state.evaluations,
-        {
-            "train_seconds": state.seconds,
-            "step_seconds": statistics.median(state.pace),
-        },
+    levels: int = option(
+        10,
+        "Turns of train and prune after the dense network.",
+        at_least(1, "level 0 is the dense network and always runs"),
     )
+    rate: float = option(0.2, "Share of the remaining weights that one level prunes.", _share)
+    scope: Literal["layer", "global"] = option(
+        "layer", "Rank weights within each layer, at the paper's rates; or all together.", choices=SCOPES
+    )
+    score: str = option(
+        "magnitude", "What ranks the weights; see `sparselth ls scores`.", choices=_scores, added=True
+    )
+    one_shot: bool = option(False, "Prune the dense network straight to every level.")
+    rewind: int = option(0, "Step whose weights a ticket goes back to.")
+    reinits: int = option(1, "Fresh draws per ticket in arms with fresh weights.", at_least(1))
+
+    def check(self) -> None:
+        super().check()
+        steps = self.recipe.steps
+        if not 0 <= self.rewind < steps:
+            raise self.wrong(
+                "rewind",
+                f"expected a step from 0 to {steps - 1}, because training ends at step {steps}",
+            )
+
+    def cells(self) -> list[Cell]:
+        """Level 0 exists once a seed, as a ticket."""
+        return [
+            Cell(seed, arm, level, draw)
+            for seed in self.seeds
+            for arm in self.arms
+            for level in range(0 if arm == "ticket" else 1, self.levels + 1)
+            for draw in range(self.reinits if ARMS[arm].fresh else 1)
+        ]
+
+    def needs(self, cell: Cell) -> tuple[Cell, ...]:
+        """The ticket that is pruned."""
+        return (self.pruned(cell),) if cell.level else ()
+
+    def pruned(self, cell: Cell) -> Cell:
+        """The ticket whose trained weights tell the mask of a cell above level 0."""
+        return Cell(cell.seed, "ticket", 0 if self.one_shot else cell.level - 1)
+
+    def urgency(self, cell: Cell) -> tuple[bool, int]:
+        """Tickets first, because everything waits for them; then by level."""
+        return cell.arm != "ticket", cell.level
+
+    def start_step(self, cell: Cell) -> int:
+        return ARMS[cell.arm].start_step(self.rewind) if cell.level else 0
+
+    def keep_step(self, cell: Cell) -> int | None:
+        return None if cell.level else self.rewind
+
+    def start(self, cell: Cell, place: Place) -> tuple[Tensor, Tensor]:
+        return find_mask(self, place, cell), start_weights(self, place, cell)
+
+    def rungs(self) -> list[dict[str, int]]:
+        from sparselth.pruning import ladder
+
+        return ladder(get_model(self.model).params, self.levels, self.rate, self.scope)
+
+    # ---- what is said of it
+
+    @property
+    def folder(self) -> str:
+        return f"{self.model}-{self.dataset}-{self.digest}"
+
+    @property
+    def title(self) -> str:
+        return (
+            f"{self.model} on {self.dataset}, {self.levels} levels, seeds {','.join(map(str, self.seeds))}, "
+            f"{self.recipe.steps:,} steps"
+        )
+
+    def plan(self, images: Images | None, finished: int) -> dict[str, str]:
+        rows = super().plan(images, finished)
+        cells, training = rows.pop("cells"), rows.pop("training")
+        draws = f"{self.reinits} fresh draws; " if self.reinits > 1 else ""
+        seeds, _, number = cells.rpartition("; ")
+        return rows | {
+            "levels": self._levels(),
+            "arms": f"{', '.join(self.arms)}; {seeds}; {draws}{number}",
+            "training": training + (f"; rewind to step {self.rewind:,}" if self.rewind else ""),
+        }
+
+    def _levels(self) -> str:
+        rungs = self.remaining()
+        shown = rungs if len(rungs) <= 12 else [*rungs[:4], *rungs[-2:]]
+        steps = [f"{100 * rung:.1f}" for rung in shown]
+        if len(shown) < len(rungs):
+            steps.insert(4, "...")
+        how = "one-shot" if self.one_shot else "iterative"
+        weights = get_model(self.model).params.weights
+        scales = sorted({s.rate_scale for s in weights if not s.output} - {1.0})
+        slower = "".join(f", convolutions at {scale:g} of it" for scale in scales)
+        scope = f"by layer, the output layer at half the rate{slower}"
+        if self.scope == "global":
+            scope = "over all layers"
+        return f"{self.levels}, {how} at rate {self.rate:g} {scope}: {' '.join(steps)} % left"
+
+    def table(self, record: RunRecord) -> str:
+        from sparselth.report.tables import table
+
+        return table(record)
+
+    def summary(self, record: RunRecord) -> list[dict[str, Any]]:
+        from sparselth.report.stats import summary
+
+        return summary(record)
+
+    def draw(self, record: RunRecord, folder: Path) -> None:
+        last = folder / "pixels.svg"  # is drawn last
+        if last.exists() and last.stat().st_mtime_ns > (record.path / "cells.jsonl").stat().st_mtime_ns:
+            return
+        from sparselth.report.figures import draw
+
+        draw(record, folder)
 
 
-def find_mask(config: ImpConfig, model: Model, run: Path, who: Replica) -> Tensor:
-    """The mask [M] of a cell, from the trained weights of the ticket it needs."""
-    source = needs(config, who)
-    if source is None:
+def find_mask(config: ImpConfig, place: Place, cell: Cell) -> Tensor:
+    """The mask [M] of a cell: its level's ticket, found in the trained ticket it needs, as its arm has it.
+
+    Batch and draws of the score are the ticket's, so that all arms of a level have the same.
+    """
+    import torch
+
+    from sparselth import pruning, scores, tickets
+    from sparselth.engine.paths import choose
+    from sparselth.runs import cell_path
+    from sparselth.streams import stream
+
+    model, seed, level = get_model(config.model), cell.seed, cell.level
+    if not level:
         return model.params.full_mask()
-    before, _ = tickets.read(cell_path(run, source), model.params)
-    rungs = pruning.ladder(model.params, who.level, config.rate, config.scope)
+    before, _ = tickets.read(cell_path(place.run, config.pruned(cell)), model.params)
+    weights, mask = (torch.from_numpy(array).to(config.device) for array in (before.weights, before.mask))
+    found = scores.SCORES[config.score].score(
+        model, weights, mask, _batch(model, place, seed, level), stream(seed, "ticket", level, "score")
+    )
     kernels = choose(config.kernels, config.device).magnitude_threshold.takes
     mask = pruning.prune(
         model.params,
-        torch.from_numpy(before.weights[: model.params.mask_size]).to(config.device),
-        torch.from_numpy(before.mask).to(config.device),
-        rungs[who.level],
+        scores.ranked(config.score, found, mask),
+        mask,
+        config.rungs()[level],
         "triton" if kernels == "triton" else "reference",
     ).cpu()
-    if who.arm.startswith("random-"):
-        mask = pruning.shuffle(model.params, mask, stream(who.seed, who.arm, who.level, "mask", who.draw))
-    return mask
+    return ARMS[cell.arm].mask(model.params, mask, stream(seed, cell.arm, level, "mask", cell.draw))
 
 
-def start_weights(config: ImpConfig, model: Model, run: Path, who: Replica) -> Tensor:
+def _batch(model: Model, place: Place, seed: int, level: int) -> tuple[Tensor, Tensor]:
+    """Training images of a seed for the score of a level, x [B, C, H, W] and labels [B]."""
+    import torch
+
+    from sparselth.data.batches import Gather
+    from sparselth.streams import stream
+
+    data = place.data
+    assert data is not None
+    images, count = data.split(seed)[0], min(PER_CLASS * model.classes, data.n_train)
+    order = torch.randperm(len(images), generator=stream(seed, "ticket", level, "score images"))
+    x, y = Gather(data, 1, count)(images[order[:count]].to(data.device))
+    return x[0].T.reshape(count, *model.input).contiguous(), y.flatten()
+
+
+def start_weights(config: ImpConfig, place: Place, cell: Cell) -> Tensor:
     """The weights [P] a cell starts from, before its mask."""
-    if who.arm in FRESH or who.level == 0:
-        return init_weights(model, stream(who.seed, who.arm, who.level, "init", who.draw))
-    first, _ = tickets.read(cell_path(run, Replica(who.seed, "ticket", 0)), model.params)
-    assert first.rewound is not None
-    return torch.from_numpy(first.rewound)
+    import torch
 
+    from sparselth import tickets
+    from sparselth.engine.dense import init_weights
+    from sparselth.runs import cell_path
+    from sparselth.streams import stream
 
-def _save_cell(run: Path, config: ImpConfig, model: Model, who: Replica, mask: Tensor, state: State) -> None:
-    kept = None if state.kept_weights is None else state.kept_weights[0].cpu().numpy()
-    tickets.save(
-        cell_path(run, who),
-        model.params,
-        tickets.Content(mask.numpy(), state.weights[0].cpu().numpy(), kept),
-        model=config.model,
-        dataset=config.dataset,
-        config=config.digest,
-        cell=who.key,
-        rewind_step=config.rewind,
-    )
+    model, generator = get_model(config.model), stream(cell.seed, cell.arm, cell.level, "init", cell.draw)
 
+    def rewound() -> Tensor:
+        first, _ = tickets.read(cell_path(place.run, Cell(cell.seed, "ticket", 0)), model.params)
+        assert first.rewound is not None
+        return torch.from_numpy(first.rewound)
 
-def _save_state(file: Path, state: State) -> None:
-    arrays: Arrays = {
-        "weights": state.weights.cpu().numpy(),
-        "best_weights": state.best_weights.cpu().numpy(),
-    }
-    arrays |= {f"moments/{i}": moment.cpu().numpy() for i, moment in enumerate(state.moments)}
-    if state.kept_weights is not None:
-        arrays["kept_weights"] = state.kept_weights.cpu().numpy()
-    header = {
-        "schema": "sparselth.checkpoint/1",
-        "step": state.step,
-        "best_loss": state.best_loss,
-        "best_step": state.best_step,
-        "evaluations": state.evaluations,
-        "seconds": state.seconds,
-        "step_seconds": state.step_seconds,
-        "pace": state.pace,
-    }
-    save_arrays(file, arrays, header)
-
-
-def _load_state(file: Path, device: str) -> State:
-    arrays, header = load_arrays(file)
-    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    return State(
-        header["step"],
-        tensors["weights"],
-        [tensors[name] for name in sorted(tensors) if name.startswith("moments/")],
-        tensors["best_weights"],
-        header["best_loss"],
-        header["best_step"],
-        tensors.get("kept_weights"),
-        header["evaluations"],
-        header["seconds"],
-        header["step_seconds"],
-        header["pace"],
-    )
+    if not cell.level:
+        return init_weights(model, generator)
+    return ARMS[cell.arm].weights(model, rewound, generator)

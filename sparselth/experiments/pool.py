@@ -7,60 +7,69 @@ batch for which memory is short is halved. A worker whose parent is gone ends it
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 
-from sparselth.config import ImpConfig, Replica
+from sparselth.config import Cell
 from sparselth.data import Images
 from sparselth.data.batches import Resident
-from sparselth.engine.dense import init_weights
-from sparselth.engine.paths import choose
 from sparselth.errors import Interrupted, SparselthError
-from sparselth.experiments.imp import Finished, train_cells
-from sparselth.experiments.price import Agenda, Price, replica_bytes, widest
+from sparselth.experiments.agenda import Agenda
+from sparselth.experiments.base import Experiment, Place
+from sparselth.experiments.memory import free_memory, is_out_of_memory
+from sparselth.experiments.plan import Watcher
+from sparselth.experiments.price import Price, measured
+from sparselth.experiments.training import Training
 from sparselth.models import get_model
-from sparselth.pruning import ladder, prune
+from sparselth.registry import load_plugin, plugins
 from sparselth.runs import RunFolder
-from sparselth.streams import stream
-from sparselth.train import Job, State, prepare
-
-STRETCH = 5  # least steps between looks at the clock
-CONTEXT = 5 * 10**8  # device memory that CUDA and its libraries take
+from sparselth.train import Job
 
 
-class Watcher(Protocol):
-    """What the parent tells while cells run."""
+@dataclass(frozen=True)
+class Work:
+    """What a worker is given. A spawned one loads the plugins first, which may have made the rest."""
 
-    def started(self, worker: int, cells: Sequence[Replica]) -> None: ...
-    def evaluated(
-        self, worker: int, cells: Sequence[Replica], step: int, accuracy: float, steps_per_second: float
-    ) -> None: ...
-    def finished(self, worker: int, done: Finished) -> None: ...
-    def halved(self, cells: int, limit: int) -> None: ...
-    def tick(self) -> None: ...
+    config: Experiment
+    images: Images | None
+    run: Path
+    break_even: Mapping[str, float]
+
+    def __reduce__(self) -> tuple[Callable[..., Work], tuple[tuple[Path, ...], bytes]]:
+        return _unpacked, (plugins(), pickle.dumps(tuple(vars(self).values())))
+
+
+def _unpacked(files: tuple[Path, ...], content: bytes) -> Work:
+    for file in files:
+        load_plugin(file)
+    return Work(*pickle.loads(content))
 
 
 class Pool:
     """The worker processes of one run; use it as a context."""
 
     def __init__(
-        self, config: ImpConfig, images: Images, run: Path, workers: int, break_even: Mapping[str, float]
+        self,
+        config: Experiment,
+        images: Images | None,
+        run: Path,
+        workers: int,
+        break_even: Mapping[str, float],
     ) -> None:
         self.config = config
-        context: Any = multiprocessing.get_context("fork" if config.device == "cpu" else "spawn")
+        context: Any = multiprocessing.get_context("spawn" if config.device == "cuda" else "fork")
         self.stop = context.Value("b", False, lock=False)
         self.connections: list[Connection] = []
         self.processes = []
@@ -68,7 +77,7 @@ class Pool:
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_work,
-                args=(theirs, self.stop, os.getpid(), config, images, run, break_even),
+                args=(theirs, self.stop, os.getpid(), Work(config, images, run, break_even)),
                 daemon=True,
             )
             process.start()
@@ -91,7 +100,7 @@ class Pool:
                 process.join()
 
     def price(self, limit: int) -> tuple[Price, int]:
-        """Measure what a batch of up to `limit` cells costs, and how many fit into memory."""
+        """Measure what a batch of up to `limit` networks costs, and how many fit into memory."""
         self.connections[0].send(limit)
         kind, value = self._receive(0)
         if kind == "failed":
@@ -106,7 +115,7 @@ class Pool:
         Raises Interrupted after a signal, or what a cell raised.
         """
         agenda = Agenda(self.config, folder.finished)
-        busy: dict[int, list[Replica]] = {}
+        busy: dict[int, list[Cell]] = {}
         failure: BaseException | None = None
         with _signals(self.stop) as caught:
             while True:
@@ -144,19 +153,19 @@ class Pool:
                         case "finished":
                             agenda.finished(busy.pop(worker))
                             for done in value:
-                                folder.add(done.who, done.cell, done.evaluations, done.timings)
+                                folder.add(done.cell, done.line, done.evaluations, done.timings)
                                 watcher.finished(worker, done)
                         case "failed":
                             del busy[worker]
                             failure, self.stop.value = failure or value, True
         if failure:
             raise failure
-        finished, total = len(folder.finished), len(self.config.replicas())
+        finished, total = len(folder.finished), len(self.config.cells())
         if finished < total:
             who = caught[0] if caught else "its caller"
             raise Interrupted(
                 f"stopped by {who}; {finished} of {total} cells are finished and those under way are saved "
-                f"in {folder.path}; continue with --resume"
+                f"in {folder.path}; continue with `resume`"
             )
         folder.complete()
 
@@ -167,10 +176,10 @@ class Pool:
             self.processes[worker].join(5)
             code = self.processes[worker].exitcode
             how = f"killed by signal {-code}" if code and code < 0 else f"exit code {code}"
-            hint = " (out of memory? try --workers 1)" if code == -signal.SIGKILL else ""
+            hint = " (out of memory? try `workers` 1)" if code == -signal.SIGKILL else ""
             return "failed", SparselthError(
                 f"worker {worker} ended without a result, {how}{hint}; what is finished is kept, "
-                "continue with --resume"
+                "continue with `resume`"
             )
         return message
 
@@ -180,16 +189,8 @@ def available_workers(device: str) -> int:
     return len(os.sched_getaffinity(0)) if device == "cpu" else 1
 
 
-def _work(
-    connection: Connection,
-    stop: Any,
-    parent: int,
-    config: ImpConfig,
-    images: Images,
-    run: Path,
-    break_even: Mapping[str, float],
-) -> None:
-    """A worker's life: receive a cell, train it, report."""
+def _work(connection: Connection, stop: Any, parent: int, work: Work) -> None:
+    """A worker's life: receive cells, compute them, report."""
     # A signal to the whole group must not end a worker before it has saved.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -201,22 +202,26 @@ def _work(
     def should_stop() -> bool:
         return bool(stop.value)
 
+    config = work.config
     data: Resident | None = None
     while True:
         while not connection.poll(1.0):
             if orphaned():
                 os._exit(1)
         try:
-            task: list[Replica] | int | None = connection.recv()
+            task: list[Cell] | int | None = connection.recv()
             if task is None:
                 return
-            if data is None:
-                data = Resident(images, config.device, get_model(config.model).evaluation_batch)
+            if data is None and isinstance(config, Training):
+                assert work.images is not None
+                data = Resident(work.images, config.device, get_model(config.model).evaluation_batch)
             if isinstance(task, int):
-                connection.send(("priced", _price(config, data, break_even, task)))
+                assert data is not None
+                assert isinstance(config, Training)
+                connection.send(("priced", measured(config, data, work.break_even, task)))
                 continue
 
-            before: tuple[float, int, tuple[Replica, ...]] = (0.0, 0, ())
+            before: tuple[float, int, tuple[Cell, ...]] = (0.0, 0, ())
 
             def on_evaluation(jobs: Sequence[Job]) -> None:
                 nonlocal before
@@ -233,18 +238,19 @@ def _work(
 
             short, result = False, None
             try:
-                result = train_cells(config, run, data, task, break_even, on_evaluation, should_stop)
+                place = Place(work.run, data, work.break_even, on_evaluation, should_stop)
+                result = config.compute(task, place)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if len(task) == 1:
                     raise SparselthError(
                         f"{task[0]}: out of memory with one network on {config.device}; use a smaller "
-                        "--batch-size"
+                        "`batch_size`"
                     ) from error
                 short = True
             if short:  # out here, where the error no longer holds what it could not finish
-                _free_memory()
+                free_memory()
                 connection.send(("memory", None))
             else:
                 connection.send(("finished", result) if result else ("stopped", None))
@@ -256,110 +262,6 @@ def _work(
             report = RuntimeError(f"{task}: {type(error).__name__}: {error}")
             report.add_note(traceback.format_exc())
             connection.send(("failed", report))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, a library under it, Triton or Python ran out of memory; they say it in many ways.
-
-    Out of memory within the capture of a graph comes as an error of the capture, with its cause behind it.
-    """
-    words = ("out of memory", "can't allocate memory", "alloc_failed")
-    chain, seen = [error], list[BaseException]()
-    while chain:
-        link = chain.pop()
-        said = str(link).lower()
-        if isinstance(link, torch.OutOfMemoryError | MemoryError) or any(word in said for word in words):
-            return True
-        seen.append(link)
-        chain += [e for e in (link.__cause__, link.__context__) if e is not None and e not in seen]
-    return False
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _price(
-    config: ImpConfig, data: Resident, break_even: Mapping[str, float], limit: int
-) -> tuple[Price, int]:
-    """Time a few steps of one dense network and of as many as train at once, and, where sparse is cheaper,
-    of sparse ones; and evaluations. Nothing of it is kept. Also how many replicas fit into memory.
-    """
-    model = get_model(config.model)
-    each = replica_bytes(model, config.recipe)
-    limit = min(limit, widest(config))
-    if config.device == "cuda":
-        limit = max(1, min(limit, int(0.9 * torch.cuda.mem_get_info()[0] / each)))
-    seed = config.seeds[0]
-    weights = init_weights(model, stream(seed, "price", 0, "init"))
-    recipe = replace(config.recipe, steps=20_000, eval_every=20_000, lr_drops=(), warmup=0)
-    rungs = ladder(model.params, config.levels, config.rate, config.scope)
-    shares = [sum(rung.values()) / model.params.prunable for rung in rungs]
-    overhead = 0.0
-
-    def measured(level: int, replicas: int) -> tuple[float, float]:
-        """Seconds of a step of all, over 0.3 s, and of an evaluation."""
-        nonlocal overhead
-        mask = prune(model.params, weights[: model.params.mask_size], model.params.full_mask(), rungs[level])
-        start = weights.clone()
-        start[: model.params.mask_size] *= mask
-        jobs = [
-            Job(
-                Replica(seed, "ticket", 0, draw),
-                State.start(start[None].to(config.device), recipe),
-                mask.to(config.device),
-            )
-            for draw in range(replicas)
-        ]
-        began = time.perf_counter()
-        steps = prepare(model, data, jobs, recipe, config.kernels, break_even)
-        steps.advance(0, 1, lambda: False)
-        steps.measure()
-        overhead = time.perf_counter() - began
-        stretch = max(STRETCH, steps.many)
-        began, taken = time.perf_counter(), 1
-        while taken + stretch < recipe.steps and time.perf_counter() - began < 0.3:
-            taken += steps.advance(taken, stretch if taken > 1 else 1, lambda: False)
-            synchronize()
-        spent, began = time.perf_counter() - began, time.perf_counter()
-        steps.measure()
-        return spent / (taken - 1), time.perf_counter() - began
-
-    def synchronize() -> None:
-        if config.device == "cuda":
-            torch.cuda.synchronize()
-
-    batches, validation = dict[int, float](), dict[int, float]()
-    batches[1], validation[1] = measured(0, 1)
-    alone = choose(config.kernels, config.device).masked_update.takes == "native"
-    while limit > 1 and not alone:  # alone, a batch takes what its replicas take one after another
-        try:
-            batches[limit], validation[limit] = measured(0, limit)
-            break
-        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-        _free_memory()
-        limit //= 2
-    dense_overhead = overhead if config.device == "cuda" else 0.0
-    levels = sorted({0, config.levels // 2, config.levels} if break_even else {0})
-    share_of_dense = [1.0, *(measured(level, 1)[0] / batches[1] for level in levels[1:])]
-    # from sparse to dense, as np.interp wants its points
-    by_level = np.interp(shares, [shares[level] for level in levels[::-1]], share_of_dense[::-1])
-    fixed = data.images.numel() + CONTEXT if config.device == "cuda" else _resident_bytes()
-    test_share = data.n_test / data.n_validation
-    price = Price(batches, tuple(by_level.tolist()), validation, test_share, fixed, each, dense_overhead)
-    return price, limit
-
-
-def _resident_bytes() -> int:
-    """Memory of this process, its part of shared pages included (Linux)."""
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 @contextmanager

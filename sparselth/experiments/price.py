@@ -1,61 +1,39 @@
-"""Which cells train next, in which batches, and what they will cost.
+"""What cells that train cost on a device: measured here, or recorded there.
 
-`Agenda` hands out batches: the tickets of all seeds, because everything waits for them, and beside them
-what else can start, the controls. `Price` goes through the same agenda with the times of one device, so the
-plan that is foretold is the plan that runs.
+`Price` goes through the same agenda as the run, with the times of one device, so the plan that is foretold
+is the plan that runs.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from sparselth.config import FRESH, ImpConfig, Recipe, Replica
+import numpy as np
+import torch
+
+from sparselth.config import Cell, Recipe
+from sparselth.data.batches import Resident
+from sparselth.engine.dense import init_weights
+from sparselth.engine.paths import choose
 from sparselth.errors import SparselthError
+from sparselth.experiments.agenda import Agenda, widest
+from sparselth.experiments.memory import free_memory, is_out_of_memory, resident_bytes
+from sparselth.experiments.training import Training
 from sparselth.models import Model, get_model
+from sparselth.pruning import prune
+from sparselth.streams import stream
+from sparselth.train import Job, State, prepare
 
-
-class Agenda:
-    """Which cells come next: tickets first, then by level."""
-
-    def __init__(self, config: ImpConfig, finished: Iterable[Replica]) -> None:
-        self.config, self.done = config, set(finished)
-        self.open = [who for who in config.replicas() if who not in self.done]
-        self._sort()
-
-    def __len__(self) -> int:
-        return len(self.open)
-
-    def next(self, limit: int = 1) -> list[Replica]:
-        """Take up to `limit` cells that can start; none when all wait for others."""
-        ready = [who for who in self.open if needs(self.config, who) in self.done | {None}]
-        for who in ready[:limit]:
-            self.open.remove(who)
-        return ready[:limit]
-
-    def back(self, cells: Iterable[Replica]) -> None:
-        """Cells that were taken and could not be trained."""
-        self.open += cells
-        self._sort()
-
-    def finished(self, cells: Iterable[Replica]) -> None:
-        self.done.update(cells)
-
-    def _sort(self) -> None:
-        self.open.sort(key=lambda who: (who.arm != "ticket", who.level))
-
-
-def needs(config: ImpConfig, who: Replica) -> Replica | None:
-    """The cell that must be finished before `who` can start."""
-    if who.level == 0:
-        return None
-    return Replica(who.seed, "ticket", 0 if config.one_shot else who.level - 1)
+STRETCH = 5  # least steps between looks at the clock
+CONTEXT = 5 * 10**8  # device memory that CUDA and its libraries take
 
 
 @dataclass(frozen=True)
@@ -74,17 +52,17 @@ class Price:
     replica_bytes: int
     overhead_seconds: float = 0.0  # of a batch, beside steps and evaluations
 
-    def batch_seconds(self, config: ImpConfig, cells: list[Replica]) -> float:
+    def batch_seconds(self, config: Training, cells: list[Cell]) -> float:
         recipe = config.recipe
-        share = sum(self.levels[who.level] for who in cells) / len(cells)
-        steps = recipe.steps - min(_start(config, who) for who in cells)
+        share = sum(self.levels[cell.level] for cell in cells) / len(cells)
+        steps = recipe.steps - min(config.start_step(cell) for cell in cells)
         evaluations = -(-steps // recipe.eval_every) + 2 * self.test_share
         seconds = steps * _line(self.batches, len(cells)) + evaluations * _line(self.validation, len(cells))
         return seconds * share + self.overhead_seconds
 
-    def run_seconds(self, config: ImpConfig, finished: Iterable[Replica], workers: int, limit: int) -> float:
+    def run_seconds(self, config: Training, finished: Iterable[Cell], workers: int, limit: int) -> float:
         """When the last batch ends, by going through the schedule."""
-        agenda, clock, busy = Agenda(config, finished), 0.0, list[tuple[float, int, list[Replica]]]()
+        agenda, clock, busy = Agenda(config, finished), 0.0, list[tuple[float, int, list[Cell]]]()
         for number in range(10**9):
             while len(busy) < workers and (cells := agenda.next(limit)):
                 seconds = self.batch_seconds(config, cells)
@@ -95,17 +73,8 @@ class Price:
             agenda.finished(cells)
         return clock
 
-    def run_bytes(self, config: ImpConfig, workers: int, limit: int) -> int:
+    def run_bytes(self, config: Training, workers: int, limit: int) -> int:
         return workers * (self.fixed_bytes + min(limit, widest(config)) * self.replica_bytes)
-
-
-def widest(config: ImpConfig) -> int:
-    """The most cells that can train at one time."""
-    agenda, most = Agenda(config, ()), 0
-    while cells := agenda.next(10**9):
-        most = max(most, len(cells))
-        agenda.finished(cells)
-    return most
 
 
 def replica_bytes(model: Model, recipe: Recipe) -> int:
@@ -120,7 +89,7 @@ def replica_bytes(model: Model, recipe: Recipe) -> int:
     return int(4 * floats)
 
 
-def recorded(device: str, config: ImpConfig) -> tuple[str, Price]:
+def recorded(device: str, config: Training) -> tuple[str, Price]:
     """A device's name and its prices, from the results that `bench/gpu_check.py` wrote there.
 
     `device` is a part of its name, as in bench/results/nvidia-h200.json, or the path of such a file.
@@ -132,7 +101,7 @@ def recorded(device: str, config: ImpConfig) -> tuple[str, Price]:
         if not files:
             known = ", ".join(sorted(f.stem for f in folder.glob("*.json"))) or "none"
             raise SparselthError(
-                f"--price-on {device}: nothing was recorded on such a device (recorded: {known}); "
+                f"`price_on` {device}: nothing was recorded on such a device (recorded: {known}); "
                 "bench/gpu_check.py, run there, records it"
             )
         timed = [f for f in files if '"train_step"' in f.read_text()]
@@ -143,23 +112,23 @@ def recorded(device: str, config: ImpConfig) -> tuple[str, Price]:
         name = str(data["device"].get("name") or data["device"]["cpu"])
         found = {kind: _recorded_line(rows, kind, config) for kind in ("step", "evaluation")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SparselthError(f"--price-on {device}: {file} cannot be read ({error})") from error
+        raise SparselthError(f"`price_on` {device}: {file} cannot be read ({error})") from error
     if not all(found.values()):
         recipe = config.recipe
         known = ", ".join(sorted({f"{row['model']} with {row['optimizer']}" for row in rows})) or "no step"
         raise SparselthError(
-            f"--price-on {device}: {file.name} has no steps of {config.model} with {recipe.optimizer} and "
+            f"`price_on` {device}: {file.name} has no steps of {config.model} with {recipe.optimizer} and "
             f"batches of {recipe.batch_size}; it has {known}"
         )
     model = get_model(config.model)
-    levels = (1.0,) * (config.levels + 1)  # on a GPU every step is dense
+    levels = (1.0,) * len(config.rungs())  # on a GPU every step is dense
     return name, Price(
         *(found["step"], levels, found["evaluation"], 2.0, 2 * 10**9),
         replica_bytes(model, config.recipe),
     )
 
 
-def _recorded_line(rows: list[dict[str, Any]], kind: str, config: ImpConfig) -> dict[int, float]:
+def _recorded_line(rows: list[dict[str, Any]], kind: str, config: Training) -> dict[int, float]:
     """Seconds by number of replicas."""
     recipe = config.recipe
     wanted = config.model, recipe.optimizer, recipe.batch_size, kind
@@ -168,10 +137,6 @@ def _recorded_line(rows: list[dict[str, Any]], kind: str, config: ImpConfig) -> 
         for row in rows
         if (row["model"], row["optimizer"], row["batch_size"], row["kind"]) == wanted
     }
-
-
-def _start(config: ImpConfig, who: Replica) -> int:
-    return 0 if who.level == 0 or who.arm in FRESH else config.rewind
 
 
 def _line(points: dict[int, float], x: int) -> float:
@@ -183,3 +148,75 @@ def _line(points: dict[int, float], x: int) -> float:
         if x <= high:
             return points[low] + (points[high] - points[low]) * (x - low) / (high - low)
     return points[sizes[-1]] * x / sizes[-1]
+
+
+def measured(
+    config: Training, data: Resident, break_even: Mapping[str, float], limit: int
+) -> tuple[Price, int]:
+    """Time a few steps of one dense network and of as many as train at once, and, where sparse is cheaper,
+    of sparse ones; and evaluations. Nothing of it is kept. Also how many replicas fit into memory.
+    """
+    model = get_model(config.model)
+    each = replica_bytes(model, config.recipe)
+    limit = min(limit, widest(config))
+    if data.device == "cuda":
+        limit = max(1, min(limit, int(0.9 * torch.cuda.mem_get_info()[0] / each)))
+    seed = config.seeds[0]
+    weights = init_weights(model, stream(seed, "price", 0, "init"))
+    recipe = replace(config.recipe, steps=20_000, eval_every=20_000, lr_drops=(), warmup=0)
+    rungs, shares = config.rungs(), config.remaining()
+    overhead, last = 0.0, len(rungs) - 1
+
+    def timed(level: int, replicas: int) -> tuple[float, float]:
+        """Seconds of a step of all, over 0.3 s, and of an evaluation."""
+        nonlocal overhead
+        mask = prune(model.params, weights[: model.params.mask_size], model.params.full_mask(), rungs[level])
+        start = weights.clone()
+        start[: model.params.mask_size] *= mask
+        jobs = [
+            Job(
+                Cell(seed, "ticket", 0, draw),
+                State.start(start[None].to(data.device), recipe),
+                mask.to(data.device),
+            )
+            for draw in range(replicas)
+        ]
+        began = time.perf_counter()
+        steps = prepare(model, data, jobs, recipe, config.kernels, break_even)
+        steps.advance(0, 1, lambda: False)
+        steps.measure()
+        overhead = time.perf_counter() - began
+        stretch = max(STRETCH, steps.many)
+        began, taken = time.perf_counter(), 1
+        while taken + stretch < recipe.steps and time.perf_counter() - began < 0.3:
+            taken += steps.advance(taken, stretch if taken > 1 else 1, lambda: False)
+            synchronize()
+        spent, began = time.perf_counter() - began, time.perf_counter()
+        steps.measure()
+        return spent / (taken - 1), time.perf_counter() - began
+
+    def synchronize() -> None:
+        if data.device == "cuda":
+            torch.cuda.synchronize()
+
+    batches, validation = dict[int, float](), dict[int, float]()
+    batches[1], validation[1] = timed(0, 1)
+    alone = choose(config.kernels, data.device).masked_update.takes == "native"
+    while limit > 1 and not alone:  # alone, a batch takes what its replicas take one after another
+        try:
+            batches[limit], validation[limit] = timed(0, limit)
+            break
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        free_memory()
+        limit //= 2
+    dense_overhead = overhead if data.device == "cuda" else 0.0
+    levels = sorted({0, last // 2, last} if break_even else {0})
+    share_of_dense = [1.0, *(timed(level, 1)[0] / batches[1] for level in levels[1:])]
+    # from sparse to dense, as np.interp wants its points
+    by_level = np.interp(shares, [shares[level] for level in levels[::-1]], share_of_dense[::-1])
+    fixed = data.images.numel() + CONTEXT if data.device == "cuda" else resident_bytes()
+    test_share = data.n_test / data.n_validation
+    price = Price(batches, tuple(by_level.tolist()), validation, test_share, fixed, each, dense_overhead)
+    return price, limit

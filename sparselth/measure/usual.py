@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from sparselth import pruning
-from sparselth.config import FRESH, ImpConfig, Recipe, Replica
+from sparselth.config import Cell, Recipe
 from sparselth.data import Images
 from sparselth.engine.dense import init_weights
+from sparselth.experiments.training import Training
 from sparselth.models import Model, get_model
 from sparselth.models.torch import Masks, masks, network
 from sparselth.streams import stream
@@ -105,19 +106,19 @@ class Usual:
     images: int
     threads: int
 
-    def run_seconds(self, config: ImpConfig, images: Images, cells: Iterable[Replica]) -> tuple[float, float]:
+    def run_seconds(self, config: Training, images: Images, cells: Iterable[Cell]) -> tuple[float, float]:
         """Cells of a run one after another: steps, and evaluations as often as the run has them."""
         recipe, training, evaluating = config.recipe, 0.0, 0.0
         validation = min(VALIDATION, len(images.train_labels) // 8)
-        for who in cells:
-            begin = 0 if who.level == 0 or who.arm in FRESH else config.rewind
-            training += (recipe.steps - begin) * self.step
-            rounds = -(-(recipe.steps - begin) // recipe.eval_every)
+        for cell in cells:
+            steps = recipe.steps - config.start_step(cell)
+            training += steps * self.step
+            rounds = -(-steps // recipe.eval_every)
             evaluating += (rounds * validation + 2 * len(images.test_labels)) * self.image
         return training, evaluating
 
 
-def sample(config: ImpConfig, images: Images, seconds: float = 2.0) -> Usual:
+def sample(config: Training, images: Images, seconds: float = 2.0) -> Usual:
     """Time the usual loop for about `seconds`."""
     before = torch.get_num_threads()
     choices = sorted({1, before})
@@ -128,13 +129,14 @@ def sample(config: ImpConfig, images: Images, seconds: float = 2.0) -> Usual:
     return min(found, key=lambda usual: usual.step)
 
 
-def _sample(config: ImpConfig, images: Images, threads: int, seconds: float) -> Usual:
+def _sample(config: Training, images: Images, threads: int, seconds: float) -> Usual:
     torch.set_num_threads(threads)
     model = get_model(config.model)
     flat = init_weights(model, stream(config.seeds[0], "price", 0, "init"))
     params = model.params
-    rungs = pruning.ladder(params, config.levels, config.rate, config.scope)
-    levels = sorted({0, config.levels // 2, config.levels})
+    rungs = config.rungs()
+    last = len(rungs) - 1
+    levels = sorted({0, last // 2, last})
     spent, steps = 0.0, 0
     for level in levels:
         mask = pruning.prune(

@@ -82,14 +82,14 @@ def difference(record: RunRecord, field: str, a: tuple[str, int], b: tuple[str, 
 
 def cells(record: RunRecord) -> tuple[int, int]:
     """Number of finished cells, and of all cells of the run."""
-    return len(record.points), len(record.config.replicas())
+    return len(record.points), len(record.config.cells())
 
 
 def finished(record: RunRecord, arm: str, level: int) -> bool:
     """Whether the run has this arm, and every seed and draw of it is there."""
     if level == 0:
         arm = "ticket"
-    planned = sum((who.arm, who.level) == (arm, level) for who in record.config.replicas())
+    planned = sum((who.arm, who.level) == (arm, level) for who in record.config.cells())
     return 0 < planned == sum((p["arm"], p["level"]) == (arm, level) for p in record.points)
 
 

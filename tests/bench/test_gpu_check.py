@@ -881,7 +881,8 @@ def test_training_rows_price_a_run(tmp_path: Path) -> None:
 
     from gpu import train_step
     from gpu.common import Here
-    from sparselth.config import ImpConfig, Recipe
+    from sparselth.config import Recipe
+    from sparselth.experiments.imp import ImpConfig
     from sparselth.experiments.price import recorded
     from sparselth.models import get_model
 
@@ -945,7 +946,8 @@ def test_a_whole_run_and_one_for_which_time_is_short(
     monkeypatch: pytest.MonkeyPatch, seconds: float, finished: int
 ) -> None:
     from gpu import train_step
-    from sparselth.config import ImpConfig, Recipe
+    from sparselth.config import Recipe
+    from sparselth.experiments.imp import ImpConfig
     from sparselth.models import get_model
     from trainings import made_up
 

@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparselth.config import ImpConfig, Recipe, Replica
+from sparselth.config import Recipe, Replica
 from sparselth.data.batches import Batches, Resident
 from sparselth.engine.break_even import break_even
 from sparselth.engine.dense import Network, cross_entropy_grad, init_weights
 from sparselth.engine.paths import choose
 from sparselth.engine.replay import Replay
 from sparselth.engine.vendor import VendorNetwork
-from sparselth.experiments.imp import start_weights, train_cells
+from sparselth.experiments.base import Place
+from sparselth.experiments.imp import ImpConfig, start_weights
 from sparselth.files import load_arrays
 from sparselth.kernels._triton import INTERPRET
 from sparselth.measure.race_networks import _flat, _load
@@ -215,21 +216,17 @@ def test_a_stopped_cell_goes_on_to_the_same_bits(kernels: str, tmp_path: Path, d
         (run / "checkpoints").mkdir()
         calls = iter(range(10**9))
         settings = config(SGD, 13, kernels)
-        cells = train_cells(
-            settings,
-            run,
-            digits,
+        cells = settings.compute(
             [TICKET],
-            {},
-            should_stop=lambda calls=calls, stop=stop: next(calls) >= stop,
+            Place(run, digits, {}, should_stop=lambda calls=calls, stop=stop: next(calls) >= stop),
         )
         if stop < SGD.steps:
             assert cells is None
             kept = load_arrays(checkpoint_path(run, TICKET))[0]
             assert not torch.equal(torch.from_numpy(kept["kept_weights"]), torch.from_numpy(kept["weights"]))
-            cells = train_cells(settings, run, digits, [TICKET], {})
+            cells = settings.compute([TICKET], Place(run, digits, {}))
         assert cells is not None
-        found.append((cell_path(run, TICKET).read_bytes(), cells[0].evaluations, cells[0].cell))
+        found.append((cell_path(run, TICKET).read_bytes(), cells[0].evaluations, cells[0].line))
     assert found[0] == found[1]
 
 
@@ -253,14 +250,16 @@ def test_statistics_in_a_run(imp: Callable[..., RunRecord], digits: Resident) ->
         np.testing.assert_array_equal(arrays[f"rewind/{name}"], values.numpy())
         assert not np.array_equal(arrays[f"bias/{name}"], values.numpy())
     for arm in ("ticket", "random-mask"):
-        start = start_weights(settings, TINY, run, Replica(0, arm, 1))
+        start = start_weights(settings, Place(run, digits, {}), Replica(0, arm, 1))
         assert torch.equal(start, state.kept_weights[0])
-    for name, values in statistics(start_weights(settings, TINY, run, Replica(0, "reinit", 1))).items():
+    for name, values in statistics(
+        start_weights(settings, Place(run, digits, {}), Replica(0, "reinit", 1))
+    ).items():
         assert (values == float(name.endswith("var"))).all()
 
     ((_, final),) = scores(TINY, digits, [job])
     assert final == record.points[0]["final_accuracy"]
-    for who, point in zip(settings.replicas(), record.points, strict=True):
+    for who, point in zip(settings.cells(), record.points, strict=True):
         flat, mask, _ = _load(run, TINY, who)
         net = sequential(TINY, flat)
         kinds = {type(module) for module in net}

@@ -14,8 +14,11 @@ import pytest
 import torch
 
 from sparselth import pruning
-from sparselth.config import Replica
+from sparselth.config import Cell
+from sparselth.data import load
+from sparselth.data.batches import Resident
 from sparselth.engine.dense import init_weights
+from sparselth.experiments.base import Place
 from sparselth.experiments.imp import find_mask, start_weights
 from sparselth.files import load_arrays
 from sparselth.models import get_model
@@ -24,10 +27,11 @@ from sparselth.streams import stream
 
 Imp = Callable[..., RunRecord]
 LENET = get_model("lenet-300-100")
+DIGITS = Resident(load("mnist5k", Path()), "cpu", 500)
 ALL_ARMS = "ticket,reinit,random-mask,random-reinit"
 
 
-def trained(record: RunRecord, who: Replica) -> tuple[np.ndarray, np.ndarray]:
+def trained(record: RunRecord, who: Cell) -> tuple[np.ndarray, np.ndarray]:
     """(mask, final weights), both [M], as saved."""
     arrays, _ = load_arrays(cell_path(record.path, who))
     mask, weights = np.zeros(LENET.params.mask_size, bool), np.zeros(LENET.params.mask_size, np.float32)
@@ -39,12 +43,12 @@ def trained(record: RunRecord, who: Replica) -> tuple[np.ndarray, np.ndarray]:
     return mask, weights
 
 
-def starts(record: RunRecord, who: Replica) -> torch.Tensor:
-    return start_weights(record.config, LENET, record.path, who)
+def starts(record: RunRecord, who: Cell) -> torch.Tensor:
+    return start_weights(record.config, Place(record.path, DIGITS, {}), who)
 
 
-def masks(record: RunRecord, who: Replica) -> torch.Tensor:
-    return find_mask(record.config, LENET, record.path, who)
+def masks(record: RunRecord, who: Cell) -> torch.Tensor:
+    return find_mask(record.config, Place(record.path, DIGITS, {}), who)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +93,8 @@ def test_level_k_prunes_the_trained_weights_of_level_k_minus_1(small: RunRecord)
     rungs = pruning.ladder(LENET.params, 2, 0.2, "layer")
     for seed in (0, 1):
         for level in (1, 2):
-            before, weights = trained(small, Replica(seed, "ticket", level - 1))
-            after, _ = trained(small, Replica(seed, "ticket", level))
+            before, weights = trained(small, Cell(seed, "ticket", level - 1))
+            after, _ = trained(small, Cell(seed, "ticket", level))
             assert not (after & ~before).any()
             for spec in LENET.weights:
                 span = spec.span
@@ -101,40 +105,39 @@ def test_level_k_prunes_the_trained_weights_of_level_k_minus_1(small: RunRecord)
 
 def test_tickets_and_random_masks_go_back_to_the_rewind_step(small: RunRecord) -> None:
     origin = init_weights(LENET, stream(0, "ticket", 0, "init"))
-    rewound = starts(small, Replica(0, "ticket", 1))
+    rewound = starts(small, Cell(0, "ticket", 1))
     assert not torch.equal(rewound, origin)  # 30 steps on
     assert (rewound - origin).abs().max() < 30 * 1.2e-3 * 1.5
-    for who in (Replica(0, "ticket", 2), Replica(0, "random-mask", 1), Replica(0, "random-mask", 2)):
+    for who in (Cell(0, "ticket", 2), Cell(0, "random-mask", 1), Cell(0, "random-mask", 2)):
         assert torch.equal(starts(small, who), rewound)
     assert torch.equal(
-        starts(small, Replica(1, "ticket", 0)), init_weights(LENET, stream(1, "ticket", 0, "init"))
+        starts(small, Cell(1, "ticket", 0)), init_weights(LENET, stream(1, "ticket", 0, "init"))
     )
 
 
 def test_reinit_is_the_tickets_mask_on_fresh_weights(small: RunRecord) -> None:
     # a peer redraws and then prunes what the fresh weights learn
     for level in (1, 2):
-        ticket = masks(small, Replica(0, "ticket", level))
+        ticket = masks(small, Cell(0, "ticket", level))
         drawn = []
         for draw in (0, 1):
-            who = Replica(0, "reinit", level, draw)
+            who = Cell(0, "reinit", level, draw)
             assert torch.equal(masks(small, who), ticket)
             assert np.array_equal(trained(small, who)[0], ticket.numpy())
             drawn.append(starts(small, who))
         assert not torch.equal(drawn[0], drawn[1])
         for weights in drawn:
             assert (
-                torch.corrcoef(torch.stack([weights, starts(small, Replica(0, "ticket", 0))]))[0, 1].abs()
-                < 0.02
+                torch.corrcoef(torch.stack([weights, starts(small, Cell(0, "ticket", 0))]))[0, 1].abs() < 0.02
             )
 
 
 def test_random_arms_shuffle_the_mask(small: RunRecord) -> None:
     # a peer's shuffle is a no-op: its random arm is the ticket
     for level in (1, 2):
-        ticket = masks(small, Replica(0, "ticket", level))
-        found = [masks(small, Replica(0, "random-mask", level))]
-        found += [masks(small, Replica(0, "random-reinit", level, draw)) for draw in (0, 1)]
+        ticket = masks(small, Cell(0, "ticket", level))
+        found = [masks(small, Cell(0, "random-mask", level))]
+        found += [masks(small, Cell(0, "random-reinit", level, draw)) for draw in (0, 1)]
         for i, mask in enumerate(found):
             assert LENET.params.kept(mask) == LENET.params.kept(ticket)
             for other in [ticket, *found[:i]]:
@@ -143,31 +146,31 @@ def test_random_arms_shuffle_the_mask(small: RunRecord) -> None:
 
 
 def test_pruned_weights_are_not_in_the_file(small: RunRecord) -> None:
-    sizes = [cell_path(small.path, Replica(0, "reinit", level)).stat().st_size for level in (1, 2)]
+    sizes = [cell_path(small.path, Cell(0, "reinit", level)).stat().st_size for level in (1, 2)]
     for level, size in zip((1, 2), sizes, strict=True):
         kept = sum(pruning.ladder(LENET.params, level, 0.2, "layer")[level].values())
         assert size < 4 * kept + 266_200 / 8 + 4 * 410 + 4000
 
 
 def test_the_ticket_can_be_rebuilt_from_the_folder(small: RunRecord) -> None:
-    arrays, header = load_arrays(cell_path(small.path, Replica(0, "ticket", 0)))
+    arrays, header = load_arrays(cell_path(small.path, Cell(0, "ticket", 0)))
     assert header["schema"] == "sparselth.cell/1"
     assert header["rewind_step"] == 30
-    weights = starts(small, Replica(0, "ticket", 1))
+    weights = starts(small, Cell(0, "ticket", 1))
     for spec in LENET.weights:
         assert arrays[f"rewind/{spec.name}"].shape == spec.shape
         values = torch.from_numpy(arrays[f"rewind/{spec.name}"]).flatten()
         assert torch.equal(values, weights[spec.span])
     np.testing.assert_array_equal(
-        small.mask(0, 2, "fc1.weight"), trained(small, Replica(0, "ticket", 2))[0][:235_200].reshape(300, 784)
+        small.mask(0, 2, "fc1.weight"), trained(small, Cell(0, "ticket", 2))[0][:235_200].reshape(300, 784)
     )
 
 
 def test_one_shot_takes_every_mask_from_the_dense_network(imp: Imp) -> None:
     record = imp("--one-shot", "--levels", "3", "--arms", "ticket", "--seeds", "0")
-    _, dense = trained(record, Replica(0, "ticket", 0))
+    _, dense = trained(record, Cell(0, "ticket", 0))
     for level, rung in enumerate(pruning.ladder(LENET.params, 3, 0.2, "layer")):
-        mask, _ = trained(record, Replica(0, "ticket", level))
+        mask, _ = trained(record, Cell(0, "ticket", level))
         if level:
             for spec in LENET.weights:
                 span = spec.span
@@ -198,7 +201,7 @@ def test_a_cell_does_not_depend_on_who_else_is_run(imp: Imp) -> None:
     # no config digest in the comparison: the runs differ, the cells must not
     many = imp("--levels", "1", "--seeds", "0-2", "--arms", ALL_ARMS, out="many")
     few = imp("--levels", "1", "--seeds", "2", "--arms", "random-reinit,ticket", out="few")
-    for who in few.config.replicas():
+    for who in few.config.cells():
         a, b = load_arrays(cell_path(many.path, who))[0], load_arrays(cell_path(few.path, who))[0]
         assert a.keys() == b.keys()
         assert all(np.array_equal(a[name], b[name]) for name in a)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from matplotlib import image
 from matplotlib.figure import Figure
 
-from sparselth.config import ImpConfig
+from sparselth.experiments.imp import ImpConfig
 from sparselth.models import get_model
 from sparselth.report import figures, stats, tables
 from sparselth.runs import RunRecord

@@ -1,0 +1,177 @@
+"""The command of an experiment: its flags to a configuration, and what `run` did, printed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+import click
+
+from sparselth.cli.options import PATH, as_flags, data_dir, flag, output
+from sparselth.config import Recipe
+from sparselth.errors import UsageError, unknown
+from sparselth.experiments.base import Experiment
+from sparselth.experiments.training import Training
+from sparselth.models import get_model
+
+if TYPE_CHECKING:
+    from sparselth.experiments.plan import Plan
+    from sparselth.experiments.price import Price
+
+EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted after saving."
+MACHINE = ("device", "kernels")  # flags of these fields come after what is trained
+
+
+def command(experiment: type[Experiment]) -> click.Command:
+    """The command of an experiment, with a flag for every field that has a help."""
+
+    @click.pass_context
+    def call(ctx: click.Context, /, **flags: Any) -> None:
+        source = click.core.ParameterSource.COMMANDLINE
+        _main(experiment, flags, {name for name in flags if ctx.get_parameter_source(name) is source})
+
+    text = f"{inspect.cleandoc(experiment.__doc__ or '')}\n\n{EXIT_CODES}"
+    return click.Command(experiment.name, callback=call, params=[*_params(experiment)], help=text)
+
+
+def _params(experiment: type[Experiment]) -> Iterator[click.Parameter]:
+    kinds, trains = get_type_hints(experiment), issubclass(experiment, Training)
+    own = [f for f in fields(experiment) if f.metadata.get("help")]
+    for f in own:
+        if f.name not in MACHINE:
+            yield flag(f, kinds[f.name])
+        if f.name == "dataset":
+            yield _option(data_dir)
+    if trains:
+        yield click.Option(
+            ["--recipe"],
+            type=click.Choice(["short", "paper"]),
+            default="short",
+            show_default=True,
+            help="How each network is trained: within minutes, or as in the 2019 paper.",
+        )
+        kinds |= get_type_hints(Recipe)
+        yield from (flag(f, kinds[f.name], recipes=True) for f in fields(Recipe) if f.metadata["help"])
+    yield from (flag(f, kinds[f.name]) for f in own if f.name in MACHINE)
+    yield click.Option(
+        ["--workers"], type=int, help="Worker processes on a CPU, one thread each.  [default: one per core]"
+    )
+    if trains:
+        yield click.Option(
+            ["--replicas"],
+            type=int,
+            help="Networks that a worker trains as one batch, at most.  "
+            "[default: on a CPU 1, on CUDA what fits]",
+        )
+        yield click.Option(
+            ["--deterministic"],
+            is_flag=True,
+            help="The same bits whoever trains beside a network: on CUDA our kernels alone; "
+            "on a CPU always so.",
+        )
+    where = "MODEL-DATASET-HASH" if trains else "HASH"
+    named = where if experiment.name == "imp" else f"{experiment.name.upper()}-{where}"
+    yield click.Option(["--out"], type=PATH, help=f"Folder of the run.  [default: runs/{named}]")
+    yield click.Option(
+        ["--resume"],
+        is_flag=True,
+        help="Go on with the run in --out, or begin it; flags not given are the run's.",
+    )
+    yield click.Option(
+        ["--dry-run"], is_flag=True, help="Say what would be done and what it costs, then stop."
+    )
+    if trains:
+        yield click.Option(
+            ["--price-on"],
+            metavar="DEVICE",
+            help="With --dry-run: the price on a device with recorded results too, e.g. h200.",
+        )
+    yield from output(click.command()(lambda: None)).params
+
+
+def _option(decorator: Any) -> click.Parameter:
+    (param,) = decorator(click.command()(lambda: None)).params
+    assert isinstance(param, click.Parameter)
+    return param
+
+
+def _main(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) -> None:
+    _inherit(experiment, flags, given)
+    config = _configured(experiment, flags)
+    config.check()  # before torch and data take their seconds
+    other_device = flags.get("price_on")
+    if other_device and not flags["dry_run"]:
+        raise UsageError("`price_on`: prices a plan that is not run; add `dry_run`")
+    if not flags["quiet"]:
+        _say("loading torch and the data ...")
+
+    from sparselth.cli.screen import Screen, plan_json, say_plan
+    from sparselth.experiments.run import plan, priced, run
+
+    names = ("out", "data_dir", "workers", "replicas", "deterministic")
+    arguments = {name: flags[name] for name in names if name in flags}
+    if flags["dry_run"]:
+        planned = plan(config, **arguments, note=_say)
+        there = _there(planned, other_device) if other_device else None
+        planned = priced(planned)
+        if flags["as_json"]:
+            schema = f"sparselth.{experiment.name}-plan/1"
+            print(json.dumps({"schema": schema} | plan_json(planned, there), indent=2))
+        else:
+            say_plan(planned, there)
+        return
+    screen = Screen(flags["quiet"])
+    record = run(config, **arguments, resume=flags["resume"], watcher=screen)
+    from sparselth.cli.show import report
+
+    report(record, flags["as_json"], screen.wall)
+    if not flags["as_json"]:
+        folder = record.path / "figures"
+        figures = ", ".join(file.name for file in sorted(folder.glob("*.png")))
+        print(f"\nfigures  {folder}: {figures}" if figures else "")
+        if screen.wall:
+            print(f"wall     {screen.compared()}")
+        print(f"run      {record.path}")
+
+
+def _inherit(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) -> None:
+    """With --resume, flags that were not given are those of the run in --out."""
+    out = flags["out"]
+    if not flags["resume"] or out is None or not (out / "config.json").exists():
+        return
+    from sparselth.runs import read_config
+
+    theirs = read_config(out)
+    if not isinstance(theirs, experiment):
+        return
+    values = dict(vars(theirs))
+    values |= vars(values.pop("recipe")) if isinstance(theirs, Training) else {}
+    for name, value in values.items():
+        if name in flags and name not in given:
+            flags[name] = value
+
+
+def _configured(experiment: type[Experiment], flags: dict[str, Any]) -> Experiment:
+    values = {f.name: flags[f.name] for f in fields(experiment) if f.metadata.get("help")}
+    if issubclass(experiment, Training):
+        recipes, name = get_model(flags["model"]).recipes, flags["recipe"]
+        if name not in recipes:
+            raise unknown("recipe", name, recipes)
+        own = [f.name for f in fields(Recipe) if f.metadata["help"] and flags[f.name] is not None]
+        values["recipe"] = replace(recipes[name], **{name: flags[name] for name in own})
+    return experiment(**values)
+
+
+def _there(plan: Plan, device: str) -> tuple[str, Price]:
+    from sparselth.experiments.price import recorded
+
+    assert isinstance(plan.config, Training)
+    return recorded(device, plan.config)
+
+
+def _say(text: str) -> None:
+    print(as_flags(text), file=sys.stderr, flush=True)

@@ -1,0 +1,130 @@
+"""What a person sees of a run: its plan and price, what happens to it, and what the usual loop would take."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sparselth.cli.options import as_flags
+from sparselth.cli.progress import duration, progress
+from sparselth.experiments.agenda import widest
+from sparselth.experiments.plan import Plan, Watcher
+from sparselth.experiments.price import Price
+from sparselth.experiments.training import Training
+
+LONG_SECONDS = 60  # from this predicted time on a run is compared with the usual loop
+There = tuple[str, Price]  # another device, and its prices
+
+
+class Screen(Watcher):
+    """Notes, the plan and the progress of a run on stderr; only notes if `quiet`."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.wall: dict[str, Any] | None = None  # what a long run took, beside the usual loop
+
+    def note(self, text: str) -> None:
+        print(as_flags(text), file=sys.stderr, flush=True)
+
+    def complete(self, plan: Plan) -> None:
+        if not self.quiet:
+            self.note(f"{plan.path}: all {len(plan.finished)} cells are finished; nothing to compute")
+
+    @contextmanager
+    def begin(self, plan: Plan) -> Iterator[Watcher]:
+        if not self.quiet:
+            say_plan(plan)
+        usual = _usual(plan)
+        began = time.perf_counter()
+        with progress(plan, self.quiet) as watcher:
+            yield watcher
+        if usual:
+            self.wall = {"seconds": time.perf_counter() - began, "workers": plan.workers} | usual
+
+    def compared(self) -> str:
+        """The run's wall time beside the usual loop's."""
+        wall = self.wall
+        assert wall is not None
+        training, evaluating = wall["usual_training_seconds"], wall["usual_evaluation_seconds"]
+        times, threads = (training + evaluating) / wall["seconds"], wall["usual_threads"]
+        return (
+            f"{duration(wall['seconds'])} for {wall['cells']} networks on {wall['workers']} workers. "
+            f"One after another by the usual loop\n         (DataLoader, autograd, torch.optim): training "
+            f"{duration(training)}, evaluation {duration(evaluating)}, {times:.0f} times as long;\n         "
+            f"extrapolated from {wall['usual_steps_timed']} steps on {threads} thread{'s' * (threads > 1)}"
+        )
+
+
+def _usual(plan: Plan) -> dict[str, Any] | None:
+    """What the missing cells of a long run would take the usual way, from a sample of two seconds."""
+    config, images = plan.config, plan.images
+    if images is None or not isinstance(config, Training) or (plan.seconds or 0) <= LONG_SECONDS:
+        return None
+    try:
+        from sparselth.measure import usual
+
+        found = usual.sample(config, images)
+    except (ImportError, RuntimeError):  # a torchvision that does not fit this torch
+        return None
+    cells = [cell for cell in config.cells() if cell not in plan.finished]
+    training, evaluating = found.run_seconds(config, images, cells)
+    return {
+        "cells": len(cells),
+        "usual_training_seconds": training,
+        "usual_evaluation_seconds": evaluating,
+        "usual_steps_timed": found.steps,
+        "usual_threads": found.threads,
+    }
+
+
+def plan_json(plan: Plan, there: There | None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "run": str(plan.path),
+        "config": plan.config.to_json(),
+        "cells": len(plan.config.cells()),
+        "workers": plan.workers,
+        "replicas": plan.limit,
+        "seconds": plan.seconds,
+        "bytes": plan.bytes,
+    }
+    if there:
+        name, seconds, size = _there(plan, there)
+        found["price_on"] = {"device": name, "seconds": seconds, "bytes": size}
+    return found
+
+
+def _there(plan: Plan, there: There) -> tuple[str, float, int]:
+    """Another device's name, seconds and bytes, where everything that can runs at once."""
+    (name, price), config, all_at_once = there, plan.config, 10**9
+    assert isinstance(config, Training)
+    seconds = price.run_seconds(config, plan.finished, 1, all_at_once)
+    return name, seconds, price.run_bytes(config, 1, all_at_once)
+
+
+def say_plan(plan: Plan, there: There | None = None) -> None:
+    """The first screen: what will be done and what it costs."""
+    config, limit, price = plan.config, plan.limit, plan.price
+    together = widest(config)
+    place = "one worker" if config.device == "cuda" else f"{plan.workers} workers, one thread each"
+    rows = config.plan(plan.images, len(plan.finished)) | {"device": f"{config.device} ({plan.why}), {place}"}
+    if limit > 1 or config.device == "cuda":
+        rows["batches"] = f"up to {limit} networks at once, of {together} that could run side by side"
+    if price and plan.seconds is not None and plan.bytes is not None:
+        first, last = (1e3 * price.batches[1] * price.levels[level] for level in (0, -1))
+        step = f"{first:.2f} ms a step" + (f", {last:.2f} at the last level" if last < first else "")
+        if limit > 1 and limit in price.batches:
+            step += f", {1e3 * price.batches[limit]:.2f} of {limit}"
+        size = f"{plan.bytes / 1e9 + 0.2:.1f} GB of memory"
+        rows["price"] = f"about {duration(plan.seconds)} ({step}), {size}"
+    if there:
+        name, seconds, bytes_ = _there(plan, there)
+        rows["there"] = (
+            f"about {duration(seconds)} on {name}, up to {together} networks at once, "
+            f"{bytes_ / 1e9:.1f} GB; from recorded steps"
+        )
+    for name, text in (rows | {"folder": str(plan.path)}).items():
+        print(f"{name:<9}{text}", file=sys.stderr)
+    sys.stderr.flush()

@@ -1,0 +1,111 @@
+"""What an experiment is: a configuration whose methods say what its cells need, compute and report.
+
+A file of this folder, or a plugin, registers one; it is then a command with a flag for every `option`, and
+`ls`, the agenda, workers, resume, `show` and --json know it. Imports no torch, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sparselth.config import EXPERIMENTS, Cell, Config
+
+if TYPE_CHECKING:
+    from sparselth.data import Images
+    from sparselth.data.batches import Resident
+    from sparselth.runs import RunRecord
+    from sparselth.train import Job
+
+E = TypeVar("E", bound=type["Experiment"])
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A computed cell: its line, its evaluations, what it took."""
+
+    cell: Cell
+    line: dict[str, Any]
+    evaluations: list[dict[str, Any]]
+    timings: dict[str, float]  # train_seconds in all; step_seconds, the median; of a batch its share
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where cells are computed: the run folder, the data on its device, whom to ask and tell meanwhile."""
+
+    run: Path
+    data: Resident | None  # of experiments that train
+    break_even: Mapping[str, float]
+    evaluated: Callable[[Sequence[Job]], None] = lambda jobs: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Config):
+    """A configuration that can be run. Its docstring is the help of its command."""
+
+    device = "cpu"  # an option where there is a choice
+
+    def needs(self, cell: Cell) -> tuple[Cell, ...]:
+        """The cells that must be finished before this one can start."""
+        return ()
+
+    def urgency(self, cell: Cell) -> Any:
+        """What cells that can start are sorted by: the least goes first."""
+        return cell.level
+
+    def compute(self, cells: Sequence[Cell], place: Place) -> list[Finished] | None:
+        """Compute cells together and write their files; None when stopped, after checkpoints were written.
+
+        Reads only files of finished cells and its own checkpoints, so it can run in any process.
+        """
+        raise NotImplementedError
+
+    @property
+    def folder(self) -> str:
+        """What a run's folder is called unless it is named."""
+        return f"{self.name}-{self.digest}"
+
+    @property
+    def title(self) -> str:
+        """The run in a line, for `ls runs`."""
+        return self.name
+
+    def about(self, cell: Cell) -> str:
+        """What is known of a cell before it is computed, beside its name."""
+        return ""
+
+    def plan(self, images: Images | None, finished: int) -> dict[str, str]:
+        """What will be done, a line each by its heading; so many of its cells are finished."""
+        return {}
+
+    def said(self, line: dict[str, Any]) -> str:
+        """What a finished cell found, for the line that tells of it."""
+        return ""
+
+    def table(self, record: RunRecord) -> str:
+        """The report of a run, finished or not, as text."""
+        raise NotImplementedError
+
+    def summary(self, record: RunRecord) -> list[dict[str, Any]]:
+        """The same as JSON objects."""
+        return []
+
+    def draw(self, record: RunRecord, folder: Path) -> None:
+        """Draw figures into a folder, if there are any and they are not there yet."""
+
+
+def register(experiment: E) -> E:
+    """Make an experiment known by its name, as a decorator."""
+    EXPERIMENTS.add(experiment.name, experiment)
+    return experiment
+
+
+def get_experiment(name: str) -> type[Experiment]:
+    """The experiment of that name; an unknown name raises UsageError with the nearest one."""
+    found = EXPERIMENTS[name]
+    assert issubclass(found, Experiment)
+    return found

@@ -1,0 +1,75 @@
+"""The plan of a run, and who is told how it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparselth.config import Cell
+from sparselth.data import Images
+from sparselth.experiments.base import Experiment, Finished
+from sparselth.experiments.price import Price
+from sparselth.experiments.training import Training
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done, where, and, once it is measured, at which price."""
+
+    config: Experiment  # with the data set and the device that are taken
+    images: Images | None
+    path: Path
+    why: str  # this device
+    workers: int
+    limit: int  # networks in a batch, at most
+    environment: dict[str, Any]
+    finished: frozenset[Cell] = frozenset()
+    price: Price | None = None  # only what trains has one
+
+    @property
+    def seconds(self) -> float | None:
+        """When the last missing cell will be finished."""
+        if self.price is None or not isinstance(self.config, Training):
+            return None
+        return self.price.run_seconds(self.config, self.finished, self.workers, self.limit)
+
+    @property
+    def bytes(self) -> int | None:
+        """Memory of all workers."""
+        if self.price is None or not isinstance(self.config, Training):
+            return None
+        return self.price.run_bytes(self.config, self.workers, self.limit)
+
+
+class Watcher:
+    """Who is told about a run; this one says nothing."""
+
+    def note(self, text: str) -> None:
+        """Something that a user must know."""
+
+    def begin(self, plan: Plan) -> AbstractContextManager[Watcher]:
+        """The plan, before the cells that are missing; within the context is told about these."""
+        return nullcontext(self)
+
+    def complete(self, plan: Plan) -> None:
+        """All cells are finished, nothing is computed."""
+
+    def started(self, worker: int, cells: Sequence[Cell]) -> None:
+        """A worker begins with cells."""
+
+    def evaluated(
+        self, worker: int, cells: Sequence[Cell], step: int, accuracy: float, steps_per_second: float
+    ) -> None:
+        """Networks that train together stand at a step; accuracy is the mean on the validation images."""
+
+    def finished(self, worker: int, done: Finished) -> None:
+        """A cell is recorded."""
+
+    def halved(self, cells: int, limit: int) -> None:
+        """Memory was short for as many cells at once; now there are `limit` at most."""
+
+    def tick(self) -> None:
+        """A quarter of a second has passed, or something has happened."""

@@ -1,0 +1,148 @@
+"""Run an experiment: what `sparselth NAME` does between its flags and what it prints.
+
+>>> config = ImpConfig(model="lenet-300-100", dataset="mnist5k", seeds=(0,), levels=3)
+>>> record = run(config, out=Path("runs/mine"), resume=True)
+>>> print(config.table(record))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sparselth import data, machine, runs
+from sparselth.data import DatasetSpec
+from sparselth.engine.paths import choose
+from sparselth.errors import UsageError
+from sparselth.experiments.agenda import widest
+from sparselth.experiments.base import Experiment
+from sparselth.experiments.plan import Plan, Watcher
+from sparselth.experiments.pool import Pool, available_workers
+from sparselth.experiments.training import Training
+from sparselth.models import get_model
+from sparselth.registry import plugins
+
+
+def plan(
+    config: Experiment,
+    *,
+    out: Path | None = None,
+    data_dir: Path | None = None,
+    workers: int | None = None,
+    replicas: int | None = None,
+    deterministic: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """What `run` would do, not priced yet; nothing is written. Arguments are as there."""
+    config.check()
+    for name, value in (("workers", workers), ("replicas", replicas)):
+        if value is not None and value < 1:
+            raise UsageError(f"`{name}` {value}: expected 1 or more")
+    environment = machine.environment()
+    images, why, even = None, "it trains nothing", dict[str, float]()
+    if isinstance(config, Training):
+        model = get_model(config.model)
+        named = config.dataset or None
+        _check_shapes(config.model, data.get_dataset(named or model.dataset))  # before it is downloaded
+        images = data.resolve(named, data_dir, note, model.dataset)
+        _check_shapes(config.model, images.spec)
+        device, why = machine.choose_device(config.device)
+        kernels = "triton" if deterministic and device == "cuda" else config.kernels
+        found: dict[str, Any] = {"dataset": images.spec.name, "device": device, "kernels": kernels}
+        config = replace(config, **found)
+        environment |= {"dataset": config.dataset, "data_sha256": images.digest}
+        paths = choose(kernels, device)
+        if paths.csr_linear.takes != "none":
+            from sparselth.engine.break_even import break_even
+
+            even = break_even(model, config.recipe.batch_size, paths.csr_linear.takes)
+    environment["break_even"] = even
+    if plugins():
+        environment["plugins"] = [str(file) for file in plugins()]
+    together, cuda = widest(config), config.device == "cuda"
+    return Plan(
+        config,
+        images,
+        out or Path("runs") / config.folder,
+        why,
+        1 if cuda else workers or available_workers(config.device),
+        min(replicas or (together if cuda else 1), together),
+        environment,
+    )
+
+
+def run(
+    config: Experiment,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    data_dir: Path | None = None,
+    workers: int | None = None,
+    replicas: int | None = None,
+    deterministic: bool = False,
+    watcher: Watcher | None = None,
+) -> runs.RunRecord:
+    """Compute what is missing of an experiment in the folder `out`, draw its figures and read it.
+
+    `out` is runs/ and the experiment's own name unless given; an unfinished run there is gone on with if
+    `resume`. The data set lies in `data_dir`, $SPARSELTH_DATA or the user's cache, and is downloaded into it
+    if need be. A CPU has `workers` processes, one a core unless given, that train up to `replicas` networks
+    as one batch; `deterministic` chooses the kernels whose bits do not depend on the batch. Raises
+    UsageError for what makes no experiment, Interrupted after a signal, SparselthError for all else that a
+    user can mend; what is finished is kept.
+    """
+    watcher = watcher or Watcher()
+    planned = plan(
+        config,
+        out=out,
+        data_dir=data_dir,
+        workers=workers,
+        replicas=replicas,
+        deterministic=deterministic,
+        note=watcher.note,
+    )
+    config, path = planned.config, planned.path
+    with runs.open_run(path, config, planned.environment, resume) as folder:
+        if other := folder.begun_elsewhere(planned.environment):
+            watcher.note(
+                f"note: {path} was begun on another machine ({other}); new cells may differ in the last bits"
+            )
+        planned = replace(planned, finished=frozenset(folder.finished))
+        if len(folder.finished) < len(config.cells()):
+            with Pool(config, planned.images, path, planned.workers, folder.break_even) as pool:
+                planned = _priced(planned, pool)
+                with watcher.begin(planned) as told:
+                    pool.run(folder, told, planned.limit)
+        else:
+            watcher.complete(planned)
+        record = runs.read(path)
+        config.draw(record, path / "figures")
+    return record
+
+
+def priced(plan: Plan) -> Plan:
+    """A plan with what a worker of its own has measured."""
+    with Pool(plan.config, plan.images, plan.path, 1, plan.environment["break_even"]) as pool:
+        return _priced(plan, pool)
+
+
+def _priced(plan: Plan, pool: Pool) -> Plan:
+    if not isinstance(plan.config, Training):
+        return plan
+    price, limit = pool.price(plan.limit)
+    return replace(plan, price=price, limit=limit)
+
+
+def _check_shapes(name: str, dataset: DatasetSpec) -> None:
+    model = get_model(name)
+    if dataset.shape != model.input:
+        raise UsageError(
+            f"`model` {name} takes images of {_shape(model.input)}, {dataset.name} has "
+            f"{_shape(dataset.shape)}; use `dataset` {model.dataset}"
+        )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,130 @@
+"""Experiments that train networks: one network a cell, from a mask and weights of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from sparselth.config import KERNELS, Cell, Recipe, option
+from sparselth.experiments.base import Experiment, Finished, Place
+from sparselth.models import MODELS, get_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparselth.data import Images
+
+
+def _datasets() -> Collection[str]:
+    from sparselth.data import DATASETS
+
+    return DATASETS
+
+
+def _different(seeds: tuple[int, ...]) -> str | None:
+    right = seeds and len(set(seeds)) == len(seeds) and min(seeds) >= 0
+    return None if right else "expected different numbers from 0 on"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Experiment):
+    """A network, a data set, seeds and a recipe; a subclass has `cells`, `start` and `table` at least."""
+
+    model: str = option("lenet5", "The network; see `sparselth ls models`.", choices=MODELS)
+    dataset: str = option(
+        "", "The data set; see `sparselth ls datasets`.  [default: the model's]", choices=_datasets
+    )
+    seeds: tuple[int, ...] = option((0, 1), "One network each: 3, 0-4 or 0,2,5.", _different)
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "Where to train.", choices=("auto", "cpu", "cuda")
+    )
+    kernels: str = option(
+        "auto",
+        "What the steps run on: the fastest here, our Triton kernels, or dense torch as the reference.",
+        choices=KERNELS,
+    )
+    recipe: Recipe = field(default=None)  # type: ignore[assignment]  # the model's first unless given
+    rewind = 0  # the step that tickets go back to; an option where there is a choice
+
+    def __post_init__(self) -> None:
+        if self.recipe is None:
+            object.__setattr__(self, "recipe", next(iter(get_model(self.model).recipes.values())))
+
+    def start(self, cell: Cell, place: Place) -> tuple[Tensor, Tensor]:
+        """The mask [M] of a cell, and the weights [P] it starts from, before the mask."""
+        raise NotImplementedError
+
+    def start_step(self, cell: Cell) -> int:
+        """The step that a cell starts at, with the learning rate of that step."""
+        return 0
+
+    def keep_step(self, cell: Cell) -> int | None:
+        """The step whose weights a cell's file keeps."""
+        return None
+
+    def rungs(self) -> list[dict[str, int]]:
+        """Weights that are left at every level, as `pruning.ladder` gives them; foretells what steps cost."""
+        from sparselth.pruning import ladder
+
+        return ladder(get_model(self.model).params, 0, 0.0, "layer")
+
+    def remaining(self) -> list[float]:
+        """The share of the weights that is left at every level."""
+        prunable = get_model(self.model).params.prunable
+        return [sum(rung.values()) / prunable for rung in self.rungs()]
+
+    def compute(self, cells: Sequence[Cell], place: Place) -> list[Finished] | None:
+        from sparselth.experiments.jobs import job, train
+
+        jobs = [
+            job(
+                *(cell, place, self.recipe, self.start(cell, place)),
+                *(self.start_step(cell), self.keep_step(cell)),
+            )
+            for cell in cells
+        ]
+        where = {
+            "model": self.model,
+            "dataset": self.dataset,
+            "config": self.digest,
+            "cell": "",  # each its own
+            "rewind_step": self.rewind,
+        }
+        return train(get_model(self.model), jobs, self.recipe, self.kernels, place, where)
+
+    @property
+    def folder(self) -> str:
+        return f"{self.name}-{self.model}-{self.dataset}-{self.digest}"
+
+    @property
+    def title(self) -> str:
+        seeds = ",".join(map(str, self.seeds))
+        return f"{self.name} of {self.model} on {self.dataset}, seeds {seeds}, {self.recipe.steps:,} steps"
+
+    def about(self, cell: Cell) -> str:
+        return f"{100 * self.remaining()[cell.level]:.1f} %"
+
+    def said(self, line: dict[str, Any]) -> str:
+        return (
+            f"{100 * line['weights_remaining']:.1f} % left: "
+            f"test {100 * line['accuracy_at_early_stop']:.2f} % at step {line['early_stop_step']:,}, "
+            f"{100 * line['final_accuracy']:.2f} % at the end"
+        )
+
+    def plan(self, images: Images | None, finished: int) -> dict[str, str]:
+        assert images is not None
+        model, recipe = get_model(self.model), self.recipe
+        rate = f"lr {recipe.lr:g}" + (f", warm-up {recipe.warmup:,}" if recipe.warmup else "")
+        rate += f", a tenth from {', '.join(f'{s:,}' for s in recipe.lr_drops)}" if recipe.lr_drops else ""
+        return {
+            "model": f"{model.name}, {model.params.prunable:,} prunable weights",
+            "data": f"{images.spec.title} from {images.source}",
+            "cells": f"seeds {', '.join(map(str, self.seeds))}; {counted(len(self.cells()), finished)}",
+            "training": f"{recipe.steps:,} steps of {recipe.batch_size} with {recipe.optimizer}, {rate}",
+        }
+
+
+def counted(cells: int, finished: int) -> str:
+    """A number of cells, and of those that are finished if there are any."""
+    return f"{cells} cells" + (f", {finished} of them finished" if finished else "")

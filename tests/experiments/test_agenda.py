@@ -1,0 +1,49 @@
+"""The agenda: every cell once, none early, what others wait for first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from sparselth.config import Cell
+from sparselth.experiments.agenda import Agenda, widest
+from sparselth.experiments.imp import ImpConfig
+
+Configs = Callable[..., ImpConfig]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("one_shot", [False, True])
+def test_an_agenda_hands_out_every_cell_once_and_no_cell_early(
+    config: Configs, limit: int, one_shot: bool
+) -> None:
+    plan = config(one_shot=one_shot)
+    agenda, done = Agenda(plan, ()), list[Cell]()
+    while cells := agenda.next(limit):
+        assert len(cells) <= limit
+        assert all({*plan.needs(cell)} <= {*done} for cell in cells)
+        done += cells
+        agenda.finished(cells)
+    assert len(done) == len(set(done))
+    assert set(done) == set(plan.cells())
+
+
+def test_batches_are_the_tickets_of_all_seeds_and_the_controls_beside_them(config: Configs) -> None:
+    agenda = Agenda(config(), ())
+    assert widest(config()) == 6
+    assert agenda.next(100) == [Cell(0, "ticket", 0), Cell(1, "ticket", 0)]
+    assert agenda.next(100) == []
+    agenda.finished([Cell(0, "ticket", 0), Cell(1, "ticket", 0)])
+    first = agenda.next(4)  # memory for four: the tickets, because everything waits for them, and two more
+    assert [who.arm for who in first] == ["ticket", "ticket", "reinit", "random-mask"]
+    agenda.finished(first)
+    second = agenda.next(4)
+    assert [(who.arm, who.level) for who in second] == [
+        ("ticket", 2),
+        ("ticket", 2),
+        ("reinit", 1),
+        ("random-mask", 1),
+    ]
+    agenda.back(second)
+    assert agenda.next(4) == second

@@ -1,0 +1,114 @@
+"""Workers: any number of cells in a batch, memory that is short, processes that are spawned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparselth.config import Cell
+from sparselth.experiments.base import Place
+from sparselth.experiments.imp import ImpConfig
+from sparselth.experiments.memory import is_out_of_memory
+from sparselth.runs import RunRecord, read
+
+
+def test_runs_are_the_same_at_any_number_of_replicas(
+    imp: Callable[..., RunRecord], run_contents: Callable[[Path], dict[str, bytes]]
+) -> None:
+    flags = [
+        "--levels",
+        "1",
+        "--seeds",
+        "0-1",
+        "--arms",
+        "ticket,random-mask",
+        "--workers",
+        "1",
+        "--kernels",
+        "reference",
+    ]
+    found = {}
+    for replicas in ("1", "3", "100"):
+        record = imp(*flags, "--replicas", replicas, out=replicas, steps=20)
+        files = run_contents(record.path)
+        found[replicas] = {name.removeprefix(replicas): content for name, content in files.items()}
+    assert found["1"] == found["3"] == found["100"]
+
+
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def out_of_memory_in_a_capture() -> None:
+    """As torch.cuda.graph ends: its exit raises, while the exception of the work is under way."""
+    try:
+        try:
+            out_of_memory()
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    except RuntimeError as error:
+        raise RuntimeError("no graph of a step") from error
+
+
+@pytest.mark.parametrize("fails", [out_of_memory, out_of_memory_in_a_capture])
+def test_a_batch_that_does_not_fit_is_halved(
+    fails: Callable[[], None],
+    cli: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    real = ImpConfig.compute
+
+    def short(config: ImpConfig, cells: Sequence[Cell], place: Place) -> Any:
+        if len(cells) > 2:
+            fails()
+        return real(config, cells, place)
+
+    monkeypatch.setattr(ImpConfig, "compute", short)
+    monkeypatch.chdir(tmp_path)
+    flags = "imp --model lenet-300-100 --dataset mnist5k --levels 1 --seeds 0-4 --arms ticket --workers 1"
+    code, _, err = cli(*flags.split(" "), "--replicas", "5", "--steps", "10", "--out", "run")
+    assert code == 0
+    assert "out of memory with 5 networks at once; going on with 2" in err
+    assert read(Path("run")).complete
+
+
+def test_an_error_is_not_out_of_memory_for_its_chain() -> None:
+    first, second = ValueError("wrong"), ValueError("wrong too")
+    first.__context__, second.__cause__ = second, first  # a ring
+    assert not is_out_of_memory(first)
+
+
+def test_one_network_that_does_not_fit_is_one_line(
+    cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def short(*_: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ImpConfig, "compute", short)
+    code, out, err = cli(
+        *[
+            "imp",
+            "--model",
+            "lenet-300-100",
+            "--dataset",
+            "mnist5k",
+            "--steps",
+            "10",
+            "--levels",
+            "1",
+            "--workers",
+            "1",
+            "-q",
+            "--out",
+            "run",
+        ]
+    )
+    assert (code, out) == (1, "")
+    assert "out of memory with one network on cpu; use a smaller --batch-size" in err
+    assert len(err.strip().splitlines()) == 1
