@@ -20,6 +20,7 @@ ORDER = [
     "streams",
     "files",
     "registry",
+    "check",
     "kernels",
     "clock",
     "machine",

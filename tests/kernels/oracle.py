@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from sparselth.check import ROUNDING, check
 from sparselth.kernels import _graphs
 from sparselth.measure.floors import precision as precision
 
@@ -23,12 +24,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 256  # elements before and behind every tensor of a check
 RESERVED = 2**26  # bytes
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
-UNIT = {  # the relative error of one rounding; in TF32 of a product, whose operands are cut off
-    "bf16": 2**-8,
-    "fp16": 2**-11,
-    "tf32": 2**-9,
-    "ieee": 2**-24,
-}
+PARTS = {"bf16": "bf16", "fp16": "fp16", "tf32": "tf32", "ieee": "fp32"}  # as `check` calls them
+UNIT = {part: ROUNDING[dtype] for part, dtype in PARTS.items()}
 NAN, INF = float("nan"), float("inf")
 T = TypeVar("T")
 
@@ -131,27 +128,20 @@ def compare(
     terms: Mapping[str, int],
     absolute: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
-    """Relative RMS errors against float64; Wrong beyond 3 times torch's own at the same dtype.
+    """RMS errors by `sparselth.check`, with torch's own in the same dtype; Wrong beyond what it allows.
 
-    Torch may be lucky, so at least half a rounding of the result counts as its own, and half of what a sum of
-    that many terms in fp32 loses in any order. `absolute` is the formula on absolute values: of results that
-    cancel it gives the size they could have had.
+    `absolute` is the formula on absolute values: of what cancels it gives the size it could have had.
     """
     errors = {}
     for name, r in right.items():
-        f, t = found[name], torchs[name]
-        if f.shape != r.shape:
-            raise Wrong(f"{name}: shape {list(f.shape)} instead of {list(r.shape)}")
-        size = float(r.double().norm())
+        scale = r
         if absolute is not None:
-            size = max(size, float(absolute[name].double().norm()) / terms[name] ** 0.5)
-        size = size or 1.0
-        error, own = (float((x.double() - r).norm()) / size for x in (f, t))
-        usual = UNIT[part] / 2 + 0.2 * UNIT["ieee"] * terms[name] ** 0.5
-        allowed = 3 * max(own, usual)
-        if not error <= allowed:
-            raise Wrong(f"{name}: error {error:.2e}, torch's own {own:.2e}, allowed {allowed:.2e}")
-        errors[name] = error
+            could = absolute[name].double() / terms[name] ** 0.5
+            scale = could if could.norm() > r.double().norm() else r
+        found_here = check(found[name], r, PARTS[part], terms=terms[name], own=torchs[name], scale=scale)
+        if found_here.fault:
+            raise Wrong(f"{name}: {found_here.fault}")
+        errors[name] = found_here.error
     return errors
 
 
