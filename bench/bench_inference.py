@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from sparselth.measure.asked import Cell
 from sparselth.measure.floors import Anchors
 from sparselth.measure.layers import parse
 from sparselth.measure.memory import keep_freed
-from sparselth.measure.race_layers import Bench, Cell
+from sparselth.measure.race_layers import Bench
 from sparselth.measure.rivals import rivals
 from sparselth.report.bench_tables import table
 

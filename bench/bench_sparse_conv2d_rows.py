@@ -18,7 +18,7 @@ from sparselth.kernels import _native
 from sparselth.kernels import sparse_conv2d_rows as sr
 from sparselth.kernels.sparse_conv2d import Conv2dIndex, bind_sparse_conv2d
 from sparselth.measure.layers import parse
-from sparselth.sparse.formats import columns, image
+from sparselth.sparse.forms.stage import columns, image
 
 LAYERS = (
     "64x64x3x3@32x32",

@@ -131,10 +131,11 @@ def bench(
         result = _network(run, level, seed, model, train, sparsities[0], batches, data_dir, chosen, say)
         rows, text, failed = result.rows, result.text, result.failed
     else:
-        from sparselth.measure import race_layers as measure
+        from sparselth.measure.asked import Asked
+        from sparselth.measure.race_layers import bench_layers
 
-        asked = measure.Asked(chosen, sparsities, shapes, batches, dtypes, kinds, run, level, seed)
-        outcome = measure.bench_layers(asked, QUICK if quick else SECONDS, say)
+        asked = Asked(chosen, sparsities, shapes, batches, dtypes, kinds, run, level, seed)
+        outcome = bench_layers(asked, QUICK if quick else SECONDS, say)
         rows, failed, facts = outcome.rows, outcome.failed, facts | outcome.anchors
         more = {"left_out": outcome.left_out, "notes": outcome.notes}
         text = bench_tables.report(rows, facts, outcome.left_out, outcome.notes, every or len(rows) <= FEW)

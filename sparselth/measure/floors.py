@@ -20,13 +20,8 @@ from typing import Any
 import torch
 
 from sparselth import clock
+from sparselth.check import DTYPES
 
-DTYPES = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 SIZES = (1 << 15, 1 << 18, 1 << 21, 1 << 24, 1 << 26, 1 << 28)  # bytes, on a CPU
 SIDES = (512, 1024, 2048)  # of square products, on a CPU
 SECONDS = 0.12  # for each size

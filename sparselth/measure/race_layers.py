@@ -13,57 +13,28 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparselth import clock, runs
-from sparselth.errors import UsageError
+from sparselth import clock
+from sparselth.check import DTYPES, LARGEST, check
 from sparselth.measure import memory
-from sparselth.measure.floors import DTYPES, SLACK, Anchors, precision
-from sparselth.measure.layers import Layer, block_of, defaults, distinct, facts, mask_of, of_model, parse
-from sparselth.measure.rivals import Bound, Case, Form, Rival, product, rivals
-from sparselth.models import get_model
+from sparselth.measure.asked import Asked, Cell
+from sparselth.measure.floors import SLACK, Anchors, precision
+from sparselth.measure.layers import facts, mask_of
+from sparselth.measure.rivals import Bound, Case, Ready, Rival, product, rivals
 
 Row = dict[str, Any]
-TOLERANCE = {"fp32": 1e-5, "tf32": 5e-3, "bf16": 2e-2, "fp16": 3e-3}  # relative to the largest |y|
 EXACT = 2e9  # FLOPs that float64 is given for one check
 EVEN = 0.97  # `auto` below that share of dense at its best is said
 WINOGRAD = 4  # how much less than the plain sum a 3x3 convolution of the vendor's may multiply on CUDA
 AGAIN = 6  # times that the floors are measured again
 
-ORDER = 64, 1, 256, 8, 1024, 4096  # batches of the default table
-SWEEP = Layer((2048, 2048), origin="square")  # where the break-even sparsity is sought
-SWEEP_BATCHES, SWEEP_SPARSITIES = (64, 1, 8, 256), (0.3, 0.5, 0.7, 0.8, 0.95)
-SWEPT = "dense eager", "dense columns", "CSR", "csr_linear", "csr_packed", "slot_linear"
-BLOCKED = "128x128x3x3@16x16", "512x512x3x3@4x4"  # convolutions of it that are pruned in blocks, too
 LARGEST_CPU = 1.5e10  # FLOPs of one dense call in the default table on a CPU
 CELL, CALLS = 0.3, 60  # seconds that a cell takes about, and dense calls
 COMPILING = 0.12  # share of the time for torch.compile
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is measured at once; `mask`: that of a ticket, instead of a drawn one."""
-
-    layer: Layer
-    batch: int
-    dtype: str
-    kind: str
-    sparsity: float
-    mask: Tensor | None = None
-    only: tuple[str, ...] = ()  # rivals; () is all
-
-    @property
-    def text(self) -> str:
-        return f"{self.layer.text}, batch {self.batch:,}, {self.dtype}, {self.kind} {100 * self.sparsity:g} %"
-
-    @property
-    def flops(self) -> int:
-        """Of the dense product."""
-        return self.layer.flops() * self.batch
 
 
 @dataclass
@@ -84,7 +55,7 @@ class Bench:
         with precision(cell.dtype), torch.no_grad():
             case, mask = self.case(cell)
             fitting = [r for r in self.rivals if r.fits(case) and self._wanted(r, cell)]
-            right = _Right(case)
+            right = _Reference(case)
             entries: list[_Entry] = []
             for rival in fitting:
                 entry = self._entry(rival, case, right)
@@ -111,7 +82,7 @@ class Bench:
         weight, x = weight.to(self.device, dtype), x.to(self.device, dtype)
         return Case(layer, cell.dtype, self.device, weight, x, block, dead), mask
 
-    def _entry(self, rival: Rival, case: Case, right: _Right) -> _Entry | None:
+    def _entry(self, rival: Rival, case: Case, right: _Reference) -> _Entry | None:
         """A rival made ready and checked; None, with a note, where torch cannot do it here."""
         try:
             began = self._now()
@@ -121,7 +92,7 @@ class Bench:
                 self.compile_seconds -= conversion
             bound = form.bind(case.x)
             y = bound[1]()
-            error, fault = right.check(y, rival)
+            error, fault = right.check(y)
         except (RuntimeError, ValueError, ImportError) as problem:
             text = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
             if rival.kind == "ours":
@@ -277,14 +248,14 @@ def _finalists(entries: list[_Entry], found: Timings) -> set[str]:
     return {f"first {min(group, key=lambda e: times[e]).rival.name}" for group in groups if group}
 
 
-def _once(form: Form, x: Tensor) -> None:
+def _once(form: Ready, x: Tensor) -> None:
     form.bind(x)[0]()
 
 
 @dataclass(eq=False)
 class _Entry:
     rival: Rival
-    form: Form | None
+    form: Ready | None
     bound: Bound | None
     conversion: float
     error: float | None
@@ -295,8 +266,8 @@ class _Entry:
     flops: int = 0
 
 
-class _Right:
-    """float64 on samples of the batch, and dense in the case's own dtype on all of it."""
+class _Reference:
+    """float64 on samples of the batch, and torch's product in the case's own dtype on all of it."""
 
     def __init__(self, case: Case) -> None:
         self.case, batch = case, len(case.x)
@@ -305,64 +276,27 @@ class _Right:
         self.samples = torch.unique_consecutive(spread).to(case.x.device)
         run = product(case)
         self.exact = run(case.x[self.samples].double(), case.weight.double())
-        self.scale = float(self.exact.abs().max()) or 1.0
-        self.dense: Tensor | None = None if len(self.samples) == batch else run(case.x, case.weight)
+        self.dense = run(case.x, case.weight)
 
-    def check(self, y: Tensor, rival: Rival) -> tuple[float, str | None]:
-        """The largest error relative to the largest |y|, and what is wrong."""
-        wanted = (len(self.case.x), *self.case.layer.outputs)
-        if y.shape != wanted:
-            return math.inf, f"shape {list(y.shape)} instead of {list(wanted)}"
-        error = float((y[self.samples].double() - self.exact).abs().max()) / self.scale
-        rest = 0.0 if self.dense is None else float((y - self.dense).abs().max()) / self.scale
-        most = TOLERANCE[self.case.dtype]
-        if not error <= most or not rest <= 2 * most:  # NaN is no number below the bound
-            wrong = error if not error <= most else rest
-            return error, f"error {wrong:.1e} against float64, {most:.0e} allowed"
-        return error, None
+    def check(self, y: Tensor) -> tuple[float | None, str | None]:
+        """The largest error relative to the largest |y|, None where that is no number, and what is wrong."""
+        dtype, terms = self.case.dtype, math.prod(self.case.layer.shape[1:])
+        if y.shape != self.dense.shape:
+            return None, f"shape {list(y.shape)} instead of {list(self.dense.shape)}"
+        own, bound = self.dense[self.samples], LARGEST[dtype]
+        found = check(y[self.samples], self.exact, dtype, terms=terms, own=own, largest=bound)
+        fault = found.fault
+        if not fault and len(self.samples) < len(y):
+            rest = check(y, self.dense, dtype, terms=terms, own=self.dense, largest=2 * bound)
+            near = rest.error <= 2 * found.allowed and rest.largest <= rest.allowed_largest
+            fault = None if near else f"{rest.fault}, where the dense product stands for it"
+        return (found.largest if math.isfinite(found.largest) else None), fault
 
 
 def _moved(case: Case, mask: Tensor) -> int:
     """Numbers of x that a kept weight reads."""
     live = int(mask.transpose(0, 1).flatten(1).any(1).sum())
     return case.x.numel() // case.layer.shape[1] * live
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the user asked for; () is the default."""
-
-    device: str
-    sparsities: tuple[float, ...]
-    shapes: tuple[str, ...] = ()
-    batches: tuple[int, ...] = ()
-    dtypes: tuple[str, ...] = ()
-    kinds: tuple[str, ...] = ()
-    run: Path | None = None  # whose tickets' masks are taken
-    level: int | None = None
-    seed: int | None = None
-
-    @property
-    def exact(self) -> bool:
-        """Whether the layers are named, and so measured however long it takes."""
-        return bool(self.shapes) or self.run is not None
-
-    def cells(self) -> list[Cell]:
-        """Most wanted first."""
-        layers = distinct(parse(text) for text in self.shapes) or defaults()
-        batches = self.batches or tuple(sorted(ORDER))
-        dtypes = self.dtypes or (("fp32", "tf32", "bf16", "fp16") if self.device == "cuda" else ("fp32",))
-        if self.run is not None:
-            masks = ticket_masks(self.run, self.level, self.seed, self.sparsities[0])
-            return [
-                Cell(layer, batch, dtype, "magnitude", 1 - float(mask.float().mean()), mask)
-                for dtype in dtypes
-                for batch in batches
-                for layer, mask in masks
-            ]
-        if self.exact or self.batches or self.dtypes or self.kinds:
-            return cells(layers, batches, dtypes, self.kinds or ("random",), self.sparsities)
-        return default_cells(self.device, self.sparsities, layers)
 
 
 @dataclass(frozen=True)
@@ -399,68 +333,3 @@ def bench_layers(asked: Asked, seconds: float, say: Callable[[str], None]) -> Ou
         say(f"{i + 1} of {len(wanted)}: {cell.text}")
         rows += bench.measure(cell)
     return Outcome(rows, left_out, bench.notes, anchors.facts())
-
-
-def ticket_masks(
-    run: Path, level: int | None, seed: int | None, sparsity: float
-) -> list[tuple[Layer, Tensor]]:
-    """The layers of a run's network with the masks of a ticket; without a level, of the nearest sparsity."""
-    record = runs.read(run)
-    model = get_model(record.config.model)
-    points = [p for p in record.points if p["arm"] == "ticket" and p["level"] > 0]
-    points = [p for p in points if seed is None or p["seed"] == seed]
-    points = [p for p in points if level is None or p["level"] == level]
-    if not points:
-        which = "" if level is None else f" of level {level}"
-        whose = "" if seed is None else f" of seed {seed}"
-        raise UsageError(f"--run {run}: no finished ticket{which}{whose}; `sparselth show {run}` lists them")
-    point = min(points, key=lambda p: (abs(1 - p["weights_remaining"] - sparsity), p["seed"]))
-    return [
-        (
-            layer,
-            torch.from_numpy(record.mask(point["seed"], point["level"], spec.name).copy()).view(layer.shape),
-        )
-        for layer, spec in zip(of_model(model), model.weights, strict=True)
-    ]
-
-
-def default_cells(device: str, sparsities: Sequence[float], layers: Sequence[Layer]) -> list[Cell]:
-    """The default table, most wanted first: what tells the break-even, then every layer at some batch."""
-    every = [
-        [Cell(layer, batch, "fp32", "random", s) for s in sparsities for layer in layers] for batch in ORDER
-    ]
-    dtypes = ("tf32", "bf16", "fp16") if device == "cuda" else ("bf16", "fp16")
-    squares = [layer for layer in layers if layer.origin == "square"]
-    small = [layer for layer in squares if device == "cuda" or layer.shape[0] <= SWEEP.shape[0]]
-    others = cells(squares if device == "cuda" else small[:1], (64, 1), dtypes, ("random",), sparsities)
-    filters = [layer for layer in layers if layer.text in BLOCKED]
-    blocks = cells([*small, *filters], (64, 1), ("fp32",), ("block",), sparsities)
-    if device == "cuda":
-        blocks += cells([*squares, *filters], (4096, 64, 1), ("bf16",), ("block",), sparsities)
-    sweep = [
-        Cell(SWEEP, batch, "fp32", "random", s, only=() if s in sparsities else SWEPT)
-        for batch in SWEEP_BATCHES
-        for s in sorted({*sparsities, *(SWEEP_SPARSITIES if len(sparsities) == 1 else ())})
-    ]
-    found = [*sweep, *every[0], *every[1], *blocks, *others, *(cell for row in every[2:] for cell in row)]
-    seen = {cell.text: cell for cell in reversed(found)}
-    return [cell for cell in found if seen[cell.text] is cell]
-
-
-def cells(
-    layers: Sequence[Layer],
-    batches: Sequence[int],
-    dtypes: Sequence[str],
-    kinds: Sequence[str],
-    sparsities: Sequence[float],
-) -> list[Cell]:
-    """All that was asked for; blocks only of weights that are large enough for them."""
-    return [
-        Cell(layer, batch, dtype, kind, sparsity)
-        for sparsity in sparsities
-        for dtype in dtypes
-        for kind in kinds
-        for batch in batches
-        for layer in layers
-        if kind == "random" or block_of(layer)
-    ]

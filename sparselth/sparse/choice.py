@@ -12,36 +12,31 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from sparselth.check import Checked, check
+from sparselth.kernels._graphs import capture, warm_up
 from sparselth.kernels.step_parts import Call
 from sparselth.sparse.compaction import Part, Select
 from sparselth.sparse.device import Device
-from sparselth.sparse.formats import SPARSE, Columns, Format, Rows, Stage, halves, has_native
+from sparselth.sparse.forms import Formed, Stage, fitting
+from sparselth.sparse.forms.conv import is_square
+from sparselth.sparse.forms.dense import halves
 from sparselth.sparse.network import Chain, bound, turn
 from sparselth.sparse.times import Cache
 
 MARGIN = 1.03
-TOLERANCE = 1e-5  # relative RMS against float64
-ROUNDINGS = 3  # times the error of torch's own in the same dtype
 
 
 @dataclass(frozen=True)
 class Trial:
-    """All ways to compute one stage, with their times and errors."""
+    """All ways to compute one stage, with their times and what was found of their errors."""
 
     stage: Stage
-    forms: list[Format]
+    forms: list[Formed]
     times: dict[str, float]
-    errors: dict[str, float]
-    allowed: float  # error
+    checks: dict[str, Checked]
 
-    def right(self) -> list[Format]:
-        return [form for form in self.forms if form.name == "dense" or self.errors[form.name] <= self.allowed]
-
-
-def allowed(own: float, rounding: float) -> float:
-    """The largest error beside torch's own; torch may be lucky, so one rounding counts at least."""
-    own = max(own, rounding) if math.isfinite(own) else 0.0
-    return max(TOLERANCE, ROUNDINGS * own)
+    def right(self) -> list[Formed]:
+        return [form for form in self.forms if form.name == "dense" or not self.checks[form.name].fault]
 
 
 def stages(parts: list[Part]) -> list[Stage]:
@@ -66,32 +61,49 @@ def _takes_relu(stage: Stage) -> bool:
 
 
 def _takes_pool(stage: Stage, pool: nn.Module) -> bool:
-    module = stage.part.module
-    takes = isinstance(module, nn.Conv2d) and has_native(module)
-    return takes and isinstance(pool, nn.MaxPool2d) and halves(pool)
+    return is_square(stage.part.module) and isinstance(pool, nn.MaxPool2d) and halves(pool)
 
 
 def try_all(
     stages: list[Stage], example: Tensor, device: Device, cache: Cache, left_out: dict[str, str]
 ) -> list[Trial]:
-    """Check and time every form of every stage on the activations that the example makes."""
+    """Check and time every form of every stage on the activations that the example makes.
+
+    What this machine, this library or the form itself cannot do is `left_out`, and why: form -> reason.
+    """
     trials, x, sample = [], example, device.layer_clock()
     for stage in stages:
-        forms = device.formats(stage, x, left_out)
-        calls = {form.name: bound(form, x) for form in forms}
-        reference, exact = stage.double(x)
-        errors, timed = {}, {}
-        for name, (call, result) in calls.items():
-            y = result()
-            errors[name] = error(y, reference, exact)
-            if not device.is_free(y, x):
-                timed[name] = call
-        times = dict.fromkeys(calls, 0.0)
-        if timed:
-            times |= cache.times(stage.place.key, timed, sample)
-        most = allowed(errors["dense"], device.rounding(stage.part.module))
-        trials.append(Trial(stage, forms, times, errors, most))
-        x = calls["dense"][1]()
+        forms: list[Formed] = []
+        calls: dict[str, Call] = {}
+        checks: dict[str, Checked] = {}
+        dense, (reference, exact) = x, stage.double(x)
+        for entry in fitting(stage, device, len(x)):
+            try:
+                form = entry.of(stage, device, len(x))
+                call, result = bound(form, x)
+                y = result()
+                free = device.is_free(y, x)
+                if device.cuda and not free:
+                    warm_up(result)
+                    capture(result)
+            except Exception as error:  # no such library, too little shared memory, a compiler's error
+                if entry.name == "dense":
+                    raise
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                left_out[f"{stage.place.name} {entry.name}"] = reason
+                continue
+            if entry.name == "dense":
+                dense = y
+            words = device.precision(stage.part.module)
+            checks[form.name] = check(y, reference, words, terms=stage.terms, own=dense, scale=exact)
+            forms.append(form)
+            if not free:
+                calls[form.name] = call
+        times = {form.name: 0.0 for form in forms}
+        if calls:
+            times |= cache.times(stage.place.key, calls, sample)
+        trials.append(Trial(stage, forms, times, checks))
+        x = dense
     return trials
 
 
@@ -103,39 +115,30 @@ def double(parts: list[Part], example: Tensor) -> Tensor:
     return x
 
 
-def error(y: Tensor, reference: Tensor, scale: Tensor) -> float:
-    """RMS of the difference relative to that of `scale`."""
-    off, size = (y.double() - reference).square().mean().sqrt(), scale.square().mean().sqrt()
-    return float(off / size) if size > 0 else float(off)
-
-
-def paths(trials: list[Trial], device: Device, cache: Cache) -> dict[str, list[Format]]:
+def paths(trials: list[Trial], device: Device, cache: Cache) -> dict[str, list[Formed]]:
     """The cheapest path of dense forms, of all, and of ours wherever we have one."""
     every = [trial.right() for trial in trials]
-    dense: list[list[Format]] = [
-        [form for form in forms if isinstance(form, Rows) and form.name not in SPARSE] for forms in every
-    ]
-    label, names = device.ours
-    ours = [[form for form in forms if form.name in names] or forms for forms in every]
+    dense = [[form for form in forms if form.kind == "dense" and not form.in_columns] for forms in every]
+    ours = [[form for form in forms if form.kind == "ours"] or forms for forms in every]
     sample = device.layer_clock()
 
     def moves(shape: tuple[int, ...]) -> dict[tuple[str, str], float]:
         return _moves(shape, device, cache, sample)
 
     layouts = [moves(trial.stage.before) for trial in trials] + [moves(trials[-1].stage.after)]
-    allowed = {"dense": dense, "mixed": every, label: ours}
-    return {name: _cheapest(trials, forms, layouts) for name, forms in allowed.items()}
+    kinds = {"dense": dense, "mixed": every, device.ours: ours}
+    return {name: _cheapest(trials, forms, layouts) for name, forms in kinds.items()}
 
 
 def _cheapest(
-    trials: list[Trial], allowed: list[list[Format]], moves: list[dict[tuple[str, str], float]]
-) -> list[Format]:
+    trials: list[Trial], allowed: list[list[Formed]], moves: list[dict[tuple[str, str], float]]
+) -> list[Formed]:
     """Of the forms allowed for each stage; `moves` are the seconds of changes of layout before it."""
-    best: dict[str, tuple[float, list[Format]]] = {"rows": (0.0, [])}
+    best: dict[str, tuple[float, list[Formed]]] = {"rows": (0.0, [])}
     for trial, forms, move in zip(trials, allowed, moves[:-1], strict=True):
-        found: dict[str, tuple[float, list[Format]]] = {}
+        found: dict[str, tuple[float, list[Formed]]] = {}
         for form in forms:
-            cost = trial.times[form.name] * (MARGIN if form.name in SPARSE else 1)
+            cost = trial.times[form.name] * (1 if form.kind == "dense" else MARGIN)
             for layout, (before, path) in best.items():
                 total = before + move[layout, form.layout] + cost
                 if total < found.get(form.gives, (math.inf,))[0]:
@@ -173,7 +176,7 @@ def _moves(
 
 
 def race(
-    plans: dict[str, list[Format]],
+    plans: dict[str, list[Formed]],
     networks: dict[str, Callable[[Tensor], Tensor]],
     example: Tensor,
     device: Device,
@@ -190,12 +193,11 @@ def race(
     return {name: times[label] for name, label in found.items()}
 
 
-def _fingerprint(plan: list[Format]) -> str:
+def _fingerprint(plan: list[Formed]) -> str:
     text = "; ".join(f"{form.name}: {form.place.key}" for form in plan)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def handicap(plan: list[Format]) -> float:
+def handicap(plan: list[Formed]) -> float:
     """What torch does not do densely by itself wins by 3 % or not at all."""
-    ours = any(isinstance(form, Columns) or form.name in SPARSE for form in plan)
-    return MARGIN if ours else 1.0
+    return MARGIN if any(form.in_columns or form.kind != "dense" for form in plan) else 1.0

@@ -11,40 +11,41 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from sparselth.check import ROUNDING, Checked, check
 from sparselth.kernels import _native
-from sparselth.sparse.choice import Trial, allowed, double, error, handicap, paths, race, stages, try_all
+from sparselth.sparse.choice import Trial, double, handicap, paths, race, stages, try_all
 from sparselth.sparse.compaction import Part, Units, compact_parts, pruned_parts
 from sparselth.sparse.device import DTYPES, Device
-from sparselth.sparse.formats import SPARSE, Format, plain
+from sparselth.sparse.forms import FORMS, Formed
 from sparselth.sparse.network import network
 from sparselth.sparse.times import Cache
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What is known of one Linear or Conv2d: seconds and relative RMS errors by candidate."""
+    """What is known of one Linear or Conv2d: seconds and errors by candidate."""
 
     name: str
     shape: tuple[int, ...]
     density: float
     times: dict[str, float]
-    errors: dict[str, float]
+    checks: dict[str, Checked]
     chosen: str
     bytes: int  # of weights, indices and biases
     dense_bytes: int  # the same of the layer before compaction
     conversion: float  # seconds to make the chosen form
-    allowed: float  # error: by a few roundings of the dtype, as the dense product
+    dense_seconds: float  # of the fastest dense form
 
     @property
     def pays_after(self) -> float:
         """Calls until the conversion has paid for itself against the best dense candidate; inf: never."""
-        gain = min(t for name, t in self.times.items() if name not in SPARSE) - self.times[self.chosen]
+        gain = self.dense_seconds - self.times[self.chosen]
         return math.ceil(self.conversion / gain) if gain > 0 and self.conversion else math.inf
 
 
@@ -55,8 +56,7 @@ class Report:
     layers: list[LayerReport]
     units: list[Units]
     networks: dict[str, float]  # seconds of whole networks
-    errors: dict[str, float]  # of whole networks
-    allowed: float  # error
+    checks: dict[str, Checked]  # of whole networks
     chosen: str
     seconds: float  # all of `convert`
     left_out: dict[str, str]  # candidates that this device or library cannot do, and why
@@ -73,7 +73,7 @@ class Converted(nn.Module):
     no state_dict, no pickle. On a CPU calls from several threads take turns.
     """
 
-    def __init__(self, plan: list[Format], report: Report, device: Device) -> None:
+    def __init__(self, plan: list[Formed], report: Report, device: Device) -> None:
         super().__init__()
         self.plan, self.report = plan, report
         self.run, self.before = network(plan), plan[0].place.before
@@ -140,14 +140,13 @@ def convert(
             parts, units = _parts(compacted.names, compacted.model, example), compacted.units
         cache = Cache(len(example), device.key)
         trials = try_all(stages(parts), example, device, cache, left_out)
-        plans = paths(trials, device, cache) | {"original": [plain(stage) for stage in stages(original)]}
+        plain = [FORMS["dense"].of(stage, device, len(example)) for stage in stages(original)]
+        plans = paths(trials, device, cache) | {"original": plain}
         networks = {name: network(plan) for name, plan in plans.items()}
-        reference = double(original, example)
-        errors = {name: error(run(example), reference, reference) for name, run in networks.items()}
+        checks = _checks(networks, original, example, device)
         times = race(plans, networks, example, device, cache)
         cache.save()
-    most = allowed(errors["original"], max(device.rounding(part.module) for part in original))
-    right = [name for name in plans if name == "original" or errors[name] <= most]
+    right = [name for name in plans if name == "original" or not checks[name].fault]
     chosen = min(right, key=lambda name: times[name] * handicap(plans[name]))
     report = Report(
         len(example),
@@ -155,8 +154,7 @@ def convert(
         _layer_reports(trials, plans[chosen], original),
         units,
         times,
-        errors,
-        most,
+        checks,
         chosen,
         time.perf_counter() - began,
         left_out,
@@ -185,18 +183,12 @@ def explain(converted: Converted) -> str:
                 f"{layer.dense_bytes:,}",
                 _duration(layer.conversion),
                 pays,
-                ", ".join(
-                    _candidate(name, layer.times[name], layer.errors[name], layer.allowed)
-                    for name in layer.times
-                ),
+                ", ".join(_candidate(name, layer.times[name], layer.checks[name]) for name in layer.times),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    networks = [
-        _candidate(name, report.networks[name], report.errors[name], report.allowed)
-        for name in report.networks
-    ]
+    networks = [_candidate(name, report.networks[name], report.checks[name]) for name in report.networks]
     gain = report.networks["original"] / report.networks[report.chosen]
     lines += [
         f"whole network, batch {report.batch}, {report.device}, changes of layout counted: "
@@ -226,7 +218,19 @@ def _parts(names: list[str], model: nn.Sequential, example: Tensor) -> list[Part
     return found
 
 
-def _layer_reports(trials: list[Trial], plan: list[Format], original: list[Part]) -> list[LayerReport]:
+def _checks(
+    networks: Mapping[str, Callable[[Tensor], Tensor]], original: list[Part], example: Tensor, device: Device
+) -> dict[str, Checked]:
+    """Of whole networks, by the layer that is multiplied least precisely and the longest of their sums."""
+    reference, own = double(original, example), networks["original"](example)
+    words = max((device.precision(part.module) for part in original), key=lambda name: ROUNDING[name])
+    terms = max(stage.terms for stage in stages(original))
+    return {
+        name: check(run(example), reference, words, terms=terms, own=own) for name, run in networks.items()
+    }
+
+
+def _layer_reports(trials: list[Trial], plan: list[Formed], original: list[Part]) -> list[LayerReport]:
     forms = {form.place.name: form for form in plan}
     dense = {stage.part.name: stage.dense_bytes for stage in stages(original)}
     found = []
@@ -241,19 +245,22 @@ def _layer_reports(trials: list[Trial], plan: list[Format], original: list[Part]
                     tuple(weight.shape),
                     trial.stage.kept / weight.numel(),
                     trial.times,
-                    trial.errors,
+                    trial.checks,
                     form.name,
                     form.bytes,
                     dense[name],
                     form.seconds,
-                    trial.allowed,
+                    min(trial.times[form.name] for form in trial.forms if form.kind == "dense"),
                 )
             )
     return found
 
 
-def _candidate(name: str, taken: float, error: float, allowed: float) -> str:
-    wrong = "" if error <= allowed or name in ("dense", "original") else f" (wrong by {error:.0e}, not taken)"
+def _candidate(name: str, taken: float, found: Checked) -> str:
+    wrong = ""
+    if found.fault and name not in ("dense", "original"):
+        by = found.error if not found.error <= found.allowed else found.largest
+        wrong = f" (wrong by {by:.0e}, not taken)"
     return f"{name} {_duration(taken)}{wrong}"
 
 

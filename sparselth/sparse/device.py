@@ -1,14 +1,12 @@
-"""What depends on where a network runs: the forms of a layer, how they are timed, and on what times depend.
+"""What depends on where a network runs: which forms there are, how they are timed, and on what times depend.
 
-On a CPU the forms are those of `formats`, in fp32, their times warm. On CUDA they are torch's own and our
-Triton kernels, in fp32, bf16 or fp16; the times of layers are taken with cold caches, those of networks in
-calls in a row, both of CUDA graphs where that can be. kernels="triton" asks for the forms of CUDA on a CPU,
-too, where Triton's interpreter computes them.
+On a CPU a network is in fp32 and its times are warm. On CUDA it is in fp32, bf16 or fp16; the times of layers
+are taken with cold caches, those of networks in calls in a row, both of CUDA graphs where that can be.
+kernels="triton" asks for the forms of CUDA on a CPU, too, where Triton's interpreter computes them.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,26 +17,9 @@ from torch import Tensor, nn
 from sparselth import clock
 from sparselth.kernels import _native
 from sparselth.kernels._choose import use_triton
-from sparselth.kernels._graphs import capture, warm_up
-from sparselth.kernels.csr_infer import PackedCsr, csr_infer
-from sparselth.kernels.slot_linear import WIDEST, Slots, slot_linear
-from sparselth.kernels.two_four_linear import CAPABILITY, COLUMNS, ROWS, TwoFour, two_four_linear
 from sparselth.machine import cpu_name, version
-from sparselth.sparse.formats import (
-    OURS_CPU,
-    OURS_GPU,
-    Format,
-    Rows,
-    Stage,
-    blocks,
-    dense,
-    formats,
-    tensor_bytes,
-)
-from sparselth.sparse.network import bound
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-INFER_BATCH, SLOT_BATCH = 16, 128  # up to which csr_infer and slot_linear are made for
 Clock = Callable[[clock.Call], clock.Sample]
 
 
@@ -72,14 +53,12 @@ class Device:
         return self.cuda or self.kernels == "triton"
 
     @property
-    def ours(self) -> tuple[str, tuple[str, ...]]:
-        """What a network of our kernels wherever there is one is called, and the names of their forms."""
-        if self.on_gpus:
-            return "triton", OURS_GPU
-        return "native", OURS_CPU
+    def ours(self) -> str:
+        """What a network of our kernels wherever there is one is called."""
+        return "triton" if self.on_gpus else "native"
 
     def __str__(self) -> str:
-        """For people."""
+        """As `explain` says it, and on what times depend."""
         if not self.on_gpus:
             return f"threads {torch.get_num_threads()}"
         name = torch.cuda.get_device_name(self.at) if self.cuda else f"Triton's interpreter on {cpu_name()}"
@@ -93,11 +72,11 @@ class Device:
         linear, conv = ("tf32" if _tf32(kind) else "ieee" for kind in (nn.Linear, nn.Conv2d))
         return f"fp32, products {linear}, convolutions {conv}"
 
-    def rounding(self, module: nn.Module) -> float:
-        """About the error of one rounding, relative; in TF32 of a product, whose operands are cut off."""
+    def precision(self, module: nn.Module) -> str:
+        """In what torch multiplies for this layer, as `check` has it: fp32 on CUDA may be TF32."""
         if self.dtype == torch.float32 and self.on_gpus and _tf32(type(module)):
-            return 2**-10
-        return torch.finfo(self.dtype).eps / 4
+            return "tf32"
+        return DTYPES[self.dtype]
 
     @property
     def key(self) -> str:
@@ -117,94 +96,7 @@ class Device:
         """Whether y is a view of x: a CUDA graph of nothing is none, and there is nothing to time."""
         return self.on_gpus and y.data_ptr() == x.data_ptr()
 
-    def formats(self, stage: Stage, x: Tensor, left_out: dict[str, str]) -> list[Format]:
-        """All ways to compute a stage on batches like x, plain torch first.
-
-        On CUDA what this device or this torch cannot do is `left_out`, and why: candidate -> reason.
-        """
-        if not self.on_gpus:
-            return formats(stage, len(x))
-        found: list[Format] = []
-        for name, make in _gpu_forms(stage, len(x), self).items():
-            try:
-                made = make()
-                for form in made:
-                    self._try(form, x)
-                found += made
-            except Exception as error:  # no such library, too little shared memory, a compiler's error
-                if name == "dense":
-                    raise
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                left_out[f"{stage.place.name} {name}"] = reason
-        return found
-
-    def _try(self, form: Rows, x: Tensor) -> None:
-        """Raises where this form cannot run, or a CUDA graph cannot hold it."""
-        _, run = bound(form, x)
-        y = run()
-        if not self.cuda or self.is_free(y, x):
-            return
-        warm_up(run)
-        capture(run)
-
 
 def _tf32(kind: type[nn.Module]) -> bool:
     backends = {nn.Linear: torch.backends.cuda.matmul, nn.Conv2d: torch.backends.cudnn.conv}  # type: ignore[attr-defined]
     return kind in backends and backends[kind].fp32_precision == "tf32"
-
-
-def _gpu_forms(stage: Stage, batch: int, device: Device) -> dict[str, Callable[[], list[Rows]]]:
-    """What is tried: name -> how to make it."""
-    kernels, module = device.kernels, stage.whole
-    found: dict[str, Callable[[], list[Rows]]] = {"dense": partial(dense, stage)}
-    if not isinstance(module, nn.Linear | nn.Conv2d):
-        return found
-    triton = use_triton(kernels, module.weight)
-    if triton:
-        found["block_linear" if isinstance(module, nn.Linear) else "block_conv2d"] = partial(
-            blocks, stage, kernels
-        )
-    if isinstance(module, nn.Conv2d):
-        return found
-    (n, k), half = module.weight.shape, device.dtype != torch.float32
-    if triton and batch <= INFER_BATCH:
-        found["csr_infer"] = partial(_csr_infer, stage, module, kernels)
-    if triton and half and batch <= SLOT_BATCH and k <= WIDEST:
-        found["slot_linear"] = partial(_slot_linear, stage, module, kernels)
-    able = not device.cuda or torch.cuda.get_device_capability(device.at) >= CAPABILITY
-    if half and able and n % ROWS == k % COLUMNS == 0:
-        found["two_four_linear"] = partial(_two_four_linear, stage, module)
-    return found
-
-
-def _csr_infer(stage: Stage, module: nn.Linear, kernels: str) -> list[Rows]:
-    began, bias, relu = time.perf_counter(), module.bias, stage.relu
-    packed = PackedCsr.from_dense(module.weight, module.weight != 0)
-
-    def run(x: Tensor) -> Tensor:
-        return csr_infer(packed, x.t(), bias, relu, kernels).t()
-
-    size = tensor_bytes([bias, *packed.arrays()])
-    return [Rows("csr_infer", stage.place, "turned", run, size, time.perf_counter() - began)]
-
-
-def _slot_linear(stage: Stage, module: nn.Linear, kernels: str) -> list[Rows]:
-    began, bias, relu = time.perf_counter(), module.bias, stage.relu
-    slots = Slots.from_dense(module.weight.detach())
-
-    def run(x: Tensor) -> Tensor:
-        return slot_linear(slots, x, bias, relu, kernels)
-
-    size = tensor_bytes([bias]) + slots.bytes()
-    return [Rows("slot_linear", stage.place, "rows", run, size, time.perf_counter() - began)]
-
-
-def _two_four_linear(stage: Stage, module: nn.Linear) -> list[Rows]:
-    began, bias, relu = time.perf_counter(), module.bias, stage.relu
-    weight = TwoFour.from_dense(module.weight.detach())
-
-    def run(x: Tensor) -> Tensor:
-        return two_four_linear(weight, x, bias, relu).contiguous()
-
-    size = tensor_bytes([bias]) + weight.bytes()
-    return [Rows("two_four_linear", stage.place, "rows", run, size, time.perf_counter() - began)]

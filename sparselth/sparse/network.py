@@ -13,26 +13,26 @@ from torch import Tensor
 
 from sparselth.kernels.sparse_conv2d import Slices
 from sparselth.kernels.step_parts import Call, bind_columns, bind_rows, sequence
-from sparselth.sparse.formats import Columns, Format, Rows, columns, image
+from sparselth.sparse.forms.stage import columns, image
+from sparselth.sparse.forms.table import Formed
 
 BATCHES = 4  # sizes for which buffers are kept
 
 
-def network(plan: list[Format]) -> Callable[[Tensor], Tensor]:
+def network(plan: list[Formed]) -> Callable[[Tensor], Tensor]:
     """Batch first to batch first; forms in columns that follow each other are one chain."""
     steps: list[Callable[[Tensor], Tensor]] = []
     layout = "rows"
-    for in_columns, group in groupby(plan, key=lambda form: isinstance(form, Columns)):
+    for in_columns, group in groupby(plan, key=lambda form: form.in_columns):
         forms = list(group)
         if in_columns:
-            steps.append(_Segment([form for form in forms if isinstance(form, Columns)]))
+            steps.append(_Segment(forms))
             layout = "rows"
             continue
         for form in forms:
-            assert isinstance(form, Rows)
             if form.layout != layout:
                 steps.append(partial(turn, layout=form.layout))
-            steps.append(form.run)
+            steps.append(form.call)
             layout = form.gives
     if layout != "rows":
         steps.append(partial(turn, layout="rows"))
@@ -55,25 +55,31 @@ def turn(x: Tensor, layout: str) -> Tensor:
     return x.t().contiguous().t() if layout == "turned" else x.contiguous()
 
 
-def bound(form: Format, x: Tensor) -> tuple[Call, Callable[[], Tensor]]:
-    """A call that computes this form on x, and a function that does and gives the result."""
-    if isinstance(form, Rows):
-        run, turned = form.run, turn(x, form.layout)
-        return (lambda: run(turned)), (lambda: run(turned))
-    chain = Chain([form], len(x))
+def bound(form: Formed, x: Tensor) -> tuple[Call, Callable[[], Tensor]]:
+    """A call that computes this form on x, laid beforehand as it likes it, and one that gives y, too."""
+    if not form.in_columns:
+        run = partial(form.call, turn(x, form.layout))
+        return run, run
+    place, batch = form.place, len(x)
+    here, there = (columns(prod(shape), batch, x.dtype) for shape in (place.before, place.after))
+    given = image(here, place.before, batch)
+    y = image(here if form.made.in_place else there, place.after, batch)
+    calls = form.call(given, given if form.made.in_place else y)
+    run_all = sequence(calls) if calls else _nothing
+    given.copy_(x.movedim(0, -1))
 
     def result() -> Tensor:
-        chain.fill(x)
-        chain.run()
-        return chain.result()
+        given.copy_(x.movedim(0, -1))
+        run_all()
+        return y.movedim(-1, 0).contiguous()
 
-    return chain.run, result
+    return run_all, result
 
 
 class _Segment:
     """Forms in columns on batches of any size; buffers are kept for the last few sizes."""
 
-    def __init__(self, forms: list[Columns]) -> None:
+    def __init__(self, forms: list[Formed]) -> None:
         self.forms, self.lock = forms, threading.Lock()
         self.chains: dict[tuple[int, int], Chain] = {}
 
@@ -96,7 +102,7 @@ class Chain:
     What goes from one sparse convolution to the next has a place of its own, where it can be read as it is.
     """
 
-    def __init__(self, forms: Sequence[Columns], batch: int, shape: tuple[int, ...] = ()) -> None:
+    def __init__(self, forms: Sequence[Formed], batch: int, shape: tuple[int, ...] = ()) -> None:
         places = [form.place for form in forms]
         before, after = (places[0].before, places[-1].after) if places else (shape, shape)
         features = max(prod(shape) for shape in (before, *(place.after for place in places)))
@@ -106,14 +112,14 @@ class Chain:
         slices: Slices | None = None  # where convolution follows convolution
         for i, (form, place) in enumerate(zip(forms, places, strict=True)):
             x = slices or _view(here, place.before, batch)
-            room = forms[i + 1].slices if form.slices and i + 1 < len(forms) else None
+            room = forms[i + 1].made.slices if form.made.slices and i + 1 < len(forms) else None
             slices = room(batch) if room else None
             if slices:
-                calls += form.bind(x, slices)
-            elif form.in_place:
-                calls += form.bind(x, x)
+                calls += form.call(x, slices)
+            elif form.made.in_place:
+                calls += form.call(x, x)
             else:
-                calls += form.bind(x, _view(there, place.after, batch))
+                calls += form.call(x, _view(there, place.after, batch))
                 here, there = there, here
         self.y = here[: prod(after), :batch]
         self.shape = batch, *after

@@ -122,7 +122,7 @@ def test_json_is_one_document_and_writes_nothing(cli: Cli, tmp_path: Path) -> No
 
 
 def test_a_failed_check_is_exit_code_3(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "TOLERANCE", dict.fromkeys(measure.TOLERANCE, 0.0))
+    monkeypatch.setattr(measure, "LARGEST", dict.fromkeys(measure.LARGEST, 0.0))
     code, out, _ = cli(*SMALL, "--batch", "2", "--json")
     assert code == 3
     failed = [row for row in json.loads(out)["rows"] if row["check"] != "passed"]

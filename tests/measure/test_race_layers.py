@@ -12,11 +12,12 @@ import torch.nn.functional as F
 
 from sparselth import clock
 from sparselth.errors import UsageError
-from sparselth.measure import race_layers, rivals
+from sparselth.measure import asked, race_layers, rivals
+from sparselth.measure.asked import Asked, Cell
 from sparselth.measure.floors import Anchors
 from sparselth.measure.layers import Layer, block_of, defaults, facts, mask_of, parse
-from sparselth.measure.race_layers import Asked, Bench, Cell
-from sparselth.measure.rivals import Form, Rival
+from sparselth.measure.race_layers import Bench
+from sparselth.measure.rivals import Ready, Rival
 from sparselth.report import bench_tables
 
 UNLIMITED = Anchors("cpu", ("fp32",), {1: 1e30}, dict.fromkeys(("fp32", "bf16", "fp16"), 1e30))
@@ -206,7 +207,7 @@ def test_weight_bytes_count_every_index() -> None:
     assert found["CSR"]["weight_bytes"] == 4 * kept + 4 * kept + 4 * 65
 
 
-def wrong(case: rivals.Case) -> Form:
+def wrong(case: rivals.Case) -> Ready:
     def bind(x: torch.Tensor) -> rivals.Bound:
         def run() -> torch.Tensor:
             y = F.linear(x, case.weight)
@@ -215,7 +216,7 @@ def wrong(case: rivals.Case) -> Form:
 
         return run, run
 
-    return Form(1, bind)
+    return Ready(1, bind)
 
 
 def test_a_wrong_result_has_no_time_and_is_nobodys_best() -> None:
@@ -234,7 +235,7 @@ def test_a_wrong_result_has_no_time_and_is_nobodys_best() -> None:
 def test_what_float64_does_not_see_is_compared_with_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(race_layers, "EXACT", 0.0)  # eight samples of forty
 
-    def late(case: rivals.Case) -> Form:
+    def late(case: rivals.Case) -> Ready:
         def bind(x: torch.Tensor) -> rivals.Bound:
             def run() -> torch.Tensor:
                 y = F.linear(x, case.weight)
@@ -243,7 +244,7 @@ def test_what_float64_does_not_see_is_compared_with_dense(monkeypatch: pytest.Mo
 
             return run, run
 
-        return Form(1, bind)
+        return Ready(1, bind)
 
     found = bench(only=("dense eager",), more=(Rival("late", "ours", lambda c: True, late),)).measure(
         Cell(parse("32x32"), 40, "fp32", "random", 0.5)
@@ -253,7 +254,7 @@ def test_what_float64_does_not_see_is_compared_with_dense(monkeypatch: pytest.Mo
 
 
 def test_an_implementation_that_raises() -> None:
-    def broken(case: rivals.Case) -> Form:
+    def broken(case: rivals.Case) -> Ready:
         raise RuntimeError("no such thing\nand more")
 
     one = bench(only=("dense eager",), more=(Rival("mine", "ours", lambda c: True, broken),))
@@ -299,22 +300,22 @@ def test_the_default_table_has_every_layer_at_every_batch() -> None:
     cells = Asked("cpu", (0.9,)).cells()
     assert len({cell.text for cell in cells}) == len(cells)
     plain = {(cell.layer.text, cell.batch) for cell in cells if (cell.kind, cell.dtype) == ("random", "fp32")}
-    assert plain >= {(layer.text, batch) for layer in defaults() for batch in race_layers.ORDER}
-    first = cells[: len(race_layers.SWEEP_BATCHES) * (1 + len(race_layers.SWEEP_SPARSITIES))]
-    assert {cell.layer.text for cell in first} == {race_layers.SWEEP.text}
-    assert {cell.batch for cell in cells if cell.kind == "random"} == set(race_layers.ORDER)
+    assert plain >= {(layer.text, batch) for layer in defaults() for batch in asked.ORDER}
+    first = cells[: len(asked.SWEEP_BATCHES) * (1 + len(asked.SWEEP_SPARSITIES))]
+    assert {cell.layer.text for cell in first} == {asked.SWEEP.text}
+    assert {cell.batch for cell in cells if cell.kind == "random"} == set(asked.ORDER)
     assert {cell.dtype for cell in cells} == {"fp32", "bf16", "fp16"}
     assert {cell.kind for cell in cells} == {"random", "block"}
-    swept = {cell.sparsity for cell in cells if cell.layer.text == race_layers.SWEEP.text and cell.batch == 8}
-    assert swept == {0.9, *race_layers.SWEEP_SPARSITIES}
+    swept = {cell.sparsity for cell in cells if cell.layer.text == asked.SWEEP.text and cell.batch == 8}
+    assert swept == {0.9, *asked.SWEEP_SPARSITIES}
 
 
 def test_time_that_is_up_leaves_the_rest_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Anchors, "measure", lambda self: (self.bandwidth.update({1: 1e30}), self.rate.update(fp32=1e30))
     )
-    asked = Asked("cpu", (0.9,), dtypes=("fp32",))
-    outcome = race_layers.bench_layers(asked, 0.0, lambda text: None)
+    wanted = Asked("cpu", (0.9,), dtypes=("fp32",))
+    outcome = race_layers.bench_layers(wanted, 0.0, lambda text: None)
     assert not outcome.rows
     assert not outcome.failed
-    assert len(outcome.left_out) == len(asked.cells())
+    assert len(outcome.left_out) == len(wanted.cells())

@@ -16,13 +16,13 @@ from sparselth import sparse
 from sparselth.engine.dense import init_weights
 from sparselth.models import get_model
 from sparselth.models.torch import network
-from sparselth.sparse.formats import OURS_GPU
+from sparselth.sparse.forms import FORMS
 
 timing = importlib.import_module("sparselth.sparse.times")
 PARTS = pick(("bf16",), ("bf16", "fp16", "tf32", "ieee"))
 HALF = "slot_linear", "two_four_linear"  # for 16 bits alone
 MOVES = "mixed", "to turned", "from turned", "to channels-last", "from channels-last"
-FORMS = [
+CASES = [
     (form, part)
     for form in ("csr_infer", "block_linear", *HALF)
     for part in PARTS
@@ -87,7 +87,7 @@ def replayed(converted: sparse.Converted, x: Tensor) -> Tensor:
 
 def must_have_ours(converted: sparse.Converted) -> None:
     left_out = converted.report.left_out
-    assert not [name for name in left_out if name.split()[-1] in OURS_GPU], left_out
+    assert not [name for name in left_out if FORMS[name.split()[-1]].kind == "ours"], left_out
 
 
 def check(net: nn.Sequential, part: str, form: str, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def check(net: nn.Sequential, part: str, form: str, x: Tensor, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("batch", pick((3,), (3, 16)))
-@pytest.mark.parametrize(("form", "part"), FORMS)
+@pytest.mark.parametrize(("form", "part"), CASES)
 def test_linear_layers(form: str, part: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     k, n = pick((64, 32), (832, 512))

@@ -1,0 +1,104 @@
+"""Compressed rows of a Linear: torch's product, ours on a CPU as trained and for a batch, ours on CUDA."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from sparselth.kernels import _native
+from sparselth.kernels._choose import use_triton
+from sparselth.kernels.csr_infer import PackedCsr, csr_infer
+from sparselth.kernels.csr_linear import CsrIndex, bind_csr_linear
+from sparselth.kernels.csr_packed import Packed, bind_csr_packed
+from sparselth.kernels.step_parts import Call
+from sparselth.sparse.device import Device
+from sparselth.sparse.forms.stage import Stage, tensor_bytes
+from sparselth.sparse.forms.table import Form, Made, register
+
+VECTOR = 8  # floats that the native products take at once, or half of them
+INFER_BATCH = 16  # up to which csr_infer is made for
+
+
+def _has_csr(stage: Stage, device: Device, batch: int) -> bool:
+    return stage.linear and not device.on_gpus and device.dtype == torch.float32
+
+
+def _csr(stage: Stage, device: Device, batch: int) -> Made:
+    weight, bias, relu = stage.weight, stage.bias, stage.relu
+    row, column = weight.nonzero().unbind(1)
+    starts = torch.zeros(len(weight) + 1, dtype=torch.int32)
+    starts[1:] = torch.bincount(row, minlength=len(weight)).cumsum(0)
+    values = weight[row, column]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
+        w = torch.sparse_csr_tensor(starts, column.int(), values, weight.shape, check_invariants=False)
+
+    def bind(x: Tensor, y: Tensor) -> list[Call]:
+        def run() -> None:
+            y.copy_(w @ x)
+            if bias is not None:
+                y.add_(bias[:, None])
+            if relu:
+                y.relu_()
+
+        return [run]
+
+    return Made(bind, tensor_bytes([starts, column.int(), values, bias]))
+
+
+def _has_native(stage: Stage, device: Device, batch: int) -> bool:
+    return _has_csr(stage, device, batch) and _native.LIB is not None
+
+
+def _csr_linear(stage: Stage, device: Device, batch: int) -> Made:
+    bias, relu = stage.bias, stage.relu
+    index = CsrIndex.of(stage.weight != 0, backward=False)
+    values = index.gather(stage.weight)
+
+    def bind(x: Tensor, y: Tensor) -> list[Call]:
+        return [bind_csr_linear(index, values, _padded(x), bias, _padded(y), relu)]
+
+    return Made(bind, tensor_bytes([values, bias]) + index.bytes())
+
+
+def _csr_packed(stage: Stage, device: Device, batch: int) -> Made:
+    bias, relu = stage.bias, stage.relu
+    packed = Packed.of(stage.weight, _vectors(batch))
+
+    def bind(x: Tensor, y: Tensor) -> list[Call]:
+        return [bind_csr_packed(packed, _padded(x), bias, _padded(y), relu)]
+
+    return Made(bind, tensor_bytes([bias]) + packed.bytes())
+
+
+def _vectors(batch: int) -> int:
+    """The batch in whole vectors, for which `columns` has room."""
+    return batch if batch == 1 else -(-batch // VECTOR) * VECTOR
+
+
+def _padded(x: Tensor) -> Tensor:
+    """[K, B] with what `columns` has beside it: whole vectors take less time than parts."""
+    return x.as_strided((len(x), _vectors(x.shape[1])), x.stride())
+
+
+def _has_csr_infer(stage: Stage, device: Device, batch: int) -> bool:
+    there = stage.linear and device.on_gpus and batch <= INFER_BATCH
+    return there and use_triton(device.kernels, stage.weight)
+
+
+def _csr_infer(stage: Stage, device: Device, batch: int) -> Made:
+    bias, relu, kernels = stage.bias, stage.relu, device.kernels
+    packed = PackedCsr.from_dense(stage.weight, stage.weight != 0)
+
+    def run(x: Tensor) -> Tensor:
+        return csr_infer(packed, x.t(), bias, relu, kernels).t()
+
+    return Made(run, tensor_bytes([bias, *packed.arrays()]))
+
+
+register(Form("CSR", "torch", "columns", _has_csr, _csr))
+register(Form("csr_linear", "ours", "columns", _has_native, _csr_linear))
+register(Form("csr_packed", "ours", "columns", _has_native, _csr_packed))
+register(Form("csr_infer", "ours", "turned", _has_csr_infer, _csr_infer))

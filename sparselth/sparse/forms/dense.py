@@ -1,0 +1,97 @@
+"""Dense products, and layers without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparselth.kernels.step_parts import Call, bind_bias_relu, bind_max_pool
+from sparselth.sparse.compaction import rebuilt
+from sparselth.sparse.device import Device
+from sparselth.sparse.forms.stage import Stage, tensor_bytes
+from sparselth.sparse.forms.table import Form, Made, register
+
+
+def _dense(stage: Stage, device: Device, batch: int) -> Made:
+    """As torch does it."""
+    return Made(stage.behind(_product(stage.part.module, stage)), stage.dense_bytes)
+
+
+def _product(module: nn.Module, stage: Stage) -> Callable[[Tensor], Tensor]:
+    if stage.select:
+        return nn.Sequential(stage.select.module, module).eval()
+    if isinstance(module, nn.Linear):  # a module's call takes microseconds, as long as a small layer
+        w, bias = module.weight, module.bias
+        return lambda x: F.linear(x, w, bias)
+    return module.forward
+
+
+def _has_images(stage: Stage, device: Device, batch: int) -> bool:
+    return len(stage.before) == 3 and not stage.linear
+
+
+def _channels_last(stage: Stage, device: Device, batch: int) -> Made:
+    module = stage.part.module
+    if isinstance(module, nn.Conv2d):
+        turned = module.weight.detach().clone(memory_format=torch.channels_last)
+        module = rebuilt(module, turned, module.bias)
+    return Made(stage.behind(_product(module, stage)), stage.dense_bytes)
+
+
+def _has_columns(stage: Stage, device: Device, batch: int) -> bool:
+    bare = stage.linear and stage.bias is None and not stage.relu
+    return stage.linear and not device.on_gpus and (device.dtype == torch.float32 or bare)
+
+
+def _dense_columns(stage: Stage, device: Device, batch: int) -> Made:
+    w, bias, relu = stage.weight, stage.bias, stage.relu
+
+    def bind(x: Tensor, y: Tensor) -> list[Call]:
+        if relu:
+            return [partial(torch.mm, w, x, out=y), bind_bias_relu(y, bias)]
+        if bias is None:
+            return [partial(torch.mm, w, x, out=y)]
+        return [partial(torch.addmm, bias[:, None], w, x, out=y)]
+
+    return Made(bind, tensor_bytes([w, bias]))
+
+
+def _has_no_weights(stage: Stage, device: Device, batch: int) -> bool:
+    return not stage.product and not device.on_gpus
+
+
+def _no_weights(stage: Stage, device: Device, batch: int) -> Made:
+    module = stage.part.module
+    in_place = isinstance(module, nn.Flatten | nn.ReLU)
+    return Made(partial(_bind, module, stage.relu), stage.dense_bytes, in_place)
+
+
+def _bind(module: nn.Module, relu: bool, x: Tensor, y: Tensor) -> list[Call]:
+    if isinstance(module, nn.Flatten):
+        return []
+    if isinstance(module, nn.ReLU):
+        return [bind_bias_relu(y)]
+    if isinstance(module, nn.MaxPool2d) and halves(module):
+        return [bind_max_pool(x, y, relu)]
+    return [partial(_pool, module, relu, x, y)]
+
+
+def halves(pool: nn.MaxPool2d) -> bool:
+    """Whether it takes the maximum of 2 x 2 pixels."""
+    settings = pool.kernel_size, pool.stride, pool.padding, pool.dilation
+    return all(v in (n, (n, n)) for v, n in zip(settings, (2, 2, 0, 1), strict=True)) and not pool.ceil_mode
+
+
+def _pool(module: nn.Module, relu: bool, x: Tensor, y: Tensor) -> None:
+    z = module(x.permute(3, 0, 1, 2))
+    y.copy_((F.relu(z) if relu else z).permute(1, 2, 3, 0))
+
+
+register(Form("dense", "dense", "rows", lambda stage, device, batch: True, _dense))
+register(Form("channels-last", "dense", "channels-last", _has_images, _channels_last))
+register(Form("dense columns", "dense", "columns", _has_columns, _dense_columns))
+register(Form("columns", "dense", "columns", _has_no_weights, _no_weights))

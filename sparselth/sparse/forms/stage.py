@@ -1,0 +1,168 @@
+"""What a form is chosen for at once: a layer with what stands right behind it; memory for activations."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparselth.kernels._tiles import BLOCKS
+from sparselth.sparse.compaction import Part, rebuilt
+
+COLUMNS = 16  # a batch above 1 gets room for a multiple: one cache line
+FULL = 0.5  # share of the weights in live blocks that must be kept for blocks to be tried
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage stands, without its weights."""
+
+    name: str
+    key: str  # what its time depends on
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is chosen at once: a layer, and the ReLU and the maximum of 2 x 2 pixels behind it.
+
+    Where inputs of it are dead, `select` picks out the others for its dense forms; those of sparse weights
+    have no use for that and take `whole`, `weight` and `bias`. `blocks` is the side of the blocks that the
+    weight was pruned in where that is known; else `block` looks for it.
+    """
+
+    part: Part
+    relu: bool = False
+    pool: Part | None = None
+    select: Part | None = None
+    blocks: int | None = None
+
+    @property
+    def linear(self) -> bool:
+        return isinstance(self.part.module, nn.Linear)
+
+    @property
+    def conv(self) -> bool:
+        return isinstance(self.part.module, nn.Conv2d)
+
+    @property
+    def product(self) -> bool:
+        return self.linear or self.conv
+
+    @property
+    def kept(self) -> int:
+        return int((self.own_weight != 0).sum()) if self.product else 0
+
+    @cached_property
+    def place(self) -> Place:
+        part, before, after = self.part, self.before, self.after
+        more = (" and ReLU" if self.relu else "") + (" and MaxPool2d" if self.pool else "")
+        key = f"{part.module}{more} on {list(before)} -> {list(after)}, kept {self.kept}"
+        return Place(part.name, key, before, after)
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        return self.select.before if self.select else self.part.before
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        return self.pool.after if self.pool else self.part.after
+
+    @cached_property
+    def whole(self) -> nn.Module:
+        """The layer with its dead inputs."""
+        module = self.part.module
+        if self.select is None or not isinstance(module, nn.Linear | nn.Conv2d):
+            return module
+        index, weight = self.select.module.index, module.weight
+        assert isinstance(index, Tensor)
+        wide = weight.new_zeros(len(weight), self.before[0], *weight.shape[2:])
+        wide[:, index] = weight
+        return rebuilt(module, wide, module.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """[N, K] or [N, C, k, k], pruned ones 0, with the dead inputs; of a layer that has one."""
+        weight = self.whole.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+    @property
+    def own_weight(self) -> Tensor:
+        """Without the dead inputs."""
+        weight = self.part.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[N], or None."""
+        bias = self.part.module.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return None if bias is None else bias.detach()
+
+    @property
+    def terms(self) -> int:
+        """How many numbers are added for one of the results."""
+        return self.own_weight[0].numel() if self.product else 1
+
+    @cached_property
+    def block(self) -> int | None:
+        """The largest block in which the weight was pruned, if it was; of a convolution at every tap."""
+        if self.blocks or not self.product:
+            return self.blocks
+        weight = self.weight
+        there = (weight != 0).view(*weight.shape[:2], -1).permute(2, 0, 1)
+        kept = int(there.sum())
+        for block in reversed(BLOCKS):
+            if not kept or min(weight.shape[:2]) < block:
+                continue
+            live = float(F.max_pool2d(there.float(), block, ceil_mode=True).sum()) * block * block
+            if live < FULL * weight.numel() and kept >= FULL * live:
+                return block
+        return None
+
+    def behind(self, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """`run`, batch first and into memory of its own, followed by the ReLU and the pool of this stage."""
+        relu, pool = self.relu, self.pool.module if self.pool else None
+        if not relu and pool is None:
+            return run
+
+        def more(x: Tensor) -> Tensor:
+            y = run(x)
+            if relu:
+                y.relu_()
+            return y if pool is None else pool(y)
+
+        return more
+
+    def double(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """In float64: what it computes, and that before the ReLU."""
+        y = x.double()
+        for part in (self.select, self.part, self.pool):
+            y = copy.deepcopy(part.module).double()(y) if part else y
+        return y.relu() if self.relu else y, y
+
+    @property
+    def dense_bytes(self) -> int:
+        return tensor_bytes([*self.part.module.parameters(), *self.part.module.buffers()])
+
+
+def columns(features: int, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Room for the activations of a batch, [features, batch or more]."""
+    return torch.zeros(features, batch if batch == 1 else -(-batch // COLUMNS) * COLUMNS, dtype=dtype)
+
+
+def image(memory: Tensor, shape: tuple[int, ...], batch: int) -> Tensor:
+    """[K, B] or [C, H, W, B] of the memory that `columns` gave."""
+    return memory.view(*shape, -1)[..., :batch]
+
+
+def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
