@@ -25,7 +25,7 @@ x, over what else may lie there.
 
 To the bit as torch, at the level torch itself works at: gather (torch rounds its product and sum once where
 the machine has fused multiply-adds, and so does every level but "plain"), bias_relu, relu_backward but for
-dbias, pooling (as sparselth/engine/dense.py). Softmax is within 4 ulp. NaN and infinity go where they go in
+dbias, pooling (as sparselth/engine/layers.py). Softmax is within 4 ulp. NaN and infinity go where they go in
 torch; a label that no class has makes NaN in its column, and in the loss.
 
 At these sizes the call is what costs: `bind_NAME` checks once and gives a function that is one foreign call

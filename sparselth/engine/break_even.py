@@ -16,8 +16,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from sparselth.engine import dense
 from sparselth.engine.compressed import COLUMNS, Ends, Product, make_index
+from sparselth.engine.layers import DenseLinear, Place, activation
 from sparselth.engine.layout import compressible
 from sparselth.engine.vendor import VendorNetwork
 from sparselth.files import read_cache, write_cache
@@ -115,9 +115,9 @@ def _dense(case: _Case) -> Call:
             update()
 
         return convolve
-    y = dense.activation(weights, 1, case.after, case.batch)
-    x, dy = dense.activation(weights, 1, before, case.batch).normal_(), torch.randn_like(y)
-    product = dense.DenseLinear(dense.Place(weights, bias, grad, dbias, y, before, not first))
+    y = activation(weights, 1, case.after, case.batch)
+    x, dy = activation(weights, 1, before, case.batch).normal_(), torch.randn_like(y)
+    product = DenseLinear(Place(weights, bias, grad, dbias, y, before, not first))
 
     def run() -> None:
         product.forward(x)

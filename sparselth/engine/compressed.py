@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparselth.config import Recipe, Replica
 from sparselth.data.batches import Batches, Chunk, Resident
-from sparselth.engine import dense
+from sparselth.engine.layers import DenseConv, Place
 from sparselth.engine.layout import Layout
 from sparselth.kernels.csr_linear import (
     CsrIndex,
@@ -256,8 +256,8 @@ class Product:
         if isinstance(self.layer, Conv):
             weight, column = w.view(1, *self.spec.matrix), bias.view(1, -1, 1)
             slope = None if self.slope is None else self.slope.view(weight.shape)
-            place = dense.Place(weight, column, slope, None, y[None], self.before, ends.dx is not None)
-            self.dense = dense.DenseConv(self.layer, place)
+            place = Place(weight, column, slope, None, y[None], self.before, ends.dx is not None)
+            self.dense = DenseConv(self.layer, place)
             rectify = [bind_bias_relu(ends.y, None, kernels)] if relu else []
             return [partial(self.dense.forward, x[None]), *rectify]
         w = w.view(self.spec.matrix)

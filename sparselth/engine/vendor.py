@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparselth.engine.dense import EPS, MOMENTUM
-from sparselth.models import AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, ReLU
+from sparselth.engine.layers import EPS, MOMENTUM
+from sparselth.models import Add, AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, ReLU
 
 _aten = torch.ops.aten
 
@@ -27,13 +27,14 @@ class VendorNetwork:
     def forward(self, x: Tensor) -> Tensor:
         """Logits [1, classes, B] of x [1, C * H * W, B]."""
         h = x[0].T.reshape(-1, *self.model.input).contiguous(memory_format=torch.channels_last)
-        self.kept = []
-        for i, layer in enumerate(self.model.layers):
+        self.kept, values = [], [h]
+        for i, node in enumerate(self.model.nodes):
+            h, *others = (values[j + 1] for j in node.inputs)
             kept: tuple[Tensor, ...] = (h,)
-            match layer:
-                case Conv():
+            match node.op:
+                case Conv(_, _, padding, stride):
                     weight, bias = self._parameters(self.flat, i)
-                    h = F.conv2d(h, weight, bias, padding=layer.padding)
+                    h = F.conv2d(h, weight, bias, stride, padding)
                 case Linear():
                     kept = (h.flatten(1),)
                     h = F.linear(kept[0], *self._parameters(self.flat, i))
@@ -46,20 +47,27 @@ class VendorNetwork:
                     h, places = _aten.max_pool2d_with_indices(h, [size, size])
                     kept = kept[0], places
                 case ReLU():
-                    h = h.relu_()
+                    h = h.relu_() if self.model.may_overwrite(i) else h.relu()
                     kept = (h,)
+                case Add():
+                    kept = ()
+                    for other in others:
+                        h = h + other
+            values.append(h)
             self.kept.append(kept)
         return h.permute(*range(1, h.dim()), 0)[None]
 
     def backward(self, dy: Tensor) -> None:
         """Write every entry of the gradient's tensors from the gradient of the logits [1, classes, B]."""
         assert self.grad is not None
-        d = dy[0].movedim(-1, 0)
-        for i in reversed(range(len(self.model.layers))):
-            layer, (h, *places) = self.model.layers[i], self.kept[i]
-            match layer:
+        nodes, shapes = self.model.nodes, self.model.shapes
+        slopes = {len(nodes) - 1: dy[0].movedim(-1, 0)}
+        for i in reversed(range(len(nodes))):
+            d, node = slopes.pop(i), nodes[i]
+            h, *places = self.kept[i] or (d,)
+            match node.op:
                 case Conv():
-                    d = self._conv_backward(i, layer, d, h)
+                    d = self._conv_backward(i, node.op, d, h)
                 case Linear():
                     slope, bias = self._parameters(self.grad, i)
                     torch.mm(d.T, h, out=slope)
@@ -82,15 +90,23 @@ class VendorNetwork:
                     )
                 case ReLU():
                     d = _aten.threshold_backward(d.reshape(h.shape), h, 0)
+                case Add():
+                    pass
+            for j in node.inputs:
+                if j in slopes:
+                    slopes[j] = slopes[j].reshape(-1, *shapes[j + 1]) + d.reshape(-1, *shapes[j + 1])
+                elif j >= 0:
+                    slopes[j] = d
 
     def _conv_backward(self, i: int, layer: Conv, d: Tensor, h: Tensor) -> Tensor:
         assert self.grad is not None
         weight, bias = self._parameters(self.flat, i)
-        pad, wanted = [layer.padding] * 2, [i > 0 or not self.first, True, True]
+        pad, stride = [layer.padding] * 2, [layer.stride] * 2
+        wanted = [self.model.nodes[i].inputs[0] >= 0 or not self.first, True, True]
         d = d.reshape(len(h), layer.out, *self.model.shapes[i + 1][1:])
         d = d.contiguous(memory_format=torch.channels_last)
         dx, dw, db = _aten.convolution_backward(
-            d, h, weight, bias.shape, [1, 1], pad, [1, 1], False, [0, 0], 1, wanted
+            d, h, weight, bias.shape, stride, pad, [1, 1], False, [0, 0], 1, wanted
         )
         for slope, found in zip(self._parameters(self.grad, i), (dw, db), strict=True):
             slope.copy_(found)

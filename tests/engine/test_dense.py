@@ -13,7 +13,21 @@ from torch import Tensor
 
 from sparselth.engine.dense import Network, cross_entropy, cross_entropy_grad, init_weights
 from sparselth.engine.vendor import VendorNetwork
-from sparselth.models import MODELS, AvgPool, BatchNorm, Conv, Layer, Linear, MaxPool, Model, ReLU, get_model
+from sparselth.models import (
+    INPUT,
+    MODELS,
+    Add,
+    AvgPool,
+    BatchNorm,
+    Conv,
+    Layer,
+    Linear,
+    MaxPool,
+    Model,
+    Node,
+    ReLU,
+    get_model,
+)
 from sparselth.streams import stream
 
 # relative RMS error against float64 that torch's own product has, times three
@@ -29,15 +43,18 @@ def reference(model: Model, flat: Tensor, x: Tensor, training: bool = True) -> T
     named = model.params.views(flat)
     found = []
     for r in range(flat.shape[0]):
-        h = x[r].T.reshape(-1, *model.input)
-        for layer, specs in zip(model.layers, model.parts, strict=True):
-            if isinstance(layer, MaxPool):
-                h = F.max_pool2d(h, layer.size)
-            elif isinstance(layer, AvgPool):
-                h = h.mean((2, 3))
-            elif isinstance(layer, ReLU):
+        values = [x[r].T.reshape(-1, *model.input)]
+        for node, specs in zip(model.nodes, model.parts, strict=True):
+            h, *others = (values[j + 1] for j in node.inputs)
+            if isinstance(node.op, MaxPool):
+                h = F.max_pool2d(h, node.op.size)
+            elif isinstance(node.op, AvgPool):
+                h = h.mean((2, 3), keepdim=True)
+            elif isinstance(node.op, ReLU):
                 h = h.relu()
-            elif isinstance(layer, BatchNorm):
+            elif isinstance(node.op, Add):
+                h = sum(others, h)
+            elif isinstance(node.op, BatchNorm):
                 shape = -1, *[1] * (h.dim() - 2)
                 scale, shift, mean, var = (named[spec.name][r].view(shape) for spec in specs)
                 if training:
@@ -47,10 +64,12 @@ def reference(model: Model, flat: Tensor, x: Tensor, training: bool = True) -> T
                 spec = specs[0]
                 weight = named[spec.name][r].reshape(spec.shape)
                 bias = named[spec.name.replace("weight", "bias")][r, :, 0]
-                if isinstance(layer, Conv):
-                    h = F.conv2d(h, weight, bias, padding=layer.padding)
+                if isinstance(node.op, Conv):
+                    h = F.conv2d(h, weight, bias, node.op.stride, node.op.padding)
                 else:
                     h = F.linear(h.flatten(1), weight, bias)
+            values.append(h)
+        h = values[-1]
         found.append(h.T)
     return torch.stack(found)
 
@@ -135,29 +154,45 @@ def test_the_vendors_layers_against_autograd(name: str, batch: int, dtype: torch
 
 @st.composite
 def networks(draw: st.DrawFn) -> Model:
-    """Small convolutional networks with odd sizes, padding, pools with a rest, pools before ReLU, batch norm.
+    """Small convolutional networks with odd sizes, padding, strides, pools with a rest, pools before ReLU,
+    batch norm, shortcuts.
 
     Behind a batch norm no further pool: rounding would decide its maxima.
     """
     channels, height, width = draw(st.integers(1, 3)), draw(st.integers(5, 11)), draw(st.integers(5, 11))
-    layers: list[Layer] = []
+    layers: list[Layer | Node] = []
     size = min(height, width)
     for _ in range(draw(st.integers(0, 2))):
         kernel, padding = draw(st.sampled_from([1, 2, 3])), draw(st.integers(0, 2))
-        layers.append(Conv(draw(st.integers(1, 4)), kernel, padding))
-        size += 2 * padding - kernel + 1
+        stride, filters = draw(st.sampled_from([1, 1, 2, 3])), draw(st.integers(1, 4))
+        layers.append(Conv(filters, kernel, padding, stride))
+        size = (size + 2 * padding - kernel) // stride + 1
         order: list[Layer] = [ReLU()]
         if size >= 4 and BatchNorm() not in layers:
             order.insert(draw(st.integers(0, 1)), MaxPool(draw(st.sampled_from([2, 3]))))
             size //= 3
         layers += [BatchNorm()] * draw(st.booleans()) + order
+        layers += shortcut(draw, len(layers), Conv(filters, 3, 1))
         if size < 4:
             break
     if isinstance(layers[-1] if layers else None, ReLU) and draw(st.booleans()):
         layers.append(AvgPool())
     if draw(st.booleans()):
-        layers += [Linear(draw(st.integers(1, 9))), *[BatchNorm()] * draw(st.booleans()), ReLU()]
+        units = draw(st.integers(1, 9))
+        layers += [Linear(units), *[BatchNorm()] * draw(st.booleans()), ReLU()]
+        layers += shortcut(draw, len(layers), Linear(units))
     return Model("random", (channels, height, width), (*layers, Linear(10)), {}, "")
+
+
+def shortcut(draw: st.DrawFn, place: int, product: Layer) -> list[Layer | Node]:
+    """Layers behind a ReLU at `place` - 1, whose output is read again behind them, once or twice; or none."""
+    kind = draw(st.sampled_from(["none", "none", "product", "relu", "product, relu", "relu, product"]))
+    if kind == "none":
+        return []
+    inner: list[Layer | Node] = [{"product": product, "relu": ReLU()}[name] for name in kind.split(", ")]
+    last = place + len(inner) - 1
+    inputs = draw(st.permutations([place - 1, last, *draw(st.sampled_from([[], [place], [last]]))]))
+    return [*inner, Node(Add(), tuple(inputs)), *[ReLU()] * draw(st.booleans())]
 
 
 @given(
@@ -168,6 +203,25 @@ def test_random_networks_against_autograd(
 ) -> None:
     check(model, replicas, batch, torch.float64, seed, keep)
     check(model, 1, batch, torch.float64, seed, keep, vendor=True)
+
+
+@pytest.mark.parametrize("vendor", [False, True])
+def test_no_activation_is_lost_that_somebody_is_still_to_read(vendor: bool) -> None:
+    """ReLUs of the image, of what a sum reads too, of a sum; gradients that a sum gives to two of them."""
+    layers = (
+        *(Node(ReLU(), (INPUT,)), Node(Conv(2, 3, 1), (INPUT,)), Node(ReLU(), (1,)), Node(ReLU(), (1,))),
+        *(Node(Add(), (2, 3)), ReLU(), Node(Add(), (5, 1, 5)), Node(Conv(2, 1), (0,)), Node(ReLU(), (7,))),
+        *(Node(Add(), (8, 6)), MaxPool(2), Node(Linear(3), (6,)), Node(Linear(3), (10,))),
+        *(Node(Add(), (11, 12)), ReLU(), Node(Add(), (14, 14)), Linear(10)),
+    )
+    model = Model("busy", (2, 5, 4), layers, {}, "")
+    for replicas in (1,) if vendor else (1, 3):
+        check(model, replicas, 3, torch.float64, seed=0, vendor=vendor)
+    flat = weights(model, 1, torch.Generator().manual_seed(0)).float()
+    x = torch.randn(1, 40, 3, generator=torch.Generator().manual_seed(1))
+    before = x.clone()
+    (VendorNetwork(model, flat) if vendor else Network(model, flat, 3)).forward(x)
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

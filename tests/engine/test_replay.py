@@ -26,12 +26,13 @@ import trainings
 from oracle import DEVICE, pick, precision
 from sparselth.config import Recipe, Replica
 from sparselth.data.batches import Batches, Event, Orders, Resident
-from sparselth.engine.dense import BiasReLU, PartsPool, init_weights
+from sparselth.engine.dense import init_weights
+from sparselth.engine.layers import BiasReLU, PartsPool
 from sparselth.engine.paths import choose
 from sparselth.engine.replay import MANY, Replay
 from sparselth.kernels import masked_conv2d, replica_parts
 from sparselth.kernels._triton import INTERPRET
-from sparselth.models import AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, ReLU, get_model
+from sparselth.models import Add, AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, Node, ReLU, get_model
 from sparselth.streams import stream
 from sparselth.train import Job, State, fit, scores
 
@@ -49,6 +50,15 @@ NORMS = Model(
     "",
 )
 FEW_NORMS = replace(NORMS, name="few-norms", layers=(MaxPool(4), Conv(2, 3), BatchNorm(), *NORMS.layers[6:]))
+RESIDUAL = replace(
+    NORMS,
+    name="residual",
+    layers=(
+        *(MaxPool(4), Conv(2, 3, 1), ReLU(), Conv(3, 3, 1, 2), ReLU(), Conv(3, 3, 1)),
+        *(Node(Conv(3, 1, 0, 2), (2,)), Node(Add(), (5, 6)), ReLU()),
+        *(Linear(6), ReLU(), Linear(6), ReLU(), Node(Add(), (10, 12)), Linear(10)),
+    ),
+)
 ADAM = Recipe(steps=6, lr=1.2e-3, batch_size=7, eval_every=3)
 SGD = replace(ADAM, lr=0.05, optimizer="sgd", weight_decay=1e-3)
 interpreted = pytest.mark.skipif(not INTERPRET, reason="Triton's interpreter is off")
@@ -90,7 +100,7 @@ cells = st.lists(
 
 @pytest.mark.host
 @pytest.mark.parametrize("kernels", ["auto", "torch", "reference"])
-@pytest.mark.parametrize("model", [LENET, CONVS, NORMS], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [LENET, CONVS, NORMS, RESIDUAL], ids=lambda model: model.name)
 @given(cells=cells, recipe=st.sampled_from([ADAM, SGD, replace(SGD, momentum=0.0)]))
 @settings(max_examples=12)
 def test_a_replica_of_any_batch_equals_itself_alone(
@@ -117,8 +127,9 @@ def test_a_replica_of_any_batch_equals_itself_alone(
         (SMALL, replace(SGD, momentum=0.0), 2),
         (CONVS, SGD, 2),
         (FEW_NORMS, SGD, 2),
+        (RESIDUAL, SGD, 2),
     ],
-    ids=["small-adam", "small-adam-1", "small-sgd", "convs-sgd", "few-norms"],
+    ids=["small-adam", "small-adam-1", "small-sgd", "convs-sgd", "few-norms", "residual"],
 )
 def test_a_replica_of_a_triton_batch_equals_itself_alone(
     model: Model, recipe: Recipe, replicas: int, few: Resident
@@ -325,6 +336,17 @@ def test_images_lie_as_convolutions_give_them(
     pools = [layer for layer in replay.network.layers if isinstance(layer, PartsPool)]
     assert [pool.cuts for pool in pools] == {8: [True], 4: [False], 7: []}[len(layers)]
     near(replay, tensors, right, 1e-4 if norms else 1e-5)
+
+
+@pytest.mark.host
+@interpreted
+def test_shortcuts_on_the_default_paths_of_cuda(few: Resident) -> None:
+    """The bias of a product is left to a ReLU only where that is all that reads it."""
+    recipe = replace(SGD, steps=2, eval_every=2, batch_size=3)
+    replay, tensors, right = by_default(RESIDUAL, recipe, few, 2)
+    added = [isinstance(layer, BiasReLU) for layer in replay.network.layers]
+    assert [i for i, late in enumerate(added) if late] == [2, 4, 10, 12]
+    near(replay, tensors, right, 1e-5)
 
 
 @pytest.mark.host

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparselth.engine import dense
+from sparselth.engine import dense, layers
 from sparselth.kernels import _native
 from sparselth.kernels.step_parts import (
     bias_relu,
@@ -351,10 +351,10 @@ def test_the_network_and_these_agree() -> None:
 
 
 def network_pool(x: Tensor, dy: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-    """(y, dx) as sparselth/engine/dense.py has them."""
+    """(y, dx) as sparselth/engine/layers.py has them."""
     c, h, w, b = x.shape
     out = torch.zeros(1, c, h // 2, w // 2, b)
-    pool, cut = dense.DensePool(2, out, out.new_zeros(1, c, h, w, b)), dense.DenseReLU()
+    pool, cut = layers.DensePool(2, out, out.new_zeros(1, c, h, w, b)), layers.DenseReLU()
     y = pool.forward(x[None])
     if relu:
         cut.forward(y)

@@ -268,7 +268,7 @@ def test_dead_inputs_are_picked_out_for_dense_forms_alone(
 
 
 @pytest.mark.parametrize("fast", [NATIVE, ("csr_linear", "sparse_conv2d_rows"), ("CSR", "channels-last")])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name].is_chain])
 def test_every_model_of_ours(name: str, fast: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     moves = "columns", "to columns", "from columns", "to channels-last", "from channels-last"
     monkeypatch.setattr(timing, "seconds", prefer(*fast, *moves, "mixed"))
@@ -280,6 +280,13 @@ def test_every_model_of_ours(name: str, fast: tuple[str, ...], monkeypatch: pyte
     if _native.LIB is not None:
         assert {layer.chosen for layer in converted.report.layers} <= {*fast}
     close(converted(x), dense(net, masks, x))
+
+
+def test_a_network_with_shortcuts_is_refused() -> None:
+    model = MODELS["resnet20"]
+    net = sequential(model, init_weights(model, torch.Generator().manual_seed(0)))
+    with pytest.raises(ValueError, match="Graph"):
+        sparse.convert(net, None, torch.randn(2, *model.input))
 
 
 @pytest.mark.skipif(_native.LIB is None, reason="no native kernels")
