@@ -121,7 +121,7 @@ def address(t: torch.Tensor | None) -> int | None:
 
 def scratch(size: int) -> torch.Tensor:
     """Zeros that a kernel works on; whoever measures memory tells them from weights by their mark."""
-    work = torch.zeros(size)
+    work = torch.zeros(size, dtype=torch.float32, device="cpu")
     work.is_scratch = True  # type: ignore[attr-defined]
     return work
 

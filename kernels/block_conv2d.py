@@ -146,7 +146,7 @@ def floor(
     *taps, channel = _unpacked(weight.places.long().cpu())
     seen = (c - channel * block).clamp(max=block) * len(x)
     for tap, out, extent, step, pad, apart in zip(taps, outs, x.shape[2:], *g[1:], strict=True):
-        place = torch.arange(out) * step - pad + tap[:, None] * apart
+        place = torch.arange(out, device="cpu") * step - pad + tap[:, None] * apart
         seen = seen * ((place >= 0) & (place < extent)).sum(1)
     w = blocks * block**2 * -(-pixels // tile.rows)
     return {
@@ -179,8 +179,10 @@ def _torch(
     _, h, wide, c = x.shape
     # runs of b channels as rows of a matrix: where the windows of y begin, and the way from there to a block
     pieces, pixels, blocks = x.view(-1, block), batch * p * q, places.numel()
-    first = torch.arange(batch)[:, None, None] * h + torch.arange(p)[:, None] * down
-    first = ((first * wide + torch.arange(q) * across) * (c // block)).view(1, -1, 1)
+    first = (
+        torch.arange(batch, device="cpu")[:, None, None] * h + torch.arange(p, device="cpu")[:, None] * down
+    )
+    first = ((first * wide + torch.arange(q, device="cpu") * across) * (c // block)).view(1, -1, 1)
     i, j, channel = _unpacked(places.long())
     way = (i * (g.dilation[0] * wide) + j * g.dilation[1]) * (c // block) + channel
     w, order = values.mT.float(), order.long()

@@ -122,7 +122,7 @@ class PackedCsr:
     def native(self) -> tuple[CsrIndex, Tensor]:
         """The same weights as the CPU's kernels read them."""
         row, column, value = self.kept_weights()
-        mask = torch.zeros(self.shape, dtype=torch.bool)
+        mask = torch.zeros(self.shape, dtype=torch.bool, device="cpu")
         mask[row, column] = True
         return CsrIndex.of(mask, backward=False), value[(row * self.shape[1] + column).argsort()]
 
@@ -164,7 +164,7 @@ def floor(packed: PackedCsr, batch: int) -> dict[str, int]:
 
 def reference(packed: PackedCsr, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     row, column, value = packed.kept_weights()
-    y = torch.zeros(packed.shape[0], x.shape[1], device=x.device)
+    y = torch.zeros(packed.shape[0], x.shape[1], device=x.device, dtype=torch.float32)
     y.index_add_(0, row, value.float()[:, None] * x.float()[column])
     if bias is not None:
         y += bias.float()[:, None]

@@ -78,7 +78,7 @@ class Csr:
             cell = row * tiles + column // tile
             column = column % tile
         ends = torch.bincount(cell, minlength=rows * tiles).cumsum(0).view(rows, tiles).t()
-        starts = torch.zeros(tiles + 1, rows, dtype=torch.int32)
+        starts = torch.zeros(tiles + 1, rows, dtype=torch.int32, device="cpu")
         starts[1:] = ends
         starts[0, 1:] = ends[-1, :-1]
         return Csr((rows, inner), tile, starts, column.to(torch.uint16), order)
@@ -298,7 +298,9 @@ def _bind_product(
     ordered = values if csr.order is None else torch.empty_like(values)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
-        w = torch.sparse_csr_tensor(row_starts, columns, ordered, csr.shape, check_invariants=False)
+        w = torch.sparse_csr_tensor(
+            row_starts, columns, ordered, csr.shape, check_invariants=False, device="cpu"
+        )
 
     def run() -> None:
         if csr.order is not None:

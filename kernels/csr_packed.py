@@ -67,7 +67,7 @@ class Packed:
         tiles = max(1, -(-k // tile))
         firsts = _firsts(torch.bincount(row, minlength=n), wide)
         blocks = len(firsts) - 1
-        block = torch.repeat_interleave(torch.arange(blocks), firsts.diff())  # of every row
+        block = torch.repeat_interleave(torch.arange(blocks, device="cpu"), firsts.diff())  # of every row
 
         # Visits: all rows in the first and the last tile, which begin and end them, else those that keep any.
         cell = row * tiles + column // tile
@@ -78,15 +78,15 @@ class Packed:
         count = counts[visit_row, visit_tile]
         place = block[visit_row] * tiles + visit_tile
         order = torch.argsort(place * (tile + 1) + tile - count, stable=True)
-        starts = torch.zeros(len(order) + 1, dtype=torch.int64)
+        starts = torch.zeros(len(order) + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(count[order], 0, out=starts[1:])
-        cells = torch.zeros(blocks * tiles + 1, dtype=torch.int64)
+        cells = torch.zeros(blocks * tiles + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(torch.bincount(place, minlength=blocks * tiles), 0, out=cells[1:])
         # The entries, now row by row, tile by tile: each visit's are neighbours.
         before = counts.view(-1).cumsum(0) - counts.view(-1)
         source = torch.repeat_interleave(
             before[visit_row[order] * tiles + visit_tile[order]] - starts[:-1], count[order]
-        ) + torch.arange(kept)
+        ) + torch.arange(kept, device="cpu")
         return Packed(
             shape=(n, k),
             tile=tile,
@@ -132,9 +132,11 @@ def _firsts(counts: Tensor, wide: int) -> Tensor:
     blocks = max(1, min(BLOCKS, kept // ENOUGH), -(-rows // most))
     work = (counts + kept // max(1, rows) + 1).cumsum(0)  # a row costs something even when it is empty
     if not rows:
-        return torch.zeros(2, dtype=torch.int64)
-    bounds: list[int] = torch.searchsorted(work, work[-1:] * torch.arange(1, blocks) // blocks).tolist()
-    return torch.tensor(sorted({0, *bounds, rows}))
+        return torch.zeros(2, dtype=torch.int64, device="cpu")
+    bounds: list[int] = torch.searchsorted(
+        work, work[-1:] * torch.arange(1, blocks, device="cpu") // blocks
+    ).tolist()
+    return torch.tensor(sorted({0, *bounds, rows}), device="cpu")
 
 
 def floor(packed: Packed, batch: int) -> dict[str, int]:

@@ -252,13 +252,13 @@ def _by_bracket(
     """
     device, replicas = weights[0].device, len(weights[0])
     new = torch.empty(replicas, _starts(weights)[1], dtype=torch.uint8, device=device)
-    thresholds = torch.empty(replicas, len(groups), device=device)
+    thresholds = torch.empty(replicas, len(groups), device=device, dtype=torch.float32)
     todo = [(g, slice(r, r + ROWS)) for g in range(len(groups)) for r in range(0, replicas, ROWS)]
     sigmas = SIGMAS
     while todo:
         jobs = [_Job(weights, groups[g], k[g][rows], alive[g][rows], sigmas) for g, rows in todo]
         lines = [line for job in jobs for line in job.plan]
-        pinned = torch.tensor(lines, dtype=torch.int64, pin_memory=device.type == "cuda")
+        pinned = torch.tensor(lines, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
         plan = pinned.to(device, non_blocking=True)  # torch keeps the pinned block until it was read
         first = 0
         for (g, rows), job in zip(todo, jobs, strict=True):

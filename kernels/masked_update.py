@@ -221,7 +221,7 @@ def bind_masked_adam(
             call()
 
         return run
-    live, count = _live(w, g, a, b, bits), torch.zeros(())
+    live, count = _live(w, g, a, b, bits), torch.zeros((), dtype=torch.float32, device="cpu")
     update = torch._fused_adamw_ if decoupled else torch._fused_adam_
 
     def run_torch(step: int, lr: float) -> None:
@@ -730,7 +730,7 @@ def _tables(lists: Lists, lr: Tensor) -> Tables:
         for row in rows
     ]
     sizes = tuple(row[0].numel() // r for row in rows)
-    return torch.tensor(table, dtype=torch.int64).to(lr.device), _chunks(sizes, r, lr.device)
+    return torch.tensor(table, dtype=torch.int64, device="cpu").to(lr.device), _chunks(sizes, r, lr.device)
 
 
 @lru_cache(maxsize=16)
@@ -743,4 +743,4 @@ def _chunks(sizes: tuple[int, ...], replicas: int, device: torch.device) -> Tens
         for r in range(replicas)
         for i in range(0, p, chunk)
     ]
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 4).to(device)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4).to(device)

@@ -98,9 +98,9 @@ class Taps:
             by = torch.sort(part, stable=True).indices
             channel, i, j = channel[by], i[by], j[by]
             order = (by if order is None else order[by]).int()
-        starts = torch.zeros(rows * blocks + 1, dtype=torch.int32)
+        starts = torch.zeros(rows * blocks + 1, dtype=torch.int32, device="cpu")
         starts[1:] = torch.bincount(part, minlength=rows * blocks).cumsum(0)
-        cells = torch.empty(window, kept, dtype=torch.uint16)
+        cells = torch.empty(window, kept, dtype=torch.uint16, device="cpu")
         for turn in range(window):
             line = (i + turn) % window * channels + channel
             cells[turn] = (line * step + j % step) * length + j // step
@@ -175,13 +175,13 @@ class Conv2dIndex:
             first=(-padding, -padding),
             places=((h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1),
             y_step=1,
-            phases=torch.zeros(1, 2, dtype=torch.int32),
+            phases=torch.zeros(1, 2, dtype=torch.int32, device="cpu"),
         )
         if not backward:
             return Conv2dIndex((n, c, kh, kw), size, stride, padding, forward, None)
         # A pixel of dx at row h meets row (h + padding - i) / stride of dy: rows i of one residue only.
         s, begin = stride, padding // stride
-        residue = torch.arange(s, dtype=torch.int32) + s * begin - padding
+        residue = torch.arange(s, dtype=torch.int32, device="cpu") + s * begin - padding
         window, across = -(-kh // s), -(-kw // s)
         row = (i % s * s + j % s) * c + inner
         order = torch.sort(row, stable=True).indices
@@ -219,7 +219,10 @@ class Conv2dIndex:
         (_, c, _, _), (h, w), p = self.shape, self.size, self.padding
         if not self.direct:
             return None
-        return Slices(torch.zeros(-(-batch // CELL), h + 2 * p, c, w + 2 * p, CELL), p)
+        return Slices(
+            torch.zeros(-(-batch // CELL), h + 2 * p, c, w + 2 * p, CELL, dtype=torch.float32, device="cpu"),
+            p,
+        )
 
     @property
     def kept(self) -> int:
@@ -431,7 +434,11 @@ def _bind(
     ring = 0 if direct else taps.window * taps.channels * taps.step * taps.length * CELL
     every = kept + taps.filters
     slot = ring + CELL * (every if dv is not None else 0) + CELL * PIXELS * taps.filters
-    work = torch.empty(kept + 2 * CELL + threads * slot + (pieces * every if dv is not None else 0))
+    work = torch.empty(
+        kept + 2 * CELL + threads * slot + (pieces * every if dv is not None else 0),
+        dtype=torch.float32,
+        device="cpu",
+    )
     aligned = work.data_ptr() + -work.data_ptr() % (4 * CELL)
     arguments = _Arguments(
         starts=taps.starts.data_ptr(),

@@ -115,7 +115,7 @@ class PackedConv2d:
         block = inner * blocks // max(1, c)
         part = block * n + out
         order = torch.sort(part, stable=True).indices
-        starts = torch.zeros(blocks * n + 1, dtype=torch.int32)
+        starts = torch.zeros(blocks * n + 1, dtype=torch.int32, device="cpu")
         starts[1:] = torch.bincount(part, minlength=blocks * n).cumsum(0)
         first = (block * c + blocks - 1) // blocks
         plane = ((inner - first) * planes[0] + i % stride) * planes[1] + j % stride
@@ -342,10 +342,10 @@ def _bounds(packed: PackedConv2d, parts: int) -> Tensor:
     n = packed.shape[0]
     counts = packed.starts.diff().view(packed.blocks, n).sum(0)
     work = (counts + 4).cumsum(0)  # a filter costs something even when it is empty
-    bounds = torch.zeros(parts + 1, dtype=torch.int32)
+    bounds = torch.zeros(parts + 1, dtype=torch.int32, device="cpu")
     bounds[parts] = n
     if n:
-        bounds[1:parts] = torch.searchsorted(work, work[-1:] * torch.arange(1, parts) // parts)
+        bounds[1:parts] = torch.searchsorted(work, work[-1:] * torch.arange(1, parts, device="cpu") // parts)
     return bounds
 
 

@@ -75,8 +75,10 @@ def gather(
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The batch (x, y) of images `index`; with `rows` only these pixels, one after the other."""
-    x = torch.empty(images.shape[1] if rows is None else len(rows), len(index))
-    y = torch.empty(len(index), dtype=torch.int64)
+    x = torch.empty(
+        images.shape[1] if rows is None else len(rows), len(index), dtype=torch.float32, device="cpu"
+    )
+    y = torch.empty(len(index), dtype=torch.int64, device="cpu")
     bind_gather(images, labels, scale, shift, x, y, rows, kernels)(index)
     return x, y
 
@@ -89,14 +91,14 @@ def bias_relu(y: Tensor, bias: Tensor | None = None, kernels: str = "auto") -> T
 
 def relu_backward(dy: Tensor, y: Tensor | None, kernels: str = "auto") -> tuple[Tensor, Tensor]:
     """(dy, dbias): dy with 0 where y is not above 0, in place, and its sums; without y the sums alone."""
-    dbias = torch.empty(len(dy))
+    dbias = torch.empty(len(dy), dtype=torch.float32, device="cpu")
     bind_relu_backward(dy, y, dbias, kernels)()
     return dy, dbias
 
 
 def cross_entropy_grad(logits: Tensor, labels: Tensor, kernels: str = "auto") -> Tensor:
     """Gradient of the mean cross-entropy, [classes, B]."""
-    dlogits = torch.empty(logits.shape)
+    dlogits = torch.empty(logits.shape, dtype=torch.float32, device="cpu")
     bind_cross_entropy_grad(logits, labels, dlogits, None, kernels)()
     return dlogits
 
@@ -109,14 +111,14 @@ def cross_entropy(logits: Tensor, labels: Tensor, kernels: str = "auto") -> tupl
 def max_pool(x: Tensor, relu: bool = False, kernels: str = "auto") -> Tensor:
     """Maxima of 2 x 2 pixels of [C, H, W, B]; with an odd H or W the last row or column is left out."""
     c, h, w, b = x.shape
-    y = torch.empty(c, h // 2, w // 2, b)
+    y = torch.empty(c, h // 2, w // 2, b, dtype=torch.float32, device="cpu")
     bind_max_pool(x, y, relu, kernels)()
     return y
 
 
 def max_pool_backward(dy: Tensor, x: Tensor, y: Tensor, relu: bool = False, kernels: str = "auto") -> Tensor:
     """Gradient of x; with `relu` dy is first cut to 0 where y is not above 0."""
-    dx = torch.empty(x.shape)
+    dx = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     bind_max_pool_backward(dy, x, y, dx, relu, None, kernels)()
     return dx
 

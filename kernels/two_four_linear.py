@@ -85,7 +85,9 @@ class TwoFour:
 def _csr(w: Tensor) -> Tensor:
     row, column = w.nonzero().unbind(1)
     starts = F.pad(torch.bincount(row, minlength=len(w)).cumsum(0), (1, 0)).int()
-    return torch.sparse_csr_tensor(starts, column.int(), w[row, column], w.shape, check_invariants=False)
+    return torch.sparse_csr_tensor(
+        starts, column.int(), w[row, column], w.shape, check_invariants=False, device=w.device
+    )
 
 
 def reference(weight: TwoFour, x: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:

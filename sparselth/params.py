@@ -100,7 +100,7 @@ class Params:
         """The mask of the dense network, bool [M]; the alignment gaps between tensors are False."""
         import torch
 
-        mask = torch.zeros(self.mask_size, dtype=torch.bool)
+        mask = torch.zeros(self.mask_size, dtype=torch.bool, device="cpu")
         for spec in self.weights:
             mask[spec.span] = True
         return mask

@@ -67,7 +67,7 @@ def shuffle(params: Params, mask: Tensor, generator: torch.Generator) -> Tensor:
     new = mask.clone()
     for spec in params.weights:
         span = spec.span
-        new[span] = mask[span][torch.randperm(spec.numel, generator=generator)]
+        new[span] = mask[span][torch.randperm(spec.numel, generator=generator, device="cpu")]
     return new
 
 

@@ -58,7 +58,7 @@ def magnitude(
 
 @register("random", "a uniform draw of the seed and level: what any other score is held against")
 def random(network: Model, weights: Tensor, mask: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
-    return torch.rand(mask.numel(), generator=generator).to(weights.device)
+    return torch.rand(mask.numel(), generator=generator, dtype=torch.float32, device="cpu").to(weights.device)
 
 
 def ranked(name: str, scores: Tensor, mask: Tensor) -> Tensor:

@@ -500,7 +500,7 @@ def _updater(
     adam, momentum, decay = recipe.optimizer == "adam", recipe.momentum, recipe.weight_decay
     if paths.masked_update.takes == "torch":
         live = None if mask is None else mask.to(weights)
-        count = torch.zeros((), device=weights.device)
+        count = torch.zeros((), device=weights.device, dtype=torch.float32)
 
         def update(step: int, lr: float) -> None:
             if adam:

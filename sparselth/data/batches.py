@@ -34,7 +34,7 @@ class Resident:
         self.device, self.chunk = device, chunk
         pixels = self.images.shape[1] // len(images.spec.mean)
         mean, std = (
-            torch.tensor(values).repeat_interleave(pixels)[:, None]
+            torch.tensor(values, dtype=torch.float32, device="cpu").repeat_interleave(pixels)[:, None]
             for values in (images.spec.mean, images.spec.std)
         )
         self.scale = (1 / (255 * std)).to(device)  # [K, 1]
@@ -56,7 +56,7 @@ class Resident:
 
     def split(self, seed: int) -> tuple[Tensor, Tensor]:
         """Indices of the training and of the validation images; the same for every arm and level."""
-        order = torch.randperm(len(self.images), generator=stream(seed, "data", 0, "split"))
+        order = torch.randperm(len(self.images), generator=stream(seed, "data", 0, "split"), device="cpu")
         return order[self.n_validation :], order[: self.n_validation]
 
     def _validation(self, seed: int) -> list[Chunk]:
@@ -85,7 +85,7 @@ class Gather:
         k = data.images.shape[1]
         self.data = data
         self.bytes = torch.empty(replicas * batch, k, dtype=torch.uint8, device=data.device)
-        self.x = torch.empty(replicas, batch, k, device=data.device)
+        self.x = torch.empty(replicas, batch, k, device=data.device, dtype=torch.float32)
         self.y = torch.empty(replicas * batch, dtype=torch.int64, device=data.device)
 
     def __call__(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,7 @@ class Batches:
         self.steps_per_epoch = data.n_train // batch
         self.split = [data.split(replica.seed)[0] for replica in replicas]
         self.epoch = -1
-        self.order = torch.empty(0)
+        self.order = torch.empty(0, dtype=torch.float32, device="cpu")
 
     @cached_property
     def gather(self) -> Gather:
@@ -131,7 +131,7 @@ class Batches:
         orders = []
         for split, who in zip(self.split, self.replicas, strict=True):
             generator = stream(who.seed, who.arm, who.level, f"order/{epoch}", who.draw)
-            order = split[torch.randperm(len(split), generator=generator)]
+            order = split[torch.randperm(len(split), generator=generator, device="cpu")]
             orders.append(order[: self.steps_per_epoch * self.batch].view(-1, self.batch))
         return torch.stack(orders)
 
@@ -162,7 +162,7 @@ class Orders:
         cuda = batches.data.device != "cpu"
         self.batches, self.epochs, self.epoch = batches, epochs, -1
         self.order = torch.zeros(shape, dtype=torch.int64, device=batches.data.device)
-        self.host = [torch.zeros(shape, dtype=torch.int64, pin_memory=cuda) for _ in range(2)]
+        self.host = [torch.zeros(shape, dtype=torch.int64, pin_memory=cuda, device="cpu") for _ in range(2)]
         self.copied = [event() for _ in range(2)]
         self.thread = ThreadPoolExecutor(1)
         self.next: tuple[int, Future[int]] = -1, Future()

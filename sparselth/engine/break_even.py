@@ -98,16 +98,21 @@ def _seconds(calls: list[Call]) -> list[float]:
 def _dense(case: _Case) -> Call:
     """Forward, backward and masked update of a dense layer, as `dense` or `vendor` has it."""
     spec, layer, before, first = case.spec, case.layer, case.before, case.first
-    weights, grad = _random(1, *spec.matrix), torch.zeros(1, *spec.matrix)
-    bits = torch.full((1, -(-spec.numel // 8)), 255, dtype=torch.uint8)
+    weights, grad = _random(1, *spec.matrix), torch.zeros(1, *spec.matrix, dtype=torch.float32, device="cpu")
+    bits = torch.full((1, -(-spec.numel // 8)), 255, dtype=torch.uint8, device="cpu")
     update = _update(weights, grad, bits, case.kernels)
-    bias, dbias = torch.zeros(2, 1, spec.shape[0], 1)
+    bias, dbias = torch.zeros(2, 1, spec.shape[0], 1, dtype=torch.float32, device="cpu")
     if isinstance(layer, Conv):
         model = Model("", (before[0], before[1], before[2]), (layer,), {}, "")
-        flat, slopes = _random(1, model.params.size), torch.zeros(1, model.params.size)
+        flat, slopes = (
+            _random(1, model.params.size),
+            torch.zeros(1, model.params.size, dtype=torch.float32, device="cpu"),
+        )
         vendor = VendorNetwork(model, flat, slopes, first=first)
         x = _random(1, prod(before), case.batch).mT.contiguous().mT
-        dy = torch.randn(case.batch, *case.after).contiguous(memory_format=torch.channels_last)
+        dy = torch.randn(case.batch, *case.after, dtype=torch.float32, device="cpu").contiguous(
+            memory_format=torch.channels_last
+        )
 
         def convolve() -> None:
             vendor.forward(x)
@@ -130,14 +135,22 @@ def _dense(case: _Case) -> Call:
 def _compressed(case: _Case, density: float) -> Call:
     """The same of a compressed layer under a random mask."""
     spec, before = case.spec, case.before
-    mask = torch.rand(spec.matrix, generator=torch.Generator().manual_seed(0)) < density
+    mask = (
+        torch.rand(spec.matrix, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+        < density
+    )
     index = make_index(spec, case.layer, before, mask, case.first)
     columns = -(-case.batch // COLUMNS) * COLUMNS
-    weights, grad = _random(1, index.kept), torch.zeros(1, index.kept)
-    x, y = _random(prod(before), columns), torch.zeros(prod(case.after), columns)
+    weights, grad = _random(1, index.kept), torch.zeros(1, index.kept, dtype=torch.float32, device="cpu")
+    x, y = (
+        _random(prod(before), columns),
+        torch.zeros(prod(case.after), columns, dtype=torch.float32, device="cpu"),
+    )
     ends = Ends(x, y, None if case.first else torch.zeros_like(x), torch.randn_like(y))
     product = Product(case.layer, spec, before, case.after, weights[0], grad[0], index, case.kernels)
-    calls = product.forward(ends, torch.zeros(spec.shape[0]), relu=False) + product.backward(ends)
+    calls = product.forward(
+        ends, torch.zeros(spec.shape[0], dtype=torch.float32, device="cpu"), relu=False
+    ) + product.backward(ends)
     update = _update(weights, grad, None, case.kernels)
 
     def run() -> None:
@@ -149,7 +162,7 @@ def _compressed(case: _Case, density: float) -> Call:
 
 
 def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
 
 
 def _update(weights: Tensor, grad: Tensor, bits: Tensor | None, kernels: str) -> Call:

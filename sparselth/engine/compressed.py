@@ -158,8 +158,8 @@ class Chain:
         grad: Tensor | None,
     ) -> None:
         columns = -(-batch // COLUMNS) * COLUMNS
-        self.x = x = torch.zeros(pixels, columns)
-        self.labels = torch.zeros(batch, dtype=torch.int64)
+        self.x = x = torch.zeros(pixels, columns, dtype=torch.float32, device="cpu")
+        self.labels = torch.zeros(batch, dtype=torch.int64, device="cpu")
         forwards: list[Named] = []
         backwards: list[list[Named]] = []
         dx: Tensor | None = None
@@ -171,7 +171,7 @@ class Chain:
             if isinstance(layer, ReLU):
                 continue  # done by what is before it
             relu = isinstance(next_layer, ReLU)
-            y = torch.zeros(prod(after), columns)
+            y = torch.zeros(prod(after), columns, dtype=torch.float32, device="cpu")
             dy = torch.zeros_like(y) if grad is not None else None
             ends = Ends(x, y, dx, dy)
             if isinstance(layer, MaxPool):

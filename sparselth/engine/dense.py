@@ -42,10 +42,12 @@ def init_weights(model: Model, generator: torch.Generator) -> Tensor:
 
     Batch norms begin with scale and variance 1, shift and mean 0.
     """
-    flat = torch.zeros(model.params.size)
+    flat = torch.zeros(model.params.size, dtype=torch.float32, device="cpu")
     for spec in model.weights:
         std = sqrt(2 / (spec.fan_in + spec.fan_out))
-        flat[spec.span] = torch.randn(spec.numel, generator=generator) * std
+        flat[spec.span] = (
+            torch.randn(spec.numel, generator=generator, dtype=torch.float32, device="cpu") * std
+        )
     for spec in model.norms[::2] + model.statistics[1::2]:
         flat[spec.span] = 1
     return flat

@@ -51,7 +51,10 @@ class Layout:
                 survivors = _matrix(spec, mask)
                 trained = survivors & units[spec.name][:, None]
                 self._trained[spec.name] = bitmask.pack(trained)
-                self._left_out[spec.name] = bitmask.pack(survivors & ~trained), torch.empty(0)
+                self._left_out[spec.name] = (
+                    bitmask.pack(survivors & ~trained),
+                    torch.empty(0, dtype=torch.float32, device="cpu"),
+                )
                 n = int(trained.sum())
             self.spans[spec.name] = offset, n
             offset += _aligned(n)
@@ -73,7 +76,7 @@ class Layout:
 
     def mask(self, mask: Tensor) -> Tensor:
         """The mask [M] in this layout, bool [1, mask_size]: compressed layers keep all they hold."""
-        found = torch.ones(1, self.mask_size, dtype=torch.bool)
+        found = torch.ones(1, self.mask_size, dtype=torch.bool, device="cpu")
         for spec in self.model.weights:
             if spec.name not in self.compressed:
                 self.view(found, spec).copy_(_matrix(spec, mask).flatten())
@@ -123,7 +126,7 @@ def live_units(model: Model, mask: Tensor, layers: frozenset[str]) -> dict[str, 
     Only `layers` let go of a unit that nobody reads; the others compute it and read what it reads.
     """
     found = {}
-    live = torch.ones(model.weights[-1].shape[0], dtype=torch.bool)
+    live = torch.ones(model.weights[-1].shape[0], dtype=torch.bool, device="cpu")
     producers = [spec.shape[0] for spec in model.weights[:-1]]  # a filter's plane is one unit
     for spec, units in zip(reversed(model.weights), [*reversed(producers), 0], strict=True):
         if spec.name not in layers:

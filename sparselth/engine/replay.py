@@ -64,7 +64,7 @@ class Shown:
         device = data.images.device
         self.data, self.first = data, torch.zeros(1, dtype=torch.int64, device=device)
         self.scale, self.shift = data.scale.flatten(), data.shift.flatten()
-        self.x = torch.zeros(replicas, batch, data.images.shape[1], device=device)
+        self.x = torch.zeros(replicas, batch, data.images.shape[1], device=device, dtype=torch.float32)
         self.y = torch.zeros(replicas, batch, dtype=torch.int64, device=device)
 
     def __call__(self, order: Tensor, place: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ class Replay:
         self.grad = torch.zeros_like(weights) if convs or model.norms else None
         self.pulse = Pulse(
             torch.zeros(r, dtype=torch.float64, device=device),
-            torch.zeros(r, device=device),
+            torch.zeros(r, device=device, dtype=torch.float32),
             torch.zeros(r, dtype=torch.uint8, device=device),
         )
         # not a method: a cycle through the network would keep graphs and buffers alive
@@ -122,7 +122,9 @@ class Replay:
         self.state_bytes += 0 if self.grad is None else 4 * self.grad.numel()
 
         self.clock = torch.zeros(1, dtype=torch.int64, device=device)
-        self.rates = torch.tensor([recipe.lr_at(step) for step in range(recipe.steps)], dtype=torch.float64)
+        self.rates = torch.tensor(
+            [recipe.lr_at(step) for step in range(recipe.steps)], dtype=torch.float64, device="cpu"
+        )
         self.rates = self.rates.to(device)
         self.starts = torch.tensor(list(start_steps), dtype=torch.float32, device=device)
 

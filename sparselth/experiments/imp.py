@@ -229,7 +229,7 @@ def _batch(model: Model, place: Place, seed: int, level: int) -> tuple[Tensor, T
     data = place.data
     assert data is not None
     images, count = data.split(seed)[0], min(PER_CLASS * model.classes, data.n_train)
-    order = torch.randperm(len(images), generator=stream(seed, "ticket", level, "score images"))
+    order = torch.randperm(len(images), generator=stream(seed, "ticket", level, "score images"), device="cpu")
     x, y = Gather(data, 1, count)(images[order[:count]].to(data.device))
     return x[0].T.reshape(count, *model.input).contiguous(), y.flatten()
 

@@ -62,7 +62,10 @@ class Anchors:
 
     def _cpu(self) -> None:
         for size in SIZES:
-            x, y = torch.ones(size // 4), torch.zeros(size // 4)
+            x, y = (
+                torch.ones(size // 4, dtype=torch.float32, device="cpu"),
+                torch.zeros(size // 4, dtype=torch.float32, device="cpu"),
+            )
             again = x.expand(max(1, (1 << 21) // size), -1)  # so many sums that a call's overhead is nothing
             ways: list[tuple[int, Callable[[], object]]] = [
                 (4 * again.numel(), again.sum),
@@ -74,19 +77,21 @@ class Anchors:
                 self.bandwidth[size] = max(self.bandwidth.get(size, 0.0), found)
         for name in self.dtypes:
             for side in SIDES if name == "fp32" else SIDES[:1]:
-                a = torch.randn(side, side).to(DTYPES[name])
+                a = torch.randn(side, side, dtype=torch.float32, device="cpu").to(DTYPES[name])
                 found = 2 * side**3 / _least(partial(torch.mm, a, a), SECONDS)
                 self.rate[name] = max(self.rate.get(name, 0.0), found)
 
     def _cuda(self) -> None:
         n = min(2**30, torch.cuda.mem_get_info()[0] // 32)
-        pair = torch.randn(2, n, device="cuda")
+        pair = torch.randn(2, n, device="cuda", dtype=torch.float32)
         copied, summed = (
             _least_cuda(call) for call in (lambda: pair[0].copy_(pair[1]), lambda: pair[0].sum())
         )
         self.bandwidth[n] = max(self.bandwidth.get(n, 0.0), 8 * n / copied, 4 * n / summed)
         for name in self.dtypes:
-            a, b = (torch.randn(8192, 8192, device="cuda").to(DTYPES[name]) for _ in range(2))
+            a, b = (
+                torch.randn(8192, 8192, device="cuda", dtype=torch.float32).to(DTYPES[name]) for _ in range(2)
+            )
             with precision(name):
                 found = 2 * 8192**3 / _least_cuda(partial(torch.mm, a, b))
             self.rate[name] = max(self.rate.get(name, 0.0), found)

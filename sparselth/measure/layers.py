@@ -74,8 +74,8 @@ class Layer:
             return 2 * (prod(self.shape) if mask is None else int(mask.sum()))
         reach = []
         for size, kernel, out in zip(self.size, self.shape[2:], self.outputs[1:], strict=True):
-            places = torch.arange(out) * self.stride - self.padding
-            seen = places + torch.arange(kernel)[:, None]
+            places = torch.arange(out, device="cpu") * self.stride - self.padding
+            seen = places + torch.arange(kernel, device="cpu")[:, None]
             reach.append(((seen >= 0) & (seen < size)).sum(1))
         taps = reach[0][:, None] * reach[1]
         kept = prod(self.shape[:2]) if mask is None else mask.sum((0, 1))
@@ -210,7 +210,7 @@ def facts(mask: Tensor) -> dict[str, float]:
 def occupancy(mask: Tensor, tile: int) -> float:
     """Share of the tiles of a matrix that hold a kept weight."""
     n, k = mask.shape
-    wide = torch.zeros(-(-n // tile) * tile, -(-k // tile) * tile, dtype=torch.bool)
+    wide = torch.zeros(-(-n // tile) * tile, -(-k // tile) * tile, dtype=torch.bool, device="cpu")
     wide[:n, :k] = mask
     held = wide.view(-(-n // tile), tile, -1, tile).any(3).any(1)
     return float(held.float().mean())
@@ -219,6 +219,6 @@ def occupancy(mask: Tensor, tile: int) -> float:
 def _random(size: int, sparsity: float, draw: torch.Generator) -> Tensor:
     """Exactly round((1 - sparsity) * size) kept, at least one."""
     kept = max(1, round((1 - sparsity) * size))
-    mask = torch.zeros(size, dtype=torch.bool)
-    mask[torch.randperm(size, generator=draw)[:kept]] = True
+    mask = torch.zeros(size, dtype=torch.bool, device="cpu")
+    mask[torch.randperm(size, generator=draw, device="cpu")[:kept]] = True
     return mask

@@ -76,8 +76,10 @@ class Bench:
         else:
             mask, block = mask_of(layer, cell.kind, cell.sparsity, draw)
         scale = (int(mask.sum()) / len(mask)) ** -0.5
-        weight = (torch.randn(layer.shape, generator=draw) * scale).mul_(mask)
-        x = torch.randn(cell.batch, *layer.inputs, generator=draw)
+        weight = (torch.randn(layer.shape, generator=draw, dtype=torch.float32, device="cpu") * scale).mul_(
+            mask
+        )
+        x = torch.randn(cell.batch, *layer.inputs, generator=draw, dtype=torch.float32, device="cpu")
         dead = 1 - float(mask.transpose(0, 1).flatten(1).any(1).float().mean())
         weight, x = weight.to(self.device, dtype), x.to(self.device, dtype)
         return Case(layer, cell.dtype, self.device, weight, x, block, dead), mask
@@ -272,7 +274,9 @@ class _Reference:
     def __init__(self, case: Case) -> None:
         self.case, batch = case, len(case.x)
         most = max(8, int(EXACT / max(1, case.layer.flops())))
-        spread = torch.linspace(0, batch - 1, min(batch, most), dtype=torch.float64).round().long()
+        spread = (
+            torch.linspace(0, batch - 1, min(batch, most), dtype=torch.float64, device="cpu").round().long()
+        )
         self.samples = torch.unique_consecutive(spread).to(case.x.device)
         run = product(case)
         self.exact = run(case.x[self.samples].double(), case.weight.double())

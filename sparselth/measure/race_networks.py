@@ -146,7 +146,13 @@ def bench_model(name: str, sparsity: float, batches: Sequence[int], say: Say, de
     """A model with fresh weights, of which every layer keeps the same share, chosen at random, on noise."""
     _check_batches(batches)
     case = _random_case(get_model(name), sparsity)
-    images = torch.randn(max(*batches, CHECKED), *case.model.input, generator=stream(0, "bench", 0, "images"))
+    images = torch.randn(
+        max(*batches, CHECKED),
+        *case.model.input,
+        generator=stream(0, "bench", 0, "images"),
+        dtype=torch.float32,
+        device="cpu",
+    )
     files = _stored(case, dense=True), _stored(case, dense=False)
     inference = _inference(case, images, batches, files, say, device)
     title = (
@@ -241,7 +247,7 @@ def _inference(
     found = _Inference([], [], {}, expected, False)
     notes = [meter.why]
     for batch in batches:
-        x = images[torch.arange(batch) % len(images)]
+        x = images[torch.arange(batch, device="cpu") % len(images)]
         say(f"{case.model.name}, batch {batch}: converting")
         began = time.perf_counter()
         try:
@@ -493,7 +499,7 @@ def _gradient(model: Model, flat: Tensor, batch: tuple[Tensor, Tensor]) -> Tenso
 
 def _flat(model: Model, tensors: Sequence[Tensor | None]) -> Tensor:
     """The parameters of a Sequential, layer by layer, as a float64 buffer [P]."""
-    found = torch.zeros(model.params.size, dtype=torch.float64)
+    found = torch.zeros(model.params.size, dtype=torch.float64, device="cpu")
     specs = [spec for part in model.parts for spec in part[:2]]
     for spec, tensor in zip(specs, tensors, strict=True):
         assert tensor is not None
@@ -524,7 +530,9 @@ def _random_case(model: Model, sparsity: float) -> Case:
     if not 0 <= sparsity < 1:
         raise UsageError(f"--sparsity {sparsity:g}: expected a number from 0 to below 1, the share of zeros")
     dense = init_weights(model, stream(0, "bench", 0, "init"))
-    noise = torch.rand(model.params.mask_size, generator=stream(0, "bench", 0, "mask"))
+    noise = torch.rand(
+        model.params.mask_size, generator=stream(0, "bench", 0, "mask"), dtype=torch.float32, device="cpu"
+    )
     keep = {spec.name: round((1 - sparsity) * spec.numel) for spec in model.weights}
     mask = pruning.prune(model.params, noise, model.params.full_mask(), keep, "reference")
     pruned = dense.clone()
@@ -538,11 +546,11 @@ def _training_images(model: Model) -> Resident:
     if model.input != data.get_dataset(data.FALLBACK).shape:
         size = len(resident.labels), math.prod(model.input)
         resident.images = torch.randint(
-            256, size, dtype=torch.uint8, generator=stream(0, "bench", 0, "images")
+            256, size, dtype=torch.uint8, generator=stream(0, "bench", 0, "images"), device="cpu"
         )
         # bytes from 0 to 255 have a deviation of 74
-        resident.scale = torch.full((size[1], 1), 1 / 74)
-        resident.shift = torch.full((size[1], 1), -127.5 / 74)
+        resident.scale = torch.full((size[1], 1), 1 / 74, dtype=torch.float32, device="cpu")
+        resident.shift = torch.full((size[1], 1), -127.5 / 74, dtype=torch.float32, device="cpu")
     return resident
 
 

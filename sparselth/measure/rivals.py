@@ -178,7 +178,7 @@ def _compressed(weight: Tensor, block: int | None) -> Tensor:
             padded = F.pad(weight, (0, k - weight.shape[1], 0, n - weight.shape[0]))
             w, make = padded.to_sparse_bsr((block, block)), torch.sparse_bsr_tensor
         starts, places = w.crow_indices().int(), w.col_indices().int()
-        return make(starts, places, w.values(), w.shape, check_invariants=False)
+        return make(starts, places, w.values(), w.shape, check_invariants=False, device=w.device)
 
 
 def _bsr(case: Case) -> Ready:

@@ -39,8 +39,8 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         self.transform = transforms.Compose(
             [transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
         )
-        self.pixels = torch.as_tensor(pixels).view(-1, *spec.shape)
-        self.labels = torch.as_tensor(labels).tolist()
+        self.pixels = torch.as_tensor(pixels, device="cpu").view(-1, *spec.shape)
+        self.labels = torch.as_tensor(labels, device="cpu").tolist()
 
     def __len__(self) -> int:
         return len(self.labels)

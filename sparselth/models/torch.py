@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from sparselth.models.graph import Add, AvgPool, BatchNorm, Conv, Layer, Linear, MaxPool, Model, ReLU
 
 Masks = dict[Tensor, Tensor]
+PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
 class Sum(nn.Module):
@@ -103,16 +106,17 @@ def _layers(model: Model, flat: Tensor) -> dict[str, nn.Module]:
 def _layer(op: Layer, before: tuple[int, ...]) -> nn.Module:
     match op:
         case Conv(out, kernel, padding, stride):
-            return nn.Conv2d(before[0], out, kernel, stride, padding)
+            return nn.Conv2d(before[0], out, kernel, stride, padding, **PLAIN)
         case MaxPool(size):
             return nn.MaxPool2d(size)
         case AvgPool():
             return nn.AvgPool2d((before[1], before[2]))
         case BatchNorm():
-            return nn.BatchNorm2d(before[0]) if len(before) > 1 else nn.BatchNorm1d(before[0])
+            norm = nn.BatchNorm2d if len(before) > 1 else nn.BatchNorm1d
+            return norm(before[0], **PLAIN)
         case ReLU():
             return nn.ReLU()
         case Linear(out):
-            return nn.Linear(prod(before), out)
+            return nn.Linear(prod(before), out, **PLAIN)
         case Add():
             return Sum()

@@ -131,7 +131,7 @@ class Chain:
 
     def result(self) -> Tensor:
         """Batch first, in memory of its own."""
-        y = torch.empty(self.shape)
+        y = torch.empty(self.shape, dtype=torch.float32, device="cpu")
         self.turn_out(y)
         return y
 

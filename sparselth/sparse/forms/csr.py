@@ -28,12 +28,14 @@ def _has_csr(stage: Stage, device: Device, batch: int) -> bool:
 def _csr(stage: Stage, device: Device, batch: int) -> Made:
     weight, bias, relu = stage.weight, stage.bias, stage.relu
     row, column = weight.nonzero().unbind(1)
-    starts = torch.zeros(len(weight) + 1, dtype=torch.int32)
+    starts = torch.zeros(len(weight) + 1, dtype=torch.int32, device="cpu")
     starts[1:] = torch.bincount(row, minlength=len(weight)).cumsum(0)
     values = weight[row, column]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
-        w = torch.sparse_csr_tensor(starts, column.int(), values, weight.shape, check_invariants=False)
+        w = torch.sparse_csr_tensor(
+            starts, column.int(), values, weight.shape, check_invariants=False, device="cpu"
+        )
 
     def bind(x: Tensor, y: Tensor) -> list[Call]:
         def run() -> None:

@@ -156,7 +156,9 @@ class Stage:
 
 def columns(features: int, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Room for the activations of a batch, [features, batch or more]."""
-    return torch.zeros(features, batch if batch == 1 else -(-batch // COLUMNS) * COLUMNS, dtype=dtype)
+    return torch.zeros(
+        features, batch if batch == 1 else -(-batch // COLUMNS) * COLUMNS, dtype=dtype, device="cpu"
+    )
 
 
 def image(memory: Tensor, shape: tuple[int, ...], batch: int) -> Tensor:
