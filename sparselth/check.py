@@ -40,6 +40,11 @@ class Checked:
     mismatch: str | None = None  # of shapes or dtypes, which leaves nothing to compare
 
     @property
+    def finite(self) -> bool:
+        """Whether the errors are numbers."""
+        return math.isfinite(self.error) and math.isfinite(self.largest)
+
+    @property
     def fault(self) -> str | None:
         """What is wrong in one line; None: nothing."""
         if self.mismatch:

@@ -53,6 +53,7 @@ ORDER = [
     "experiments.run",
     "measure",
     "report.bench_tables",
+    "report.network_tables",
     "report.bench_figures",
     "cli",
     "__main__",

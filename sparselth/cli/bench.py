@@ -18,7 +18,7 @@ from sparselth.cli.options import PATH, Names, data_dir, output
 from sparselth.errors import SparselthError, UsageError, unknown
 
 if TYPE_CHECKING:
-    from sparselth.measure.race_networks import Result
+    from sparselth.measure.case import Result
 
 DTYPES, MASKS = ("fp32", "tf32", "bf16", "fp16"), ("random", "block", "magnitude")
 NETWORK_BATCHES = (1, 8, 64, 256)
@@ -128,8 +128,11 @@ def bench(
     _writable(out, csv_file)
     facts, more = _facts(chosen), {}
     if model or train or (run and "magnitude" not in kinds):
+        from sparselth.measure.case import where
+        from sparselth.report import network_tables
+
         result = _network(run, level, seed, model, train, sparsities[0], batches, data_dir, chosen, say)
-        rows, text, failed = result.rows, result.text, result.failed
+        rows, failed, text = result.rows, result.failed, network_tables.report(result, where(chosen))
     else:
         from sparselth.measure.asked import Asked
         from sparselth.measure.race_layers import bench_layers
@@ -164,14 +167,15 @@ def _network(
     device: str,
     say: Callable[[str], None],
 ) -> Result:
-    from sparselth.measure import race_networks as networks
+    from sparselth.measure.race_networks import bench_model, bench_run
+    from sparselth.measure.training import bench_training
 
     if run is not None:
-        return networks.bench_run(run, level, seed, batches or NETWORK_BATCHES, data_dir, say, device)
+        return bench_run(run, level, seed, batches or NETWORK_BATCHES, data_dir, say, device)
     name = model or "lenet-300-100"
     if train:
-        return networks.bench_training(name, sparsity, (batches or (60,))[0], say)
-    return networks.bench_model(name, sparsity, batches or NETWORK_BATCHES, say, device)
+        return bench_training(name, sparsity, (batches or (60,))[0], say)
+    return bench_model(name, sparsity, batches or NETWORK_BATCHES, say, device)
 
 
 def _sparsities(words: Sequence[str]) -> tuple[float, ...]:

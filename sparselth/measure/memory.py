@@ -60,29 +60,6 @@ def running(
     return Memory(weights, indices, kept + peak(call, device), file=file)
 
 
-def table(pairs: Mapping[str, tuple[Memory, Memory]]) -> str:
-    """The table "memory, dense and pruned"; the keys name what was running."""
-    labels = {
-        "weights": "weights",
-        "indices": "indices, masks",
-        "gradients": "gradients",
-        "optimizer": "optimizer state",
-        "activations": "activations",
-        "peak": "together",
-        "file": "stored file",
-    }
-    lines = [f"{'memory, dense and pruned':<34}{'dense KB':>12}{'pruned KB':>12}{'of dense':>10}"]
-    for title, (dense, pruned) in pairs.items():
-        lines.append(title)
-        for name, label in labels.items():
-            before, after = getattr(dense, name), getattr(pruned, name)
-            if before is None or after is None:
-                continue
-            share = f"{after / before:.3f}" if before else ""
-            lines.append(f"  {label:<32}{before / 1e3:>12,.1f}{after / 1e3:>12,.1f}{share:>10}".rstrip())
-    return "\n".join(lines)
-
-
 def held(*objects: object, but: tuple[object, ...] = ()) -> tuple[int, int]:
     """Bytes of the storages that `objects` keep alive and `but` does not: of numbers, and of indices.
 

@@ -23,7 +23,8 @@ from sparselth.experiments.base import Place
 from sparselth.experiments.imp import ImpConfig, start_weights
 from sparselth.files import load_arrays
 from sparselth.kernels._triton import INTERPRET
-from sparselth.measure.race_networks import _flat, _load
+from sparselth.measure.race_networks import _load
+from sparselth.measure.training import _flat
 from sparselth.models import MODELS, AvgPool, BatchNorm, Conv, Layer, Linear, MaxPool, Model, ReLU, get_model
 from sparselth.models.torch import network, sequential
 from sparselth.runs import RunRecord, cell_path, checkpoint_path

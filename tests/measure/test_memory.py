@@ -142,19 +142,6 @@ def test_running_counts_weights_and_the_widest_moment() -> None:
     assert found.peak == found.weights + found.activations
 
 
-def test_the_table_leaves_out_what_is_not_there() -> None:
-    pair = Memory(1000, 0, 500, file=2000), Memory(100, 50, 500, file=300)
-    lines = memory.table({"inference, batch 8": pair}).splitlines()
-    assert lines[0].startswith("memory, dense and pruned")
-    assert [line.split() for line in lines[2:]] == [
-        ["weights", "1.0", "0.1", "0.100"],
-        ["indices,", "masks", "0.0", "0.1"],
-        ["activations", "0.5", "0.5", "1.000"],
-        ["together", "1.5", "0.7", "0.433"],
-        ["stored", "file", "2.0", "0.3", "0.150"],
-    ]
-
-
 def test_file_bytes_are_those_of_the_file(tmp_path: Path) -> None:
     arrays, header = {"a": torch.arange(7.0).numpy()}, {"schema": "x", "n": [1, 2]}
     save_arrays(tmp_path / "file", arrays, header)

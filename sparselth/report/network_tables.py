@@ -1,0 +1,156 @@
+"""Rows of whole networks as text: a table, the memory, and what they say in words."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparselth.measure.case import Result
+    from sparselth.measure.memory import Memory
+
+EVEN = 0.97, 1.03  # between them nobody wins
+
+
+LEGEND = (
+    "speed-up: against dense at its best. peak: weights, indices and activations; for a step gradients "
+    "and moments too. error: against float64, of the logits relative to the largest, of a step that of "
+    "the gradient's norm. make: conversion, and measuring what this machine had not measured before."
+)
+
+
+def report(result: Result, where: str) -> str:
+    """All of it: what was measured and `where`, the table with its legend, the memory, the words."""
+    said = [textwrap.fill(line, 100, subsequent_indent="  ") for line in sentences(result)]
+    tables = ["", table(result.rows), textwrap.fill(LEGEND, 100), "", memory_table(result.memory), ""]
+    return "\n".join([title(result), where, *tables, *said])
+
+
+def title(result: Result) -> str:
+    """What was measured, in a line."""
+    facts, kept = result.facts, f"{100 * result.facts['kept']:.3g} %"
+    name = facts["network"]
+    if result.what == "ticket":
+        return (
+            f"{name}, seed {facts['seed']}, ticket of level {facts['level']} of {facts['run']}: "
+            f"{kept} of the weights, on {facts['images']:,} test images of {facts['data']}"
+        )
+    if result.what == "model":
+        return f"{name}, random mask, {kept} of every layer's weights, on random images"
+    return f"{name}, one step of training with Adam, random mask, {kept} of every layer's weights"
+
+
+def sentences(result: Result) -> list[str]:
+    """What the rows say, one thing after the other."""
+    said: list[str] = []
+    for _, group in groupby(result.rows, key=lambda row: row["batch"]):
+        rows = list(group)
+        said.append(_sentence(rows))
+        if not result.facts.get("dead_are_zero", True):
+            said.append("CHECK FAILED: pruned weights or their moments are not zero after these steps.")
+        said += _failures(rows)
+    if result.what != "training":
+        said.append(_agreement(result.rows))
+    said += result.notes
+    if result.what == "ticket":
+        said += _of_ticket(result.facts)
+    return said
+
+
+def _of_ticket(facts: Mapping[str, Any]) -> list[str]:
+    recorded, file, dense = (facts[k] for k in ("recorded_accuracy", "file_bytes", "dense_file_bytes"))
+    wrong = "" if recorded is None else f"; CHECK FAILED: the run recorded {100 * recorded:.2f} %"
+    return [
+        f"Test accuracy: dense {100 * facts['dense_accuracy']:.2f} %, "
+        f"ticket {100 * facts['accuracy']:.2f} %{wrong}.",
+        f"Stored file: the ticket's cell {file:,} bytes, the dense network stored the same way "
+        f"{dense:,}, {file / dense:.3f} of it.",
+    ]
+
+
+def _sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    ours = rows[-1]
+    gain, best, times = ours["speedup"], ours["dense_best"], (ours["median_s"], ours["dense_median_s"])
+    what = f"Batch {ours['batch']}: sparselth takes {_ms(times[0])} ms, {best} {_ms(times[1])} ms"
+    if gain < EVEN[0]:
+        return f"{what}; use dense, sparselth takes {1 / gain:.2f} times as long."
+    if gain <= EVEN[1] or ours["pays_after"] is None:
+        return f"{what}; neither wins."
+    made, calls = ours["conversion_s"], ours["pays_after"]
+    after = f"{calls:,} call{'s' * (calls != 1)}"
+    return f"{what}: {gain:.2f}x; making it took {made:.2g} s, paid back after {after}."
+
+
+def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"CHECK FAILED: {row['implementation']} at batch {row['batch']} is off by {_off(row)} "
+        f"from float64, {row.get('differing_predictions', 0)} predictions differ; it counts for nothing."
+        for row in rows
+        if row["check"] == "failed"
+    ]
+
+
+def _agreement(rows: Sequence[Mapping[str, Any]]) -> str:
+    ours = [row for row in rows if row["implementation"] == "sparselth"]
+    images = ours[0]["images"]
+    off, ties = (max(row[key] for row in ours) for key in ("differing_predictions", "ties"))
+    if not off:
+        return f"Predictions are those of the dense network with its zeros on all {images:,} images."
+    tied = f"on {ties} of them two classes tie within rounding"
+    return f"Predictions differ on {off} of {images:,} images; {tied}."
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for every implementation and batch."""
+    lines = [
+        f"{'batch':>5}  {'':<22}{'ms':>10}{'iqr':>9}{'speed-up':>10}{'weights KB':>12}{'peak KB':>12}"
+        f"{'error':>10}{'make s':>8}{'pays after':>12}"
+    ]
+    for row in rows:
+        made, pays = (row.get(key, "") for key in ("conversion_s", "pays_after"))
+        lines.append(
+            f"{row['batch']:>5}  {row['implementation']:<22}{_ms(row['median_s']):>10}{_ms(row['iqr_s']):>9}"
+            f"{row['speedup']:>10.2f}{_kb(row['weight_bytes']):>12}{_kb(row['peak_bytes']):>12}"
+            f"{_off(row):>10}"
+            f"{made if made == '' else f'{made:.2f}':>8}{'never' if pays is None else pays:>12}".rstrip()
+            + (" CHECK FAILED" if row["check"] == "failed" else "")
+        )
+    return "\n".join(lines)
+
+
+def _off(row: Mapping[str, Any]) -> str:
+    error = row["max_rel_error"]
+    return "NaN" if error is None else f"{error:.1e}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3f}"
+
+
+def _kb(size: int | None) -> str:
+    return "–" if size is None else f"{size / 1e3:,.1f}"
+
+
+def memory_table(pairs: Mapping[str, tuple[Memory, Memory]]) -> str:
+    """The table "memory, dense and pruned"; the keys name what was running."""
+    labels = {
+        "weights": "weights",
+        "indices": "indices, masks",
+        "gradients": "gradients",
+        "optimizer": "optimizer state",
+        "activations": "activations",
+        "peak": "together",
+        "file": "stored file",
+    }
+    lines = [f"{'memory, dense and pruned':<34}{'dense KB':>12}{'pruned KB':>12}{'of dense':>10}"]
+    for title, (dense, pruned) in pairs.items():
+        lines.append(title)
+        for name, label in labels.items():
+            before, after = getattr(dense, name), getattr(pruned, name)
+            if before is None or after is None:
+                continue
+            share = f"{after / before:.3f}" if before else ""
+            lines.append(f"  {label:<32}{before / 1e3:>12,.1f}{after / 1e3:>12,.1f}{share:>10}".rstrip())
+    return "\n".join(lines)
