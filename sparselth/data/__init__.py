@@ -1,7 +1,7 @@
 """Data sets: `sets` says what they are, `files` reads and fetches them, `batches` feeds them to training."""
 
 from sparselth.data.files import ASSETS, MissingData, data_dir, fetch, load, resolve
-from sparselth.data.sets import DATASETS, DEFAULT, FALLBACK, DatasetSpec, Images, get_dataset
+from sparselth.data.sets import DATASETS, DEFAULT, FALLBACK, DatasetSpec, Images, get_dataset, register
 
 __all__ = [
     "ASSETS",
@@ -15,5 +15,6 @@ __all__ = [
     "fetch",
     "get_dataset",
     "load",
+    "register",
     "resolve",
 ]

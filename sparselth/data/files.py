@@ -20,6 +20,7 @@ import tempfile
 import textwrap
 import zlib
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from sparselth.data.sets import (
     DatasetSpec,
     IdxFile,
     Images,
+    Read,
     get_dataset,
 )
 from sparselth.errors import SparselthError
@@ -64,6 +66,8 @@ def load(name: str, folder: Path) -> Images:
     SparselthError.
     """
     spec = get_dataset(name)
+    if spec.read is not None:
+        return _user_images(spec, spec.read, folder)
     if spec.torchvision is None:
         root, source, missing = ASSETS / spec.folder, "inside the package", "reinstall sparselth"
         damaged = missing
@@ -96,6 +100,40 @@ def load(name: str, folder: Path) -> Images:
         labels[-1],
         spec.digest,
         source,
+    )
+
+
+def _user_images(spec: DatasetSpec, read: Read, folder: Path) -> Images:
+    """What a function reads, held against what the data set says of itself."""
+    try:
+        arrays = [np.asarray(array) for array in read(folder)]
+    except SparselthError:
+        raise
+    except Exception as error:
+        raise SparselthError(f"dataset {spec.name}: {type(error).__name__}: {error}") from error
+    if len(arrays) != 4:
+        raise SparselthError(f"dataset {spec.name}: expected images, labels, images, labels")
+    digest = hashlib.sha256()
+    train, train_labels, test, test_labels = arrays
+    for images, labels, n in ((train, train_labels, spec.n_train), (test, test_labels, spec.n_test)):
+        if images.dtype != np.uint8 or images.shape not in ((n, *spec.shape), (n, prod(spec.shape))):
+            raise SparselthError(
+                f"dataset {spec.name}: expected bytes {[n, *spec.shape]}, "
+                f"got {images.dtype} {list(images.shape)}"
+            )
+        if labels.shape != (n,) or labels.min() < 0 or labels.max() >= spec.classes:
+            raise SparselthError(
+                f"dataset {spec.name}: expected {n:,} labels from 0 to {spec.classes - 1} for its images"
+            )
+        digest.update(np.ascontiguousarray(images).tobytes() + labels.astype(np.int64).tobytes())
+    return Images(
+        spec,
+        np.array(train).reshape(spec.n_train, -1),
+        train_labels.astype(np.int64),
+        np.array(test).reshape(spec.n_test, -1),
+        test_labels.astype(np.int64),
+        digest.hexdigest()[:16],
+        Path(read.__code__.co_filename).name if hasattr(read, "__code__") else read.__module__,
     )
 
 
@@ -145,9 +183,11 @@ def resolve(
     damaged are an error in every case.
     """
     spec = get_dataset(default if name is None else name)
-    if spec.torchvision is None:
+    if spec.torchvision is None and spec.read is None:
         return load(spec.name, ASSETS)
     folder = data_dir(folder_flag)
+    if spec.read is not None:
+        return load(spec.name, folder)
     try:
         return load(spec.name, folder)
     except MissingData:

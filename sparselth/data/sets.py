@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,12 +63,16 @@ class CifarFile:
         return images, whole[labels + 1 + 2 * i + 2 * (i // 1000)]
 
 
+Read = Callable[[Path], tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.uint8], NDArray[Any]]]
+
+
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A data set: what its images are, and the files that hold it.
+    """A data set: what its images are, and the files that hold it or the function that reads it.
 
     The files hold images and labels by turns, at the end those of the test; or images and labels once,
-    of which the last n_test / classes images of each class are the test images.
+    of which the last n_test / classes images of each class are the test images. `read` takes the data folder
+    and gives training images, their labels, test images and theirs: bytes [n, ...] and numbers [n] from 0 on.
     """
 
     name: str
@@ -77,10 +83,11 @@ class DatasetSpec:
     std: tuple[float, ...]
     n_train: int
     n_test: int
-    licence: str
-    folder: str  # below the data folder
-    files: tuple[IdxFile | CifarFile, ...]
-    torchvision: str | None  # the class that downloads it; None: inside the package
+    licence: str = "none stated"
+    folder: str = ""  # below the data folder
+    files: tuple[IdxFile | CifarFile, ...] = ()
+    torchvision: str | None = None  # the class that downloads it; None: inside the package
+    read: Read | None = None
 
     @property
     def digest(self) -> str:
@@ -219,8 +226,13 @@ _BUILT_IN = {
 }
 
 
-for _name, _spec in _BUILT_IN.items():
-    DATASETS.add(_name, _spec)
+def register(spec: DatasetSpec) -> DatasetSpec:
+    """Make a data set known by its name, which must be free."""
+    return DATASETS.add(spec.name, spec)
+
+
+for _spec in _BUILT_IN.values():
+    register(_spec)
 
 
 def get_dataset(name: str) -> DatasetSpec:

@@ -142,6 +142,10 @@ def _check_shapes(name: str, dataset: DatasetSpec) -> None:
             f"`model` {name} takes images of {_shape(model.input)}, {dataset.name} has "
             f"{_shape(dataset.shape)}; use `dataset` {model.dataset}"
         )
+    if dataset.classes > model.classes:
+        raise UsageError(
+            f"`model` {name} tells {model.classes} classes apart, {dataset.name} has {dataset.classes}"
+        )
 
 
 def _shape(shape: tuple[int, ...]) -> str:

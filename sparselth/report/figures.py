@@ -40,6 +40,7 @@ LOOK = {
     "random-mask": ("#009E73", "^"),
     "random-reinit": ("#CC79A7", "D"),
 }
+SPARE = (("#56B4E9", "v"), ("#E69F00", "X"), ("#7F7F7F", "*"))  # of arms that a plugin brings
 MASK_COLOURS = LinearSegmentedColormap.from_list("mask", ["#E4E4E4", "#00507F"])
 Curves = dict[int, dict[int, list[float]]]  # seed → step → one accuracy in percent per draw
 STYLE: list[Any] = [
@@ -89,6 +90,12 @@ def draw(record: RunRecord, folder: Path) -> list[Path]:
             if (fig := make(record)) is not None:
                 written += _save(fig, folder, name)
     return written
+
+
+def _look(record: RunRecord, arm: str) -> tuple[str, str]:
+    """Colour and marker of an arm."""
+    others = [name for name in record.config.arms if name not in LOOK]
+    return LOOK[arm] if arm in LOOK else SPARE[others.index(arm) % len(SPARE)]
 
 
 def _save(fig: Figure, folder: Path, name: str) -> list[Path]:
@@ -194,7 +201,7 @@ def _against_weights(record: RunRecord, field: str, scale: float) -> tuple[Figur
         if len(rows) < 2 and arm != "ticket":
             continue  # only the dense point, which the ticket's line has too
         x, mean, low, high = np.array(rows).T
-        colour, marker = LOOK[arm]
+        colour, marker = _look(record, arm)
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(x, mean, color=colour, marker=marker, label=arm, zorder=3 if arm == "ticket" else 2)
     dense = scale * mean_interval(per_seed(record, "ticket", 0, field).values())[0]
@@ -283,7 +290,8 @@ def _curves(record: RunRecord) -> Figure | None:
         floor = _curve(axes, found["ticket", 0], "dense", ("black", "P"), _stop(record, "ticket", 0))
         for arm in record.config.arms if level else ():
             if (arm, level) in found:
-                late = _curve(axes, found[arm, level], arm, LOOK[arm], _stop(record, arm, level))
+                look, stop = _look(record, arm), _stop(record, arm, level)
+                late = _curve(axes, found[arm, level], arm, look, stop)
                 floor = min(floor, late) if arm == "ticket" else floor
         bottom = _limits(axes, floor)
         under = [str(line.get_label()) for line in axes.lines if np.max(line.get_ydata()) < bottom]
