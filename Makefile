@@ -8,11 +8,11 @@ STAMP  := $(VENV)/.installed
 PYTHON := python3 python3.13 python3.12 python3.11
 PINS   := constraints/$$version.txt
 KERNELS_HALF := tests/kernels
-TRITON_TESTS := compile sass dry races bitmask block_conv2d block_linear csr_infer linear_grad_update \
+TRITON_TESTS := compile sass dry races bitmask block_conv2d block_linear csr_lanes linear_grad_update \
   magnitude_threshold masked_conv2d masked_linear masked_update replica_parts slot_linear
 GPU_PYTHON := build/gpu-env/bin/python
 SECONDS_OF_BUNDLE := 3600
-NATIVE_TESTS := native csr_linear csr_packed sparse_conv2d sparse_conv2d_rows step_parts masked_update
+NATIVE_TESTS := native csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows step_parts masked_update
 
 .PHONY: imp test test-oldest test-newest check bench same-bits science properties sanitize constraints gpu-dry \
   gpu-bundle clean

@@ -54,7 +54,7 @@ def test_products(
     indices = {}
     for sparsity in SPARSITIES:
         mask = torch.rand(n, k, generator=draw) >= sparsity
-        index = indices[sparsity] = CsrIndex.of(mask)
+        index = indices[sparsity] = CsrIndex.from_dense(mask)
         values, y_, dx_, dv_ = index.gather(w), torch.empty(n, b), torch.empty(k, b), torch.empty(index.kept)
         ours = {
             "y": bind_csr_linear(index, values, x, None, y_),
@@ -64,7 +64,7 @@ def test_products(
         }
         for name in ("y", "dx", "dv"):
             ours[name]()
-        kept = index.scatter(values).double()
+        kept = index.to_dense(values).double()
         assert worst(y_, kept @ x.double()) < 5e-6
         assert worst(dx_, kept.t() @ dy.double()) < 5e-6
         assert worst(dv_, index.gather(dy.double() @ x.double().t())) < 5e-6

@@ -52,7 +52,7 @@ def test_sparse_conv2d(name: str, interleaved: Callable[..., Any], show: Callabl
     rivals: dict[str, tuple[Callable[[], object], int]] = {}
     indices = {}
     for sparsity in SPARSITIES:
-        index = indices[sparsity] = sc.Conv2dIndex.of(
+        index = indices[sparsity] = sc.Conv2dIndex.from_dense(
             torch.rand(dense.shape) >= sparsity, (size, size), 1, padding
         )
         values, dv, db = index.gather(dense), torch.empty(index.kept), torch.empty(n)

@@ -48,12 +48,12 @@ def test_sparse_conv2d_rows(
     floors = {}
     for sparsity in SPARSITIES:
         w = dense * (torch.rand(dense.shape) >= sparsity)
-        packed = sr.PackedConv2d.of(w, layer.size, layer.stride, layer.padding, batch)
+        packed = sr.ConvRows.from_dense(w, layer.size, layer.stride, layer.padding, batch)
         run, floors[sparsity] = sr.sparse_conv2d_rows_call(packed), sr.floor(packed, batch)
         exact = sr.reference(packed, x)
         assert (run(x) - exact).norm() <= 1e-5 * exact.norm()
         rivals[f"rows {sparsity}"] = partial(run, x), 4 * calls
-        index = Conv2dIndex.of(w != 0, layer.size, layer.stride, layer.padding, backward=False)
+        index = Conv2dIndex.from_dense(w != 0, layer.size, layer.stride, layer.padding, backward=False)
         turned, y = (
             image(columns(torch.Size(shape).numel(), batch), shape, batch)
             for shape in (layer.inputs, layer.outputs)

@@ -60,7 +60,7 @@ class Op:
 
 
 OPS = {  # in the order of stages that run one after another
-    "csr_infer": Op(("kernels/test_csr_infer.py",), 24),
+    "csr_lanes": Op(("kernels/test_csr_lanes.py",), 24),
     "slot_linear": Op(("kernels/test_slot_linear.py", "kernels/test_two_four_linear.py"), 24),
     "block_linear": Op(("kernels/test_block_linear.py",), 14),
     "masked_linear": Op(("kernels/test_masked_linear.py",), 24),
@@ -76,9 +76,9 @@ OPS = {  # in the order of stages that run one after another
 
 TARGETS = [  # on an H100 or H200
     # 8192 square, bf16, 90 % pruned
-    Target("csr_infer", "times the best dense, cold, batch 1", least=3.0),
-    Target("csr_infer", "times the best dense, cold, batch 8", least=2.5),
-    Target("csr_infer", "bytes of weights, of dense", most=0.21),
+    Target("csr_lanes", "times the best dense, cold, batch 1", least=3.0),
+    Target("csr_lanes", "times the best dense, cold, batch 8", least=2.5),
+    Target("csr_lanes", "bytes of weights, of dense", most=0.21),
     Target("slot_linear", "times the best dense, cold, batch 32", least=2.0),
     # 4096 square, bf16, batch 4096, 90 % of the blocks pruned; BSR of blocks of 64
     Target("block_linear", "times the best dense, blocks of 128", least=5.0),

@@ -19,6 +19,11 @@ from pathlib import Path
 import torch  # first: its OpenMP runtime is the one the library then finds
 
 LEVELS = ("plain", "avx2", "avx512")
+ENTRIES = (  # of native.c
+    *("csr_linear", "csr_weight_grad", "csr_tiled", "sparse_conv2d", "sparse_conv2d_weight_grad"),
+    *("sparse_conv2d_rows", "masked_update", "gather", "bias_relu", "relu_backward", "cross_entropy"),
+    *("cross_entropy_grad", "max_pool", "max_pool_backward", "transpose", "sequence"),
+)
 
 
 def _load() -> tuple[ctypes.CDLL | None, str, str | None]:
@@ -38,6 +43,8 @@ def _load() -> tuple[ctypes.CDLL | None, str, str | None]:
         highest = lib.sparselth_level()
     except (OSError, AttributeError) as error:
         return None, f"{path.name} cannot be used: {error}", None
+    if missing := [entry for entry in ENTRIES if not hasattr(lib, f"sparselth_{entry}")]:
+        return None, f"{path.name} was built from other sources, without {missing[0]}; install again", None
     level = highest if wanted == "auto" else LEVELS.index(wanted)
     if not lib.sparselth_choose(level):
         return None, f"SPARSELTH_NATIVE is {wanted}, but this machine goes up to {LEVELS[highest]}", None

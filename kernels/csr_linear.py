@@ -65,7 +65,7 @@ class Csr:
         return row * self.shape[1] + tile * self.tile + self.columns.long()
 
     @staticmethod
-    def of(mask: Tensor, number: Tensor | None = None) -> Csr:
+    def from_dense(mask: Tensor, number: Tensor | None = None) -> Csr:
         """The rows of a mask; `number`, its transpose flattened, numbers values that lie in that order."""
         rows, inner = mask.shape
         row, column = mask.nonzero().unbind(1)
@@ -100,15 +100,15 @@ class CsrIndex:
     backward: Csr | None
 
     @staticmethod
-    def of(mask: Tensor, backward: bool = True) -> CsrIndex:
+    def from_dense(mask: Tensor, backward: bool = True) -> CsrIndex:
         """The index of a bool mask [N, K], True = kept; without `backward` it knows no dx."""
         if mask.dim() != 2 or mask.dtype != torch.bool:
             raise ValueError(f"expected a bool mask [N, K], got {mask.dtype} {list(mask.shape)}")
-        forward = Csr.of(mask)
+        forward = Csr.from_dense(mask)
         if not backward:
             return CsrIndex(forward, None)
         number = mask.reshape(-1).cumsum(0, dtype=torch.int32) - 1
-        return CsrIndex(forward, Csr.of(mask.t().contiguous(), number))
+        return CsrIndex(forward, Csr.from_dense(mask.t().contiguous(), number))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -126,7 +126,7 @@ class CsrIndex:
         """The kept weights of a dense [N, K]."""
         return dense.reshape(-1)[self.forward.positions()]
 
-    def scatter(self, values: Tensor) -> Tensor:
+    def to_dense(self, values: Tensor) -> Tensor:
         """The dense [N, K] of kept weights, 0 elsewhere."""
         dense = values.new_zeros(self.shape[0] * self.shape[1])
         dense[self.forward.positions()] = values
@@ -146,7 +146,7 @@ def reference(
     index: CsrIndex, values: Tensor, x: Tensor, bias: Tensor | None = None, relu: bool = False
 ) -> Tensor:
     """The dense product."""
-    y = index.scatter(values) @ x
+    y = index.to_dense(values) @ x
     if bias is not None:
         y = y + bias[:, None]
     return y.relu() if relu else y

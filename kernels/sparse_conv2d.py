@@ -153,7 +153,7 @@ class Conv2dIndex:
     backward: Taps | None
 
     @staticmethod
-    def of(
+    def from_dense(
         mask: Tensor, size: tuple[int, int], stride: int = 1, padding: int = 0, backward: bool = True
     ) -> Conv2dIndex:
         """The index of a bool mask [N, C, kh, kw], True = kept; without `backward` it knows no dx."""
@@ -249,7 +249,7 @@ class Conv2dIndex:
         """The kept weights of a dense [N, C, kh, kw]."""
         return dense.reshape(-1)[self.positions()]
 
-    def scatter(self, values: Tensor) -> Tensor:
+    def to_dense(self, values: Tensor) -> Tensor:
         """The dense [N, C, kh, kw] of kept weights, 0 elsewhere."""
         n, c, kh, kw = self.shape
         dense = values.new_zeros(n * c * kh * kw)
@@ -276,7 +276,7 @@ def reference(
     pool: bool = False,
 ) -> Tensor:
     """The dense convolution."""
-    y = F.conv2d(x.permute(3, 0, 1, 2), index.scatter(values), bias, index.stride, index.padding)
+    y = F.conv2d(x.permute(3, 0, 1, 2), index.to_dense(values), bias, index.stride, index.padding)
     y = y.relu() if relu else y
     return (F.max_pool2d(y, 2) if pool else y).permute(1, 2, 3, 0)
 
@@ -286,7 +286,7 @@ def reference_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dv and db of the dense convolution."""
     pair, pad = [index.stride] * 2, [index.padding] * 2
-    u, v, w = dy.permute(3, 0, 1, 2), x.permute(3, 0, 1, 2), index.scatter(values)
+    u, v, w = dy.permute(3, 0, 1, 2), x.permute(3, 0, 1, 2), index.to_dense(values)
     dx, dw, db = torch.ops.aten.convolution_backward(
         u, v, w, [len(w)], pair, pad, [1, 1], False, [0, 0], 1, [True, True, True]
     )

@@ -6,7 +6,7 @@ r"""Convolution with a sparse weight on images as torch has them, for inference 
 | x      | [B, C, H, W]   | fp32  |  contiguous               x, y and the bias once each,
 | y      | [B, N, P, Q]   | fp32  |  contiguous               4 + 2 bytes a kept weight,
 | bias   | [N]            | fp32  |                           2 kept P Q B FLOPs
-| packed | `PackedConv2d` |       |  the kept weights and where they are
+| packed | `ConvRows` |       |  the kept weights and where they are
 
 `sparse_conv2d` has 16 images side by side and wants a layout of its own; here pixels are side by side. The
 images that are worked on are copied into planes with zeros around them, one for each channel, in which all
@@ -43,7 +43,7 @@ SHARE = 8  # pieces for each thread that make up for unequal ones
 
 
 @dataclass(frozen=True, eq=False)
-class PackedConv2d:
+class ConvRows:
     """The kept weights of W [N, C, kh, kw] in the order in which they are read, for images of one size."""
 
     shape: tuple[int, int, int, int]
@@ -63,9 +63,9 @@ class PackedConv2d:
     values: Tensor  # fp32 [kept]
 
     @staticmethod
-    def of(
+    def from_dense(
         weight: Tensor, size: tuple[int, int], stride: int = 1, padding: int = 0, batch: int = 1
-    ) -> PackedConv2d:
+    ) -> ConvRows:
         """The numbers of a weight that are not zero, for images of this size, about `batch` at a time."""
         if weight.dim() != 4 or weight.dtype != torch.float32 or not weight.is_cpu:
             raise ValueError(
@@ -120,7 +120,7 @@ class PackedConv2d:
         first = (block * c + blocks - 1) // blocks
         plane = ((inner - first) * planes[0] + i % stride) * planes[1] + j % stride
         cells = plane * pitch + i // stride * row + j // stride
-        return PackedConv2d(
+        return ConvRows(
             shape=(n, c, kernel[0], kernel[1]),
             size=(size[0], size[1]),
             stride=stride,
@@ -157,7 +157,7 @@ class PackedConv2d:
         """Memory of values and index."""
         return sum(t.numel() * t.element_size() for t in (self.starts, self.cells, self.values))
 
-    def scatter(self) -> Tensor:
+    def to_dense(self) -> Tensor:
         """The dense [N, C, kh, kw], 0 where nothing is kept."""
         n, c, kh, kw = self.shape
         part = torch.repeat_interleave(self.starts.diff().long())
@@ -181,7 +181,7 @@ def _shared(size: int, planes: int, places: int, more: int, stride: int, padding
     return shared
 
 
-def floor(packed: PackedConv2d, batch: int) -> dict[str, int]:
+def floor(packed: ConvRows, batch: int) -> dict[str, int]:
     """Bytes and FLOPs of `sparse_conv2d_rows`."""
     n, c, _, _ = packed.shape
     (h, w), (p, q) = packed.size, packed.out
@@ -192,16 +192,16 @@ def floor(packed: PackedConv2d, batch: int) -> dict[str, int]:
 
 
 def reference(
-    packed: PackedConv2d, x: Tensor, bias: Tensor | None = None, relu: bool = False, pool: bool = False
+    packed: ConvRows, x: Tensor, bias: Tensor | None = None, relu: bool = False, pool: bool = False
 ) -> Tensor:
     """The dense convolution."""
-    y = F.conv2d(x, packed.scatter().to(x.dtype), bias, packed.stride, packed.padding)
+    y = F.conv2d(x, packed.to_dense().to(x.dtype), bias, packed.stride, packed.padding)
     y = y.relu() if relu else y
     return F.max_pool2d(y, 2) if pool else y
 
 
 def sparse_conv2d_rows(
-    packed: PackedConv2d,
+    packed: ConvRows,
     x: Tensor,
     bias: Tensor | None = None,
     relu: bool = False,
@@ -213,7 +213,7 @@ def sparse_conv2d_rows(
 
 
 def sparse_conv2d_rows_call(
-    packed: PackedConv2d,
+    packed: ConvRows,
     bias: Tensor | None = None,
     relu: bool = False,
     pool: bool = False,
@@ -251,7 +251,7 @@ def sparse_conv2d_rows_call(
 
 
 def bind_sparse_conv2d_rows(
-    packed: PackedConv2d,
+    packed: ConvRows,
     x: Tensor,
     bias: Tensor | None,
     y: Tensor,
@@ -286,7 +286,7 @@ class _Arguments(ctypes.Structure):  # struct sparse_conv2d_rows
 
 
 def _bind(
-    packed: PackedConv2d, batch: int, bias: Tensor | None, relu: bool, pool: bool, *alive: Tensor
+    packed: ConvRows, batch: int, bias: Tensor | None, relu: bool, pool: bool, *alive: Tensor
 ) -> tuple[_Arguments, Callable[[], None]]:
     n, c, _, _ = packed.shape
     _native.vector("bias", bias, n)
@@ -337,7 +337,7 @@ def _bind(
     return arguments, _native.bind("sparse_conv2d_rows", arguments, *alive_too, *alive)
 
 
-def _bounds(packed: PackedConv2d, parts: int) -> Tensor:
+def _bounds(packed: ConvRows, parts: int) -> Tensor:
     """The first filter of each part, int32 [parts + 1]: about as many kept weights in each."""
     n = packed.shape[0]
     counts = packed.starts.diff().view(packed.blocks, n).sum(0)
@@ -349,7 +349,7 @@ def _bounds(packed: PackedConv2d, parts: int) -> Tensor:
     return bounds
 
 
-def _inputs(packed: PackedConv2d) -> tuple[int, int, int]:
+def _inputs(packed: ConvRows) -> tuple[int, int, int]:
     return packed.shape[1], *packed.size
 
 

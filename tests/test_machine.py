@@ -29,17 +29,17 @@ def test_what_ran_on_which_gpu(tmp_path: Path) -> None:
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "cpu.json").write_text('{"schema": "other/1", "device": {"name": "EPYC"}}')
     assert ran_on_gpus(tmp_path) == NONE
-    write(tmp_path, "H100", check("bitmask"), check("csr_infer"), ops=("bitmask", "csr_infer"))
+    write(tmp_path, "H100", check("bitmask"), check("csr_lanes"), ops=("bitmask", "csr_lanes"))
     assert ran_on_gpus(tmp_path) == "H100: 2 of 2 ops right"
     some = (
         check("bitmask"),
-        check("csr_infer"),
-        check("csr_infer", ok=False),
+        check("csr_lanes"),
+        check("csr_lanes", ok=False),
         check("convert", skipped="late"),
     )
-    write(tmp_path, "H200", *some, ops=("bitmask", "csr_infer", "convert"))
+    write(tmp_path, "H200", *some, ops=("bitmask", "csr_lanes", "convert"))
     assert ran_on_gpus(tmp_path).split(". ")[1] == (
-        "H200: 1 of 3 ops right; wrong: csr_infer; not run: convert"
+        "H200: 1 of 3 ops right; wrong: csr_lanes; not run: convert"
     )
     assert ran_on_gpus(tmp_path / "nowhere").startswith("not known here")
 

@@ -69,11 +69,11 @@ def own_cache() -> Iterator[None]:
         yield
 
 
-def csr_infer_is_fast(calls: Mapping[str, Callable[[], object]], sample: object) -> times.Times:
+def csr_lanes_is_fast(calls: Mapping[str, Callable[[], object]], sample: object) -> times.Times:
     """A clock for the interpreter."""
     for call in calls.values():
         call()
-    fast = "csr_infer", "mixed", "to", "from"
+    fast = "csr_lanes", "mixed", "to", "from"
     return times.Times({name: 1e-6 if name.split()[0] in fast else 1e-2 for name in calls})
 
 
@@ -111,7 +111,7 @@ def benchmark(here: Here, part: str, workload: Workload) -> dict[str, Any]:
     with precision(part):
         with own_cache():
             if here.size == "tiny":
-                with mock.patch.object(times, "seconds", csr_infer_is_fast):
+                with mock.patch.object(times, "seconds", csr_lanes_is_fast):
                     converted = sparse.convert(net, None, x, kernels="triton")
             else:
                 converted = sparse.convert(net, None, x)

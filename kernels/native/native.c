@@ -5,7 +5,7 @@
 #define ENTRIES(X) \
     X(csr_linear) \
     X(csr_weight_grad) \
-    X(csr_packed) \
+    X(csr_tiled) \
     X(sparse_conv2d) \
     X(sparse_conv2d_weight_grad) \
     X(sparse_conv2d_rows) \
@@ -25,7 +25,7 @@
 #define VEC 4
 #include "native.h"
 #include "csr_linear.inc"
-#include "csr_packed.inc"
+#include "csr_tiled.inc"
 #include "sparse_conv2d.inc"
 #include "sparse_conv2d_rows.inc"
 #include "step_parts.inc"
@@ -47,7 +47,7 @@
 #define VEC 8
 #include "native.h"
 #include "csr_linear.inc"
-#include "csr_packed.inc"
+#include "csr_tiled.inc"
 #include "sparse_conv2d.inc"
 #include "sparse_conv2d_rows.inc"
 #include "step_parts.inc"
@@ -76,7 +76,7 @@
 #define VEC 16
 #include "native.h"
 #include "csr_linear.inc"
-#include "csr_packed.inc"
+#include "csr_tiled.inc"
 #include "sparse_conv2d.inc"
 #include "sparse_conv2d_rows.inc"
 #include "step_parts.inc"

@@ -11,7 +11,7 @@
         ctypes.Structure in NAME.py mirrors field by field, and for each entry
             static void NAME(entry)(const void *args) { const struct entry *a = args; ... }
         NAME(x) is x_plain, x_avx2 or x_avx512: use it for every function. Helpers are INLINE.
-     2. native.c: `#include "NAME.inc"` once in each of the three levels, and X(entry) in ENTRIES.
+     2. native.c: `#include "NAME.inc"` once in each of the three levels, and X(entry) in ENTRIES, as in _native.py.
      3. NAME.py: `_native.bind("entry", arguments, tensors...)` gives a function that calls the entry.
    Rebuild with `python setup.py build_ext --inplace` (in the environment that runs the tests).
 

@@ -20,7 +20,7 @@ from sparselth.models import get_model
 ORDER = 64, 1, 256, 8, 1024, 4096  # batches of the default table
 SWEEP = Layer((2048, 2048), origin="square")  # where the break-even sparsity is sought
 SWEEP_BATCHES, SWEEP_SPARSITIES = (64, 1, 8, 256), (0.3, 0.5, 0.7, 0.8, 0.95)
-SWEPT = "dense eager", "dense columns", "CSR", "csr_linear", "csr_packed", "slot_linear"
+SWEPT = "dense eager", "dense columns", "CSR", "csr_linear", "csr_tiled", "slot_linear"
 BLOCKED = "128x128x3x3@16x16", "512x512x3x3@4x4"  # convolutions of it that are pruned in blocks, too
 
 

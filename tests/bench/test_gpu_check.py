@@ -156,14 +156,14 @@ def an_h200(width: int = 4) -> World:
     """Two ops, `width` shards of tests, of which one breaks the context and one hangs."""
     bad = {"ok": False, "message": "y: error 1 " + 200 * "x"}
     scripts: dict[str, tuple[float, list[tuple[str, float, Any]]]] = {"device and its rates": (20, ANCHORS)}
-    for op, figure in (("csr_infer", "times the best dense, cold, batch 8"), ("masked_linear", "y")):
+    for op, figure in (("csr_lanes", "times the best dense, cold, batch 8"), ("masked_linear", "y")):
         scripts[f"smoke {op}"] = 25, [("once", 3, {}), ("in a graph", 2, {})]
         scripts[f"targets {op}"] = 12, [("a", 9, timed(figure, 2.75)), ("b", 3, {})]
         scripts[f"large {op}"] = 12, [("far", 9, {"skipped": "needs 24 GiB, 9 are free"})]
         scripts[f"benchmarks {op}"] = 12, [(f"more {i}", 20, timed(f"more {i}", 1.0)) for i in range(9)]
     for i in range(width):
         tests: list[tuple[str, float, Any]] = [
-            (f"tests/kernels/test_csr_infer.py::test_{i}[{j}]", 0.5, bad if j < 15 else {}) for j in range(60)
+            (f"tests/kernels/test_csr_lanes.py::test_{i}[{j}]", 0.5, bad if j < 15 else {}) for j in range(60)
         ]
         tests[20] = (tests[20][0], 0.5, ["crash", "hang", {}, {}][i])
         scripts[f"checks {i + 1} of {width}"] = 8, tests
@@ -175,7 +175,7 @@ def a_visit(world: World, out: Path, budget: float = 480.0, width: int = 4) -> A
 
     def job(title: str) -> Job:
         stage, _, op = title.partition(" ")
-        waits, files = stage != "checks", {"tests/kernels/test_csr_infer.py": "csr_infer"}
+        waits, files = stage != "checks", {"tests/kernels/test_csr_lanes.py": "csr_lanes"}
         command = lambda first, events: [title, str(first)]  # noqa: E731
         return Job(stage, op, op, command, gib=24 if stage == "large" else 4, waits=waits, files=files)
 
@@ -183,7 +183,7 @@ def a_visit(world: World, out: Path, budget: float = 480.0, width: int = 4) -> A
     data: dict[str, Any] = {
         "budget_s": budget,
         "part": [],
-        "ops": ["csr_infer", "masked_linear"],
+        "ops": ["csr_lanes", "masked_linear"],
         "bundle": None,
         "device": {},
         "anchors": {},
@@ -230,12 +230,12 @@ def test_the_order_of_a_visit(tmp_path: Path) -> None:
     # a crash and a hang cost a test each, and are told apart
     lost = {c["case"]: c["message"] for c in data["checks"] if not c["ok"] and "error 1" not in c["message"]}
     assert lost == {
-        "tests/kernels/test_csr_infer.py::test_0[20]": "the process died (SIGABRT): illegal memory access",
-        "tests/kernels/test_csr_infer.py::test_1[20]": "no end after 49 s",
+        "tests/kernels/test_csr_lanes.py::test_0[20]": "the process died (SIGABRT): illegal memory access",
+        "tests/kernels/test_csr_lanes.py::test_1[20]": "no end after 49 s",
     }
     checks = [c for c in data["checks"] if c["stage"] == "checks"]
     assert len(checks) == 240
-    assert {c["op"] for c in checks} == {"csr_infer"}
+    assert {c["op"] for c in checks} == {"csr_lanes"}
 
     screen = report.screen(data, gpu_check.TARGETS)
     assert sum(not c["ok"] for c in checks) == 62
@@ -243,7 +243,7 @@ def test_the_order_of_a_visit(tmp_path: Path) -> None:
     lines = screen.splitlines()
     assert lines[0] == "NVIDIA H200, torch 2.11.0, triton 3.6.0"
     assert lines[1].startswith("copy 4.30 TB/s; TFLOP/s bf16 790, ieee 50; kernels: ")
-    assert "  pass    csr_infer: times the best dense, cold, batch 8 2.75, at least 2.5" in lines
+    assert "  pass    csr_lanes: times the best dense, cold, batch 8 2.75, at least 2.5" in lines
     assert "  none    masked_linear: of cuBLAS on w * m, at most 1.3" in lines
     assert "  and " in screen
     assert re.search(r"  benchmarks: masked_linear \(\d of 9\)", screen)
@@ -353,7 +353,7 @@ def test_what_comes_late_is_dropped_from_the_end(tmp_path: Path, budget: float) 
     assert cut
     assert max(map(order, done), default=0) <= min(map(order, cut))
     assert {row["job"] for row in visit.data["unfinished"] if row["stage"] == "benchmarks"} == {
-        "csr_infer",
+        "csr_lanes",
         "masked_linear",
     }
 
@@ -375,14 +375,14 @@ def test_a_figure_whose_check_fails_is_marked(tmp_path: Path) -> None:
     from gpu import report
 
     world, figure = an_h200(), "times the best dense, cold, batch 8"
-    world.scripts["targets csr_infer"] = 12, [("a", 9, timed(figure, 5.0, wrong="y: error 1"))]
+    world.scripts["targets csr_lanes"] = 12, [("a", 9, timed(figure, 5.0, wrong="y: error 1"))]
     visit = a_visit(world, tmp_path)
     visit.run(tmp_path)
-    goals = [report.Target("csr_infer", figure, least=3.0), report.Target("csr_infer", "lost", most=1)]
+    goals = [report.Target("csr_lanes", figure, least=3.0), report.Target("csr_lanes", "lost", most=1)]
     screen = report.screen(visit.data, goals)
-    assert f"  marked  csr_infer: {figure} 5.00, at least 3; y: error 1" in screen
-    assert "  none    csr_infer: lost, at most 1" in screen
-    assert "targets csr_infer a: timed all the same: y: error 1" in screen
+    assert f"  marked  csr_lanes: {figure} 5.00, at least 3; y: error 1" in screen
+    assert "  none    csr_lanes: lost, at most 1" in screen
+    assert "targets csr_lanes a: timed all the same: y: error 1" in screen
     assert "WRONG" in report.tables(visit.data)
     met = report.Target("op", "figure", most=1.3)
     assert met.met(1.3)

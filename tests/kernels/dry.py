@@ -44,7 +44,7 @@ from sparselth.kernels import _choose, replica_parts
 from sparselth.kernels.bitmask import launch_count, launch_pack, launch_unpack
 from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d
 from sparselth.kernels.block_linear import BlockWeight, block_linear
-from sparselth.kernels.csr_infer import PackedCsr, csr_infer
+from sparselth.kernels.csr_lanes import LanedCsr, csr_lanes
 from sparselth.kernels.linear_grad_update import linear_grad_update
 from sparselth.kernels.magnitude_threshold import launch as magnitude_launch
 from sparselth.kernels.masked_conv2d import masked_conv2d
@@ -342,14 +342,14 @@ def _magnitude_threshold() -> None:
             magnitude_launch(weights, gone, masks, kernels="triton")
 
 
-def _csr_infer() -> None:
+def _csr_lanes() -> None:
     some = torch.rand(512, 1024, generator=torch.Generator().manual_seed(0)) < 0.1
     for keep, batches in ((some, (1, 3, 8, 16, 1000)), (some[:9, :33], (1, 7, 700000))):
         for dtype in (torch.bfloat16, torch.float32):
-            packed = PackedCsr.from_dense(keep.to(dtype), keep)
+            packed = LanedCsr.from_dense(keep.to(dtype), keep)
             for batch in batches:
                 x, bias = torch.empty(keep.shape[1], batch, dtype=dtype), torch.empty(len(keep), dtype=dtype)
-                csr_infer(packed, x, bias, kernels="triton")
+                csr_lanes(packed, x, bias, kernels="triton")
 
 
 def _slot_linear() -> None:
@@ -420,7 +420,7 @@ OPS: dict[str, Callable[[], None]] = {
     "masked_update": _masked_update,
     "linear_grad_update": _linear_grad_update,
     "magnitude_threshold": _magnitude_threshold,
-    "csr_infer": _csr_infer,
+    "csr_lanes": _csr_lanes,
     "slot_linear": _slot_linear,
     "block_linear": _block_linear,
     "block_conv2d": _block_conv2d,

@@ -15,9 +15,9 @@ from sparselth.kernels import step_parts
 from sparselth.kernels.bitmask import pack
 from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d
 from sparselth.kernels.block_linear import BlockWeight, block_linear
-from sparselth.kernels.csr_infer import PackedCsr, csr_infer
+from sparselth.kernels.csr_lanes import LanedCsr, csr_lanes
 from sparselth.kernels.csr_linear import CsrIndex, csr_input_grad, csr_linear, csr_weight_grad
-from sparselth.kernels.csr_packed import Packed, csr_packed
+from sparselth.kernels.csr_tiled import TiledCsr, csr_tiled
 from sparselth.kernels.slot_linear import Slots, slot_linear
 from sparselth.kernels.sparse_conv2d import (
     Conv2dIndex,
@@ -25,7 +25,7 @@ from sparselth.kernels.sparse_conv2d import (
     sparse_conv2d_input_grad,
     sparse_conv2d_weight_grad,
 )
-from sparselth.kernels.sparse_conv2d_rows import PackedConv2d, sparse_conv2d_rows
+from sparselth.kernels.sparse_conv2d_rows import ConvRows, sparse_conv2d_rows
 from sparselth.kernels.two_four_linear import TwoFour, two_four_linear
 
 draw = torch.Generator().manual_seed(0)
@@ -38,14 +38,15 @@ def some(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 MATRIX = some(16, 32) * (torch.rand(16, 32, generator=draw) < 0.4)
 FILTERS = some(16, 16, 3, 3) * (torch.rand(16, 16, 3, 3, generator=draw) < 0.4)
 WIDE = some(64, 64, dtype=torch.float16)
-INDEX, TAPS = CsrIndex.of(MATRIX != 0), Conv2dIndex.of(FILTERS != 0, (6, 6), padding=1)
+INDEX, TAPS = CsrIndex.from_dense(MATRIX != 0), Conv2dIndex.from_dense(FILTERS != 0, (6, 6), padding=1)
 LABELS, PIXELS = torch.arange(4), torch.ones(5, 9).byte()
 IMAGES = some(16, 6, 6, 4)
 HALF = torch.float16
 TWO_FOUR = TwoFour.from_dense(some(32, 64, dtype=HALF))
 LINEAR_MASK, CONV_MASK = pack(torch.ones(1, 16, 32)), pack(torch.ones(1, 3, 36))
-PACKED, LANED, SLOTS = Packed.of(MATRIX, 4), PackedCsr.from_dense(MATRIX, MATRIX != 0), Slots.from_dense(WIDE)
-ROWS = PackedConv2d.of(FILTERS, (6, 6))
+TILED, LANED = TiledCsr.from_dense(MATRIX, 4), LanedCsr.from_dense(MATRIX, MATRIX != 0)
+SLOTS = Slots.from_dense(WIDE)
+ROWS = ConvRows.from_dense(FILTERS, (6, 6))
 GEOMETRY = conv.geometry((3, 3), 1, 1, 1)
 
 # name: (the op, its tensors by name)
@@ -63,12 +64,12 @@ OPS: dict[str, Op] = {
         lambda dy, x, **k: csr_weight_grad(INDEX, dy, x, **k),
         {"dy": some(16, 4), "x": some(32, 4)},
     ),
-    "csr_packed": (
-        lambda values, x, bias, **k: csr_packed(replace(PACKED, values=values), x, bias, **k),
-        {"values": PACKED.values, "x": some(32, 4), "bias": some(16)},
+    "csr_tiled": (
+        lambda values, x, bias, **k: csr_tiled(replace(TILED, values=values), x, bias, **k),
+        {"values": TILED.values, "x": some(32, 4), "bias": some(16)},
     ),
-    "csr_infer": (
-        lambda values, x, bias, **k: csr_infer(replace(LANED, values=values), x, bias, **k),
+    "csr_lanes": (
+        lambda values, x, bias, **k: csr_lanes(replace(LANED, values=values), x, bias, **k),
         {"values": LANED.values, "x": some(32, 4), "bias": some(16)},
     ),
     "slot_linear": (

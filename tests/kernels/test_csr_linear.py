@@ -90,7 +90,7 @@ def check(case: Case, way: str) -> None:
     draw = torch.Generator().manual_seed(case.seed)
     n, k, b = case.n, case.k, case.b
     mask = torch.rand(n, k, generator=draw) < case.keep
-    index = CsrIndex.of(mask)
+    index = CsrIndex.from_dense(mask)
     w, x, dy = (torch.randn(*s, generator=draw) for s in ((n, k), (k, b), (n, b)))
     bias = torch.randn(n, generator=draw) if case.bias else None
     values = index.gather(w)
@@ -172,7 +172,7 @@ def test_rows_and_columns_without_weights_and_full_ones(way: str) -> None:
     kernels = kernels_of(way)
     mask = torch.zeros(20, 300, dtype=torch.bool)
     mask[3], mask[:, 7], mask[19, 299] = True, True, True
-    index = CsrIndex.of(mask)
+    index = CsrIndex.from_dense(mask)
     w, x = torch.randn(20, 300), torch.randn(300, 33)
     y = csr_linear(index, index.gather(w), x, kernels=kernels)
     assert error(y, (w * mask).double() @ x.double()) <= 1e-6
@@ -185,7 +185,7 @@ def test_rows_and_columns_without_weights_and_full_ones(way: str) -> None:
 @pytest.mark.parametrize("batch", [1, 5, 60, 64, 75, 500])
 def test_threads_do_not_change_a_bit(level: str, batch: int) -> None:
     kernels_of(level)
-    index = CsrIndex.of(torch.rand(45, 1300) < 0.3)
+    index = CsrIndex.from_dense(torch.rand(45, 1300) < 0.3)
     values, x, dy = torch.randn(index.kept), torch.randn(1300, batch), torch.randn(45, batch)
     found = []
     for threads in (1, 2, 3):
@@ -204,7 +204,7 @@ def test_nan_and_infinity_spread_through_kept_weights_alone(level: str, batch: i
     kernels_of(level)
     mask = torch.rand(30, 50) < 0.3
     mask[5], mask[11], mask[:, 4] = True, False, False
-    index = CsrIndex.of(mask)
+    index = CsrIndex.from_dense(mask)
     values, x, dy = torch.randn(index.kept), torch.randn(50, batch), torch.randn(30, batch)
     x[4, :] = bad  # nobody looks at it
     x[9, batch - 1] = bad
@@ -216,7 +216,7 @@ def test_nan_and_infinity_spread_through_kept_weights_alone(level: str, batch: i
         assert (relu.isnan() == y.isnan()).all()
     else:
         assert torch.equal(relu, y.relu())
-    dv = index.scatter(csr_weight_grad(index, dy, x))
+    dv = index.to_dense(csr_weight_grad(index, dy, x))
     columns = (~dv.isfinite()).any(0).nonzero().flatten().tolist()
     assert columns == [9]
     if math.isinf(bad):  # no 0 * infinity from columns that two vectors share
@@ -228,7 +228,7 @@ def test_nan_and_infinity_spread_through_kept_weights_alone(level: str, batch: i
 @pytest.mark.parametrize("way", WAYS)
 def test_bound_forms_see_what_their_tensors_hold_now(way: str) -> None:
     kernels = kernels_of(way)
-    index = CsrIndex.of(torch.rand(12, 30) < 0.4)
+    index = CsrIndex.from_dense(torch.rand(12, 30) < 0.4)
     values, x, dy, bias = torch.randn(index.kept), torch.randn(30, 9), torch.randn(12, 9), torch.randn(12)
     y, dx, dv = torch.empty(12, 9), torch.empty(30, 9), torch.empty(index.kept)
     calls = [
@@ -242,28 +242,28 @@ def test_bound_forms_see_what_their_tensors_hold_now(way: str) -> None:
         for call in calls:
             assert call() is None
         torch.testing.assert_close(y, reference(index, values, x, bias, relu=True))
-        torch.testing.assert_close(dx, index.scatter(values).t() @ dy)
+        torch.testing.assert_close(dx, index.to_dense(values).t() @ dy)
         torch.testing.assert_close(dv, index.gather(dy @ x.t()))
 
 
 def test_index_goes_there_and_back() -> None:
     for shape, keep in (((300, 784), 0.1), ((5, 3000), 0.5), ((4, 70000), 1e-4), ((3, 70000), 0.6)):
         mask = torch.rand(shape) < keep
-        index = CsrIndex.of(mask)
+        index = CsrIndex.from_dense(mask)
         assert index.backward is not None
         assert index.backward.order is not None
         assert torch.equal(index.forward.positions(), mask.flatten().nonzero().flatten())
         assert torch.equal(index.forward.counts(), mask.sum(1))
         assert torch.equal(index.backward.counts(), mask.sum(0))
         w = torch.randn(shape) * mask
-        assert torch.equal(index.scatter(index.gather(w)), w)
+        assert torch.equal(index.to_dense(index.gather(w)), w)
         transposed = index.gather(w)[index.backward.order]
         assert torch.equal(transposed, w.t().flatten()[mask.t().flatten()])
-        assert index.bytes() == CsrIndex.of(mask, backward=False).bytes() + index.backward.bytes()
+        assert index.bytes() == CsrIndex.from_dense(mask, backward=False).bytes() + index.backward.bytes()
 
 
 def test_index_is_small() -> None:
-    index = CsrIndex.of(torch.rand(300, 784) < 0.2)
+    index = CsrIndex.from_dense(torch.rand(300, 784) < 0.2)
     kept = index.kept
     assert index.forward.bytes() <= 2 * kept + 4 * 300 * 9
     assert index.bytes() <= 8 * kept + 4 * (300 * 9 + 784 * 5)
@@ -274,10 +274,10 @@ def test_index_is_small() -> None:
 
 
 def test_wrong_operands_are_named() -> None:
-    index = CsrIndex.of(torch.rand(4, 6) < 0.5, backward=False)
+    index = CsrIndex.from_dense(torch.rand(4, 6) < 0.5, backward=False)
     values, x, y = torch.randn(index.kept), torch.randn(6, 8), torch.randn(4, 8)
     with pytest.raises(ValueError, match=r"expected a bool mask \[N, K\], got torch.float32 \[4, 6\]"):
-        CsrIndex.of(torch.ones(4, 6))
+        CsrIndex.from_dense(torch.ones(4, 6))
     with pytest.raises(ValueError, match=r"x: expected fp32 \[6, 8\] on a CPU, got torch.float64"):
         csr_linear(index, values, x.double())
     with pytest.raises(ValueError, match=r"y: expected fp32 \[4, 8\] on a CPU, got torch.float32 \[4, 9\]"):

@@ -13,9 +13,9 @@ from oracle import same_bits
 from sparselth.kernels.bitmask import count, pack, unpack
 from sparselth.kernels.block_conv2d import BlockFilters
 from sparselth.kernels.block_linear import BlockWeight
-from sparselth.kernels.csr_infer import PackedCsr
+from sparselth.kernels.csr_lanes import LanedCsr
 from sparselth.kernels.csr_linear import CsrIndex
-from sparselth.kernels.csr_packed import Packed
+from sparselth.kernels.csr_tiled import TiledCsr
 from sparselth.kernels.magnitude_threshold import magnitude_threshold
 from sparselth.kernels.masked_update import (
     bind_masked_adam,
@@ -25,7 +25,7 @@ from sparselth.kernels.masked_update import (
 )
 from sparselth.kernels.slot_linear import Slots
 from sparselth.kernels.sparse_conv2d import Conv2dIndex
-from sparselth.kernels.sparse_conv2d_rows import PackedConv2d
+from sparselth.kernels.sparse_conv2d_rows import ConvRows
 from sparselth.kernels.two_four_linear import TwoFour
 
 
@@ -75,18 +75,18 @@ MAKERS: dict[str, Callable[[], Tensor]] = {
     "pack": lambda: unpack(pack(MATRIX != 0), 32),
     "count": lambda: count(pack(MATRIX != 0)),
     "threshold": lambda: magnitude_threshold([MATRIX[None]], torch.tensor([[9]], device="cpu"))[1],
-    "CsrIndex": lambda: (index := CsrIndex.of(MATRIX != 0)).scatter(index.gather(MATRIX)),
-    "Packed": lambda: Packed.of(MATRIX, 4).scatter(),
-    "PackedCsr": lambda: PackedCsr.from_dense(MATRIX, MATRIX != 0).to_dense(),
+    "CsrIndex": lambda: (index := CsrIndex.from_dense(MATRIX != 0)).to_dense(index.gather(MATRIX)),
+    "TiledCsr": lambda: TiledCsr.from_dense(MATRIX, 4).to_dense(),
+    "LanedCsr": lambda: LanedCsr.from_dense(MATRIX, MATRIX != 0).to_dense(),
     "Slots": lambda: Slots.from_dense(WIDE).to_dense(),
     "BlockWeight": lambda: BlockWeight.from_dense(MATRIX, block=16).to_dense(),
     "BlockFilters": lambda: BlockFilters.from_dense(FILTERS, block=16).to_dense(),
     "TwoFour": lambda: TwoFour.from_dense(WIDE).to_dense(),
-    "Conv2dIndex": lambda: (index := Conv2dIndex.of(FILTERS != 0, (6, 6), stride=2, padding=1)).scatter(
-        index.gather(FILTERS)
-    ),
+    "Conv2dIndex": lambda: (
+        index := Conv2dIndex.from_dense(FILTERS != 0, (6, 6), stride=2, padding=1)
+    ).to_dense(index.gather(FILTERS)),
     "slices": lambda: index.memory if (index := TAPS.slices(20)) else TAPS.gather(FILTERS),
-    "PackedConv2d": lambda: PackedConv2d.of(FILTERS, (6, 6)).scatter(),
+    "ConvRows": lambda: ConvRows.from_dense(FILTERS, (6, 6)).to_dense(),
     "bind_masked_sgd": lambda: updated(
         lambda w, g, a, b: bind_masked_sgd(w, g, a, BITS, momentum=0.9, weight_decay=0.1)(1, 0.1)
     ),

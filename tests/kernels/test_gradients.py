@@ -9,7 +9,7 @@ from torch import Tensor
 from ops import OPS
 from sparselth.kernels._triton import INTERPRET
 
-ON_TRITON = {"csr_infer", "slot_linear", "block_linear", "block_conv2d", "masked_linear", "masked_conv2d"}
+ON_TRITON = {"csr_lanes", "slot_linear", "block_linear", "block_conv2d", "masked_linear", "masked_conv2d"}
 ON_TRITON |= {"masked_conv2d forward"}
 BACKENDS = ("auto", "reference", *(["triton"] if INTERPRET else []))
 CALLS = [

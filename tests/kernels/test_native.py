@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -75,13 +76,28 @@ def test_without_a_library_it_says_why(
     assert found.startswith(why)
 
 
+def test_the_entries_are_those_of_the_source() -> None:
+    source = (ROOT / "kernels" / "native" / "native.c").read_text()
+    assert tuple(re.findall(r"^    X\((\w+)\)", source, re.MULTILINE)) == _native.ENTRIES
+
+
+@needs_native
+def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an update of a checkout, before it is installed again."""
+    monkeypatch.delenv("SPARSELTH_NATIVE", raising=False)
+    monkeypatch.setattr(_native, "ENTRIES", (*_native.ENTRIES, "fused_everything"))
+    lib, why, level = _native._load()
+    assert (lib, level) == (None, None)
+    assert why.endswith("was built from other sources, without fused_everything; install again")
+
+
 def test_torch_works_where_the_library_is_off(environment: dict[str, str]) -> None:
     code = """
 import torch
 from sparselth.kernels import _native
 from sparselth.kernels.csr_linear import CsrIndex, csr_linear
 assert _native.LIB is None and _native.levels() == ()
-index = CsrIndex.of(torch.ones(2, 3, dtype=torch.bool))
+index = CsrIndex.from_dense(torch.ones(2, 3, dtype=torch.bool))
 assert csr_linear(index, torch.ones(6), torch.ones(3, 4)).sum() == 24
 """
     run(code, environment | {"SPARSELTH_NATIVE": "off"})
@@ -104,7 +120,7 @@ def test_workers_can_fork_after_threads_ran(environment: dict[str, str]) -> None
     code = """
 import os, torch
 from sparselth.kernels.csr_linear import *
-index = CsrIndex.of(torch.rand(64, 64) < 0.5)
+index = CsrIndex.from_dense(torch.rand(64, 64) < 0.5)
 values, x = torch.randn(index.kept), torch.randn(64, 64)
 torch.set_num_threads(2)
 y = csr_linear(index, values, x)

@@ -90,7 +90,7 @@ def compare(
 def test_against_float64(name: str, kernels: str) -> None:
     shape, size, stride, padding, batch, kept = LAYERS[name]
     torch.manual_seed(0)
-    index = sc.Conv2dIndex.of(torch.rand(shape) < kept, size, stride, padding)
+    index = sc.Conv2dIndex.from_dense(torch.rand(shape) < kept, size, stride, padding)
     compare(index, batch, kernels, -(-batch // 16) * 16, 0, bias=True, relu=True)
 
 
@@ -98,7 +98,7 @@ def test_layers_are_what_their_names_say() -> None:
     def index(name: str) -> sc.Conv2dIndex:
         shape, size, stride, padding, _, kept = LAYERS[name]
         torch.manual_seed(0)
-        return sc.Conv2dIndex.of(torch.rand(shape) < kept, size, stride, padding)
+        return sc.Conv2dIndex.from_dense(torch.rand(shape) < kept, size, stride, padding)
 
     blocks, strips = index("blocks of channels").forward, index("strips").forward
     assert 1 < blocks.joined < blocks.blocks
@@ -115,7 +115,7 @@ def case(draw: st.DrawFn) -> tuple[sc.Conv2dIndex, int]:
     if draw(st.booleans()):
         mask[draw(st.integers(0, shape[0] - 1))] = draw(st.booleans())
     batch = draw(st.one_of(st.integers(1, 34), st.integers(60, 65)))
-    return sc.Conv2dIndex.of(mask, (size[0], size[1]), stride, padding), batch
+    return sc.Conv2dIndex.from_dense(mask, (size[0], size[1]), stride, padding), batch
 
 
 @CASES
@@ -140,8 +140,8 @@ def test_images_between_convolutions_are_read_in_place(data: st.DataObject) -> N
     padding = data.draw(st.integers(0, 2))
     kernel = [data.draw(st.integers(1, min(3, size + 2 * padding))) for size in (h, w)]
     mask = torch.rand(data.draw(st.integers(1, 9)), first.shape[0], *kernel) < 0.5
-    second = sc.Conv2dIndex.of(mask, (h, w), 1, padding)
-    third = sc.Conv2dIndex.of(torch.rand(4, len(mask), 1, 1) < 0.7, second.out, 1, 1)
+    second = sc.Conv2dIndex.from_dense(mask, (h, w), 1, padding)
+    third = sc.Conv2dIndex.from_dense(torch.rand(4, len(mask), 1, 1) < 0.7, second.out, 1, 1)
     layers = [(index, torch.randn(index.kept)) for index in (first, second, third)]
     x = torch.randn(first.shape[1], *first.size, batch)
     rooms = second.slices(batch), third.slices(batch)
@@ -164,7 +164,7 @@ def test_images_between_convolutions_are_read_in_place(data: st.DataObject) -> N
 
 def test_blocks_of_channels_are_read_in_place(kernels: str) -> None:
     torch.manual_seed(0)
-    index = sc.Conv2dIndex.of(torch.rand(8, 64, 3, 3) < 0.3, (8, 9), 1, 1)
+    index = sc.Conv2dIndex.from_dense(torch.rand(8, 64, 3, 3) < 0.3, (8, 9), 1, 1)
     assert index.forward.blocks > 1
     room, x, values = index.slices(20), torch.randn(64, 8, 9, 20), torch.randn(index.kept)
     assert room is not None
@@ -180,9 +180,9 @@ def test_blocks_of_channels_are_read_in_place(kernels: str) -> None:
 
 def test_what_cannot_be_read_in_place_says_so() -> None:
     mask = torch.ones(2, 320, 3, 3, dtype=torch.bool)
-    assert sc.Conv2dIndex.of(mask, (3, 17), 1, 1).slices(5) is None  # strips
-    assert sc.Conv2dIndex.of(mask[:, :2], (6, 7), 2, 1).slices(5) is None
-    index = sc.Conv2dIndex.of(mask[:, :2], (6, 7), 1, 1)
+    assert sc.Conv2dIndex.from_dense(mask, (3, 17), 1, 1).slices(5) is None  # strips
+    assert sc.Conv2dIndex.from_dense(mask[:, :2], (6, 7), 2, 1).slices(5) is None
+    index = sc.Conv2dIndex.from_dense(mask[:, :2], (6, 7), 1, 1)
     room, values, y = index.slices(5), torch.ones(index.kept), torch.zeros(2, 6, 7, 5)
     assert room is not None
     with pytest.raises(ValueError, match=r"expected what index\.slices makes"):
@@ -199,16 +199,16 @@ def test_what_cannot_be_read_in_place_says_so() -> None:
 @given(st.data())
 def test_index_knows_the_mask(data: st.DataObject) -> None:
     index, _ = data.draw(st.composite(case)())
-    dense = index.scatter(torch.arange(1.0, index.kept + 1))
+    dense = index.to_dense(torch.arange(1.0, index.kept + 1))
     assert torch.equal(dense[dense > 0], torch.arange(1.0, index.kept + 1))
-    again = sc.Conv2dIndex.of(dense > 0, index.size, index.stride, index.padding)
+    again = sc.Conv2dIndex.from_dense(dense > 0, index.size, index.stride, index.padding)
     assert torch.equal(again.positions(), index.positions())
     assert torch.equal(index.gather(dense), torch.arange(1.0, index.kept + 1))
 
 
 def test_threads_do_not_change_a_bit(kernels: str) -> None:
     torch.manual_seed(0)
-    index = sc.Conv2dIndex.of(torch.rand(8, 32, 3, 3) < 0.3, (9, 9), 1, 1)
+    index = sc.Conv2dIndex.from_dense(torch.rand(8, 32, 3, 3) < 0.3, (9, 9), 1, 1)
     x, dy = torch.randn(32, 9, 9, 70), torch.randn(8, 9, 9, 70)
     values, found = torch.randn(index.kept), []
     try:
@@ -229,7 +229,7 @@ def test_threads_do_not_change_a_bit(kernels: str) -> None:
 def test_nan_spreads_through_kept_weights_alone(kernels: str, value: float) -> None:
     torch.manual_seed(0)
     mask = torch.rand(6, 5, 3, 3) < 0.1
-    index = sc.Conv2dIndex.of(mask, (8, 9), 1, 1)
+    index = sc.Conv2dIndex.from_dense(mask, (8, 9), 1, 1)
     x, dy = torch.randn(5, 8, 9, 20), torch.randn(6, 8, 9, 20)
     x[2, 3, 4, 5] = dy[1, 6, 7, 19] = value
     touched = F.conv2d((~x.isfinite()).float().permute(3, 0, 1, 2), mask.float(), padding=1).permute(
@@ -252,7 +252,7 @@ def test_nan_spreads_through_kept_weights_alone(kernels: str, value: float) -> N
 
 def test_bound_forms_follow_their_memory(kernels: str) -> None:
     torch.manual_seed(0)
-    index = sc.Conv2dIndex.of(torch.rand(3, 2, 3, 3) < 0.5, (6, 7), 1, 1)
+    index = sc.Conv2dIndex.from_dense(torch.rand(3, 2, 3, 3) < 0.5, (6, 7), 1, 1)
     values, bias = torch.randn(index.kept), torch.randn(3)
     x, y = torch.randn(2, 6, 7, 10), torch.empty(3, 6, 7, 10)
     dx, dv, db = torch.empty_like(x), torch.empty(index.kept), torch.empty(3)
@@ -270,7 +270,7 @@ def test_bound_forms_follow_their_memory(kernels: str) -> None:
 
 
 def test_empty_batch(kernels: str) -> None:
-    index = sc.Conv2dIndex.of(torch.ones(3, 2, 3, 3, dtype=torch.bool), (6, 7))
+    index = sc.Conv2dIndex.from_dense(torch.ones(3, 2, 3, 3, dtype=torch.bool), (6, 7))
     x, dy = torch.empty(2, 6, 7, 0), torch.empty(3, 4, 5, 0)
     assert sc.sparse_conv2d(index, torch.ones(index.kept), x, kernels=kernels).shape == dy.shape
     if kernels == "native":
@@ -282,7 +282,7 @@ def test_empty_batch(kernels: str) -> None:
 def test_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "LIB", None)
     torch.manual_seed(0)
-    index = sc.Conv2dIndex.of(torch.rand(3, 2, 3, 3) < 0.5, (6, 7), 2, 1)
+    index = sc.Conv2dIndex.from_dense(torch.rand(3, 2, 3, 3) < 0.5, (6, 7), 2, 1)
     compare(index, 9, "auto", 9, 0, bias=True, relu=True)
     with pytest.raises(ValueError, match="native kernels are missing"):
         sc.sparse_conv2d(index, torch.ones(index.kept), torch.zeros(2, 6, 7, 9), kernels="native")
@@ -298,19 +298,22 @@ def test_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda i, v, x: sc.sparse_conv2d(i, v, x, v), r"bias: expected contiguous fp32 \[3\]"),
         (lambda i, v, x: sc.sparse_conv2d(i, v, x, kernels="fast"), "kernels='fast'"),
         (lambda i, v, x: sc.sparse_conv2d_input_grad(i, v, torch.zeros(3, 4, 5, 9)), "knows no dx"),
-        (lambda i, v, x: sc.Conv2dIndex.of(torch.ones(3, 2, 3, 3), (6, 7)), "expected a bool mask"),
-        (lambda i, v, x: sc.Conv2dIndex.of(torch.ones(3, 2, 3, 3) > 0, (2, 7)), "images of 3 x 3 or more"),
-        (lambda i, v, x: sc.Conv2dIndex.of(torch.zeros(1, 9000, 3, 3) > 0, (9, 9)), "too many"),
+        (lambda i, v, x: sc.Conv2dIndex.from_dense(torch.ones(3, 2, 3, 3), (6, 7)), "expected a bool mask"),
+        (
+            lambda i, v, x: sc.Conv2dIndex.from_dense(torch.ones(3, 2, 3, 3) > 0, (2, 7)),
+            "images of 3 x 3 or more",
+        ),
+        (lambda i, v, x: sc.Conv2dIndex.from_dense(torch.zeros(1, 9000, 3, 3) > 0, (9, 9)), "too many"),
     ],
 )
 def test_refused(call: Callable[[sc.Conv2dIndex, Tensor, Tensor], object], message: str) -> None:
-    index = sc.Conv2dIndex.of(torch.ones(3, 2, 3, 3, dtype=torch.bool), (6, 7), backward=False)
+    index = sc.Conv2dIndex.from_dense(torch.ones(3, 2, 3, 3, dtype=torch.bool), (6, 7), backward=False)
     with pytest.raises(ValueError, match=message):
         call(index, torch.ones(54), torch.zeros(2, 6, 7, 9))
 
 
 def test_floor() -> None:
-    index = sc.Conv2dIndex.of(torch.ones(3, 2, 3, 3, dtype=torch.bool), (6, 7), 1, 1)
+    index = sc.Conv2dIndex.from_dense(torch.ones(3, 2, 3, 3, dtype=torch.bool), (6, 7), 1, 1)
     least = sc.floor(index, 10)
     assert least["flops"] == 2 * 54 * 42 * 10
     assert least["bytes"] == 4 * 54 + index.forward.bytes() + 4 * 10 * 42 * 5

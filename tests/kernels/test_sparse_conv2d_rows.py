@@ -16,7 +16,7 @@ from torch import Tensor
 from sparselth.kernels import _native
 from sparselth.kernels import sparse_conv2d_rows as sr
 from sparselth.kernels._choose import use_native
-from sparselth.kernels.sparse_conv2d_rows import PackedConv2d
+from sparselth.kernels.sparse_conv2d_rows import ConvRows
 
 CASES = settings(max_examples=int(os.environ.get("SPARSELTH_CASES", "25")), deadline=None)
 native = pytest.mark.skipif(_native.LIB is None, reason=_native.WHY)
@@ -67,7 +67,7 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).square().mean().sqrt()) / scale
 
 
-def compare(packed: PackedConv2d, batch: int, kernels: str, offset: int, bias: bool, relu: bool) -> None:
+def compare(packed: ConvRows, batch: int, kernels: str, offset: int, bias: bool, relu: bool) -> None:
     n, c, _, _ = packed.shape
     _, x = inside((batch, c, *packed.size), offset, torch.nan)
     x.normal_()
@@ -99,16 +99,16 @@ def test_against_float64(name: str, kernels: str) -> None:
     shape, size, stride, padding, batch, kept = LAYERS[name]
     torch.manual_seed(0)
     w = weight(shape, kept)
-    packed = PackedConv2d.of(w, size, stride, padding, batch)
-    assert torch.equal(packed.scatter(), w)
+    packed = ConvRows.from_dense(w, size, stride, padding, batch)
+    assert torch.equal(packed.to_dense(), w)
     torch.set_num_threads(2)
     compare(packed, batch, kernels, 1, bias=True, relu=True)
 
 
 def test_layers_are_what_their_names_say() -> None:
-    def packed(name: str) -> PackedConv2d:
+    def packed(name: str) -> ConvRows:
         shape, size, stride, padding, batch, kept = LAYERS[name]
-        return PackedConv2d.of(weight(shape, kept), size, stride, padding, batch)
+        return ConvRows.from_dense(weight(shape, kept), size, stride, padding, batch)
 
     for name, rows in (("strips", 16), ("strips, stride 2", 8)):
         assert packed(name).strip == rows
@@ -139,8 +139,8 @@ def test_any_shape(data: st.DataObject) -> None:
         patch.setattr(sr, "FAR", data.draw(st.sampled_from([1024, sr.FAR]), "far"))
         patch.setattr(sr, "WORTH", data.draw(st.sampled_from([1, sr.WORTH]), "worth"))
         patch.setattr(sr, "WORK", 1)
-        packed = PackedConv2d.of(w, (size[0], size[1]), stride, padding, meant)
-        assert torch.equal(packed.scatter(), w)
+        packed = ConvRows.from_dense(w, (size[0], size[1]), stride, padding, meant)
+        assert torch.equal(packed.to_dense(), w)
         offset = data.draw(st.integers(0, 17), "offset")
         compare(packed, batch, "auto", offset, data.draw(st.booleans()), data.draw(st.booleans()))
 
@@ -150,7 +150,7 @@ def test_any_shape(data: st.DataObject) -> None:
 @pytest.mark.parametrize("size", [(8, 33), (4, 4)])
 def test_nan_spreads_through_kept_weights_alone(size: tuple[int, int], value: float, kernels: str) -> None:
     mask = (weight((6, 5, 3, 3), 0.1) != 0).float()
-    packed = PackedConv2d.of(mask, size, 1, 1, 4)
+    packed = ConvRows.from_dense(mask, size, 1, 1, 4)
     x = torch.randn(4, 5, *size)
     x[1, 2, 3, size[1] - 1] = x[2, 4, 0, 0] = value
     touched = F.conv2d((~x.isfinite()).float(), mask, padding=1) > 0
@@ -163,7 +163,7 @@ def test_nan_spreads_through_kept_weights_alone(size: tuple[int, int], value: fl
 
 def test_a_call_takes_any_batch_and_layout(kernels: str) -> None:
     w, bias = weight((5, 6, 3, 3), 0.4), torch.randn(5)
-    packed = PackedConv2d.of(w, (4, 4), 1, 1, 8)
+    packed = ConvRows.from_dense(w, (4, 4), 1, 1, 8)
     call = sr.sparse_conv2d_rows_call(packed, bias, kernels=kernels)
     first: list[tuple[Tensor, Tensor]] = []
     for batch in (8, 1, 0, 13, 8):
@@ -176,7 +176,7 @@ def test_a_call_takes_any_batch_and_layout(kernels: str) -> None:
 
 
 def test_calls_of_several_threads_do_not_meet() -> None:
-    packed = PackedConv2d.of(weight((32, 16, 3, 3), 0.4), (16, 16), 1, 1)
+    packed = ConvRows.from_dense(weight((32, 16, 3, 3), 0.4), (16, 16), 1, 1)
     call = sr.sparse_conv2d_rows_call(packed)
     images = [torch.randn(1, 16, 16, 16) for _ in range(8)]
     alone = [call(x) for x in images]
@@ -187,7 +187,7 @@ def test_calls_of_several_threads_do_not_meet() -> None:
 
 
 def test_bound_forms_follow_their_memory(kernels: str) -> None:
-    packed = PackedConv2d.of(weight((3, 2, 3, 3), 0.5), (6, 7), 1, 1, 2)
+    packed = ConvRows.from_dense(weight((3, 2, 3, 3), 0.5), (6, 7), 1, 1, 2)
     x, bias, y = torch.randn(2, 2, 6, 7), torch.randn(3), torch.empty(2, 3, 6, 7)
     run = sr.bind_sparse_conv2d_rows(packed, x, bias, y, kernels=kernels)
     for _ in range(2):
@@ -199,7 +199,7 @@ def test_bound_forms_follow_their_memory(kernels: str) -> None:
 
 def test_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "LIB", None)
-    packed = PackedConv2d.of(weight((3, 2, 3, 3), 0.5), (6, 7), 2, 1)
+    packed = ConvRows.from_dense(weight((3, 2, 3, 3), 0.5), (6, 7), 2, 1)
     compare(packed, 9, "auto", 3, bias=True, relu=True)
     with pytest.raises(ValueError, match="native kernels are missing"):
         sr.sparse_conv2d_rows(packed, torch.zeros(9, 2, 6, 7), kernels="native")
@@ -214,21 +214,21 @@ def test_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda p, x: sr.sparse_conv2d_rows(p, x, kernels="fast"), "kernels='fast'"),
         (lambda p, x: sr.bind_sparse_conv2d_rows(p, x, None, x), r"y: expected fp32 \[9, 3, 4, 5\]"),
         (lambda p, x: sr.bind_sparse_conv2d_rows(p, x.mT.contiguous().mT, None, x), "expected a contiguous"),
-        (lambda p, x: PackedConv2d.of(x[0], (6, 7)), r"expected a weight \[N, C, kh, kw\] in fp32"),
-        (lambda p, x: PackedConv2d.of(x > 0, (6, 7)), "got torch.bool"),
-        (lambda p, x: PackedConv2d.of(x, (5, 7)), "expected images of 6 x 7 or more, got 5 x 7"),
-        (lambda p, x: PackedConv2d.of(x, (9, 9), 0), "padding 0, stride 0"),
-        (lambda p, x: PackedConv2d.of(x[..., :3, :3], (3, 65536)), "images of 3 x 65536 are too wide"),
+        (lambda p, x: ConvRows.from_dense(x[0], (6, 7)), r"expected a weight \[N, C, kh, kw\] in fp32"),
+        (lambda p, x: ConvRows.from_dense(x > 0, (6, 7)), "got torch.bool"),
+        (lambda p, x: ConvRows.from_dense(x, (5, 7)), "expected images of 6 x 7 or more, got 5 x 7"),
+        (lambda p, x: ConvRows.from_dense(x, (9, 9), 0), "padding 0, stride 0"),
+        (lambda p, x: ConvRows.from_dense(x[..., :3, :3], (3, 65536)), "images of 3 x 65536 are too wide"),
     ],
 )
-def test_refused(call: Callable[[PackedConv2d, Tensor], object], message: str) -> None:
-    packed = PackedConv2d.of(torch.ones(3, 2, 3, 3), (6, 7))
+def test_refused(call: Callable[[ConvRows, Tensor], object], message: str) -> None:
+    packed = ConvRows.from_dense(torch.ones(3, 2, 3, 3), (6, 7))
     with pytest.raises(ValueError, match=message):
         call(packed, torch.zeros(9, 2, 6, 7))
 
 
 def test_floor_and_bytes() -> None:
-    packed = PackedConv2d.of(torch.ones(3, 2, 3, 3), (6, 7), 1, 1)
+    packed = ConvRows.from_dense(torch.ones(3, 2, 3, 3), (6, 7), 1, 1)
     least = sr.floor(packed, 10)
     assert least["flops"] == 2 * 54 * 42 * 10
     assert packed.bytes() == 6 * 54 + 4 * (3 * packed.blocks + 1)

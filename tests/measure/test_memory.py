@@ -20,7 +20,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from sparselth import sparse
 from sparselth.files import save_arrays
 from sparselth.kernels import _native
-from sparselth.kernels.sparse_conv2d_rows import PackedConv2d, sparse_conv2d_rows_call
+from sparselth.kernels.sparse_conv2d_rows import ConvRows, sparse_conv2d_rows_call
 from sparselth.measure import energy, memory
 from sparselth.measure.memory import Memory, held, peak, peaks
 
@@ -68,7 +68,7 @@ def test_tensors_made_of_others_are_their_parts() -> None:
 
 @pytest.mark.skipif(_native.LIB is None, reason=_native.WHY)
 def test_what_a_kernel_works_on_is_no_weight() -> None:
-    packed = PackedConv2d.of(torch.ones(3, 2, 3, 3), (8, 8), padding=1)
+    packed = ConvRows.from_dense(torch.ones(3, 2, 3, 3), (8, 8), padding=1)
     run, x = sparse_conv2d_rows_call(packed), torch.ones(1, 2, 8, 8)
     run(x)  # makes its buffers
     found = memory.running(run, lambda: run(x))

@@ -24,7 +24,7 @@ HALF = "slot_linear", "two_four_linear"  # for 16 bits alone
 MOVES = "mixed", "to turned", "from turned", "to channels-last", "from channels-last"
 CASES = [
     (form, part)
-    for form in ("csr_infer", "block_linear", *HALF)
+    for form in ("csr_lanes", "block_linear", *HALF)
     for part in PARTS
     if form not in HALF or part in ("bf16", "fp16")
 ]

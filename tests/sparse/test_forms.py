@@ -104,7 +104,7 @@ def test_every_form_of_a_cpu_is_right_alone_and_as_a_network() -> None:
             met.add(form.name)
     wanted = {"dense", "channels-last", "dense columns", "columns", "CSR", "block_linear", "block_conv2d"}
     if _native.LIB is not None:
-        wanted |= {"csr_linear", "csr_packed", "sparse_conv2d", "sparse_conv2d_rows"}
+        wanted |= {"csr_linear", "csr_tiled", "sparse_conv2d", "sparse_conv2d_rows"}
     assert met == wanted
 
 
@@ -112,7 +112,7 @@ def test_a_device_has_its_own_forms() -> None:
     half = Device(torch.device("cpu"), torch.bfloat16, "triton")  # as CUDA, in Triton's interpreter
     layer = nn.Linear(64, 32).bfloat16()
     names = [form.name for form in fitting(stage_of([layer], torch.zeros(3, 64).bfloat16()), half, 3)]
-    assert sorted(names) == ["csr_infer", "dense", "slot_linear", "two_four_linear"]
+    assert sorted(names) == ["csr_lanes", "dense", "slot_linear", "two_four_linear"]
     kinds = [FORMS[name].kind for name in names]
     assert kinds == ["dense", "torch", "ours", "ours"]
 

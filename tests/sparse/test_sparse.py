@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparselth import clock, sparse
 from sparselth.engine.dense import init_weights
 from sparselth.kernels import _choose, _graphs, _native
-from sparselth.kernels.csr_packed import Packed
+from sparselth.kernels.csr_tiled import TiledCsr
 from sparselth.kernels.step_parts import Call
 from sparselth.measure.floors import precision
 from sparselth.models import MODELS
@@ -39,7 +39,7 @@ from sparselth.sparse.forms import FORMS
 timing = importlib.import_module("sparselth.sparse.times")
 csr, slots = (importlib.import_module(f"sparselth.sparse.forms.{name}") for name in ("csr", "slots"))
 Timer = Callable[[Mapping[str, Call], Any], Any]
-NATIVE = "csr_packed", "sparse_conv2d", "native"  # the last is a network of ours
+NATIVE = "csr_tiled", "sparse_conv2d", "native"  # the last is a network of ours
 
 
 @pytest.fixture(autouse=True)
@@ -395,18 +395,18 @@ def test_dense_is_taken_unless_sparse_wins_by_three_percent(monkeypatch: pytest.
 
 @pytest.mark.skipif(_native.LIB is None, reason="no native kernels")
 def test_a_wrong_candidate_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = csr.bind_csr_packed
+    right = csr.bind_csr_tiled
 
-    def wrong(packed: Packed, *rest: object) -> Call:
+    def wrong(packed: TiledCsr, *rest: object) -> Call:
         call: Call = right(replace(packed, values=1.01 * packed.values), *rest)
         return call
 
-    monkeypatch.setattr(csr, "bind_csr_packed", wrong)
+    monkeypatch.setattr(csr, "bind_csr_tiled", wrong)
     monkeypatch.setattr(timing, "seconds", prefer(*NATIVE, "mixed"))
     model, shape = lenet_300_100()
     masks, x = random_masks(model, 0.1), torch.randn(8, *shape)
     converted = sparse.convert(model, masks, x)
-    assert "csr_packed" not in {layer.chosen for layer in converted.report.layers}
+    assert "csr_tiled" not in {layer.chosen for layer in converted.report.layers}
     assert "(wrong by" in sparse.explain(converted)
     close(converted(x), dense(model, masks, x))
 
@@ -590,7 +590,7 @@ def test_waiting_is_noticed() -> None:
 @pytest.mark.parametrize(
     ("candidate", "numbers"),
     [
-        *[("csr_infer", numbers) for numbers in NUMBERS],
+        *[("csr_lanes", numbers) for numbers in NUMBERS],
         *[("block_linear", numbers) for numbers in NUMBERS],
         *[(name, numbers) for name in ("slot_linear", "two_four_linear") for numbers in ("bf16", "fp16")],
     ],
@@ -621,7 +621,7 @@ def test_every_candidate_of_cuda(candidate: str, numbers: str, monkeypatch: pyte
 def test_large_batches_have_fewer_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "seconds", prefer("dense"))
     model = nn.Sequential(nn.Linear(8, 4)).eval().bfloat16()
-    for batch, names in ((16, {"csr_infer", "slot_linear"}), (17, {"slot_linear"}), (129, set())):
+    for batch, names in ((16, {"csr_lanes", "slot_linear"}), (17, {"slot_linear"}), (129, set())):
         x = torch.randn(batch, 8).bfloat16()
         layer = sparse.convert(model, None, x, compact=False, kernels="triton").report.layers[0]
         assert {*layer.times} == {"dense"} | names
@@ -630,7 +630,7 @@ def test_large_batches_have_fewer_candidates(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("numbers", ["fp32", "bf16"])
 def test_convolutions_and_views_as_on_cuda(numbers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, tuple[str, ...]] = {}
-    fast = prefer("channels-last", "csr_infer", *MOVES, "to channels-last", "from channels-last")
+    fast = prefer("channels-last", "csr_lanes", *MOVES, "to channels-last", "from channels-last")
 
     def timer(calls: Mapping[str, Call], sample: Any) -> Any:
         asked[str(len(asked))] = tuple(calls)
@@ -648,7 +648,7 @@ def test_convolutions_and_views_as_on_cuda(numbers: str, monkeypatch: pytest.Mon
         for name, weight in weights(model).items():
             weight.mul_(masks[name])
     converted = sparse.convert(model, None, x, kernels="triton")
-    assert [layer.chosen for layer in converted.report.layers] == ["channels-last"] * 2 + ["csr_infer"]
+    assert [layer.chosen for layer in converted.report.layers] == ["channels-last"] * 2 + ["csr_lanes"]
     # behind each convolution; one image of one channel lies either way, and one flat image turned or not
     assert [names for names in asked.values() if names[0].startswith("to")] == [
         ("to channels-last", "from channels-last")
@@ -748,7 +748,7 @@ def test_what_a_graph_cannot_hold_is_left_out(monkeypatch: pytest.MonkeyPatch) -
         samples.extend(f"{sample(call)} {name.split()[0]}" for name, call in calls.items())
         return fast(calls, sample)
 
-    right, fast = csr.csr_infer, prefer("csr_infer", "dense", *MOVES)
+    right, fast = csr.csr_lanes, prefer("csr_lanes", "dense", *MOVES)
     for name in ("CUDAGraph", "current_stream", "current_device", "synchronize", "set_stream"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", MagicMock())
@@ -762,15 +762,15 @@ def test_what_a_graph_cannot_hold_is_left_out(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(clock, "cold", lambda call, scratch: "cold")
     monkeypatch.setattr(clock, "warm", lambda call: "warm")
     monkeypatch.setattr(Device, "cuda", True)
-    monkeypatch.setattr(csr, "csr_infer", waits)
+    monkeypatch.setattr(csr, "csr_lanes", waits)
     monkeypatch.setattr(timing, "seconds", timer)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32)).eval().bfloat16()
     converted = sparse.convert(model, None, torch.randn(3, 1, 8, 8).bfloat16(), kernels="triton")
     assert converted.report.device == "NVIDIA H200, bf16"
-    assert converted.report.left_out == {"1 csr_infer": "operation not permitted when stream is capturing"}
+    assert converted.report.left_out == {"1 csr_lanes": "operation not permitted when stream is capturing"}
     assert {*converted.report.layers[0].times} == {"dense", "slot_linear"}  # and no sparse tensor cores
     torch.cuda.set_stream.assert_called_once_with(torch.cuda.current_stream())  # type: ignore[attr-defined]
-    assert captured[0] == 3  # dense, csr_infer, slot_linear; the flat image is a view
+    assert captured[0] == 3  # dense, csr_lanes, slot_linear; the flat image is a view
     assert {"cold dense", "cold slot_linear", "warm dense", "warm triton"} <= {*samples}
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sparselth.kernels import _native
 from sparselth.kernels.sparse_conv2d import Conv2dIndex, Slices, bind_sparse_conv2d
-from sparselth.kernels.sparse_conv2d_rows import PackedConv2d, sparse_conv2d_rows_call
+from sparselth.kernels.sparse_conv2d_rows import ConvRows, sparse_conv2d_rows_call
 from sparselth.kernels.step_parts import Call
 from sparselth.sparse.device import Device
 from sparselth.sparse.forms.stage import Stage, tensor_bytes
@@ -36,7 +36,7 @@ def _settings(stage: Stage) -> tuple[tuple[int, int], int, int]:
 
 def _sparse_conv2d(stage: Stage, device: Device, batch: int) -> Made:
     bias, relu, pool = stage.bias, stage.relu, stage.pool is not None
-    index = Conv2dIndex.of(stage.weight != 0, *_settings(stage), backward=False)
+    index = Conv2dIndex.from_dense(stage.weight != 0, *_settings(stage), backward=False)
     values = index.gather(stage.weight)
 
     def bind(x: Tensor | Slices, y: Tensor | Slices) -> list[Call]:
@@ -46,7 +46,7 @@ def _sparse_conv2d(stage: Stage, device: Device, batch: int) -> Made:
 
 
 def _sparse_conv2d_rows(stage: Stage, device: Device, batch: int) -> Made:
-    packed = PackedConv2d.of(stage.weight, *_settings(stage), batch)
+    packed = ConvRows.from_dense(stage.weight, *_settings(stage), batch)
     run = sparse_conv2d_rows_call(packed, stage.bias, stage.relu, stage.pool is not None)
     return Made(run, tensor_bytes([stage.bias]) + packed.bytes())
 

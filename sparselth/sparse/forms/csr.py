@@ -9,16 +9,16 @@ from torch import Tensor
 
 from sparselth.kernels import _native
 from sparselth.kernels._choose import use_triton
-from sparselth.kernels.csr_infer import PackedCsr, csr_infer
+from sparselth.kernels.csr_lanes import LanedCsr, csr_lanes
 from sparselth.kernels.csr_linear import CsrIndex, bind_csr_linear
-from sparselth.kernels.csr_packed import Packed, bind_csr_packed
+from sparselth.kernels.csr_tiled import TiledCsr, bind_csr_tiled
 from sparselth.kernels.step_parts import Call
 from sparselth.sparse.device import Device
 from sparselth.sparse.forms.stage import Stage, tensor_bytes
 from sparselth.sparse.forms.table import Form, Made, register
 
 VECTOR = 8  # floats that the native products take at once, or half of them
-INFER_BATCH = 16  # up to which csr_infer is made for
+INFER_BATCH = 16  # up to which csr_lanes is made for
 
 
 def _has_csr(stage: Stage, device: Device, batch: int) -> bool:
@@ -56,7 +56,7 @@ def _has_native(stage: Stage, device: Device, batch: int) -> bool:
 
 def _csr_linear(stage: Stage, device: Device, batch: int) -> Made:
     bias, relu = stage.bias, stage.relu
-    index = CsrIndex.of(stage.weight != 0, backward=False)
+    index = CsrIndex.from_dense(stage.weight != 0, backward=False)
     values = index.gather(stage.weight)
 
     def bind(x: Tensor, y: Tensor) -> list[Call]:
@@ -65,12 +65,12 @@ def _csr_linear(stage: Stage, device: Device, batch: int) -> Made:
     return Made(bind, tensor_bytes([values, bias]) + index.bytes())
 
 
-def _csr_packed(stage: Stage, device: Device, batch: int) -> Made:
+def _csr_tiled(stage: Stage, device: Device, batch: int) -> Made:
     bias, relu = stage.bias, stage.relu
-    packed = Packed.of(stage.weight, _vectors(batch))
+    packed = TiledCsr.from_dense(stage.weight, _vectors(batch))
 
     def bind(x: Tensor, y: Tensor) -> list[Call]:
-        return [bind_csr_packed(packed, _padded(x), bias, _padded(y), relu)]
+        return [bind_csr_tiled(packed, _padded(x), bias, _padded(y), relu)]
 
     return Made(bind, tensor_bytes([bias]) + packed.bytes())
 
@@ -85,22 +85,22 @@ def _padded(x: Tensor) -> Tensor:
     return x.as_strided((len(x), _vectors(x.shape[1])), x.stride())
 
 
-def _has_csr_infer(stage: Stage, device: Device, batch: int) -> bool:
+def _has_csr_lanes(stage: Stage, device: Device, batch: int) -> bool:
     there = stage.linear and device.on_gpus and batch <= INFER_BATCH
     return there and use_triton(device.kernels, stage.weight)
 
 
-def _csr_infer(stage: Stage, device: Device, batch: int) -> Made:
+def _csr_lanes(stage: Stage, device: Device, batch: int) -> Made:
     bias, relu, kernels = stage.bias, stage.relu, device.kernels
-    packed = PackedCsr.from_dense(stage.weight, stage.weight != 0)
+    packed = LanedCsr.from_dense(stage.weight, stage.weight != 0)
 
     def run(x: Tensor) -> Tensor:
-        return csr_infer(packed, x.t(), bias, relu, kernels).t()
+        return csr_lanes(packed, x.t(), bias, relu, kernels).t()
 
     return Made(run, tensor_bytes([bias, *packed.arrays()]))
 
 
 register(Form("CSR", "torch", "columns", _has_csr, _csr))
 register(Form("csr_linear", "ours", "columns", _has_native, _csr_linear))
-register(Form("csr_packed", "ours", "columns", _has_native, _csr_packed))
-register(Form("csr_infer", "ours", "turned", _has_csr_infer, _csr_infer))
+register(Form("csr_tiled", "ours", "columns", _has_native, _csr_tiled))
+register(Form("csr_lanes", "ours", "turned", _has_csr_lanes, _csr_lanes))

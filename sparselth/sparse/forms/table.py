@@ -7,7 +7,7 @@ and chosen as all others are.
 Layouts of the activations, and what the `call` of a form is given:
     rows           [B, K] or [B, C, H, W], as torch has them: x -> y
     channels-last  the same images, the channels side by side: x -> y
-    turned         [B, K], each feature's batch side by side, as csr_infer reads and writes it: x -> y
+    turned         [B, K], each feature's batch side by side, as csr_lanes reads and writes it: x -> y
     columns        [K, B] or [C, H, W, B], features-major, on a CPU: (x, y) -> calls that fill y from x
 """
 

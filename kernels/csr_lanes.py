@@ -1,7 +1,7 @@
 r"""Inference with unstructured weights on CUDA devices, for batches up to 16:  y = act(W x + b)
 
 | name   | shape       | dtype            |          Floor:
-| packed | `PackedCsr` | fp32, fp16, bf16 |    bytes: values and their index, x and y once each
+| packed | `LanedCsr` | fp32, fp16, bf16 |    bytes: values and their index, x and y once each
 | x      | [K, B]      | as the values    |    FLOPs: 2 * kept * B, sums in fp32
 | bias   | [N]         | as the values    |
 | y      | [N, B]      | as the values    |
@@ -37,8 +37,8 @@ from sparselth.kernels.csr_linear import CsrIndex, csr_linear
 
 
 @dataclass(frozen=True, eq=False)
-class PackedCsr:
-    """The kept weights of W [N, K] as `csr_infer` reads them, on CUDA once and 16 bytes at a time.
+class LanedCsr:
+    """The kept weights of W [N, K] as `csr_lanes` reads them, on CUDA once and 16 bytes at a time.
 
     | name    | shape        | dtype                          | what
     | values  | [8 * groups] | fp32, fp16, bf16               | groups of 8 places, each row in whole groups
@@ -61,7 +61,7 @@ class PackedCsr:
     rows: Tensor
 
     @staticmethod
-    def from_dense(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> PackedCsr:
+    def from_dense(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> LanedCsr:
         """The weights [N, K] where the bool mask [N, K] is True, as numbers of `dtype`, else of their own."""
         dtype = weight.dtype if dtype is None else dtype
         if weight.dim() != 2 or mask.shape != weight.shape or mask.dtype != torch.bool:
@@ -91,7 +91,7 @@ class PackedCsr:
         if k <= 2**16:
             columns = columns.to(torch.uint16)
         rows = 8 * order + (8 * groups - counts)
-        return PackedCsr((n, k), lanes, values, columns, starts.int(), rows.int())
+        return LanedCsr((n, k), lanes, values, columns, starts.int(), rows.int())
 
     @property
     def kept(self) -> int:
@@ -124,7 +124,7 @@ class PackedCsr:
         row, column, value = self.kept_weights()
         mask = torch.zeros(self.shape, dtype=torch.bool, device="cpu")
         mask[row, column] = True
-        return CsrIndex.of(mask, backward=False), value[(row * self.shape[1] + column).argsort()]
+        return CsrIndex.from_dense(mask, backward=False), value[(row * self.shape[1] + column).argsort()]
 
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -156,13 +156,13 @@ def _bytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.itemsize for t in tensors)
 
 
-def floor(packed: PackedCsr, batch: int) -> dict[str, int]:
-    """Bytes and FLOPs of `csr_infer`."""
+def floor(packed: LanedCsr, batch: int) -> dict[str, int]:
+    """Bytes and FLOPs of `csr_lanes`."""
     moved = _bytes(*packed.arrays()) + packed.values.itemsize * batch * sum(packed.shape)
     return {"bytes": moved, "flops": 2 * packed.kept * batch}
 
 
-def reference(packed: PackedCsr, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+def reference(packed: LanedCsr, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     row, column, value = packed.kept_weights()
     y = torch.zeros(packed.shape[0], x.shape[1], device=x.device, dtype=torch.float32)
     y.index_add_(0, row, value.float()[:, None] * x.float()[column])
@@ -299,7 +299,7 @@ def _store_sums(
 
 
 @triton.jit
-def _infer_kernel(
+def _lanes_kernel(
     values_ptr,
     columns_ptr,
     starts_ptr,
@@ -402,7 +402,7 @@ def _in_tiles(x: Tensor, columns: int) -> Tensor:
     return tiles
 
 
-def launch(packed: PackedCsr, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+def launch(packed: LanedCsr, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     (n, k), b = packed.shape, x.shape[1]
     y = x.new_empty(n, b)
     if not y.numel():
@@ -412,7 +412,7 @@ def launch(packed: PackedCsr, x: Tensor, bias: Tensor | None, relu: bool) -> Ten
     single = columns == 1 and x.itemsize == 2
     rows = 32 * WARPS // packed.lanes
     with torch.cuda.device_of(x):
-        _infer_kernel[(triton.cdiv(n, rows) * len(x),)](
+        _lanes_kernel[(triton.cdiv(n, rows) * len(x),)](
             packed.values.view(torch.int32),
             packed.columns.view(torch.int32),
             packed.starts,
@@ -438,8 +438,8 @@ def launch(packed: PackedCsr, x: Tensor, bias: Tensor | None, relu: bool) -> Ten
     return y
 
 
-def csr_infer(
-    packed: PackedCsr, x: Tensor, bias: Tensor | None = None, relu: bool = False, kernels: str = "auto"
+def csr_lanes(
+    packed: LanedCsr, x: Tensor, bias: Tensor | None = None, relu: bool = False, kernels: str = "auto"
 ) -> Tensor:
     """act(W x + b) as [N, B]; `relu` makes act the rectifier. Not differentiable.
 
@@ -465,7 +465,7 @@ def csr_infer(
     return _infer(*packed.arrays(), x, bias, packed.lanes, relu, kernels)  # type: ignore[no-any-return]
 
 
-@library.custom_op("sparselth::csr_infer", mutates_args=())
+@library.custom_op("sparselth::csr_lanes", mutates_args=())
 def _infer(
     values: Tensor,
     columns: Tensor,
@@ -477,7 +477,7 @@ def _infer(
     relu: bool,
     kernels: str,
 ) -> Tensor:
-    packed = PackedCsr((len(rows), len(x)), lanes, values, columns, starts, rows)
+    packed = LanedCsr((len(rows), len(x)), lanes, values, columns, starts, rows)
     compute = launch if use_triton(kernels, x) else reference
     return compute(packed, x, bias, relu)
 

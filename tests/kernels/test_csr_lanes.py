@@ -28,8 +28,8 @@ from oracle import (
     surrounded,
 )
 from sparselth.kernels import _native, csr_linear
-from sparselth.kernels import csr_infer as op
-from sparselth.kernels.csr_infer import PackedCsr, csr_infer, floor
+from sparselth.kernels import csr_lanes as op
+from sparselth.kernels.csr_lanes import LanedCsr, csr_lanes, floor
 
 CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -66,13 +66,13 @@ def kinds(n: int, k: int, seed: int = 0) -> dict[str, Tensor]:
     return {name: t.to(DEVICE) for name, t in keep.items()} | {"full": ~keep["empty"].to(DEVICE)}
 
 
-def packed_of(mask: Tensor, dtype: torch.dtype = torch.float32, seed: int = 0) -> PackedCsr:
+def packed_of(mask: Tensor, dtype: torch.dtype = torch.float32, seed: int = 0) -> LanedCsr:
     """Random weights, and NaN where they are pruned."""
     weight = draw(*mask.shape, seed=seed).masked_fill_(~mask, math.nan)
-    return PackedCsr.from_dense(weight, mask, dtype)
+    return LanedCsr.from_dense(weight, mask, dtype)
 
 
-def exact(packed: PackedCsr, x: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+def exact(packed: LanedCsr, x: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """float64, over kept weights alone, one by one."""
     y = torch.zeros(packed.shape[0], x.shape[1], dtype=torch.double)
     for row, column, value in zip(*(t.tolist() for t in packed.kept_weights()), strict=True):
@@ -82,8 +82,8 @@ def exact(packed: PackedCsr, x: Tensor, bias: Tensor | None = None, relu: bool =
     return y.relu() if relu else y
 
 
-def check(packed: PackedCsr, x: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
-    y = csr_infer(packed, x, bias, relu, kernels="triton")
+def check(packed: LanedCsr, x: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    y = csr_lanes(packed, x, bias, relu, kernels="triton")
     assert y.dtype == x.dtype
     right = exact(packed, x, bias, relu)
     # sums that cancel are judged by what they are sums of
@@ -131,7 +131,7 @@ def test_random_masks_there_and_back(n: int, k: int, kind: str, dtype: torch.dty
 
 def test_kept_weights_that_are_zero_are_kept() -> None:
     mask = kinds(9, 40)["sparse"]
-    packed = PackedCsr.from_dense(torch.zeros(9, 40, device=DEVICE), mask)
+    packed = LanedCsr.from_dense(torch.zeros(9, 40, device=DEVICE), mask)
     row, column, value = packed.kept_weights()
     found = torch.zeros_like(mask)
     found[row, column] = True
@@ -245,7 +245,7 @@ def formula(p: Problem, dtype: torch.dtype, relu: bool = False) -> dict[str, Ten
     return {"y": y.relu_() if relu else y}
 
 
-def guarded(packed: PackedCsr) -> PackedCsr:
+def guarded(packed: LanedCsr) -> LanedCsr:
     """The same with NaN, and indices that lead nowhere, around its arrays."""
 
     def around(t: Tensor) -> Tensor:
@@ -256,7 +256,7 @@ def guarded(packed: PackedCsr) -> PackedCsr:
         wide[256:-256] = bits
         return wide[256:-256].view(t.dtype)
 
-    return PackedCsr(packed.shape, packed.lanes, *map(around, packed.arrays()))
+    return LanedCsr(packed.shape, packed.lanes, *map(around, packed.arrays()))
 
 
 def check_beside_torch(
@@ -264,13 +264,13 @@ def check_beside_torch(
 ) -> None:
     """y against float64, twice; NaN in pruned weights, around all operands and in all that is allocated."""
     p = problem(part, shape, density, seed)
-    packed = PackedCsr.from_dense(p.w, p.keep)
+    packed = LanedCsr.from_dense(p.w, p.keep)
     assert same_bits(packed.to_dense(), torch.where(p.keep, p.w, 0))
     relu = seed % 2 == 1
     spread = layed(p.x, layout)
 
-    def ours(packed: PackedCsr, x: Tensor) -> dict[str, Tensor]:
-        return {"y": csr_infer(packed, x, p.bias, relu, kernels="triton")}
+    def ours(packed: LanedCsr, x: Tensor) -> dict[str, Tensor]:
+        return {"y": csr_lanes(packed, x, p.bias, relu, kernels="triton")}
 
     with precision(part):
         absolute = formula(Problem(p.x.abs(), p.w.abs(), p.keep, p.bias.abs()), torch.double)
@@ -310,7 +310,7 @@ def test_densities(density: float, part: str) -> None:
 def test_without_weights_y_is_the_bias(part: str) -> None:
     p = problem(part, (17, 21, 8), 0.0)
     with poisoned():
-        found = csr_infer(PackedCsr.from_dense(p.w, p.keep), p.x, p.bias, kernels="triton")
+        found = csr_lanes(LanedCsr.from_dense(p.w, p.keep), p.x, p.bias, kernels="triton")
     assert torch.equal(found, p.bias[:, None].expand_as(found))
 
 
@@ -332,11 +332,11 @@ def test_any_product(shape: Shape, part: str, density: float, layout: str, seed:
 def test_what_is_not_finite_reaches_its_rows_at_every_width(value: float, batch: int, part: str) -> None:
     """And nothing through empty places, which hold column 0."""
     p = problem(part, pick((20, 90, batch), (40, 300, batch)), 0.1)
-    packed = PackedCsr.from_dense(p.w, p.keep)
+    packed = LanedCsr.from_dense(p.w, p.keep)
     for column in (0, 7, p.x.shape[0] - 1):
         x = p.x.clone()
         x[column, -1] = value
-        y = csr_infer(packed, x, p.bias, kernels="triton")
+        y = csr_lanes(packed, x, p.bias, kernels="triton")
         assert y[:, :-1].isfinite().all()
         assert torch.equal(~y[:, -1].isfinite(), p.keep[:, column])
         if value == INF:
@@ -359,12 +359,12 @@ def test_what_is_not_finite_comes_through_kept_weights_alone(
     packed = packed_of(mask, dtype)
     x = draw(60, 2).to(dtype)
     x[0, 0] = x[5, 1] = bad
-    y = csr_infer(packed, x, kernels=kernels).cpu()
+    y = csr_lanes(packed, x, kernels=kernels).cpu()
     right = exact(packed, x)
     assert torch.equal(y.isnan(), right.isnan())
     assert torch.equal(torch.where(right.isinf(), y.double(), 0), torch.where(right.isinf(), right, 0))
     assert torch.equal(y.isfinite(), ~mask[:, [0, 5]].cpu())
-    rectified = csr_infer(packed, x, relu=True, kernels=kernels).cpu()
+    rectified = csr_lanes(packed, x, relu=True, kernels=kernels).cpu()
     assert torch.equal(rectified.isnan(), y.isnan())
     assert torch.equal(rectified.nan_to_num(0, math.inf), y.relu().nan_to_num(0, math.inf))
 
@@ -399,7 +399,7 @@ def test_infinite_weights_stay_in_their_rows() -> None:
     weight = draw(10, 60)
     weight[3, 7] = math.inf
     x = draw(60, 8)
-    y = csr_infer(PackedCsr.from_dense(weight, mask), x, kernels="triton")
+    y = csr_lanes(LanedCsr.from_dense(weight, mask), x, kernels="triton")
     assert torch.equal(y[3], x[7].sign() * math.inf)
     assert y[[0, 1, 2, *range(4, 10)]].isfinite().all()
 
@@ -409,7 +409,7 @@ def test_infinite_weights_stay_in_their_rows() -> None:
 def test_empty_operands(shape: tuple[int, int, int], kernels: str) -> None:
     n, k, b = shape
     packed, bias = packed_of(torch.ones(n, k, dtype=torch.bool, device=DEVICE)), draw(n)
-    y = csr_infer(packed, draw(k, b), bias, kernels=kernels)
+    y = csr_lanes(packed, draw(k, b), bias, kernels=kernels)
     torch.testing.assert_close(y, packed.to_dense() @ draw(k, b) + bias[:, None])
 
 
@@ -418,7 +418,7 @@ def test_torch_computes_the_same(dtype: torch.dtype) -> None:
     packed = packed_of(kinds(12, 200)["uneven"], dtype)
     x, bias = draw(200, 5).to(dtype), draw(12).to(dtype)
     for kernels in ("reference", "auto"):
-        y = csr_infer(packed, x, bias, True, kernels=kernels).double().cpu()
+        y = csr_lanes(packed, x, bias, True, kernels=kernels).double().cpu()
         right = exact(packed, x, bias, True)
         assert float((y - right).norm() / right.norm()) <= BOUNDS[dtype]
 
@@ -428,54 +428,54 @@ def test_a_cpu_takes_the_native_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, x = packed_of(kinds(12, 200)["uneven"]), draw(5, 200).t()
     monkeypatch.setattr(op, "_infer", None)
     before = packed.bytes()
-    y = csr_infer(packed, x)
+    y = csr_lanes(packed, x)
     index, values = packed.native
     assert torch.equal(y, csr_linear.csr_linear(index, values, x.contiguous(), kernels="native"))
-    assert torch.equal(index.scatter(values), packed.to_dense())
+    assert torch.equal(index.to_dense(values), packed.to_dense())
     assert packed.bytes() == before + index.bytes() + 4 * packed.kept
 
 
 def test_autocast_takes_activations_to_the_weights() -> None:
     packed, x, bias = packed_of(kinds(6, 50)["sparse"], BF16), draw(50, 2), draw(6)
     with torch.autocast(DEVICE, dtype=BF16):
-        y = csr_infer(packed, x, bias, kernels="reference")
-    assert torch.equal(y, csr_infer(packed, x.to(BF16), bias.to(BF16), kernels="reference"))
+        y = csr_lanes(packed, x, bias, kernels="reference")
+    assert torch.equal(y, csr_lanes(packed, x.to(BF16), bias.to(BF16), kernels="reference"))
 
 
 def test_wrong_operands_are_named() -> None:
     weight, mask = draw(4, 6), kinds(4, 6)["sparse"]
-    packed = PackedCsr.from_dense(weight, mask)
+    packed = LanedCsr.from_dense(weight, mask)
     with pytest.raises(ValueError, match=r"got torch.float32 \[4, 6\] and torch.bool \[4, 5\]"):
-        PackedCsr.from_dense(weight, mask[:, 1:])
+        LanedCsr.from_dense(weight, mask[:, 1:])
     with pytest.raises(ValueError, match=r"and torch\.uint8"):
-        PackedCsr.from_dense(weight, mask.to(torch.uint8))
+        LanedCsr.from_dense(weight, mask.to(torch.uint8))
     with pytest.raises(ValueError, match=r"expected weights in .*bfloat16, got torch.float64"):
-        PackedCsr.from_dense(weight, mask, torch.float64)
+        LanedCsr.from_dense(weight, mask, torch.float64)
     with pytest.raises(ValueError, match=r"at most 2\^27 columns, got 1 and 134217729"):
-        PackedCsr.from_dense(weight[:1, :1].expand(1, 2**27 + 1), mask[:1, :1].expand(1, 2**27 + 1))
+        LanedCsr.from_dense(weight[:1, :1].expand(1, 2**27 + 1), mask[:1, :1].expand(1, 2**27 + 1))
     with pytest.raises(ValueError, match=r"expected x\[6, B\] and bias\[4\] for W\[4, 6\]; got x torch"):
-        csr_infer(packed, draw(5, 2))
+        csr_lanes(packed, draw(5, 2))
     with pytest.raises(ValueError, match=r"bias torch.float32\[3\]"):
-        csr_infer(packed, draw(6, 2), draw(3))
+        csr_lanes(packed, draw(6, 2), draw(3))
     with pytest.raises(ValueError, match="expected all of one dtype"):
-        csr_infer(packed, draw(6, 2).to(BF16))
+        csr_lanes(packed, draw(6, 2).to(BF16))
     with pytest.raises(ValueError, match="kernels='fast'"):
-        csr_infer(packed, draw(6, 2), kernels="fast")
+        csr_lanes(packed, draw(6, 2), kernels="fast")
 
 
 OPCHECK = """
 import torch
 from torch import library
-from sparselth.kernels.csr_infer import PackedCsr, csr_infer
+from sparselth.kernels.csr_lanes import LanedCsr, csr_lanes
 weight, x, bias = torch.randn(12, 30), torch.randn(30, 5), torch.randn(12)
-packed = PackedCsr.from_dense(weight, torch.rand(12, 30) < 0.3, torch.bfloat16)
+packed = LanedCsr.from_dense(weight, torch.rand(12, 30) < 0.3, torch.bfloat16)
 x, bias = x.bfloat16(), bias.bfloat16()
 for b in (bias, None):
-    library.opcheck(torch.ops.sparselth.csr_infer, (*packed.arrays(), x, b, packed.lanes, True, "auto"))
-whole = torch.compile(lambda x: csr_infer(packed, x, bias, True), fullgraph=True, backend="aot_eager")
-assert torch.equal(whole(x), csr_infer(packed, x, bias, True))
+    library.opcheck(torch.ops.sparselth.csr_lanes, (*packed.arrays(), x, b, packed.lanes, True, "auto"))
+whole = torch.compile(lambda x: csr_lanes(packed, x, bias, True), fullgraph=True, backend="aot_eager")
+assert torch.equal(whole(x), csr_lanes(packed, x, bias, True))
 try:
-    csr_infer(packed, x, kernels="triton")
+    csr_lanes(packed, x, kernels="triton")
 except ValueError as error:
     assert "TRITON_INTERPRET=1" in str(error)
 else:

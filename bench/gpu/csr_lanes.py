@@ -1,4 +1,4 @@
-"""csr_infer at its targets' shapes and beyond 2^31; dense products and cuSPARSE as rivals."""
+"""csr_lanes at its targets' shapes and beyond 2^31; dense products and cuSPARSE as rivals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from gpu.common import Case, Here, judged
 from gpu.timing import Copies, Run, median, ratio, rows
 from oracle import DTYPES, NAN, Wrong, compare, must_replay, need_memory, precision
-from sparselth.kernels.csr_infer import PackedCsr, csr_infer, floor
+from sparselth.kernels.csr_lanes import LanedCsr, csr_lanes, floor
 
 Shape = tuple[int, int, int]  # N, K, B
 TARGET = 8192, 0.9  # size and sparsity that the targets are about
@@ -60,8 +60,8 @@ def formula(p: Problem, dtype: torch.dtype, relu: bool = False) -> dict[str, Ten
     return {"y": y.relu_() if relu else y}
 
 
-def ours(packed: PackedCsr, p: Problem, relu: bool = False) -> dict[str, Tensor]:
-    return {"y": csr_infer(packed, p.x, p.bias, relu, kernels="triton")}
+def ours(packed: LanedCsr, p: Problem, relu: bool = False) -> dict[str, Tensor]:
+    return {"y": csr_lanes(packed, p.x, p.bias, relu, kernels="triton")}
 
 
 # Offsets beyond 2^31
@@ -78,9 +78,9 @@ def many_weights(here: Here, part: str) -> None:
     columns = order.int().to(torch.uint16).repeat(n)
     starts = (k // 8) * torch.arange(n + 1, dtype=torch.int32, device=here.device)
     numbers = 8 * torch.arange(n, dtype=torch.int32, device=here.device)
-    packed = PackedCsr((n, k), lanes, values, columns, starts, numbers)
+    packed = LanedCsr((n, k), lanes, values, columns, starts, numbers)
     x = torch.randn(k, b, generator=g, device=here.device).to(DTYPES[part])
-    y = csr_infer(packed, x, kernels="triton")
+    y = csr_lanes(packed, x, kernels="triton")
     ends = torch.tensor([0, n // 2, n - 1], device=here.device)
     near(y[ends], values.view(n, k)[ends].double() @ x[order].double())
 
@@ -92,7 +92,7 @@ def far_columns(here: Here, part: str) -> None:
         p = problem(here, part, (n, k, 1), 0.05)
         x = torch.empty(k, b, dtype=DTYPES[part], device=here.device)
         x.uniform_(-1, 1, generator=here.generator(1))
-        y = csr_infer(PackedCsr.from_dense(p.w, p.keep), x, p.bias, kernels="triton")
+        y = csr_lanes(LanedCsr.from_dense(p.w, p.keep), x, p.bias, kernels="triton")
         ends = torch.tensor([0, b // 2, b - 1], device=here.device)
         near(y[:, ends], formula(p._replace(x=x[:, ends]), torch.double)["y"])
 
@@ -122,7 +122,7 @@ class Workload:
         w = torch.randn(size, size, generator=g, device=here.device).to(DTYPES[part]) * keep
         x = torch.randn(size, batch, generator=g, device=here.device).to(DTYPES[part])
         self.p = Problem(x, w, keep, torch.randn(size, generator=g, device=here.device).to(DTYPES[part]))
-        self.packed = PackedCsr.from_dense(w, keep)
+        self.packed = LanedCsr.from_dense(w, keep)
 
     def check(self) -> None:
         p, part = self.p, self.part
@@ -134,8 +134,8 @@ class Workload:
         must_replay(lambda: ours(self.packed, self.p))
 
     def ours(self) -> Run:
-        packed = PackedCsr(self.packed.shape, self.packed.lanes, *(t.clone() for t in self.packed.arrays()))
-        return lambda: csr_infer(packed, self.p.x, kernels="triton")
+        packed = LanedCsr(self.packed.shape, self.packed.lanes, *(t.clone() for t in self.packed.arrays()))
+        return lambda: csr_lanes(packed, self.p.x, kernels="triton")
 
     def dense(self) -> dict[str, Copies]:
         """The product of the same weights and their zeros each way that torch has."""

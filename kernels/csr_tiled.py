@@ -6,7 +6,7 @@ r"""Products with a sparse matrix W [N, K] for inference, for CPUs: `csr_linear`
 | x      | [K, B]      | fp32   |  features-major                    2 * kept FLOPs a column,
 | y      | [N, B]      | fp32   |                                    4 + 2 bytes a kept weight, and
 | bias   | [N]         | fp32   |                                    x, y and the bias once each
-| packed | `Packed`    |        |  the kept weights and where they are
+| packed | `TiledCsr`    |        |  the kept weights and where they are
 
 The kept weights lie in the order in which they are read: blocks of rows, in each of them tiles of columns,
 in each of these the rows that have something there, those that keep the most first. A tile's part of x fits
@@ -39,7 +39,7 @@ BLOCKS, ENOUGH = 16, 4096  # so many blocks, for threads to share, where each ke
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class TiledCsr:
     """The kept weights of W [N, K] in the order in which they are read."""
 
     shape: tuple[int, int]
@@ -52,7 +52,7 @@ class Packed:
     values: Tensor  # fp32 [kept]
 
     @staticmethod
-    def of(weight: Tensor, batch: int) -> Packed:
+    def from_dense(weight: Tensor, batch: int) -> TiledCsr:
         """The numbers of a weight [N, K] that are not zero, for about `batch` columns of x."""
         if weight.dim() != 2 or weight.dtype != torch.float32 or not weight.is_cpu:
             raise ValueError(
@@ -87,7 +87,7 @@ class Packed:
         source = torch.repeat_interleave(
             before[visit_row[order] * tiles + visit_tile[order]] - starts[:-1], count[order]
         ) + torch.arange(kept, device="cpu")
-        return Packed(
+        return TiledCsr(
             shape=(n, k),
             tile=tile,
             firsts=firsts.int(),
@@ -107,7 +107,7 @@ class Packed:
         parts = (self.firsts, self.cells, self.starts, self.rows, self.columns, self.values)
         return sum(t.numel() * t.element_size() for t in parts)
 
-    def scatter(self) -> Tensor:
+    def to_dense(self) -> Tensor:
         """The dense [N, K], 0 where nothing is kept."""
         tiles = max(1, -(-self.shape[1] // self.tile))
         cell = torch.repeat_interleave(self.cells.diff().long())
@@ -139,33 +139,33 @@ def _firsts(counts: Tensor, wide: int) -> Tensor:
     return torch.tensor(sorted({0, *bounds, rows}), device="cpu")
 
 
-def floor(packed: Packed, batch: int) -> dict[str, int]:
-    """Bytes and FLOPs of `csr_packed`."""
+def floor(packed: TiledCsr, batch: int) -> dict[str, int]:
+    """Bytes and FLOPs of `csr_tiled`."""
     n, k = packed.shape
     return {"bytes": packed.bytes() + 4 * batch * (n + k), "flops": 2 * packed.kept * batch}
 
 
-def reference(packed: Packed, x: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+def reference(packed: TiledCsr, x: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """The dense product."""
-    y = packed.scatter() @ x
+    y = packed.to_dense() @ x
     if bias is not None:
         y = y + bias[:, None]
     return y.relu() if relu else y
 
 
-def csr_packed(
-    packed: Packed, x: Tensor, bias: Tensor | None = None, relu: bool = False, kernels: str = "auto"
+def csr_tiled(
+    packed: TiledCsr, x: Tensor, bias: Tensor | None = None, relu: bool = False, kernels: str = "auto"
 ) -> Tensor:
     """act(W x + b) as [N, B]; `relu` makes act the rectifier."""
     y = x.new_empty(packed.shape[0], x.shape[-1])
-    bind_csr_packed(packed, x, bias, y, relu, kernels)()
+    bind_csr_tiled(packed, x, bias, y, relu, kernels)()
     return y
 
 
-def bind_csr_packed(
-    packed: Packed, x: Tensor, bias: Tensor | None, y: Tensor, relu: bool = False, kernels: str = "auto"
+def bind_csr_tiled(
+    packed: TiledCsr, x: Tensor, bias: Tensor | None, y: Tensor, relu: bool = False, kernels: str = "auto"
 ) -> Callable[[], None]:
-    """`csr_packed` on fixed tensors: each call of what this returns is one foreign call."""
+    """`csr_tiled` on fixed tensors: each call of what this returns is one foreign call."""
     n, k = packed.shape
     _native.matrix("x", x, k, x.shape[-1])
     _native.matrix("y", y, n, x.shape[-1])
@@ -177,7 +177,7 @@ def bind_csr_packed(
             y.copy_(reference(packed, x, bias, relu))
 
         return run
-    arguments = _Packed(
+    arguments = _Tiled(
         **{
             name: getattr(packed, name).data_ptr()
             for name in ("cells", "starts", "rows", "columns", "values", "firsts")
@@ -195,10 +195,10 @@ def bind_csr_packed(
         relu=relu,
         threads=min(_native.threads(), 1 + floor(packed, x.shape[1])["flops"] // WORK),
     )
-    return _native.bind("csr_packed", arguments, packed, x, bias, y)
+    return _native.bind("csr_tiled", arguments, packed, x, bias, y)
 
 
-class _Packed(ctypes.Structure):  # struct csr_packed
+class _Tiled(ctypes.Structure):  # struct csr_tiled
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in ("cells", "starts", "rows", "columns", "values", "firsts")],
         *[(name, ctypes.c_void_p) for name in ("x", "bias", "y")],

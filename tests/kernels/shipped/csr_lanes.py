@@ -1,9 +1,9 @@
-"""csr_infer: widths of x and lanes a row, of each dtype; columns of 32 bits; x in tiles."""
+"""csr_lanes: widths of x and lanes a row, of each dtype; columns of 32 bits; x in tiles."""
 
 from __future__ import annotations
 
 from shipped import Aot
-from sparselth.kernels.csr_infer import WARPS, _infer_kernel
+from sparselth.kernels.csr_lanes import WARPS, _lanes_kernel
 
 
 def _aot(dtype: str, columns: int, lanes: int, tiles: bool = False, wide: bool = False) -> Aot:
@@ -17,7 +17,7 @@ def _aot(dtype: str, columns: int, lanes: int, tiles: bool = False, wide: bool =
     types = {"x_ptr": x, "bias_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
     signature = {
         name: types.get(name, "*i32") if name.endswith("_ptr") else "i32"
-        for name in _infer_kernel.arg_names
+        for name in _lanes_kernel.arg_names
         if name not in constants
     }
     if not tiles:  # one: Triton makes a constant of it
@@ -25,7 +25,7 @@ def _aot(dtype: str, columns: int, lanes: int, tiles: bool = False, wide: bool =
         constants["tiles"] = 1
     beside = columns * (4 if dtype == "fp32" else 2)  # bytes
     return Aot(
-        kernel=_infer_kernel,
+        kernel=_lanes_kernel,
         signature=signature,
         constants=constants,
         aligned=tuple(name for name in signature if name.endswith("_ptr")),

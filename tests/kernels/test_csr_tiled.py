@@ -1,4 +1,4 @@
-"""`csr_packed` against dense products in float64, at every level and with any number of threads."""
+"""`csr_tiled` against dense products in float64, at every level and with any number of threads."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparselth.kernels import _native
-from sparselth.kernels import csr_packed as cp
-from sparselth.kernels.csr_packed import Packed, bind_csr_packed, csr_packed, floor
+from sparselth.kernels import csr_tiled as cp
+from sparselth.kernels.csr_tiled import TiledCsr, bind_csr_tiled, csr_tiled, floor
 
 CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
 native = pytest.mark.skipif(_native.LIB is None, reason=_native.WHY)
@@ -69,19 +69,19 @@ def test_like_dense(level: str, data: st.DataObject) -> None:
         patch.setattr(cp, "ENOUGH", data.draw(st.sampled_from([8, 4096]), "enough"))
         patch.setattr(cp, "NEAR", data.draw(st.sampled_from([1 << 10, cp.NEAR]), "near"))
         patch.setattr(cp, "WORK", 1)
-        packed = Packed.of(w, meant)
-        assert torch.equal(packed.scatter(), w)
+        packed = TiledCsr.from_dense(w, meant)
+        assert torch.equal(packed.to_dense(), w)
         ld, offset = batch + data.draw(st.integers(0, 40), "room"), data.draw(st.integers(0, 17), "offset")
         _, x = inside(k, batch, ld, offset, math.nan)
         memory, y = inside(n, batch, ld, offset, 7.0)
         x.copy_(torch.randn(k, batch))
         bias = torch.randn(n) if data.draw(st.booleans(), "bias") else None
         relu = data.draw(st.booleans(), "relu")
-        bind_csr_packed(packed, x, bias, y, relu)()
+        bind_csr_tiled(packed, x, bias, y, relu)()
         check(y, w, x, bias, relu)
         first = y.clone()
         torch.set_num_threads(3)
-        bind_csr_packed(packed, x, bias, y, relu)()
+        bind_csr_tiled(packed, x, bias, y, relu)()
         assert torch.equal(y, first)  # to the bit, whatever the threads
     y.fill_(7.0)
     assert bool((memory == 7.0).all())  # nothing beside y was written
@@ -93,7 +93,7 @@ def test_kept_weights_alone_are_multiplied(batch: int) -> None:
     w = sparse(70, 300, 0.1)
     x = torch.randn(300, batch)
     x[13, 0], x[200, -1] = math.nan, math.inf
-    y = csr_packed(Packed.of(w, batch), x, relu=False)
+    y = csr_tiled(TiledCsr.from_dense(w, batch), x, relu=False)
     touched = (w[:, [13, 200]] != 0).any(1) if batch == 1 else w[:, 13] != 0
     assert torch.equal(y[:, 0].isnan() | y[:, 0].isinf(), touched)
     assert bool((y[w[:, 200] != 0, -1].isfinite() == 0).all())
@@ -102,33 +102,33 @@ def test_kept_weights_alone_are_multiplied(batch: int) -> None:
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (4096, 3), (3, 70_000)])
 def test_odd_shapes(shape: tuple[int, int]) -> None:
     w = sparse(*shape, 0.01)
-    packed = Packed.of(w, 8)
-    assert torch.equal(packed.scatter(), w)
+    packed = TiledCsr.from_dense(w, 8)
+    assert torch.equal(packed.to_dense(), w)
     x, bias = torch.randn(shape[1], 9), torch.randn(shape[0])
-    check(csr_packed(packed, x, bias, relu=True), w, x, bias, True)
+    check(csr_tiled(packed, x, bias, relu=True), w, x, bias, True)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64, 256])
 def test_weights_that_are_one_run_and_bytes(batch: int) -> None:
     w = sparse(512, 1024, 0.1)
-    packed = Packed.of(w, batch)
+    packed = TiledCsr.from_dense(w, batch)
     assert packed.kept == int((w != 0).sum())
     assert packed.bytes() < 7 * packed.kept  # 4 of the value, 2 of the column, less than one of the rest
     assert floor(packed, batch)["flops"] == 2 * packed.kept * batch
     x = torch.randn(1024, batch)
-    right = csr_packed(packed, x, kernels="reference")
-    assert (csr_packed(packed, x) - right).norm() <= 1e-6 * right.norm()
+    right = csr_tiled(packed, x, kernels="reference")
+    assert (csr_tiled(packed, x) - right).norm() <= 1e-6 * right.norm()
 
 
 def test_misuse() -> None:
-    packed = Packed.of(sparse(3, 4, 0.5), 2)
+    packed = TiledCsr.from_dense(sparse(3, 4, 0.5), 2)
     with pytest.raises(ValueError, match=r"expected a weight \[N, K\] in fp32"):
-        Packed.of(torch.zeros(3, 4, 5), 2)
+        TiledCsr.from_dense(torch.zeros(3, 4, 5), 2)
     with pytest.raises(ValueError, match=r"expected a weight \[N, K\] in fp32"):
-        Packed.of(torch.zeros(3, 4).double(), 2)
+        TiledCsr.from_dense(torch.zeros(3, 4).double(), 2)
     with pytest.raises(ValueError, match=r"x: expected fp32 \[4, 2\]"):
-        csr_packed(packed, torch.zeros(5, 2))
+        csr_tiled(packed, torch.zeros(5, 2))
     with pytest.raises(ValueError, match=r"bias: expected contiguous fp32 \[3\]"):
-        csr_packed(packed, torch.zeros(4, 2), torch.zeros(4))
+        csr_tiled(packed, torch.zeros(4, 2), torch.zeros(4))
     with pytest.raises(ValueError, match="kernels='fast'"):
-        csr_packed(packed, torch.zeros(4, 2), kernels="fast")
+        csr_tiled(packed, torch.zeros(4, 2), kernels="fast")
