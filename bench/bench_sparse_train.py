@@ -23,18 +23,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparselth import pruning, train
+from sparselth import pruning
 from sparselth.config import Recipe, Replica
 from sparselth.data import load
 from sparselth.data.batches import Resident
 from sparselth.engine.break_even import break_even
+from sparselth.engine.choose import prepare
 from sparselth.engine.dense import init_weights
 from sparselth.engine.paths import choose
+from sparselth.engine.state import Job, State
 from sparselth.kernels import _native
 from sparselth.models import Model, get_model
 from sparselth.models.torch import network
 from sparselth.streams import stream
-from sparselth.train import State
 
 WHO = Replica(0, "ticket", 0)
 RECIPE = Recipe(steps=10**6, lr=1.2e-3, batch_size=60, eval_every=10**6)
@@ -66,7 +67,7 @@ def sparselth_step(
     weights = init_weights(model, stream(0, "ticket", 0, "init"))[None]
     weights[:, : model.params.mask_size] *= mask
     state = State.start(weights, RECIPE)
-    steps = train.prepare(model, data, [train.Job(WHO, state, mask)], RECIPE, kernels, share)
+    steps = prepare(model, data, [Job(WHO, state, mask)], RECIPE, kernels, share)
 
     def step() -> None:
         steps.advance(state.step, 1, lambda: False)

@@ -17,13 +17,16 @@ from pathlib import Path
 
 import torch
 
-from sparselth import machine, pruning, train
+from sparselth import machine, pruning
 from sparselth.config import Recipe, Replica
 from sparselth.data import load
 from sparselth.data.batches import Resident
 from sparselth.engine.break_even import break_even
+from sparselth.engine.choose import prepare
+from sparselth.engine.compressed import CompressedSteps
 from sparselth.engine.dense import init_weights
 from sparselth.engine.paths import choose
+from sparselth.engine.state import Batch, Job, State
 from sparselth.models import Model, get_model
 from sparselth.streams import stream
 
@@ -32,14 +35,14 @@ WHO = Replica(0, "ticket", 0)
 ROUNDS, SECONDS = 20, 4.0
 
 
-def job(model: Model, recipe: Recipe, level: int, device: str, draw: int = 0) -> train.Job:
+def job(model: Model, recipe: Recipe, level: int, device: str, draw: int = 0) -> Job:
     """A network under the mask of magnitude pruning of its initial weights to a level's density."""
     weights = init_weights(model, stream(0, "ticket", 0, "init", draw))
     rung = pruning.ladder(model.params, level, 0.2, "layer")[level]
     mask = pruning.prune(model.params, weights[: model.params.mask_size], model.params.full_mask(), rung)
     weights[: model.params.mask_size] *= mask
     who = Replica(0, "ticket", level, draw)
-    return train.Job(who, train.State.start(weights[None].to(device), recipe), mask.to(device))
+    return Job(who, State.start(weights[None].to(device), recipe), mask.to(device))
 
 
 def microseconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -59,16 +62,16 @@ def on_cpu(model: Model, data: Resident, recipe: Recipe) -> None:
     share = break_even(model, recipe.batch_size, choose("auto", "cpu").csr_linear.takes)
     columns: list[dict[str, float]] = []
     for level in LEVELS:
-        steps = train.prepare(model, data, [job(model, recipe, level, "cpu")], recipe, "auto", share)
-        if not isinstance(steps, train.Compressed):
+        steps = prepare(model, data, [job(model, recipe, level, "cpu")], recipe, "auto", share)
+        if not isinstance(steps, CompressedSteps):
             raise SystemExit(
                 f"{model.name} at level {level} goes through the vendor's layers here; nothing of it is ours"
             )
-        inner, index = steps.steps, steps.steps.batches.index(0)
+        index = steps.batches.index(0)
         calls: dict[str, Callable[[], object]] = {
-            "gather": lambda inner=inner, index=index: inner.gather(index)
+            "gather": lambda steps=steps, index=index: steps.gather(index)
         }
-        for i, (name, call) in enumerate(inner.chain.calls):
+        for i, (name, call) in enumerate(steps.chain.calls):
             calls[f"{i}|{name}"] = call
         calls["update"] = lambda steps=steps: steps.update(1, recipe.lr)
         calls["whole"] = lambda steps=steps: steps.advance(0, 1, lambda: False)
@@ -95,14 +98,7 @@ def on_cuda(model: Model, data: Resident, recipe: Recipe, replicas: int = 100) -
     from sparselth.engine.replay import Replay
 
     jobs = [job(model, recipe, 5, "cuda", draw) for draw in range(replicas)]
-    weights, *moments = (
-        torch.cat(rows) for rows in zip(*((j.state.weights, *j.state.moments) for j in jobs), strict=True)
-    )
-    mask = torch.stack([j.mask for j in jobs])
-    replay = Replay(
-        *(model, data, [j.who for j in jobs], weights, moments, mask, recipe, [0] * replicas),
-        choose("auto", "cuda"),
-    )
+    replay = Replay(Batch(model, data, jobs, recipe, choose("auto", "cuda")))
     replay.advance(0, 100, lambda: False)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

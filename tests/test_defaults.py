@@ -20,11 +20,12 @@ from sparselth.data import load
 from sparselth.data.batches import Resident
 from sparselth.engine.break_even import break_even
 from sparselth.engine.dense import init_weights
+from sparselth.engine.state import Job, State
 from sparselth.models import MODELS, get_model
 from sparselth.models.torch import network, sequential
 from sparselth.runs import RunRecord
 from sparselth.streams import stream
-from sparselth.train import Job, State, fit
+from sparselth.train import fit
 
 HERE = Path(sparselth.__file__).parent
 FLOATS = {"empty", "zeros", "ones", "rand", "randn", "linspace", "eye"}

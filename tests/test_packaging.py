@@ -46,7 +46,6 @@ ORDER = [
     "experiments.arms",
     "experiments.imp",
     "experiments.agenda",
-    "experiments.memory",
     "experiments.price",
     "experiments.plan",
     "experiments.pool",

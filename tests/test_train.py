@@ -9,9 +9,10 @@ from sparselth import pruning
 from sparselth.config import Recipe, Replica
 from sparselth.data.batches import Resident
 from sparselth.engine.dense import init_weights
+from sparselth.engine.state import Job, State
 from sparselth.models import get_model
 from sparselth.streams import stream
-from sparselth.train import Diverged, Job, State, fit, scores
+from sparselth.train import Diverged, accuracies_on_test, fit
 
 LENET = get_model("lenet-300-100")
 TICKET = Replica(0, "ticket", 0)
@@ -77,8 +78,8 @@ def test_early_stop_is_the_evaluation_of_least_validation_loss(digits: Resident)
     stopped = replace(recipe, steps=state.best_step)
     fit(LENET, digits, [Job(TICKET, again, mask)], stopped)
     assert torch.equal(again.weights, state.best_weights)
-    ((at_early_stop, final),) = scores(LENET, digits, [Job(TICKET, state, mask)])
-    assert scores(LENET, digits, [Job(TICKET, again, mask)])[0][1] == at_early_stop
+    ((at_early_stop, final),) = accuracies_on_test(LENET, digits, [Job(TICKET, state, mask)])
+    assert accuracies_on_test(LENET, digits, [Job(TICKET, again, mask)])[0][1] == at_early_stop
     assert final != at_early_stop
 
 

@@ -38,12 +38,13 @@ from sparselth.data import Images, MissingData, data_dir, load
 from sparselth.data.batches import Gather
 from sparselth.engine.dense import Network, cross_entropy_grad
 from sparselth.engine.replay import Replay
+from sparselth.engine.state import Job
 from sparselth.experiments.imp import ImpConfig
 from sparselth.experiments.plan import Watcher
 from sparselth.measure import usual
 from sparselth.models import Conv, Linear, Model, get_model
 from sparselth.models.torch import masks, network
-from sparselth.train import Job, fit
+from sparselth.train import fit
 from trainings import LR, NEAR, Setup, losses, made_up, must_be_near, never
 
 TITLES = {"fc": "LeNet-300-100", "conv2": "Conv-2", "cnn": "LeNet-5"}
@@ -330,9 +331,10 @@ def benchmark(here: Here, part: str, replicas: int, kernels: str, target: bool =
     setup = Setup(part, images=here.pick(64, None))
     an_epoch = setup.data.n_train // setup.recipe.batch_size
     setup.recipe = replace(setup.recipe, steps=2 * (ROUNDS + 4) * an_epoch)
-    jobs = setup.jobs([(seed, 1.0, 0) for seed in range(replicas)])
+    cells = [(seed, 1.0, 0) for seed in range(replicas)]
+    jobs = setup.jobs(cells)  # as they begin: rivals start from them
     right = Right(setup, jobs)
-    replay, (weights, *_) = setup.replay(jobs, kernels if here.device == "cuda" else "triton")
+    replay, (weights, *_) = setup.replay(setup.jobs(cells), kernels if here.device == "cuda" else "triton")
     replay.advance(0, 3, never)
     measured = torch.tensor(replay.measure()[0], dtype=torch.float64)
     wrong = judged(right.compare, split(setup.model, weights), measured)

@@ -116,9 +116,10 @@ def _training() -> dict[str, Any]:
         from sparselth.data import load
         from sparselth.data.batches import Resident
         from sparselth.engine.dense import init_weights
+        from sparselth.engine.state import Job, State
         from sparselth.models import get_model
         from sparselth.streams import stream
-        from sparselth.train import Job, State, fit
+        from sparselth.train import fit
 
         torch.set_num_threads(1)
         model, who = get_model("lenet-300-100"), Replica(0, "ticket", 0)

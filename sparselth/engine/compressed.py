@@ -9,7 +9,7 @@ arithmetic costs. Activations are features-major as in `dense`, without the repl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -17,10 +17,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from sparselth.config import Recipe, Replica
-from sparselth.data.batches import Batches, Chunk, Resident
+from sparselth.data.batches import Batches
 from sparselth.engine.layers import DenseConv, Place
 from sparselth.engine.layout import Layout
+from sparselth.engine.memory import Held
+from sparselth.engine.state import Batch, measure
+from sparselth.engine.update import bind_update
 from sparselth.kernels.csr_linear import (
     CsrIndex,
     bind_csr_input_grad,
@@ -52,8 +54,8 @@ Named = tuple[str, Call]
 COLUMNS = 16  # a batch is padded to a multiple: one cache line
 
 
-class CompressedEvaluator:
-    """Mean cross-entropy and accuracy of one replica whose weights lie in `layout`."""
+class CompressedForward:
+    """One replica whose weights lie in `layout`, for batches of any size; see `engine.state.Forward`."""
 
     def __init__(self, model: Model, layout: Layout, weights: Tensor, kernels: str) -> None:
         self.model, self.layout, self.weights, self.kernels = model, layout, weights, kernels
@@ -68,19 +70,16 @@ class CompressedEvaluator:
         }
         self.chains: dict[int, Chain] = {}
 
-    def measure(self, chunks: Sequence[Chunk]) -> tuple[list[float], list[float]]:
-        loss = right = 0.0
-        for x, y in chunks:
-            n = x.shape[2]
-            if n not in self.chains:
-                self.chains[n] = self.chain(n, None)
-            chain = self.chains[n]
-            chain.x[:, :n] = x[0] if self.rows is None else x[0].index_select(0, self.rows)
-            chain.run()
-            more = cross_entropy(chain.logits[:, :n], y[0, 0], self.kernels)
-            loss, right = loss + more[0], right + more[1]
-        total = sum(x.shape[2] for x, _ in chunks)
-        return [loss / total], [right / total]
+    def sums(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        n = x.shape[2]
+        if n not in self.chains:
+            self.chains[n] = self.chain(n, None)
+        chain = self.chains[n]
+        chain.x[:, :n] = x[0] if self.rows is None else x[0].index_select(0, self.rows)
+        chain.run()
+        loss, right = cross_entropy(chain.logits[:, :n], y[0, 0], self.kernels)
+        found = torch.tensor([[loss], [right]], dtype=torch.float64, device="cpu")
+        return found[0], found[1]
 
     def chain(self, batch: int, grad: Tensor | None) -> Chain:
         pixels = len(self.layout.inputs) if self.rows is None else len(self.rows)
@@ -94,31 +93,44 @@ class CompressedEvaluator:
 
 
 class CompressedSteps:
-    """The steps of one replica whose weights lie in `layout`; see `sparselth.train.Steps`."""
+    """The steps of one job whose state lies in a layout; see `engine.state.Steps`."""
 
-    def __init__(
-        self,
-        model: Model,
-        layout: Layout,
-        weights: Tensor,
-        data: Resident,
-        who: Replica,
-        recipe: Recipe,
-        kernels: str,
-    ) -> None:
-        self.grad = torch.zeros_like(weights)
-        evaluator = CompressedEvaluator(model, layout, weights, kernels)
-        self.measure = evaluator.measure
-        self.index_bytes = layout.bytes() + sum(index.bytes() for index in evaluator.index.values())
-        self.chain = chain = evaluator.chain(recipe.batch_size, self.grad)
-        self.batches = Batches(data, [who], recipe.batch_size)
+    many = 1
+
+    def __init__(self, batch: Batch) -> None:
+        (job,) = batch.jobs
+        layout, recipe, data = job.state.layout, batch.recipe, batch.data
+        assert layout is not None
+        kernels = batch.paths.csr_linear.takes
+        self.batch, self.job, self.recipe = batch, job, recipe
+        self.grad = torch.zeros_like(batch.weights)
+        self.forward = CompressedForward(batch.model, layout, batch.weights, kernels)
+        self.chain = chain = self.forward.chain(recipe.batch_size, self.grad)
+        self.batches = Batches(data, batch.who, recipe.batch_size)
         scale, shift = data.scale.flatten(), data.shift.flatten()
-        x, rows = chain.x[:, : recipe.batch_size], evaluator.rows
+        x, rows = chain.x[:, : recipe.batch_size], self.forward.rows
         self.gather = bind_gather(data.images, data.labels, scale, shift, x, chain.labels, rows, kernels)
+        mask = layout.mask(job.mask)
+        self.update, size = bind_update(
+            batch.weights, self.grad, batch.moments, None if mask.all() else mask, recipe, batch.paths
+        )
+        index = layout.bytes() + sum(index.bytes() for index in self.forward.index.values())
+        self.state_bytes = 4 * self.grad.numel() + index + size
 
-    def gradients(self, step: int) -> None:
-        self.gather(self.batches.index(step))
-        self.chain.run()
+    def advance(self, step: int, steps: int, should_stop: Callable[[], bool]) -> int:
+        for i in range(steps):
+            if should_stop():
+                return i
+            self.gather(self.batches.index(step + i))
+            self.chain.run()
+            self.update(step + i - self.job.start_step + 1, self.recipe.lr_at(step + i))
+        return steps
+
+    def measure(self) -> tuple[list[float], list[float]]:
+        return measure(self.forward, self.batch.data.validation(self.job.who.seed))
+
+    def memory(self) -> Held:
+        return self.batch.held(self.grad, (self.batches, self.chain.x))
 
 
 def make_index(spec: TensorSpec, layer: Layer, before: tuple[int, ...], mask: Tensor, first: bool) -> Index:

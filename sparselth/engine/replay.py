@@ -23,7 +23,7 @@ of reach until products end in ReLU and gradients are summed where they are made
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,10 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparselth.config import Recipe, Replica
+from sparselth.config import Recipe
 from sparselth.data.batches import Batches, Done, Event, Gather, Orders, Resident
 from sparselth.engine.dense import Network
-from sparselth.engine.paths import Paths
+from sparselth.engine.memory import Held
+from sparselth.engine.state import Batch
 from sparselth.kernels import bitmask, replica_parts
 from sparselth.kernels._graphs import capture, warm_up
 from sparselth.kernels.linear_grad_update import linear_grad_update
@@ -79,25 +80,13 @@ class Shown:
 
 
 class Replay:
-    """Trains and evaluates R replicas in lock-step; see `sparselth.train.Steps`.
+    """Trains and evaluates the jobs of a batch in lock-step; see `engine.state.Steps`."""
 
-    `weights` and `moments` are [R, P], changed in place; `mask` is bool [R, M].
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        data: Resident,
-        replicas: Sequence[Replica],
-        weights: Tensor,
-        moments: list[Tensor],
-        mask: Tensor,
-        recipe: Recipe,
-        start_steps: Sequence[int],
-        paths: Paths,
-    ) -> None:
-        self.recipe, r, device = recipe, len(replicas), weights.device
-        self.weights, self.moments = weights, moments
+    def __init__(self, batch: Batch) -> None:
+        self.batch, self.recipe = batch, batch.recipe
+        self.weights, self.moments = batch.weights, batch.moments
+        model, data, recipe, paths = batch.model, batch.data, batch.recipe, batch.paths
+        weights, mask, r, device = batch.weights, batch.mask, len(batch.jobs), batch.weights.device
         linear, conv = paths.masked_linear.takes, paths.masked_conv2d.takes
         bits = model.params.packed(mask)
         convs = [spec for spec, layer, *_ in model.producers if isinstance(layer, Conv)]
@@ -126,16 +115,17 @@ class Replay:
             [recipe.lr_at(step) for step in range(recipe.steps)], dtype=torch.float64, device="cpu"
         )
         self.rates = self.rates.to(device)
-        self.starts = torch.tensor(list(start_steps), dtype=torch.float32, device=device)
+        starts = [job.start_step for job in batch.jobs]
+        self.starts = torch.tensor(starts, dtype=torch.float32, device=device)
 
-        self.batches = Batches(data, replicas, recipe.batch_size)
+        self.batches = Batches(data, batch.who, recipe.batch_size)
         self.event: Callable[[], Event] = torch.cuda.Event if weights.is_cuda else Done
         self.orders = Orders(self.batches, -(-recipe.steps // self.batches.steps_per_epoch), self.event)
         self.flight: list[Event] = []
         self.place = torch.zeros(1, dtype=torch.int64, device=device)  # of the step in its epoch
         self.shown = Shown(data, r, recipe.batch_size)
 
-        images = torch.stack([data.split(who.seed)[1] for who in replicas]).to(device)
+        images = torch.stack([data.split(who.seed)[1] for who in batch.who]).to(device)
         self.validation: list[tuple[Tensor, Shown | Gather, Network]] = []
         by_size: dict[int, tuple[Shown | Gather, Network]] = {}
         for chunk in torch.split(images, data.chunk, 1):
@@ -175,6 +165,9 @@ class Replay:
     def measure(self) -> tuple[list[float], list[float]]:
         self.evaluate()
         return self.means()
+
+    def memory(self) -> Held:
+        return self.batch.held(self.grad, (self.batches, self.orders, self.shown))
 
     def means(self) -> tuple[list[float], list[float]]:
         """What the last evaluation found."""

@@ -16,8 +16,8 @@ from sparselth.config import EXPERIMENTS, Cell, Config
 if TYPE_CHECKING:
     from sparselth.data import Images
     from sparselth.data.batches import Resident
+    from sparselth.engine.state import Job
     from sparselth.runs import RunRecord
-    from sparselth.train import Job
 
 E = TypeVar("E", bound=type["Experiment"])
 

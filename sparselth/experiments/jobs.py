@@ -13,11 +13,12 @@ from torch import Tensor
 
 from sparselth import tickets
 from sparselth.config import Cell, Recipe
+from sparselth.engine.state import Job, State
 from sparselth.experiments.base import Finished, Place
 from sparselth.files import Arrays, load_arrays, save_arrays
 from sparselth.models import Model
 from sparselth.runs import cell_path, checkpoint_path
-from sparselth.train import Job, State, fit, scores
+from sparselth.train import accuracies_on_test, fit
 
 CHECKPOINT_SECONDS = 60.0
 
@@ -74,7 +75,7 @@ def train(
         for job in jobs:
             _save_state(checkpoint_path(place.run, job.who), job.state)
         return None
-    accuracies = scores(model, place.data, jobs, kernels, place.break_even)
+    accuracies = accuracies_on_test(model, place.data, jobs, kernels, place.break_even)
     return [_finished(model, job, place, where, *pair) for job, pair in zip(jobs, accuracies, strict=True)]
 
 

@@ -25,17 +25,17 @@ import torch
 from sparselth.config import Cell
 from sparselth.data import Images
 from sparselth.data.batches import Resident
+from sparselth.engine.memory import free_memory, is_out_of_memory
+from sparselth.engine.state import Job
 from sparselth.errors import Interrupted, SparselthError
 from sparselth.experiments.agenda import Agenda
 from sparselth.experiments.base import Experiment, Place
-from sparselth.experiments.memory import free_memory, is_out_of_memory
 from sparselth.experiments.plan import Watcher
 from sparselth.experiments.price import Price, measured
 from sparselth.experiments.training import Training
 from sparselth.models import get_model
 from sparselth.registry import load_plugin, plugins
 from sparselth.runs import RunFolder
-from sparselth.train import Job
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,17 @@ import torch
 
 from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Resident
+from sparselth.engine.choose import prepare, trains_alone
 from sparselth.engine.dense import init_weights
+from sparselth.engine.memory import free_memory, is_out_of_memory, resident_bytes
 from sparselth.engine.paths import choose
+from sparselth.engine.state import Job, State
 from sparselth.errors import SparselthError
 from sparselth.experiments.agenda import Agenda, widest
-from sparselth.experiments.memory import free_memory, is_out_of_memory, resident_bytes
 from sparselth.experiments.training import Training
 from sparselth.models import Model, get_model
 from sparselth.pruning import prune
 from sparselth.streams import stream
-from sparselth.train import Job, State, prepare
 
 STRETCH = 5  # least steps between looks at the clock
 CONTEXT = 5 * 10**8  # device memory that CUDA and its libraries take
@@ -201,7 +202,7 @@ def measured(
 
     batches, validation = dict[int, float](), dict[int, float]()
     batches[1], validation[1] = timed(0, 1)
-    alone = choose(config.kernels, data.device).masked_update.takes == "native"
+    alone = trains_alone(choose(config.kernels, data.device))
     while limit > 1 and not alone:  # alone, a batch takes what its replicas take one after another
         try:
             batches[limit], validation[limit] = timed(0, limit)

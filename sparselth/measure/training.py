@@ -10,19 +10,19 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparselth import data, train
+from sparselth import data
 from sparselth.check import errors as errors_of
 from sparselth.config import Recipe
 from sparselth.data.batches import Batches, Resident
 from sparselth.engine.break_even import break_even
+from sparselth.engine.choose import prepare
 from sparselth.engine.paths import choose
-from sparselth.engine.vendor import VendorNetwork
+from sparselth.engine.state import Job, State
 from sparselth.measure import memory
 from sparselth.measure.case import (
     WHO,
@@ -167,8 +167,8 @@ def _our_step(
 ) -> Step:
     """What `train.fit` does for a step of one network."""
     began = time.perf_counter()
-    state = train.State.start(flat[None], recipe)
-    steps = train.prepare(model, resident, [train.Job(WHO, state, mask)], recipe, "auto", share)
+    state = State.start(flat[None], recipe)
+    steps = prepare(model, resident, [Job(WHO, state, mask)], recipe, "auto", share)
     seconds = time.perf_counter() - began
     per_epoch = min(STEPS, Batches(resident, [WHO], recipe.batch_size).steps_per_epoch)
 
@@ -180,15 +180,10 @@ def _our_step(
         return state.expanded().moments[0][0].double() / (0.1 if recipe.optimizer == "adam" else 1)
 
     def measure() -> Memory:
-        inner: Any = getattr(steps, "steps", steps)
-        if isinstance(getattr(inner, "network", None), VendorNetwork):
-            inner.network.kept = []  # of the last step; the next one finds its own
-        images = resident, inner.batches, getattr(getattr(inner, "chain", None), "x", None)
-        weights, gradients, moments = (sum(held(part)) for part in (state.weights, inner.grad, state.moments))
-        layout = sum(held(state.layout))
-        buffers = state.weights, inner.grad, state.moments, state.layout
-        of_the_run = state.best_weights, mask  # for its files, not for a step
-        kept, bits = held(steps, but=(*buffers, *images, *of_the_run))
+        parts = steps.memory()
+        buffers = parts.weights, parts.gradients, parts.moments, parts.layout
+        weights, gradients, moments, layout = (sum(held(part)) for part in buffers)
+        kept, bits = held(steps, but=(*buffers, parts.images, parts.kept))
         return Memory(weights, layout + bits, kept + memory.peak(run), gradients, moments)
 
     def dead_are_zero() -> bool:

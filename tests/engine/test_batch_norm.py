@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from sparselth.config import Recipe, Replica
 from sparselth.data.batches import Batches, Resident
+from sparselth.engine.batch import DenseForward
 from sparselth.engine.break_even import break_even
 from sparselth.engine.dense import Network, cross_entropy_grad, init_weights
 from sparselth.engine.paths import choose
 from sparselth.engine.replay import Replay
+from sparselth.engine.state import Batch, Job, State, measure
 from sparselth.engine.vendor import VendorNetwork
 from sparselth.experiments.base import Place
 from sparselth.experiments.imp import ImpConfig, start_weights
@@ -29,7 +31,7 @@ from sparselth.models import MODELS, AvgPool, BatchNorm, Conv, Layer, Linear, Ma
 from sparselth.models.torch import network, sequential
 from sparselth.runs import RunRecord, cell_path, checkpoint_path
 from sparselth.streams import stream
-from sparselth.train import Evaluator, Job, State, fit, scores
+from sparselth.train import accuracies_on_test, fit
 
 LAYERS: tuple[Layer, ...] = (
     *(Conv(3, 5), BatchNorm(), MaxPool(2), ReLU(), Conv(4, 5), BatchNorm(), ReLU(), AvgPool()),
@@ -100,15 +102,15 @@ def test_evaluation_takes_running_statistics_and_changes_nothing(vendor: bool, d
     before = flat.clone()
     x = chunks[0][0]
     alone = Network(TINY, flat, 1)
-    together = Evaluator(TINY, flat, vendor)
+    together = DenseForward(TINY, flat, vendor)
     logits = VendorNetwork(TINY, flat).forward(x) if vendor else Network(TINY, flat, 250).forward(x)
     for i in range(3):  # an image's logits do not depend on the images beside it
         torch.testing.assert_close(alone.forward(x[:, :, i : i + 1].contiguous())[:, :, 0], logits[:, :, i])
-    assert together.measure(chunks) == together.measure(chunks)
+    assert measure(together, chunks) == measure(together, chunks)
     assert torch.equal(flat, before)
     for values in statistics(flat).values():
         values.add_(1)
-    assert together.measure(chunks) != Evaluator(TINY, before, vendor).measure(chunks)
+    assert measure(together, chunks) != measure(DenseForward(TINY, before, vendor), chunks)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch", "reference"])
@@ -172,11 +174,13 @@ def test_a_replica_that_is_not_active_keeps_every_bit(first: tuple[Layer, ...], 
     model = Model("small", (1, 28, 28), (*first, *LAYERS[-4:]), {}, "")
     weights = torch.stack([init_weights(model, stream(seed, "ticket", 0, "init")) for seed in range(2)])
     weights[1, model.statistics[0].offset] = -0.0
-    moments = [torch.zeros_like(weights)]
-    who = [Replica(seed, "ticket", 0) for seed in range(2)]
-    mask = model.params.full_mask().expand(2, -1).contiguous()
     recipe = replace(SGD, steps=2, batch_size=3)
-    steps = Replay(model, few, who, weights, moments, mask, recipe, [0, 0], choose("triton", "cpu"))
+    jobs = [
+        Job(Replica(seed, "ticket", 0), State.start(row[None], recipe), model.params.full_mask())
+        for seed, row in enumerate(weights)
+    ]
+    batch = Batch(model, few, jobs, recipe, choose("triton", "cpu"))
+    steps, weights = Replay(batch), batch.weights
     before = weights.view(torch.int32).clone()
     steps.pulse.active.zero_()
     steps.advance(0, 1, lambda: False)
@@ -258,7 +262,7 @@ def test_statistics_in_a_run(imp: Callable[..., RunRecord], digits: Resident) ->
     ).items():
         assert (values == float(name.endswith("var"))).all()
 
-    ((_, final),) = scores(TINY, digits, [job])
+    ((_, final),) = accuracies_on_test(TINY, digits, [job])
     assert final == record.points[0]["final_accuracy"]
     for who, point in zip(settings.cells(), record.points, strict=True):
         flat, mask, _ = _load(run, TINY, who)

@@ -12,16 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparselth import train
 from sparselth.config import Recipe, Replica
 from sparselth.data.batches import Resident
 from sparselth.engine import break_even
+from sparselth.engine.choose import compressed_layers
 from sparselth.engine.dense import init_weights
+from sparselth.engine.paths import choose
+from sparselth.engine.state import Job, State
 from sparselth.kernels import _native
 from sparselth.models import Conv, Linear, MaxPool, Model, ReLU, get_model
 from sparselth.runs import RunRecord
 from sparselth.streams import stream
-from sparselth.train import Job, State, fit, scores
+from sparselth.train import accuracies_on_test, fit
 
 LENET, LENET5 = get_model("lenet-300-100"), get_model("lenet5")
 TICKET = Replica(0, "ticket", 1)
@@ -63,7 +65,7 @@ def test_the_numbers_are_those_of_dense_training(
         job = Job(TICKET, state, mask)
         fit(model, digits, [job], recipe, kernels=name, break_even=every(model))
         assert state.layout is None
-        (accuracies,) = scores(model, digits, [job], name, every(model))
+        (accuracies,) = accuracies_on_test(model, digits, [job], name, every(model))
         runs[name] = state, mask, accuracies
     (state, mask, accuracies), (expected, _, right) = runs[kernels], runs["reference"]
     m = model.params.mask_size
@@ -164,14 +166,14 @@ def test_a_checkpoint_in_the_middle_is_expanded(digits: Resident) -> None:
 
 
 def test_layers_without_kernels_or_gain_stay_dense(digits: Resident) -> None:
-    paths = train.choose("auto", "cpu")
+    paths = choose("auto", "cpu")
     _, mask = start(LENET, ADAM, 0.1)
-    assert train._compressed(LENET, mask, every(LENET), paths)
-    assert not train._compressed(LENET, mask, {}, paths)
-    assert not train._compressed(LENET, mask, every(LENET), train.choose("reference", "cpu"))
+    assert compressed_layers(LENET, mask, every(LENET), paths)
+    assert not compressed_layers(LENET, mask, {}, paths)
+    assert not compressed_layers(LENET, mask, every(LENET), choose("reference", "cpu"))
     pooled = Model("pooled", (1, 28, 28), (Conv(2, 3), MaxPool(3), Linear(10)), {}, "")
     _, mask = start(pooled, ADAM, 0.1)
-    assert not train._compressed(pooled, mask, every(pooled), paths)
+    assert not compressed_layers(pooled, mask, every(pooled), paths)
 
 
 @pytest.mark.skipif(not _native.LIB, reason=_native.WHY)

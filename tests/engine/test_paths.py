@@ -14,11 +14,12 @@ from sparselth.config import Recipe, Replica
 from sparselth.data.batches import Resident
 from sparselth.engine import paths as dispatch
 from sparselth.engine.dense import init_weights
+from sparselth.engine.state import Job, State
 from sparselth.errors import UsageError
 from sparselth.models import MODELS, Conv, Linear, MaxPool, Model, ReLU, get_model
 from sparselth.runs import RunRecord
 from sparselth.streams import stream
-from sparselth.train import Job, State, fit
+from sparselth.train import fit
 
 ADAM = Recipe(steps=2, lr=1.2e-3, batch_size=3, eval_every=2, weight_decay=1e-3)
 SGD = replace(ADAM, optimizer="sgd", lr=0.05)

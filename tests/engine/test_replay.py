@@ -30,11 +30,12 @@ from sparselth.engine.dense import init_weights
 from sparselth.engine.layers import BiasReLU, PartsPool
 from sparselth.engine.paths import choose
 from sparselth.engine.replay import MANY, Replay
+from sparselth.engine.state import Batch, Job, State
 from sparselth.kernels import masked_conv2d, replica_parts
 from sparselth.kernels._triton import INTERPRET
 from sparselth.models import Add, AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, Node, ReLU, get_model
 from sparselth.streams import stream
-from sparselth.train import Job, State, fit, scores
+from sparselth.train import accuracies_on_test, fit
 
 LENET = get_model("lenet-300-100")
 SMALL = Model("small", (1, 28, 28), (Linear(20), ReLU(), Linear(10)), {}, "")
@@ -109,12 +110,12 @@ def test_a_replica_of_any_batch_equals_itself_alone(
     share = {spec.name: 0.3 for spec in model.weights}
     jobs = [job(model, recipe, *cell) for cell in cells]
     fit(model, few, jobs, recipe, kernels=kernels, break_even=share)
-    together = scores(model, few, jobs, kernels, share)
+    together = accuracies_on_test(model, few, jobs, kernels, share)
     for found, cell, pair in zip(jobs, cells, together, strict=True):
         alone = job(model, recipe, *cell)
         fit(model, few, [alone], recipe, kernels=kernels, break_even=share)
         same(found, alone)
-        assert scores(model, few, [alone], kernels, share) == [pair]
+        assert accuracies_on_test(model, few, [alone], kernels, share) == [pair]
 
 
 @pytest.mark.host
@@ -287,11 +288,8 @@ def by_default(
     same jobs by the reference."""
     found, right = ([job(model, recipe, seed, keep) for seed, keep in ((0, 1.0), (1, 0.3))] for _ in range(2))
     fit(model, few, right, recipe, kernels="reference")
-    states = [one.state for one in found]
-    tensors = [torch.cat(rows) for rows in zip(*([s.weights, *s.moments] for s in states), strict=True)]
-    masks, who = torch.stack([one.mask for one in found]), [one.who for one in found]
-    paths = choose("auto", "cuda")
-    replay = Replay(model, few, who, tensors[0], tensors[1:], masks, recipe, [0, 0], paths)
+    batch = Batch(model, few, found, recipe, choose("auto", "cuda"))
+    replay, tensors = Replay(batch), [batch.weights, *batch.moments]
     replay.advance(0, until, lambda: False)
     return replay, tensors, right
 

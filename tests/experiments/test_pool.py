@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sparselth.config import Cell
+from sparselth.engine.memory import is_out_of_memory
 from sparselth.experiments.base import Place
 from sparselth.experiments.imp import ImpConfig
-from sparselth.experiments.memory import is_out_of_memory
 from sparselth.runs import RunRecord, read
 
 

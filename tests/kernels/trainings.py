@@ -24,9 +24,10 @@ from sparselth.data.batches import Batches, Resident
 from sparselth.engine.dense import init_weights
 from sparselth.engine.paths import choose
 from sparselth.engine.replay import Replay
+from sparselth.engine.state import Batch, Job, State
 from sparselth.models import Conv, Linear, MaxPool, Model, ReLU, get_model
 from sparselth.streams import stream
-from sparselth.train import Job, State, fit
+from sparselth.train import fit
 
 MODELS = {"fc": "lenet-300-100", "conv2": "conv2", "cnn": "lenet5"}
 TINY = {
@@ -107,21 +108,8 @@ class Setup:
 
     def replay(self, jobs: Sequence[Job], kernels: str) -> tuple[Replay, list[Tensor]]:
         """What trains the jobs, and its weights and moments [R, P]."""
-        states = [one.state for one in jobs]
-        tensors = [torch.cat(rows) for rows in zip(*([s.weights, *s.moments] for s in states), strict=True)]
-        mask = torch.stack([one.mask for one in jobs])
-        replay = Replay(
-            self.model,
-            self.data,
-            [one.who for one in jobs],
-            tensors[0],
-            tensors[1:],
-            mask,
-            self.recipe,
-            [one.start_step for one in jobs],
-            choose(kernels, DEVICE),
-        )
-        return replay, tensors
+        batch = Batch(self.model, self.data, jobs, self.recipe, choose(kernels, DEVICE))
+        return Replay(batch), [batch.weights, *batch.moments]
 
 
 # Checks

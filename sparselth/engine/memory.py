@@ -1,11 +1,27 @@
-"""Memory that is short: how it is told from other errors, and what this process takes."""
+"""What training holds in memory, by kind, and how running out of it is known."""
 
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+
+@dataclass(frozen=True)
+class Held:
+    """What an engine keeps between two steps, as objects whose tensors a measurement counts.
+
+    Whatever else can be reached from an engine are its masks, indices and activations.
+    """
+
+    weights: object
+    gradients: object
+    moments: object
+    layout: object  # where survivors lie
+    images: object  # the data set, and the batch as it comes
+    kept: object  # for the files of a run, not for a step
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -26,7 +42,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory() -> None:
-    """Let go of what an error no longer holds."""
+    """Give back what nobody holds any longer, that of torch's allocator too."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

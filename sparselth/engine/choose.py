@@ -1,0 +1,124 @@
+"""The one door to the engines: who trains together, and through which of them.
+
+Jobs that take the same way train as the replicas of one batch; on a CPU, where one network fills the
+caches, our C kernels take them one after another. A job's mask and the paths alone decide, so that what a
+job computes does not depend on the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+from sparselth.config import Recipe
+from sparselth.data.batches import Chunk, Resident
+from sparselth.engine.batch import DenseForward, DenseSteps
+from sparselth.engine.compressed import CompressedForward, CompressedSteps
+from sparselth.engine.layout import Layout, compressible
+from sparselth.engine.paths import Paths, choose
+from sparselth.engine.replay import Replay
+from sparselth.engine.state import Batch, Job, Steps, measure
+from sparselth.models import Conv, Model
+
+
+@dataclass(frozen=True)
+class Group:
+    """Jobs that train together, and are evaluated together."""
+
+    model: Model
+    jobs: Sequence[Job]
+    paths: Paths
+    compressed: frozenset[str]  # layers in the compressed domain: then it is one job
+
+    def enter(self, recipe: Recipe) -> None:
+        """Bring the states to the form in which they train."""
+        for job in self.jobs if self.compressed else ():
+            layout = Layout(self.model, job.mask, self.compressed, decays=recipe.weight_decay > 0)
+            job.state.enter(layout)
+
+    def leave(self) -> None:
+        for job in self.jobs:
+            job.state.leave()
+
+    def measure(self, weights: Tensor, chunks: Sequence[Chunk]) -> tuple[list[float], list[float]]:
+        """(loss, accuracy) of weights [R, P] under the jobs' masks, each a list of R."""
+        if not self.compressed:
+            return measure(DenseForward(self.model, weights, _takes_vendor(self.model, self.paths)), chunks)
+        (job,) = self.jobs
+        layout, kernels = Layout(self.model, job.mask, self.compressed), self.paths.csr_linear.takes
+        return measure(CompressedForward(self.model, layout, layout.compress(weights), kernels), chunks)
+
+
+def groups(
+    model: Model, jobs: Sequence[Job], kernels: str = "auto", break_even: Mapping[str, float] | None = None
+) -> Iterator[Group]:
+    """The jobs by how they train: `kernels` as in `engine.paths`.
+
+    On a CPU layers with a smaller share of survivors than `break_even`, by name, are compressed where there
+    are kernels for it.
+    """
+    together = []
+    paths = choose(kernels, jobs[0].state.weights.device.type)
+    for job in jobs:
+        compressed = compressed_layers(model, job.mask, break_even or {}, paths)
+        if compressed or trains_alone(paths):
+            yield Group(model, [job], paths, compressed)
+        else:
+            together.append(job)
+    if together:
+        yield Group(model, together, paths, frozenset())
+
+
+def steps(batch: Batch) -> Steps:
+    """The engine of jobs that are in the form in which they train."""
+    if batch.jobs[0].state.layout is not None:
+        return CompressedSteps(batch)
+    if batch.paths.masked_update.takes == "triton":
+        return Replay(batch)
+    return DenseSteps(batch, _takes_vendor(batch.model, batch.paths))
+
+
+def prepare(
+    model: Model,
+    data: Resident,
+    jobs: Sequence[Job],
+    recipe: Recipe,
+    kernels: str = "auto",
+    break_even: Mapping[str, float] | None = None,
+) -> Steps:
+    """What takes the steps of one group of jobs in `train.fit`, to time it; states stay as it has them."""
+    (group,) = groups(model, jobs, kernels, break_even)
+    group.enter(recipe)
+    return steps(Batch(model, data, group.jobs, recipe, group.paths))
+
+
+def trains_alone(paths: Paths) -> bool:
+    """Whether networks train one after another: a batch takes as long as its replicas together."""
+    return paths.masked_update.takes == "native"
+
+
+def compressed_layers(
+    model: Model, mask: Tensor, break_even: Mapping[str, float], paths: Paths
+) -> frozenset[str]:
+    """The layers that are trained in the compressed domain."""
+    if not compressible(model) or paths.csr_linear.takes not in ("native", "torch"):
+        return frozenset()
+    kept = model.params.kept(mask)
+    found = {s.name for s in model.weights if kept[s.name] < break_even.get(s.name, 0.0) * s.numel}
+    # Convolutions go together, weighted by their work, since the vendor's want another layout of the images.
+    convs = {s.name: prod(after[1:]) for s, layer, _, after in model.producers if isinstance(layer, Conv)}
+    gain = sum(
+        convs.get(s.name, 0) * (min(break_even.get(s.name, 0.0), 1.05) * s.numel - kept[s.name])
+        for s in model.weights
+    )
+    if convs and gain <= 0 and paths.masked_conv2d.takes == "vendor":
+        return frozenset()
+    return frozenset(found | set(convs) if gain > 0 else found - set(convs))
+
+
+def _takes_vendor(model: Model, paths: Paths) -> bool:
+    """Whether dense networks go through `VendorNetwork`, one at a time: they have convolutions."""
+    return paths.masked_conv2d.takes == "vendor" and model.convolves
