@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from sparselth import registry
+from sparselth import registry, sparse
 from sparselth.config import EXPERIMENTS, config_from_json
 from sparselth.data import DATASETS
 from sparselth.errors import SparselthError
@@ -25,6 +27,7 @@ from sparselth.models import MODELS
 from sparselth.registry import load_plugin
 from sparselth.runs import read_config
 from sparselth.scores import SCORES
+from sparselth.sparse.forms import FORMS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -58,7 +61,7 @@ USES = {
 @pytest.fixture(autouse=True)
 def forget(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Call it to forget every plugin; what a test registers is forgotten behind it."""
-    known = (MODELS, DATASETS, SCORES, ARMS, EXPERIMENTS)
+    known = (MODELS, DATASETS, SCORES, ARMS, EXPERIMENTS, FORMS)
     before = [dict(each) for each in known]
 
     def call() -> None:
@@ -80,11 +83,11 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_new_thing_is_one_file_of_10_to_40_lines() -> None:
-    assert set(BLOCKS) == set(USES)
+    assert set(BLOCKS) == {*USES, "read_inputs.py"}
     for name, code in BLOCKS.items():
         assert 10 <= len(code.splitlines()) <= 40, name
     rows = re.findall(r"^\| (.+?) \| (`.+?) \| (.*?) \|", PAGE, re.MULTILINE)
-    assert len(rows) == len(USES) + 1  # and a command
+    assert len(rows) == len(BLOCKS) + 1  # and a command
     for thing, inside, outside in rows:
         paths = re.findall(r"`(\S+?)`", inside)
         assert len(paths) == (2 if thing.startswith("command") else 1)
@@ -163,6 +166,24 @@ def test_a_file_through_the_command_line_and_the_library(
     assert run_contents(Path("library")) == before
     title, *_ = record.config.table(record).splitlines()
     assert title in shown_table
+
+
+def test_a_form_through_convert_and_bench(files: Path, document: Callable[..., dict[str, Any]]) -> None:
+    assert "read-inputs" not in [row["name"] for row in document("ls", "forms")["forms"]]
+    model = nn.Sequential(nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 7)).eval()
+    with torch.no_grad():
+        model[0].weight[:, 5:] = 0
+    x = torch.randn(6, 48)
+    load_plugin(files / "read_inputs.py")
+    converted = sparse.convert(model, None, x, compact=False)
+    assert all("read-inputs" in layer.times for layer in converted.report.layers)
+    assert torch.allclose(converted(x), model(x), atol=1e-6)
+    asked = ("bench", "--shape", "64x512", "--batch", "16", "--dtype", "fp32", "--all", "--quick")
+    rows = document(*asked, "--plugin", "read_inputs.py")["rows"]
+    (row,) = [row for row in rows if row["implementation"] == "read-inputs"]
+    assert row["median_s"] > 0
+    assert row["max_rel_error"] < 1e-5
+    assert "read-inputs" in [row["name"] for row in document("ls", "forms")["forms"]]
 
 
 def test_spawned_workers_know_plugins(
