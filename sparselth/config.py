@@ -98,9 +98,12 @@ class Options:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """Inverse of `to_json`: what `data` lacks takes its default, what is unknown raises UsageError."""
+        """Inverse of `to_json`: `added` fields that `data` lacks take their default.
+
+        A field that is unknown, or one that has been there from the first and is missing, raises UsageError.
+        """
         known = {f.name: f for f in fields(cls)}
-        missing = [f.name for f in known.values() if f.default is MISSING and f.name not in data]
+        missing = [name for name, f in known.items() if name not in data and not f.metadata.get("added")]
         for what, names in (("unknown", [name for name in data if name not in known]), ("missing", missing)):
             if names:
                 raise UsageError(f"{what} {', '.join(names)}; it was written by another version")
@@ -214,6 +217,8 @@ EXPERIMENTS: Registry[type[Config]] = Registry(
 
 def config_from_json(data: dict[str, Any]) -> Config:
     """The configuration of a config.json, of whichever experiment; one of other fields raises UsageError."""
+    if not isinstance(data, dict):
+        raise UsageError(f"expected a JSON object, found {json.dumps(data)[:40]}")
     data = dict(data)
     return EXPERIMENTS[data.pop("experiment", FIRST)].from_json(data)
 

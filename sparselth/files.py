@@ -45,7 +45,7 @@ def errors_named(file: Path) -> Iterator[None]:
     except OSError as error:
         raise SparselthError(
             f"cannot write {error.filename or file}: {error.strerror}; "
-            "what is finished is kept, mend this and continue with --resume, or choose another --out"
+            "what is finished is kept, mend this and continue with `resume`, or choose another `out`"
         ) from error
 
 
@@ -113,7 +113,7 @@ def load_arrays(file: Path) -> tuple[Arrays, dict[str, Any]]:
             return {name: opened.get_tensor(name) for name in opened.keys()}, header  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise SparselthError(
-            f"{file}: cannot be read ({error}); delete it and continue the run with --resume"
+            f"{file}: cannot be read ({error}); delete it and continue the run with `resume`"
         ) from error
 
 

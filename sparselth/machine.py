@@ -122,6 +122,6 @@ def choose_device(wanted: str) -> tuple[str, str]:
         return "cuda", "asked for" if wanted == "cuda" else "a CUDA device was found"
     if wanted == "cuda":
         raise SparselthError(
-            "--device cuda: torch finds no CUDA device; `sparselth doctor` tells why, --device cpu works"
+            "`device` cuda: torch finds no CUDA device; `sparselth doctor` tells why, `device` cpu works"
         )
     return "cpu", "torch finds no CUDA device"

@@ -141,7 +141,7 @@ def _check_finite(batch: Batch, losses: list[float]) -> None:
         if not (loss < DIVERGED_LOSS and good):
             raise Diverged(
                 f"{job.who}: training diverged before step {job.state.step} (validation loss {loss:g}, "
-                f"weights up to {job.state.weights.abs().max():g}); use a smaller --lr"
+                f"weights up to {job.state.weights.abs().max():g}); use a smaller `lr`"
             )
 
 

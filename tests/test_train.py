@@ -117,6 +117,6 @@ def test_divergence_names_the_replica(digits: Resident) -> None:
     recipe = Recipe(steps=120, lr=1e6, eval_every=50)
     state, mask = start(3, recipe)
     with pytest.raises(
-        Diverged, match=r"seed 3 reinit draw 2 level 4: training diverged before step 50 .*--lr"
+        Diverged, match=r"seed 3 reinit draw 2 level 4: training diverged before step 50 .*`lr`"
     ):
         fit(LENET, digits, [Job(Replica(3, "reinit", 4, 2), state, mask)], recipe)

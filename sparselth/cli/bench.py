@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparselth.cli.options import PATH, Names, data_dir, output
+from sparselth.cli.options import PATH, Names, as_flags, data_dir, output
 from sparselth.errors import SparselthError, UsageError, unknown
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def bench(
     if as_json:
         print(json.dumps(document, indent=2))
     else:
-        print(text)
+        print(as_flags(text))
     files = _write(document, out, csv_file)
     if not as_json:
         print(f"\n{time.perf_counter() - began:.0f} s in all. {', '.join(map(str, files))}")
@@ -321,7 +321,7 @@ def _write(document: dict[str, Any], out: Path | None, csv_file: Path | None) ->
 def _progress(text: str) -> None:
     """One line on stderr that the next one replaces; nothing where stderr is no terminal."""
     if sys.stderr.isatty():
-        print(f"\r\x1b[K{text[:100]}", end="", file=sys.stderr, flush=True)
+        print(f"\r\x1b[K{as_flags(text)[:100]}", end="", file=sys.stderr, flush=True)
 
 
 def _clear() -> None:

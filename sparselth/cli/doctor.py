@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from sparselth.cli.options import data_dir, output
+from sparselth.cli.options import as_flags, data_dir, output
 from sparselth.errors import SparselthError
 
 
@@ -56,7 +56,7 @@ def doctor(data_dir: Path | None, as_json: bool, quiet: bool, debug: bool) -> in
 
 
 def _check(name: str, ok: bool, detail: str) -> dict[str, Any]:
-    return {"name": name, "ok": ok, "detail": " ".join(detail.split())}
+    return {"name": name, "ok": ok, "detail": as_flags(" ".join(detail.split()))}
 
 
 def _torch() -> dict[str, Any]:

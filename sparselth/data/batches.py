@@ -105,7 +105,7 @@ class Batches:
 
     def __init__(self, data: Resident, replicas: Sequence[Replica], batch: int) -> None:
         if batch > data.n_train:
-            raise UsageError(f"--batch-size {batch}: expected at most the {data.n_train} training images")
+            raise UsageError(f"`batch_size` {batch}: expected at most the {data.n_train} training images")
         self.data, self.replicas, self.batch = data, replicas, batch
         self.steps_per_epoch = data.n_train // batch
         self.split = [data.split(replica.seed)[0] for replica in replicas]

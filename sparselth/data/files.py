@@ -55,7 +55,7 @@ def data_dir(flag: Path | None) -> Path:
         return (Path(chosen).expanduser() if chosen else cache_folder() / "data").absolute()
     except RuntimeError:  # no home, as in some containers
         raise SparselthError(
-            f"{chosen or '~/.cache'}: there is no home folder; pass --data-dir FOLDER"
+            f"{chosen or '~/.cache'}: there is no home folder; pass `data_dir` FOLDER"
         ) from None
 
 
@@ -75,7 +75,7 @@ def load(name: str, folder: Path) -> Images:
         root = folder.absolute() / spec.folder
         source, missing = str(root), _how_to_get(spec, folder)
         damaged = (
-            "delete it to have it downloaded again, or pass --data-dir with a folder that has a good one"
+            "delete it to have it downloaded again, or pass `data_dir` with a folder that has a good one"
         )
     paths = [_find(root / file.name, missing) for file in spec.files]  # all there before one is read
     arrays = [
@@ -212,10 +212,10 @@ def resolve(
 
 def _how_to_get(spec: DatasetSpec, folder: Path) -> str:
     names = ", ".join(file.name for file in spec.files)
-    spare = f", or use --dataset {FALLBACK}" if spec.shape == DATASETS[FALLBACK].shape else ""
+    spare = f", or use `dataset` {FALLBACK}" if spec.shape == DATASETS[FALLBACK].shape else ""
     return (
         f"put {names} into {folder.absolute() / spec.folder}, "
-        f"or pass --data-dir with a folder that holds {spec.folder}{spare}"
+        f"or pass `data_dir` with a folder that holds {spec.folder}{spare}"
     )
 
 

@@ -51,11 +51,11 @@ def choose(kernels: str, device: str) -> Paths:
     apart = Path("none", APART)
     if kernels == "triton":
         if not HAS_TRITON:
-            raise UsageError("--kernels triton: Triton is not installed; use --kernels auto")
+            raise UsageError("`kernels` triton: Triton is not installed; use `kernels` auto")
         if device != "cuda" and not INTERPRET:
             raise UsageError(
-                "--kernels triton: Triton needs a CUDA device, or TRITON_INTERPRET=1 in the environment for "
-                "its slow interpreter; use --kernels auto"
+                "`kernels` triton: Triton needs a CUDA device, or TRITON_INTERPRET=1 in the environment for "
+                "its slow interpreter; use `kernels` auto"
             )
         return Paths(*[triton] * 6, *[dense] * 3)
     if kernels == "reference":
@@ -63,14 +63,14 @@ def choose(kernels: str, device: str) -> Paths:
         return Paths(torch, torch, torch, apart, torch, torch, dense, dense, dense)
     if device == "cuda":
         if kernels in ("native", "torch"):
-            raise UsageError(f"--kernels {kernels} is for CPUs; use --kernels auto, or --device cpu")
+            raise UsageError(f"`kernels` {kernels} is for CPUs; use `kernels` auto, or `device` cpu")
         if not HAS_TRITON:
             missing = Path("torch", "Triton is not installed")
             return Paths(missing, missing, missing, apart, missing, missing, dense, dense, dense)
         measured = Path("auto", "the vendor's convolution or ours, measured once for each shape")
         return Paths(Path("torch", ZEROS), measured, *[triton] * 4, *[dense] * 3)
     if kernels == "native" and _native.LIB is None:
-        raise UsageError(f"--kernels native: {_native.WHY}; use --kernels auto")
+        raise UsageError(f"`kernels` native: {_native.WHY}; use `kernels` auto")
     zeros, torch = Path("torch", ZEROS), Path("torch", "Triton's kernels need a CUDA device")
     if _native.LIB is None or kernels == "torch":
         why = "asked for" if kernels == "torch" else "the C kernels are not there, see native"

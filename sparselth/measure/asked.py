@@ -95,7 +95,7 @@ def ticket_masks(
     if not points:
         which = "" if level is None else f" of level {level}"
         whose = "" if seed is None else f" of seed {seed}"
-        raise UsageError(f"--run {run}: no finished ticket{which}{whose}; `sparselth show {run}` lists them")
+        raise UsageError(f"`run` {run}: no finished ticket{which}{whose}; `sparselth show {run}` lists them")
     point = min(points, key=lambda p: (abs(1 - p["weights_remaining"] - sparsity), p["seed"]))
     return [
         (

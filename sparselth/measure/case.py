@@ -58,7 +58,7 @@ class Case:
 def random_case(model: Model, sparsity: float) -> Case:
     """Fresh weights, of which every layer keeps the same share, chosen at random."""
     if not 0 <= sparsity < 1:
-        raise UsageError(f"--sparsity {sparsity:g}: expected a number from 0 to below 1, the share of zeros")
+        raise UsageError(f"`sparsity` {sparsity:g}: expected a number from 0 to below 1, the share of zeros")
     dense = init_weights(model, stream(0, "bench", 0, "init"))
     noise = torch.rand(
         model.params.mask_size, generator=stream(0, "bench", 0, "mask"), dtype=torch.float32, device="cpu"
@@ -74,7 +74,7 @@ def check_batches(batches: Sequence[int]) -> None:
     """UsageError where one is no number of images."""
     for batch in batches:
         if batch < 1:
-            raise UsageError(f"--batch {batch}: expected 1 or more images")
+            raise UsageError(f"`batch` {batch}: expected 1 or more images")
 
 
 def row_of(case: Case, label: str, batch: int, times: Mapping[str, Timing], best: str, ours: bool) -> Row:

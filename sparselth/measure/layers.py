@@ -87,13 +87,13 @@ def parse(text: str) -> Layer:
     found = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+)x(\d+)@(\d+)x(\d+)(?:/(\d+))?(?:p(\d+))?)?", text.strip())
     if not found:
         raise UsageError(
-            f"--shape {text}: expected outputs x inputs such as 4096x4096, or a convolution such as "
+            f"`shape` {text}: expected outputs x inputs such as 4096x4096, or a convolution such as "
             "64x64x3x3@32x32 (outputs x inputs x kernel @ image, then /2 for a stride, p0 for a padding)"
         )
     n, k, *rest = (None if part is None else int(part) for part in found.groups())
     numbers = [number for number in (n, k, *rest[:5]) if number is not None]
     if min(numbers) < 1 or max(numbers) > LARGEST:
-        raise UsageError(f"--shape {text}: expected sizes from 1 to {LARGEST:,}")
+        raise UsageError(f"`shape` {text}: expected sizes from 1 to {LARGEST:,}")
     assert n
     assert k
     if rest[0] is None:
@@ -104,12 +104,12 @@ def parse(text: str) -> Layer:
     assert height
     assert width
     if down != across and padding is None:
-        raise UsageError(f"--shape {text}: a kernel that is not square needs its padding, such as p1")
+        raise UsageError(f"`shape` {text}: a kernel that is not square needs its padding, such as p1")
     layer = Layer(
         (n, k, down, across), (height, width), stride or 1, down // 2 if padding is None else padding
     )
     if min(layer.outputs) < 1:
-        raise UsageError(f"--shape {text}: the kernel is larger than the padded image")
+        raise UsageError(f"`shape` {text}: the kernel is larger than the padded image")
     return layer
 
 

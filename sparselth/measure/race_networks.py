@@ -270,18 +270,18 @@ def _cell(record: runs.RunRecord, level: int | None, seed: int | None) -> tuple[
     seed = config.seeds[0] if seed is None else seed
     if seed not in config.seeds:
         raise UsageError(
-            f"--seed {seed}: expected one of {', '.join(map(str, config.seeds))}, the seeds of {path}"
+            f"`seed` {seed}: expected one of {', '.join(map(str, config.seeds))}, the seeds of {path}"
         )
     done = {p["level"]: p for p in record.points if p["arm"] == "ticket" and p["seed"] == seed}
     level = max([1, *done]) if level is None else level
     if not 1 <= level <= config.levels:
         raise UsageError(
-            f"--level {level}: expected 1 to {config.levels}, the levels of {path} (0 is the dense network)"
+            f"`level` {level}: expected 1 to {config.levels}, the levels of {path} (0 is the dense network)"
         )
     if level not in done:
         raise SparselthError(
             f"{path}: the ticket of seed {seed}, level {level} is not finished; "
-            f"go on with `sparselth imp --out {path} --resume`"
+            "go on with the run by `resume`"
         )
     return Replica(seed, "ticket", level), done[level]
 

@@ -42,7 +42,7 @@ register(
                 lr_drops=(20_000, 25_000),
             ),
         },
-        source='He et al. 2016; "ResNet-18" of Frankle & Carbin 2019, Figure 2, pruned by --scope global',
+        source='He et al. 2016; "ResNet-18" of Frankle & Carbin 2019, Figure 2, pruned under scope global',
         dataset="cifar10",
     )
 )

@@ -71,7 +71,7 @@ register(
                 lr_drops=(56_240, 84_360),
             ),
         },
-        source="Frankle & Carbin 2019, Figure 2, which prunes its convolutions by --scope global",
+        source="Frankle & Carbin 2019, Figure 2, which prunes it under scope global",
         dataset="cifar10",
     )
 )

@@ -81,7 +81,7 @@ def _left_out(cells: Sequence[str], notes: Mapping[str, str]) -> str:
         more = f"; and {len(cells) - 4:,} more, all in bench.json" if len(cells) > 4 else ""
         said.append(
             f"Not measured, too large for the default table or out of time: {shown}{more}. Name them with "
-            "--shape and --batch."
+            "`shape` and `batch`."
         )
     said += [f"Not measured, {name}: {why}" for name, why in notes.items()]
     return fill("\n".join(said))
@@ -327,7 +327,7 @@ def _break_even(rows: Sequence[Row]) -> list[str]:
     if not found:
         return [
             "Break-even sparsity: not measured, one sparsity tells nothing of it; give several, such as "
-            "--sparsity 0.5,0.8,0.9,0.95."
+            "`sparsity` 0.5,0.8,0.9,0.95."
         ]
     said = []
     for (shape, dtype, mask), by_batch in found.items():

@@ -70,7 +70,7 @@ def test_batches_are_the_scaled_images(digits: Resident) -> None:
 
 
 def test_batch_larger_than_the_data_is_named(digits: Resident) -> None:
-    with pytest.raises(UsageError, match="--batch-size 3501: expected at most the 3500 training images"):
+    with pytest.raises(UsageError, match="`batch_size` 3501: expected at most the 3500 training images"):
         Batches(digits, [TICKET], 3501)
 
 

@@ -94,7 +94,7 @@ def test_shapes_are_read_and_written_alike(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["4096", "4096x", "0x4", "4x70000", "3x3x3@8x8", "4x4x9x9@5x5p0", "axb", ""])
 def test_wrong_shapes(text: str) -> None:
-    with pytest.raises(UsageError, match="--shape"):
+    with pytest.raises(UsageError, match="`shape`"):
         parse(text)
 
 

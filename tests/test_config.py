@@ -1,0 +1,233 @@
+"""Configurations: checks, config.json of this version and the one before, digests, flags."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparselth.cli.experiment import command
+from sparselth.cli.options import Numbers, as_flags, shown
+from sparselth.config import Cell, Options, Recipe, at_least, config_from_json, option
+from sparselth.errors import UsageError
+from sparselth.experiments.base import Experiment
+from sparselth.experiments.imp import ImpConfig
+from sparselth.models import get_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# as the version before experiments had names wrote it, digest 9cc5976d
+BEFORE = """{
+  "model": "lenet-300-100",
+  "dataset": "mnist5k",
+  "seeds": [
+    0
+  ],
+  "arms": [
+    "ticket",
+    "reinit",
+    "random-mask"
+  ],
+  "levels": 2,
+  "rate": 0.2,
+  "scope": "layer",
+  "one_shot": false,
+  "rewind": 20,
+  "reinits": 1,
+  "device": "cpu",
+  "kernels": "auto",
+  "recipe": {
+    "steps": 100,
+    "lr": 0.0012,
+    "batch_size": 60,
+    "optimizer": "adam",
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "warmup": 0,
+    "lr_drops": [],
+    "eval_every": 100
+  }
+}
+"""
+EQUAL = ImpConfig(
+    model="lenet-300-100",
+    dataset="mnist5k",
+    seeds=(0,),
+    levels=2,
+    rewind=20,
+    device="cpu",
+    recipe=Recipe(steps=100, lr=1.2e-3),
+)
+
+
+def test_a_configuration_of_the_version_before_is_read_with_its_digest() -> None:
+    config = config_from_json(json.loads(BEFORE))
+    assert config == EQUAL
+    assert config.digest == "9cc5976d"
+    assert isinstance(config, ImpConfig)
+    assert config.folder == "lenet-300-100-mnist5k-9cc5976d"
+    assert config.score == "magnitude"
+
+
+def test_config_json_gives_an_equal_configuration_and_only_adds_fields() -> None:
+    config = replace(EQUAL, score="random", recipe=replace(EQUAL.recipe, lr_drops=(10, 20)))
+    data = json.loads(json.dumps(config.to_json()))
+    assert config_from_json(data) == config
+    before = json.loads(BEFORE)
+    assert set(data) - set(before) == {"experiment", "score"}
+    assert data["experiment"] == "imp"
+    assert {name: value for name, value in EQUAL.to_json().items() if name in before} == before
+
+
+def test_every_setting_but_what_was_added_tells_digests_apart() -> None:
+    other: dict[str, Any] = {
+        "model": "lenet5", "dataset": "mnist", "seeds": (1,), "arms": ("ticket",), "levels": 3, "rate": 0.3,
+        "scope": "global", "one_shot": True, "rewind": 1, "reinits": 2, "device": "cuda", "kernels": "torch",
+        "score": "random", "recipe": replace(EQUAL.recipe, lr=1e-3),
+    }  # fmt: skip
+    assert set(other) == {f.name for f in fields(ImpConfig)}
+    digests = {replace(EQUAL, **{name: value}).digest for name, value in other.items()}
+    assert len(digests | {EQUAL.digest}) == len(other) + 1
+
+
+def test_unknown_and_missing_fields_are_named() -> None:
+    before = json.loads(BEFORE)
+    with pytest.raises(UsageError, match="unknown speed, wings"):
+        config_from_json(before | {"speed": 9, "wings": 2})
+    with pytest.raises(UsageError, match="unknown haste"):
+        config_from_json(before | {"recipe": before["recipe"] | {"haste": 9}})
+    recipe = dict(before["recipe"])
+    del recipe["steps"], recipe["eval_every"]
+    with pytest.raises(UsageError, match="missing steps, eval_every"):
+        config_from_json(before | {"recipe": recipe})
+    with pytest.raises(UsageError, match="missing model, dataset, seeds, device"):
+        config_from_json({})
+    with pytest.raises(UsageError, match="unknown experiment 'inp': did you mean 'imp'"):
+        config_from_json(before | {"experiment": "inp"})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"levels": 0}, "`levels` 0: expected 1 or more (level 0 is the dense network and always runs)"),
+        ({"rate": 1.5}, "`rate` 1.5: expected a number between 0 and 1"),
+        ({"rate": float("nan")}, "`rate` nan: expected a number between 0 and 1"),
+        ({"rewind": 100}, "`rewind` 100: expected a step from 0 to 99, because training ends at step 100"),
+        ({"seeds": (1, 1)}, "`seeds` 1,1: expected different numbers from 0 on"),
+        ({"seeds": ()}, "`seeds` : expected different numbers from 0 on"),
+        ({"arms": ("reinit",)}, "`arms` reinit: 'ticket' is missing"),
+        ({"arms": ("ticket", "ticket")}, "`arms` ticket,ticket: an arm is named twice"),
+        ({"arms": ("ticket", "renit")}, "unknown arm 'renit': did you mean 'reinit'?"),
+        ({"model": "lenet6"}, "unknown model 'lenet6': did you mean 'lenet5'?"),
+        ({"dataset": "mnost"}, "unknown dataset 'mnost': did you mean 'mnist'?"),
+        ({"score": "magnitud"}, "unknown score 'magnitud': did you mean 'magnitude'?"),
+        ({"scope": "layers"}, "unknown scope 'layers': did you mean 'layer'?"),
+        ({"recipe": Recipe(steps=0, lr=1.0)}, "`steps` 0: expected 1 or more"),
+        ({"recipe": Recipe(steps=1, lr=float("nan"))}, "`lr` nan: expected a positive number"),
+        (
+            {"recipe": Recipe(steps=1, lr=1.0, momentum=1.0)},
+            "`momentum` 1: expected a number from 0 to below 1",
+        ),
+        (
+            {"recipe": Recipe(steps=1, lr=1.0, optimizer="adm")},
+            "unknown optimizer 'adm': did you mean 'adam'?",
+        ),
+    ],
+)
+def test_what_makes_no_experiment_is_named(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        replace(EQUAL, **change).check()
+    assert says in str(raised.value)
+
+
+def test_a_configuration_in_python_takes_the_model_s_recipe() -> None:
+    assert ImpConfig(model="lenet-300-100").recipe == get_model("lenet-300-100").recipes["short"]
+    ImpConfig().check()
+    with pytest.raises(UsageError, match="unknown model"):
+        ImpConfig(model="lenet6")
+
+
+def test_options_of_any_dataclass() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(Options):
+        n: int = option(2, "How many.", at_least(1))
+        way: str = option("up", "Which way.", choices=("up", "down"))
+        late: bool = option(False, added=True)
+
+    Mine().check()
+    assert Mine().identity() == {"n": 2, "way": "up"}
+    assert Mine(late=True).identity() == {"n": 2, "way": "up", "late": True}
+    with pytest.raises(UsageError, match="`n` 0: expected 1 or more"):
+        Mine(n=0).check()
+    with pytest.raises(UsageError, match="unknown way 'dwn': did you mean 'down'"):
+        Mine(way="dwn").check()
+
+
+def test_a_cell_has_a_line_a_name_and_a_key() -> None:
+    cell = Cell(3, "reinit", 4, 1)
+    assert (str(cell), cell.key) == ("seed 3 reinit draw 1 level 4", "seed3-reinit-04-draw1")
+    assert Cell.of({"seed": 3, "arm": "reinit", "level": 4, "draw": 1, "more": 0}) == cell
+
+
+def test_every_field_with_a_help_is_a_flag_with_its_default() -> None:
+    flags = {param.name: param for param in command(ImpConfig).params}
+    for f in fields(ImpConfig):
+        if f.name == "recipe":
+            continue
+        param = flags[f.name]
+        found = param.type_cast_value(None, param.default)  # type: ignore[arg-type]
+        assert found == f.default, f.name
+        assert as_flags(f.metadata["help"]) == param.help  # type: ignore[attr-defined]
+    for f in fields(Recipe):
+        assert (f.name in flags) == bool(f.metadata["help"])
+        if f.name in flags:
+            assert flags[f.name].default is None
+            known = "" if f.default in (MISSING, ()) else f", {f.default}"
+            assert f"[default: the recipe's{known}]" in flags[f.name].help  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("values", [(0, 1), (3,), (0, 2, 5), (4, 5, 6, 7), ("ticket", "reinit")])
+def test_values_are_shown_as_their_flag_takes_them(values: tuple[Any, ...]) -> None:
+    text = shown(values)
+    found = Numbers().convert(text, None, None) if isinstance(values[0], int) else tuple(text.split(","))
+    assert found == values
+
+
+def strings(file: Path) -> Iterator[str]:
+    """The string constants of a file that are no docstrings."""
+    tree = ast.parse(file.read_text())
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docs = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, owners) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            yield node.value
+
+
+def test_the_library_names_fields_and_only_the_command_line_flags() -> None:
+    found = [
+        (file.name, text)
+        for file in (ROOT / "sparselth").rglob("*.py")
+        if file.relative_to(ROOT / "sparselth").parts[0] not in ("cli", "kernels")
+        for text in strings(file)
+        if re.search(r"(?<![\w-])--[a-z]", text)
+    ]
+    others = ("--query-gpu", "--format=", "--porcelain")  # of nvidia-smi and git
+    assert [pair for pair in found if not pair[1].startswith(others)] == []
+    assert (
+        as_flags("`batch_size` 0: see `sparselth ls models`") == "--batch-size 0: see `sparselth ls models`"
+    )
+
+
+def test_an_experiment_is_a_configuration() -> None:
+    assert issubclass(ImpConfig, Experiment)
+    assert all(cell.level == 0 or EQUAL.needs(cell) for cell in EQUAL.cells())
