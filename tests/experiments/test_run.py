@@ -1,0 +1,167 @@
+"""run(): an experiment by the library, who is told, and an experiment that trains nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparselth.config import EXPERIMENTS, Cell, Recipe, at_least, option
+from sparselth.errors import Interrupted, SparselthError, UsageError
+from sparselth.experiments.base import Experiment, Finished, Place, register
+from sparselth.experiments.imp import ImpConfig
+from sparselth.experiments.plan import Plan, Watcher
+from sparselth.experiments.run import plan, run
+from sparselth.files import save_arrays
+from sparselth.runs import RunRecord, cell_path, read
+
+Configs = Callable[..., ImpConfig]
+SHORT: dict[str, Any] = {"levels": 1, "seeds": (0,), "recipe": Recipe(steps=20, lr=1e-3, eval_every=10)}
+
+
+class Listener(Watcher):
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.heard.append(f"note {text}")
+
+    @contextmanager
+    def begin(self, plan: Plan) -> Iterator[Watcher]:
+        self.heard.append(f"begin {len(plan.finished)}")
+        assert plan.seconds is None or plan.seconds > 0
+        yield self
+        self.heard.append("end")
+
+    def complete(self, plan: Plan) -> None:
+        self.heard.append(f"complete {len(plan.finished)}")
+
+    def finished(self, worker: int, done: Finished) -> None:
+        self.heard.append(f"finished {done.cell}")
+
+
+def test_a_run_by_the_library_is_that_of_the_command_line(
+    config: Configs, imp: Callable[..., RunRecord], run_contents: Callable[[Path], dict[str, bytes]]
+) -> None:
+    flags = "--levels 1 --seeds 0 --arms ticket,reinit --workers 1 --lr 0.001"
+    ours = imp(*flags.split(), steps=20)
+    asked = config(**SHORT, arms=("ticket", "reinit"))
+    asked = replace(asked, device="auto", recipe=replace(asked.recipe, eval_every=100))
+    told = Listener()
+    theirs = run(asked, out=Path("library"), workers=1, watcher=told)
+    assert theirs.config.device == "cpu"
+    assert run_contents(Path("library")) == run_contents(ours.path)
+    names = [*map(str, theirs.config.cells())]
+    assert told.heard[0] == "begin 0"
+    assert sorted(told.heard[1:-1]) == sorted(f"finished {name}" for name in names)
+    assert told.heard[-1] == "end"
+    assert (theirs.path / "figures" / "pixels.svg").exists()
+    assert theirs.complete
+
+    again = Listener()
+    assert run(asked, out=Path("library"), watcher=again).points == theirs.points
+    assert again.heard == ["complete 3"]
+
+
+def test_an_unfinished_run_wants_resume_and_another_configuration_another_folder(
+    config: Configs, tmp_path: Path
+) -> None:
+    asked = config(**SHORT, arms=("ticket",))
+
+    class Stops(Watcher):
+        def finished(self, worker: int, done: Finished) -> None:
+            raise Interrupted("enough")
+
+    with pytest.raises(Interrupted):
+        run(asked, out=tmp_path / "run", workers=1, watcher=Stops())
+    with pytest.raises(SparselthError, match="1 of 2 cells are missing; add `resume` to go on"):
+        run(asked, out=tmp_path / "run", workers=1)
+    with pytest.raises(SparselthError, match=r"another rate \(0.2 there, 0.5 here\); choose another `out`"):
+        run(replace(asked, rate=0.5), out=tmp_path / "run", workers=1)
+    assert run(asked, out=tmp_path / "run", workers=1, resume=True).complete
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(config: Configs, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="`workers` 0: expected 1 or more"):
+        run(config(), out=tmp_path / "run", workers=0)
+    with pytest.raises(UsageError, match="`levels` 0: expected 1 or more"):
+        run(config(levels=0), out=tmp_path / "run")
+    with pytest.raises(UsageError, match="`model` vgg19 takes images of 3 x 32 x 32, mnist5k has 1 x"):
+        run(config(model="vgg19"), out=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_names_folder_workers_and_limit(config: Configs) -> None:
+    planned = plan(config(**SHORT), workers=3, replicas=100)
+    assert planned.path == Path("runs") / planned.config.folder
+    assert (planned.workers, planned.limit) == (3, 3)
+    assert planned.seconds is None
+    assert planned.why == "asked for"
+
+
+@pytest.fixture
+def squares(monkeypatch: pytest.MonkeyPatch) -> type[Experiment]:
+    """An experiment that trains nothing: the squares of numbers, each after the one before."""
+    monkeypatch.setattr(EXPERIMENTS, "things", dict(EXPERIMENTS.items()))
+
+    @register
+    @dataclass(frozen=True, kw_only=True)
+    class Squares(Experiment):
+        """Squares, one after another."""
+
+        name = "squares"
+        count: int = option(3, "How many.", at_least(1))
+
+        def cells(self) -> list[Cell]:
+            return [Cell(0, "square", level) for level in range(self.count)]
+
+        def needs(self, cell: Cell) -> tuple[Cell, ...]:
+            return (Cell(0, "square", cell.level - 1),) if cell.level else ()
+
+        def compute(self, cells: Sequence[Cell], place: Place) -> list[Finished] | None:
+            for cell in cells:
+                save_arrays(cell_path(place.run, cell), {}, {"square": cell.level**2})
+            return [Finished(cell, {"square": cell.level**2}, [], {"train_seconds": 0.0}) for cell in cells]
+
+        def said(self, line: dict[str, Any]) -> str:
+            return f"{line['square']}"
+
+        def table(self, record: RunRecord) -> str:
+            return "squares " + " ".join(str(p["square"]) for p in record.points)
+
+    return Squares
+
+
+def test_an_experiment_that_trains_nothing(
+    squares: type[Experiment],
+    cli: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("squares", "--count", "4", "--out", "run")
+    assert code == 0, err
+    assert "squares 0 1 4 9" in out
+    assert [line.split(";")[0] for line in err.splitlines() if line.startswith("[")] == [
+        f"[{level + 1}/4] seed 0 square level {level}, {level**2}" for level in range(4)
+    ]
+    assert read(Path("run")).complete
+    Path("run/cells/seed0-square-02.safetensors").unlink()
+    assert cli("squares", "--resume", "--out", "run", "--quiet")[0] == 0
+    shown = json.loads(cli("show", "run", "--json")[1])
+    assert (shown["schema"], len(shown["points"])) == ("sparselth.squares/1", 4)
+    planned = json.loads(cli("squares", "--dry-run", "--json")[1])
+    assert (planned["cells"], planned["seconds"]) == (3, None)
+    assert "squares: finished" in cli("ls", "runs", "--out", ".")[1]
+    code, _, err = cli("squares", "--count", "0")
+    assert (code, err) == (2, "sparselth: --count 0: expected 1 or more\n")
+    code, _, err = cli("imp", "--resume", "--out", "run")
+    assert code == 1
+    assert "holds a run with another experiment (squares there, imp here)" in err

@@ -1,0 +1,72 @@
+"""Registries: one of a name, the nearest name for a wrong one, files of a folder found when asked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparselth import registry
+from sparselth.errors import SparselthError, UsageError
+from sparselth.registry import Registry, load_plugin, plugins
+
+
+def test_a_name_is_taken_once_and_a_wrong_one_gets_the_nearest() -> None:
+    known: Registry[int] = Registry("number")
+    assert known.add("one", 1) == 1
+    known.add("two", 2)
+    with pytest.raises(UsageError, match="number 'one': there is one of that name already; choose another"):
+        known.add("one", 3)
+    assert dict(known) == {"one": 1, "two": 2}
+    assert "three" not in known
+    with pytest.raises(UsageError, match="unknown number 'onee': did you mean 'one'"):
+        known["onee"]
+
+
+def test_files_of_a_folder_are_imported_when_the_first_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "numbers_of_a_test"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(
+        "from sparselth.registry import Registry\nKNOWN = Registry('number', __name__, but=('none',))\n"
+    )
+    (folder / "one.py").write_text("from numbers_of_a_test import KNOWN\nKNOWN.add('one', 1)\n")
+    (folder / "none.py").write_text("raise RuntimeError('is not one')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import numbers_of_a_test  # type: ignore[import-not-found]
+
+    assert "numbers_of_a_test.one" not in sys.modules
+    assert list(numbers_of_a_test.KNOWN) == ["one"]
+
+
+def test_a_plugin_is_loaded_once_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_plugins", {})
+    file = tmp_path / "mine.py"
+    file.write_text("import sys\nsys.loads = getattr(sys, 'loads', 0) + 1\n")
+    monkeypatch.setattr(sys, "loads", 0, raising=False)
+    monkeypatch.chdir(tmp_path)
+    load_plugin(file)
+    load_plugin(Path("mine.py"))
+    assert sys.loads == 1  # type: ignore[attr-defined]
+    assert plugins() == (file,)
+
+
+def test_a_plugin_that_fails_is_named_and_may_be_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_plugins", {})
+    known: Registry[int] = Registry("number")
+    monkeypatch.setattr(registry, "known_of_a_test", known, raising=False)
+    file = tmp_path / "mine.py"
+    file.write_text("from sparselth import registry\nregistry.known_of_a_test.add('one', 1)\n1 / 0\n")
+    with pytest.raises(SparselthError, match=r"`plugin` .*mine.py: ZeroDivisionError: division by zero"):
+        load_plugin(file)
+    assert plugins() == ()
+    file.write_text("from sparselth import registry\nregistry.known_of_a_test.add('two', 2)\n")
+    load_plugin(file)
+    assert "two" in known
+    for wrong in (tmp_path / "gone.py", tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(UsageError, match=r"`plugin` .*: expected a Python file"):
+            load_plugin(wrong)
