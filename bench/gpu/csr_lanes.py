@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpu.common import Case, Here, judged
 from gpu.timing import Copies, Run, median, ratio, rows
-from oracle import DTYPES, NAN, Wrong, compare, must_replay, need_memory, precision
+from oracle import DTYPES, NAN, compare, must_replay, near, need_memory, precision
 from sparselth.kernels.csr_lanes import LanedCsr, csr_lanes, floor
 
 Shape = tuple[int, int, int]  # N, K, B
@@ -82,7 +82,7 @@ def many_weights(here: Here, part: str) -> None:
     x = torch.randn(k, b, generator=g, device=here.device).to(DTYPES[part])
     y = csr_lanes(packed, x, kernels="triton")
     ends = torch.tensor([0, n // 2, n - 1], device=here.device)
-    near(y[ends], values.view(n, k)[ends].double() @ x[order].double())
+    near(y[ends], values.view(n, k)[ends].double() @ x[order].double(), part, k)
 
 
 def far_columns(here: Here, part: str) -> None:
@@ -94,13 +94,7 @@ def far_columns(here: Here, part: str) -> None:
         x.uniform_(-1, 1, generator=here.generator(1))
         y = csr_lanes(LanedCsr.from_dense(p.w, p.keep), x, p.bias, kernels="triton")
         ends = torch.tensor([0, b // 2, b - 1], device=here.device)
-        near(y[:, ends], formula(p._replace(x=x[:, ends]), torch.double)["y"])
-
-
-def near(found: Tensor, right: Tensor) -> None:
-    error = float((found.double() - right).norm() / right.norm())
-    if not error <= 1e-2:
-        raise Wrong(f"error {error:.2e}")
+        near(y[:, ends], formula(p._replace(x=x[:, ends]), torch.double)["y"], part, k)
 
 
 def large(here: Here) -> Iterator[Case]:

@@ -145,6 +145,12 @@ def compare(
     return errors
 
 
+def near(found: Tensor, right: Tensor, part: str, terms: int) -> None:
+    """Against float64 where torch has no result of its own; Wrong beyond what `sparselth.check` allows."""
+    if fault := check(found, right, PARTS[part], terms=terms).fault:
+        raise Wrong(fault)
+
+
 def must_be_zero(t: Tensor, where: Tensor, what: str) -> None:
     if int(t[where].count_nonzero()):
         raise Wrong(f"{what}: {int(t[where].count_nonzero())} of {int(where.sum())} are not 0")
