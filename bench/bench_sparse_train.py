@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparselth import pruning
-from sparselth.config import Recipe, Replica
+from sparselth.config import Cell, Recipe
 from sparselth.data import load
 from sparselth.data.batches import Resident
 from sparselth.engine.break_even import break_even
@@ -37,7 +37,7 @@ from sparselth.models import Model, get_model
 from sparselth.models.torch import network
 from sparselth.streams import stream
 
-WHO = Replica(0, "ticket", 0)
+WHO = Cell(0, "ticket", 0)
 RECIPE = Recipe(steps=10**6, lr=1.2e-3, batch_size=60, eval_every=10**6)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparselth import pruning
-from sparselth.config import Recipe, Replica
+from sparselth.config import Cell, Recipe
 from sparselth.data import Images, MissingData, data_dir, load
 from sparselth.data.batches import Batches, Resident
 from sparselth.engine.dense import Network, cross_entropy_grad, init_weights
@@ -31,7 +31,7 @@ from sparselth.runs import open_run
 from sparselth.streams import stream
 
 MODEL, BATCH, LR = get_model("lenet-300-100"), 60, 1.2e-3
-WHO = Replica(0, "ticket", 0)
+WHO = Cell(0, "ticket", 0)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from sparselth import machine, pruning
-from sparselth.config import Recipe, Replica
+from sparselth.config import Cell, Recipe
 from sparselth.data import load
 from sparselth.data.batches import Resident
 from sparselth.engine.break_even import break_even
@@ -31,7 +31,7 @@ from sparselth.models import Model, get_model
 from sparselth.streams import stream
 
 LEVELS = (0, 5, 10, 15)
-WHO = Replica(0, "ticket", 0)
+WHO = Cell(0, "ticket", 0)
 ROUNDS, SECONDS = 20, 4.0
 
 
@@ -41,7 +41,7 @@ def job(model: Model, recipe: Recipe, level: int, device: str, draw: int = 0) ->
     rung = pruning.ladder(model.params, level, 0.2, "layer")[level]
     mask = pruning.prune(model.params, weights[: model.params.mask_size], model.params.full_mask(), rung)
     weights[: model.params.mask_size] *= mask
-    who = Replica(0, "ticket", level, draw)
+    who = Cell(0, "ticket", level, draw)
     return Job(who, State.start(weights[None].to(device), recipe), mask.to(device))
 
 

@@ -221,6 +221,3 @@ def config_from_json(data: dict[str, Any]) -> Config:
         raise UsageError(f"expected a JSON object, found {json.dumps(data)[:40]}")
     data = dict(data)
     return EXPERIMENTS[data.pop("experiment", FIRST)].from_json(data)
-
-
-Replica = Cell  # the old name, until its callers have moved

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import sparselth
 from sparselth import optim, pruning, sparse
 from sparselth.cli.main import run
-from sparselth.config import Recipe, Replica
+from sparselth.config import Cell, Recipe
 from sparselth.data import load
 from sparselth.data.batches import Resident
 from sparselth.engine.break_even import break_even
@@ -98,7 +98,7 @@ def test_training(name: str, optimizer: str, sparse: bool, kernels: str, unusual
         fit(
             model,
             digits,
-            [Job(Replica(0, "ticket", 1), state, mask)],
+            [Job(Cell(0, "ticket", 1), state, mask)],
             recipe,
             kernels=kernels,
             break_even=even,

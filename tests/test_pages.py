@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 import torch
 
-from sparselth.cli.main import COMMANDS
-from sparselth.config import Replica
+from sparselth.cli import main
+from sparselth.config import Cell
 from sparselth.data.batches import Resident
 from sparselth.runs import RunRecord, cell_path
 
@@ -34,7 +34,7 @@ def test_the_readme_s_python_loads_trains_and_converts_a_ticket(
     code = textwrap.dedent(block[0])
     assert len(code.strip().splitlines()) <= 18
     record = finished("--levels", "2", "--seeds", "0", "--rewind", "30", "--arms", "ticket,random-mask")
-    file = cell_path(record.path, Replica(0, "ticket", 2))
+    file = cell_path(record.path, Cell(0, "ticket", 2))
     x, y = digits.test()[0]
     batches = [(x[0].T.contiguous(), y.flatten())] * 3
     names: dict[str, object] = {"batches": batches}
@@ -65,6 +65,6 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_commands_of_the_pages_are_understood(line: str) -> None:
     _, name, *words = shlex.split(line)
-    assert name in COMMANDS
-    command = getattr(importlib.import_module(f"sparselth.cli.{name}"), name)
+    command = main.cli.get_command(click.Context(main.cli), name)
+    assert command is not None
     command.make_context(name, words)

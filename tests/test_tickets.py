@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
 
 from sparselth import sparse, tickets
-from sparselth.config import Replica
+from sparselth.config import Cell
 from sparselth.data.batches import Resident
 from sparselth.engine.dense import Network, init_weights
 from sparselth.errors import SparselthError
@@ -30,14 +30,14 @@ LENET = get_model("lenet-300-100")
 
 
 def cell(record: RunRecord, level: int, arm: str = "ticket") -> Path:
-    return cell_path(record.path, Replica(0, arm, level))
+    return cell_path(record.path, Cell(0, arm, level))
 
 
 def test_a_ticket_is_the_rewound_weights_under_its_mask(finished: Run) -> None:
     record = finished(*FLAGS)
     for level, arm in [(0, "ticket"), (1, "ticket"), (2, "ticket"), (2, "random-mask")]:
         ticket = tickets.load(cell(record, level, arm))
-        assert ticket.header["cell"] == Replica(0, arm, level).key
+        assert ticket.header["cell"] == Cell(0, arm, level).key
         rewound, first = ticket.rewound().state_dict(), load_arrays(cell(record, 0))[0]
         assert set(ticket.masks) == {"fc1.weight", "fc2.weight", "fc3.weight"}
         for name, mask in ticket.masks.items():

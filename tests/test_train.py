@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparselth import pruning
-from sparselth.config import Recipe, Replica
+from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Resident
 from sparselth.engine.dense import init_weights
 from sparselth.engine.state import Job, State
@@ -15,7 +15,7 @@ from sparselth.streams import stream
 from sparselth.train import Diverged, accuracies_on_test, fit
 
 LENET = get_model("lenet-300-100")
-TICKET = Replica(0, "ticket", 0)
+TICKET = Cell(0, "ticket", 0)
 ADAM = Recipe(steps=120, lr=1.2e-3, eval_every=50)
 SGD = Recipe(steps=120, lr=0.05, optimizer="sgd", weight_decay=1e-3, eval_every=50)
 
@@ -119,4 +119,4 @@ def test_divergence_names_the_replica(digits: Resident) -> None:
     with pytest.raises(
         Diverged, match=r"seed 3 reinit draw 2 level 4: training diverged before step 50 .*`lr`"
     ):
-        fit(LENET, digits, [Job(Replica(3, "reinit", 4, 2), state, mask)], recipe)
+        fit(LENET, digits, [Job(Cell(3, "reinit", 4, 2), state, mask)], recipe)

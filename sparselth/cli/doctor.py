@@ -112,7 +112,7 @@ def _training() -> dict[str, Any]:
     try:
         import torch
 
-        from sparselth.config import Replica
+        from sparselth.config import Cell
         from sparselth.data import load
         from sparselth.data.batches import Resident
         from sparselth.engine.dense import init_weights
@@ -122,7 +122,7 @@ def _training() -> dict[str, Any]:
         from sparselth.train import fit
 
         torch.set_num_threads(1)
-        model, who = get_model("lenet-300-100"), Replica(0, "ticket", 0)
+        model, who = get_model("lenet-300-100"), Cell(0, "ticket", 0)
         recipe = model.recipes["short"].__class__(steps=50, lr=1.2e-3)
         data = Resident(load("mnist5k", Path()), "cpu", 500)
         state = State.start(init_weights(model, stream(0, "ticket", 0, "init"))[None], recipe)

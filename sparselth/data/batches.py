@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sparselth.config import Replica
+from sparselth.config import Cell
 from sparselth.data import Images
 from sparselth.errors import UsageError
 from sparselth.streams import stream
@@ -103,7 +103,7 @@ class Batches:
     The images behind the last full batch of an epoch are left out of that epoch.
     """
 
-    def __init__(self, data: Resident, replicas: Sequence[Replica], batch: int) -> None:
+    def __init__(self, data: Resident, replicas: Sequence[Cell], batch: int) -> None:
         if batch > data.n_train:
             raise UsageError(f"`batch_size` {batch}: expected at most the {data.n_train} training images")
         self.data, self.replicas, self.batch = data, replicas, batch

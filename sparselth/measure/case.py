@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparselth import pruning
 from sparselth.clock import Race, Sample, Timing, rounds, warm, warm_wall
-from sparselth.config import Replica
+from sparselth.config import Cell
 from sparselth.engine.dense import init_weights
 from sparselth.errors import UsageError
 from sparselth.machine import cpu_name
@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 Call = Callable[[], object]
 Row = dict[str, Any]
 REST = 0.005  # seconds; OpenMP's threads go on spinning for a while
-WHO = Replica(0, "ticket", 0)
+WHO = Cell(0, "ticket", 0)
 
 
 @dataclass(frozen=True)

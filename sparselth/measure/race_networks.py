@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sparselth import data, runs, sparse, tickets
 from sparselth.check import LARGEST, Checked, check
-from sparselth.config import Replica
+from sparselth.config import Cell
 from sparselth.data.batches import Resident
 from sparselth.errors import SparselthError, UsageError
 from sparselth.measure import energy, memory
@@ -77,7 +77,7 @@ def bench_run(
     resident = Resident(images, "cpu", images.spec.n_test)
     (chunk, labels), *_ = resident.test()
     x, labels = chunk[0].T.reshape(-1, *model.input).contiguous(), labels.flatten()
-    first = Replica(who.seed, "ticket", 0)
+    first = Cell(who.seed, "ticket", 0)
     dense, _, dense_file = _load(path, model, first)
     pruned, mask, file = _load(path, model, who)
     case = Case(model, dense, pruned, mask)
@@ -264,7 +264,7 @@ def _differing(logits: Tensor, expected: Tensor, most: float) -> tuple[int, int]
     return int((ours != theirs).sum()), int(((ours != theirs) & tie).sum())
 
 
-def _cell(record: runs.RunRecord, level: int | None, seed: int | None) -> tuple[Replica, dict[str, Any]]:
+def _cell(record: runs.RunRecord, level: int | None, seed: int | None) -> tuple[Cell, dict[str, Any]]:
     """The ticket that is asked for and its line."""
     path, config = record.path, record.config
     seed = config.seeds[0] if seed is None else seed
@@ -283,10 +283,10 @@ def _cell(record: runs.RunRecord, level: int | None, seed: int | None) -> tuple[
             f"{path}: the ticket of seed {seed}, level {level} is not finished; "
             "go on with the run by `resume`"
         )
-    return Replica(seed, "ticket", level), done[level]
+    return Cell(seed, "ticket", level), done[level]
 
 
-def _load(run: Path, model: Model, who: Replica) -> tuple[Tensor, Tensor, int]:
+def _load(run: Path, model: Model, who: Cell) -> tuple[Tensor, Tensor, int]:
     """Trained weights [P] and mask [M] of a finished cell, and bytes of its file without rewind weights.
 
     A dense network needs no mask: its file is counted without one.

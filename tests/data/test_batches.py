@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparselth.config import Replica
+from sparselth.config import Cell
 from sparselth.data import load
 from sparselth.data.batches import Batches, Resident
 from sparselth.errors import UsageError
 from sparselth.streams import stream
 
-TICKET = Replica(0, "ticket", 0)
+TICKET = Cell(0, "ticket", 0)
 
 
 def indices(batches: Batches, epoch: int) -> torch.Tensor:
@@ -31,7 +31,7 @@ def test_split_is_by_seed_and_complete(digits: Resident) -> None:
 
 
 def test_every_epoch_is_a_new_order_of_the_training_images(digits: Resident) -> None:
-    batches = Batches(digits, [TICKET, Replica(0, "reinit", 3), Replica(1, "ticket", 0)], 60)
+    batches = Batches(digits, [TICKET, Cell(0, "reinit", 3), Cell(1, "ticket", 0)], 60)
     assert batches.steps_per_epoch == 58
     for epoch in range(3):
         for r, seen in enumerate(indices(batches, epoch)):
@@ -46,7 +46,7 @@ def test_every_epoch_is_a_new_order_of_the_training_images(digits: Resident) -> 
 @given(st.integers(0, 300), st.integers(1, 70))
 def test_a_batch_depends_on_replica_and_step_alone(step: int, batch: int) -> None:
     digits = Resident(load("mnist5k", Path()), "cpu", 250)
-    among = [Replica(1, "reinit", 2, 1), TICKET]
+    among = [Cell(1, "reinit", 2, 1), TICKET]
     together, alone = Batches(digits, among, batch), Batches(digits, [TICKET], batch)
     together.at(0)
     x, y = together.at(step)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparselth.config import Recipe, Replica
+from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Batches, Resident
 from sparselth.engine.batch import DenseForward
 from sparselth.engine.break_even import break_even
@@ -40,7 +40,7 @@ LAYERS: tuple[Layer, ...] = (
 TINY = Model("tiny-norm", (1, 28, 28), LAYERS, {"short": Recipe(steps=40, lr=0.01)}, "")
 ADAM = Recipe(steps=40, lr=0.01, batch_size=20, eval_every=10)
 SGD = replace(ADAM, lr=0.1, optimizer="sgd", weight_decay=0.01)
-TICKET = Replica(0, "ticket", 0)
+TICKET = Cell(0, "ticket", 0)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_statistics_are_not_trained_and_the_best_ones_are_kept(
 ) -> None:
     """SGD with weight decay: an update that saw them would shrink them."""
     jobs = [
-        Job(Replica(seed, "ticket", 0), State.start(fresh(seed), SGD), TINY.params.full_mask(), keep_step=13)
+        Job(Cell(seed, "ticket", 0), State.start(fresh(seed), SGD), TINY.params.full_mask(), keep_step=13)
         for seed in range(replicas)
     ]
     recorded: list[dict[str, Tensor]] = []
@@ -176,7 +176,7 @@ def test_a_replica_that_is_not_active_keeps_every_bit(first: tuple[Layer, ...], 
     weights[1, model.statistics[0].offset] = -0.0
     recipe = replace(SGD, steps=2, batch_size=3)
     jobs = [
-        Job(Replica(seed, "ticket", 0), State.start(row[None], recipe), model.params.full_mask())
+        Job(Cell(seed, "ticket", 0), State.start(row[None], recipe), model.params.full_mask())
         for seed, row in enumerate(weights)
     ]
     batch = Batch(model, few, jobs, recipe, choose("triton", "cpu"))
@@ -255,10 +255,10 @@ def test_statistics_in_a_run(imp: Callable[..., RunRecord], digits: Resident) ->
         np.testing.assert_array_equal(arrays[f"rewind/{name}"], values.numpy())
         assert not np.array_equal(arrays[f"bias/{name}"], values.numpy())
     for arm in ("ticket", "random-mask"):
-        start = start_weights(settings, Place(run, digits, {}), Replica(0, arm, 1))
+        start = start_weights(settings, Place(run, digits, {}), Cell(0, arm, 1))
         assert torch.equal(start, state.kept_weights[0])
     for name, values in statistics(
-        start_weights(settings, Place(run, digits, {}), Replica(0, "reinit", 1))
+        start_weights(settings, Place(run, digits, {}), Cell(0, "reinit", 1))
     ).items():
         assert (values == float(name.endswith("var"))).all()
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparselth.config import Recipe, Replica
+from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Resident
 from sparselth.engine import break_even
 from sparselth.engine.choose import compressed_layers
@@ -26,7 +26,7 @@ from sparselth.streams import stream
 from sparselth.train import accuracies_on_test, fit
 
 LENET, LENET5 = get_model("lenet-300-100"), get_model("lenet5")
-TICKET = Replica(0, "ticket", 1)
+TICKET = Cell(0, "ticket", 1)
 ADAM = Recipe(steps=12, lr=1.2e-3, batch_size=23, eval_every=6)
 SGD = replace(ADAM, lr=0.05, optimizer="sgd", weight_decay=1e-3)
 LIBRARIES = ["torch", pytest.param("native", marks=pytest.mark.skipif(not _native.LIB, reason=_native.WHY))]

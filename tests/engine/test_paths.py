@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparselth import pruning
-from sparselth.config import Recipe, Replica
+from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Resident
 from sparselth.engine import paths as dispatch
 from sparselth.engine.dense import init_weights
@@ -23,7 +23,7 @@ from sparselth.train import fit
 
 ADAM = Recipe(steps=2, lr=1.2e-3, batch_size=3, eval_every=2, weight_decay=1e-3)
 SGD = replace(ADAM, optimizer="sgd", lr=0.05)
-TICKET = Replica(0, "ticket", 1)
+TICKET = Cell(0, "ticket", 1)
 
 
 def trained(name: str, data: Resident, recipe: Recipe, kernels: str) -> tuple[State, torch.Tensor]:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainings
 from oracle import DEVICE, pick, precision
-from sparselth.config import Recipe, Replica
+from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Batches, Event, Orders, Resident
 from sparselth.engine.dense import init_weights
 from sparselth.engine.layers import BiasReLU, PartsPool
@@ -67,7 +67,7 @@ interpreted = pytest.mark.skipif(not INTERPRET, reason="Triton's interpreter is 
 
 def job(model: Model, recipe: Recipe, seed: int, keep: float, start: int = 0, arm: str = "ticket") -> Job:
     """A cell with random weights and a random mask that keeps about `keep` of them."""
-    who = Replica(seed, arm, 1)
+    who = Cell(seed, arm, 1)
     weights = init_weights(model, stream(seed, arm, 1, "init"))
     mask = model.params.full_mask()
     chance = torch.rand(model.params.mask_size, generator=torch.Generator().manual_seed(seed))
@@ -216,7 +216,7 @@ class AtOnce:
 def test_every_step_reads_the_order_of_its_epoch(an_epoch: int, stretch: int, few: Resident) -> None:
     """The host side of a replay over a device that lags behind as far as the host lets it."""
     queue, epochs = Queue(), 6
-    batches = Batches(few, [Replica(0, "ticket", 0), Replica(1, "ticket", 0)], 1)
+    batches = Batches(few, [Cell(0, "ticket", 0), Cell(1, "ticket", 0)], 1)
     batches.steps_per_epoch = an_epoch
     replay: Any = object.__new__(Replay)
     replay.batches, replay.many, replay.flight, replay.event = batches, MANY, [], queue.event
@@ -388,7 +388,7 @@ def test_a_step_of_cuda_is_fifteen_launches_and_right(
 def test_replicas_see_their_own_images_and_rates(digits: Resident) -> None:
     """Replicas that are alike in all but one thing come out different."""
     jobs = [job(SMALL, ADAM, 0, 1.0) for _ in range(3)]
-    jobs[1].who = Replica(0, "ticket", 2)  # another order of the images
+    jobs[1].who = Cell(0, "ticket", 2)  # another order of the images
     jobs[2].state.step = jobs[2].start_step = 3  # fewer steps
     fit(SMALL, digits, jobs, ADAM, kernels="reference")
     first, *others = (tuple(job.state.weights[0, :100].tolist()) for job in jobs)

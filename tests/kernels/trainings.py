@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from oracle import DEVICE, Wrong, must_be_zero, must_repeat, pick, same_bits
-from sparselth.config import Recipe, Replica
+from sparselth.config import Cell, Recipe
 from sparselth.data import Images, get_dataset
 from sparselth.data.batches import Batches, Resident
 from sparselth.engine.dense import init_weights
@@ -77,7 +77,7 @@ def job(model: Model, recipe: Recipe, seed: int, keep: float = 1.0, start: int =
     mask &= torch.rand(model.params.mask_size, generator=torch.Generator().manual_seed(seed)) < keep
     weights[: model.params.mask_size] *= mask
     state = State.start(weights[None].to(DEVICE), recipe, start)
-    return Job(Replica(seed, "ticket", 1), state, mask.to(DEVICE), start)
+    return Job(Cell(seed, "ticket", 1), state, mask.to(DEVICE), start)
 
 
 @dataclass

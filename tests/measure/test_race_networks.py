@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparselth import data, runs
 from sparselth.check import Checked
 from sparselth.cli.main import run as command
-from sparselth.config import Replica
+from sparselth.config import Cell
 from sparselth.engine.dense import Network, init_weights
 from sparselth.errors import SparselthError, UsageError
 from sparselth.measure import case, race_networks, training
@@ -92,7 +92,7 @@ def test_a_ticket_beside_its_dense_network(folder: Path, result: Result) -> None
             if other["implementation"] == row["dense_best"] and other["batch"] == row["batch"]
         )
     sparse = [row for row in result.rows if row["implementation"] == "sparselth"]
-    cell = runs.cell_path(folder / "run", Replica(0, "ticket", 3))
+    cell = runs.cell_path(folder / "run", Cell(0, "ticket", 3))
     for row in sparse:
         assert row["images"] == 1000
         assert row["differing_predictions"] <= row["ties"]
