@@ -140,6 +140,14 @@ class RunFolder:
             return "environment.json cannot be read"
         return "; ".join(f"{k} {a} there, {b} here" for k, (a, b) in pairs.items() if a != b) or None
 
+    def has_data(self, environment: dict[str, Any]) -> bool:
+        """Whether it was begun on the same images; a run that says nothing of them is believed."""
+        try:
+            theirs = json.loads((self.path / "environment.json").read_text())["data_sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return True
+        return bool(theirs == environment.get("data_sha256", theirs))
+
     @property
     def break_even(self) -> dict[str, float]:
         """Below which density which layer is compressed: what the machine that began the run measured."""
@@ -226,6 +234,11 @@ def open_run(path: Path, config: Config, environment: dict[str, Any], resume: bo
                 write_atomically(path / "config.json", dump(config.to_json()))
             folder = RunFolder(path, config)
             missing = len(config.cells()) - len(folder.finished)
+            if not fresh and missing and not folder.has_data(environment):
+                raise SparselthError(
+                    f"{path}: was begun on other images of that name ({environment['dataset']}); "
+                    "choose another `out`"
+                )
             if not fresh and missing and not resume:
                 raise SparselthError(
                     f"{path}: unfinished, {missing} of {len(config.cells())} cells are missing; "

@@ -1,6 +1,6 @@
 """The data set on the device, and batches from it without per-sample work.
 
-Images stay bytes; a batch is one gather, one cast to floats and one scaling. Every
+Images stay what they are, bytes or floats; a batch is one gather, one cast to floats and one scaling. Every
 replica has its own order, new each epoch, drawn from its own stream: the batch of a step is a function
 of (replica, step) alone, so a resumed run continues where it stopped.
 """
@@ -37,7 +37,8 @@ class Resident:
             torch.tensor(values, dtype=torch.float32, device="cpu").repeat_interleave(pixels)[:, None]
             for values in (images.spec.mean, images.spec.std)
         )
-        self.scale = (1 / (255 * std)).to(device)  # [K, 1]
+        self.holds_bytes = self.images.dtype == torch.uint8
+        self.scale = (1 / ((255 if self.holds_bytes else 1) * std)).to(device)  # [K, 1]
         self.shift = (-mean / std).to(device)
         self.validation = lru_cache(maxsize=4)(self._validation)
 
@@ -84,15 +85,15 @@ class Gather:
     def __init__(self, data: Resident, replicas: int, batch: int) -> None:
         k = data.images.shape[1]
         self.data = data
-        self.bytes = torch.empty(replicas * batch, k, dtype=torch.uint8, device=data.device)
+        self.raw = torch.empty(replicas * batch, k, dtype=data.images.dtype, device=data.device)
         self.x = torch.empty(replicas, batch, k, device=data.device, dtype=torch.float32)
         self.y = torch.empty(replicas * batch, dtype=torch.int64, device=data.device)
 
     def __call__(self, index: Tensor) -> tuple[Tensor, Tensor]:
         r, b, k = self.x.shape
-        torch.index_select(self.data.images, 0, index, out=self.bytes)
+        torch.index_select(self.data.images, 0, index, out=self.raw)
         torch.index_select(self.data.labels, 0, index, out=self.y)
-        self.x.copy_(self.bytes.view(r, b, k))
+        self.x.copy_(self.raw.view(r, b, k))
         torch.addcmul(self.data.shift.mT, self.x, self.data.scale.mT, out=self.x)
         return self.x.mT, self.y.view(r, 1, b)
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sparselth.data.sets import (
     DATASETS,
@@ -34,6 +35,7 @@ from sparselth.data.sets import (
     DatasetSpec,
     IdxFile,
     Images,
+    Pixels,
     Read,
     get_dataset,
 )
@@ -113,28 +115,34 @@ def _user_images(spec: DatasetSpec, read: Read, folder: Path) -> Images:
         raise SparselthError(f"dataset {spec.name}: {type(error).__name__}: {error}") from error
     if len(arrays) != 4:
         raise SparselthError(f"dataset {spec.name}: expected images, labels, images, labels")
-    digest = hashlib.sha256()
     train, train_labels, test, test_labels = arrays
-    for images, labels, n in ((train, train_labels, spec.n_train), (test, test_labels, spec.n_test)):
-        if images.dtype != np.uint8 or images.shape not in ((n, *spec.shape), (n, prod(spec.shape))):
-            raise SparselthError(
-                f"dataset {spec.name}: expected bytes {[n, *spec.shape]}, "
-                f"got {images.dtype} {list(images.shape)}"
-            )
-        if labels.shape != (n,) or labels.min() < 0 or labels.max() >= spec.classes:
-            raise SparselthError(
-                f"dataset {spec.name}: expected {n:,} labels from 0 to {spec.classes - 1} for its images"
-            )
-        digest.update(np.ascontiguousarray(images).tobytes() + labels.astype(np.int64).tobytes())
-    return Images(
-        spec,
-        np.array(train).reshape(spec.n_train, -1),
-        train_labels.astype(np.int64),
-        np.array(test).reshape(spec.n_test, -1),
-        test_labels.astype(np.int64),
-        digest.hexdigest()[:16],
-        Path(read.__code__.co_filename).name if hasattr(read, "__code__") else read.__module__,
+    found = (
+        *(_pixels(spec, train, spec.n_train), _labels(spec, train_labels, spec.n_train)),
+        *(_pixels(spec, test, spec.n_test), _labels(spec, test_labels, spec.n_test)),
     )
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in found)).hexdigest()[:16]
+    source = Path(read.__code__.co_filename).name if hasattr(read, "__code__") else read.__module__
+    return Images(spec, *found, digest, source)
+
+
+def _pixels(spec: DatasetSpec, x: NDArray[Any], n: int) -> Pixels:
+    is_float = x.dtype.kind == "f" and bool(np.isfinite(x).all())
+    if not (x.dtype == np.uint8 or is_float) or x.shape not in ((n, *spec.shape), (n, prod(spec.shape))):
+        raise SparselthError(
+            f"dataset {spec.name}: expected bytes {[n, *spec.shape]}, got {x.dtype} {list(x.shape)}; "
+            "floats do as well, if all are finite"
+        )
+    flat = x.reshape(n, -1)
+    return flat.astype(np.float32, order="C") if is_float else flat.astype(np.uint8, order="C")
+
+
+def _labels(spec: DatasetSpec, y: NDArray[Any], n: int) -> NDArray[np.int64]:
+    if y.shape != (n,) or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= spec.classes:
+        raise SparselthError(
+            f"dataset {spec.name}: expected {n:,} labels from 0 to {spec.classes - 1} for its images, "
+            f"got {y.dtype} {list(y.shape)}"
+        )
+    return y.astype(np.int64)
 
 
 def fetch(name: str, folder: Path) -> None:

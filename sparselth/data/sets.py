@@ -63,26 +63,28 @@ class CifarFile:
         return images, whole[labels + 1 + 2 * i + 2 * (i // 1000)]
 
 
-Read = Callable[[Path], tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.uint8], NDArray[Any]]]
+Pixels = NDArray[np.uint8] | NDArray[np.float32]
+Read = Callable[[Path], tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
     """A data set: what its images are, and the files that hold it or the function that reads it.
 
     The files hold images and labels by turns, at the end those of the test; or images and labels once,
     of which the last n_test / classes images of each class are the test images. `read` takes the data folder
-    and gives training images, their labels, test images and theirs: bytes [n, ...] and numbers [n] from 0 on.
+    and gives training images, their labels, test images and theirs: bytes or floats [n, ...] and numbers [n]
+    from 0 on.
     """
 
     name: str
     title: str
     shape: tuple[int, int, int]  # [C, H, W]
     classes: int
-    mean: tuple[float, ...]  # of x / 255 over the training images, per channel
-    std: tuple[float, ...]
     n_train: int
     n_test: int
+    mean: tuple[float, ...] = (0.0,)  # over the training images, per channel: of x / 255, or of floats
+    std: tuple[float, ...] = (1.0,)
     licence: str = "none stated"
     folder: str = ""  # below the data folder
     files: tuple[IdxFile | CifarFile, ...] = ()
@@ -100,9 +102,9 @@ class Images:
     """A data set in memory; a row of images is one image, flattened channel first."""
 
     spec: DatasetSpec
-    train_images: NDArray[np.uint8]  # [n_train, C * H * W]
+    train_images: Pixels  # [n_train, C * H * W]
     train_labels: NDArray[np.int64]  # [n_train]
-    test_images: NDArray[np.uint8]
+    test_images: Pixels
     test_labels: NDArray[np.int64]
     digest: str
     source: str  # the folder it was read from, or "inside the package"
@@ -142,7 +144,7 @@ _CIFAR10 = (  # bytes and sha256 of the five training files
     (31_035_623, "d91802434d8376bbaeeadf58a737e3a1b12ac839077e931237e0dcd43adcb154"),
 )
 
-DATASETS: Registry[DatasetSpec] = Registry("dataset")
+DATASETS: Registry[DatasetSpec] = Registry("dataset", "sparselth.data", but=("sets", "files", "batches"))
 _BUILT_IN = {
     "mnist": _like_mnist(
         "mnist",

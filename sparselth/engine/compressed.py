@@ -17,7 +17,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from sparselth.data.batches import Batches
+from sparselth.data.batches import Batches, Resident
 from sparselth.engine.layers import DenseConv, Place
 from sparselth.engine.layout import Layout
 from sparselth.engine.memory import Held
@@ -109,7 +109,10 @@ class CompressedSteps:
         self.batches = Batches(data, batch.who, recipe.batch_size)
         scale, shift = data.scale.flatten(), data.shift.flatten()
         x, rows = chain.x[:, : recipe.batch_size], self.forward.rows
-        self.gather = bind_gather(data.images, data.labels, scale, shift, x, chain.labels, rows, kernels)
+        if data.holds_bytes:
+            self.gather = bind_gather(data.images, data.labels, scale, shift, x, chain.labels, rows, kernels)
+        else:
+            self.gather = partial(_gather_floats, data, rows, x, chain.labels)
         mask = layout.mask(job.mask)
         self.update, size = bind_update(
             batch.weights, self.grad, batch.moments, None if mask.all() else mask, recipe, batch.paths
@@ -131,6 +134,13 @@ class CompressedSteps:
 
     def memory(self) -> Held:
         return self.batch.held(self.grad, (self.batches, self.chain.x))
+
+
+def _gather_floats(data: Resident, rows: Tensor | None, x: Tensor, y: Tensor, index: Tensor) -> None:
+    """Fill x [K, B] and y [B]; our kernels gather bytes."""
+    found = torch.addcmul(data.shift, data.images[index].T, data.scale)
+    x.copy_(found if rows is None else found.index_select(0, rows))
+    torch.index_select(data.labels, 0, index, out=y)
 
 
 def make_index(spec: TensorSpec, layer: Layer, before: tuple[int, ...], mask: Tensor, first: bool) -> Index:

@@ -59,12 +59,16 @@ class Pulse:
 
 
 class Shown:
-    """Images of R replicas as x [R, K, B] and labels [R, 1, B], in buffers that the next call overwrites."""
+    """Images of R replicas as x [R, K, B] and labels [R, 1, B], in buffers that the next call overwrites.
+
+    Our kernel takes bytes; floats go through torch's gather.
+    """
 
     def __init__(self, data: Resident, replicas: int, batch: int) -> None:
         device = data.images.device
         self.data, self.first = data, torch.zeros(1, dtype=torch.int64, device=device)
         self.scale, self.shift = data.scale.flatten(), data.shift.flatten()
+        self.floats = None if data.holds_bytes else Gather(data, replicas, batch)
         self.x = torch.zeros(replicas, batch, data.images.shape[1], device=device, dtype=torch.float32)
         self.y = torch.zeros(replicas, batch, dtype=torch.int64, device=device)
 
@@ -72,6 +76,8 @@ class Shown:
         """Those of order [R, steps, B] at `place`, or of order [R, B]."""
         if place is None:
             order, place = order[:, None], self.first
+        if self.floats is not None:
+            return self.floats(order.index_select(1, place).flatten())
         replica_parts.gather(
             *(self.data.images, self.data.labels, self.scale, self.shift, order, place, self.x, self.y),
             kernels="triton",

@@ -217,7 +217,7 @@ def measured(
     share_of_dense = [1.0, *(timed(level, 1)[0] / batches[1] for level in levels[1:])]
     # from sparse to dense, as np.interp wants its points
     by_level = np.interp(shares, [shares[level] for level in levels[::-1]], share_of_dense[::-1])
-    fixed = data.images.numel() + CONTEXT if data.device == "cuda" else resident_bytes()
+    fixed = data.images.nbytes + CONTEXT if data.device == "cuda" else resident_bytes()
     test_share = data.n_test / data.n_validation
     price = Price(batches, tuple(by_level.tolist()), validation, test_share, fixed, each, dense_overhead)
     return price, limit

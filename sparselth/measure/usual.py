@@ -30,22 +30,24 @@ VALIDATION = 5000
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """Images as torchvision's data sets give them, by way of PIL. Needs torchvision."""
+    """Images as torchvision's data sets give them, by way of PIL where they are bytes. Needs torchvision."""
 
     def __init__(self, images: Images, pixels: object, labels: object) -> None:
         from torchvision import transforms  # type: ignore[import-untyped]
 
         spec = images.spec
-        self.transform = transforms.Compose(
-            [transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
-        )
+        scale = transforms.Normalize(spec.mean, spec.std)
         self.pixels = torch.as_tensor(pixels, device="cpu").view(-1, *spec.shape)
+        self.are_bytes = self.pixels.dtype == torch.uint8
+        self.transform = transforms.Compose([transforms.ToTensor(), scale]) if self.are_bytes else scale
         self.labels = torch.as_tensor(labels, device="cpu").tolist()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        if not self.are_bytes:
+            return self.transform(self.pixels[i]), self.labels[i]
         from PIL import Image
 
         picture = self.pixels[i].permute(1, 2, 0).numpy()

@@ -1,0 +1,48 @@
+"""MNIST-1D (Greydanus & Kobak 2024): digits as signals of 40 numbers, made by the package of its authors.
+
+`pip install mnist1d` or sparselth[mnist1d]; nothing is downloaded. The signals are what its `make_dataset`
+makes with the authors' settings, seed 42: 4,000 to train on and 1,000 to test, of mean 0 and deviation 1.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparselth.data.sets import DatasetSpec, register
+from sparselth.errors import SparselthError
+
+
+def read(folder: Path) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+    try:
+        from mnist1d.data import get_dataset_args, make_dataset  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise SparselthError(
+            f"dataset mnist1d is made by its authors' package, which cannot be imported ({error}); "
+            "pip install mnist1d"
+        ) from None
+    states = random.getstate(), np.random.get_state()
+    try:
+        made = make_dataset(get_dataset_args())  # seeds both generators
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+    return made["x"], made["y"], made["x_test"], made["y_test"]
+
+
+register(
+    DatasetSpec(
+        name="mnist1d",
+        title="MNIST-1D",
+        shape=(1, 1, 40),
+        classes=10,
+        n_train=4000,
+        n_test=1000,
+        licence="Apache 2.0; Greydanus, Kobak",
+        read=read,
+    )
+)
