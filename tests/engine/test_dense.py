@@ -209,19 +209,20 @@ def test_random_networks_against_autograd(
 def test_no_activation_is_lost_that_somebody_is_still_to_read(vendor: bool) -> None:
     """ReLUs of the image, of what a sum reads too, of a sum; gradients that a sum gives to two of them."""
     layers = (
-        *(Node(ReLU(), (INPUT,)), Node(Conv(2, 3, 1), (INPUT,)), Node(ReLU(), (1,)), Node(ReLU(), (1,))),
-        *(Node(Add(), (2, 3)), ReLU(), Node(Add(), (5, 1, 5)), Node(Conv(2, 1), (0,)), Node(ReLU(), (7,))),
-        *(Node(Add(), (8, 6)), MaxPool(2), Node(Linear(3), (6,)), Node(Linear(3), (10,))),
-        *(Node(Add(), (11, 12)), ReLU(), Node(Add(), (14, 14)), Linear(10)),
+        *(Node(ReLU(), (INPUT,)), Node(Conv(2, 3, 1), (INPUT,)), ReLU(), Node(Conv(2, 3, 1), (1,)), ReLU()),
+        *(Node(Add(), (2, 4)), ReLU(), Node(Add(), (6, 1, 6)), Node(Conv(2, 1), (0,)), ReLU()),
+        *(Node(Add(), (9, 7)), MaxPool(2), Node(Linear(3), (7,)), Node(Linear(3), (11,))),
+        *(Node(Add(), (12, 13)), ReLU(), Node(Add(), (15, 15)), Linear(10)),
     )
     model = Model("busy", (2, 5, 4), layers, {}, "")
     for replicas in (1,) if vendor else (1, 3):
         check(model, replicas, 3, torch.float64, seed=0, vendor=vendor)
-    flat = weights(model, 1, torch.Generator().manual_seed(0)).float()
-    x = torch.randn(1, 40, 3, generator=torch.Generator().manual_seed(1))
-    before = x.clone()
-    (VendorNetwork(model, flat) if vendor else Network(model, flat, 3)).forward(x)
-    assert torch.equal(x, before)
+    for other in (model, Model("first", (1, 8, 5), (ReLU(), Linear(10)), {}, "")):
+        flat = weights(other, 1, torch.Generator().manual_seed(0)).float()
+        x = torch.randn(1, prod(other.input), 3, generator=torch.Generator().manual_seed(1))
+        before = x.clone()
+        (VendorNetwork(other, flat) if vendor else Network(other, flat, 3)).forward(x)
+        assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
