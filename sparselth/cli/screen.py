@@ -15,7 +15,7 @@ from sparselth.experiments.plan import Plan, Watcher
 from sparselth.experiments.price import Price
 from sparselth.experiments.training import Training
 
-LONG_SECONDS = 60  # from this predicted time on a run is compared with the usual loop
+LONG_SECONDS = 60  # a run that took longer is compared with the usual loop
 There = tuple[str, Price]  # another device, and its prices
 
 
@@ -23,7 +23,7 @@ class Screen(Watcher):
     """Notes, the plan and the progress of a run on stderr; only notes if `quiet`."""
 
     def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
+        self.quiet, self.prices = quiet, not quiet
         self.wall: dict[str, Any] | None = None  # what a long run took, beside the usual loop
 
     def note(self, text: str) -> None:
@@ -37,12 +37,12 @@ class Screen(Watcher):
     def begin(self, plan: Plan) -> Iterator[Watcher]:
         if not self.quiet:
             say_plan(plan)
-        usual = _usual(plan)
         began = time.perf_counter()
         with progress(plan, self.quiet) as watcher:
             yield watcher
-        if usual:
-            self.wall = {"seconds": time.perf_counter() - began, "workers": plan.workers} | usual
+        seconds = time.perf_counter() - began
+        if seconds > LONG_SECONDS and (usual := _usual(plan)):
+            self.wall = {"seconds": seconds, "workers": plan.workers} | usual
 
     def compared(self) -> str:
         """The run's wall time beside the usual loop's."""
@@ -59,9 +59,9 @@ class Screen(Watcher):
 
 
 def _usual(plan: Plan) -> dict[str, Any] | None:
-    """What the missing cells of a long run would take the usual way, from a sample of two seconds."""
+    """What the cells that were missing would have taken the usual way, from a sample of two seconds."""
     config, images = plan.config, plan.images
-    if images is None or not isinstance(config, Training) or (plan.seconds or 0) <= LONG_SECONDS:
+    if images is None or not isinstance(config, Training):
         return None
     try:
         from sparselth.measure import usual

@@ -45,7 +45,9 @@ class Plan:
 
 
 class Watcher:
-    """Who is told about a run; this one says nothing."""
+    """Who is told about a run; this one says nothing, and does not ask what the run will cost."""
+
+    prices = False  # whether `begin` wants a price: to measure it takes a second or two
 
     def note(self, text: str) -> None:
         """Something that a user must know."""

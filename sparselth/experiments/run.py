@@ -112,7 +112,8 @@ def run(
         planned = replace(planned, finished=frozenset(folder.finished))
         if len(folder.finished) < len(config.cells()):
             with Pool(config, planned.images, path, planned.workers, folder.break_even) as pool:
-                planned = _priced(planned, pool)
+                if watcher.prices or planned.limit > 1:  # or how many networks fit into memory
+                    planned = _priced(planned, pool)
                 with watcher.begin(planned) as told:
                     pool.run(folder, told, planned.limit)
         else:

@@ -36,7 +36,7 @@ class Listener(Watcher):
     @contextmanager
     def begin(self, plan: Plan) -> Iterator[Watcher]:
         self.heard.append(f"begin {len(plan.finished)}")
-        assert plan.seconds is None or plan.seconds > 0
+        assert (plan.seconds is not None) == self.prices
         yield self
         self.heard.append("end")
 
@@ -45,6 +45,16 @@ class Listener(Watcher):
 
     def finished(self, worker: int, done: Finished) -> None:
         self.heard.append(f"finished {done.cell}")
+
+
+@pytest.mark.parametrize("prices", [False, True])
+def test_who_does_not_ask_for_the_price_does_not_wait_for_it(
+    prices: bool, config: Configs, tmp_path: Path
+) -> None:
+    told = Listener()
+    told.prices = prices  # `begin` holds the plan to it
+    run(config(**SHORT, arms=("ticket",)), out=tmp_path / "run", workers=1, watcher=told)
+    assert told.heard[0] == "begin 0"
 
 
 def test_a_run_by_the_library_is_that_of_the_command_line(
