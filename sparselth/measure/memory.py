@@ -56,8 +56,12 @@ def running(
 ) -> Memory:
     """Memory of a network at inference; `call` runs it, and is the first call of buffers that are kept."""
     weights, indices = held(network)
-    kept = sum(t.untyped_storage().nbytes() for t in tensors(network) if _is_scratch(t))
-    return Memory(weights, indices, kept + peak(call, device), file=file)
+    return Memory(weights, indices, scratch(network) + peak(call, device), file=file)
+
+
+def scratch(*objects: object) -> int:
+    """Bytes that kernels keep to work on."""
+    return sum(t.untyped_storage().nbytes() for t in tensors(*objects) if _is_scratch(t))
 
 
 def held(*objects: object, but: tuple[object, ...] = ()) -> tuple[int, int]:

@@ -104,13 +104,14 @@ class Bench:
         return _Entry(rival, form, bound, conversion, error, fault)
 
     def _peaks(self, entries: list[_Entry], case: Case) -> None:
-        """Bytes of each: its weights, and what a call adds with room for its activations."""
+        """Bytes of each: weights, what it keeps to work on, and what a call adds with its activations."""
         forms = {e.rival.name: e.form for e in entries if e.form}
+        kept = {name: memory.scratch(form) for name, form in forms.items()}
         calls = {name: partial(_once, form, case.x) for name, form in forms.items()}
         added = memory.peaks(calls, self.device)
         for entry in entries:
             if entry.form:
-                entry.peak = entry.form.bytes + added[entry.rival.name]
+                entry.peak = entry.form.bytes + kept[entry.rival.name] + added[entry.rival.name]
 
     def _wanted(self, rival: Rival, cell: Cell) -> bool:
         if cell.only:

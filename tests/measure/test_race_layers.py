@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from sparselth import clock
 from sparselth.errors import UsageError
+from sparselth.kernels import _native
 from sparselth.measure import asked, race_layers, rivals
 from sparselth.measure.asked import Asked, Cell
 from sparselth.measure.floors import Anchors
@@ -205,6 +206,14 @@ def test_weight_bytes_count_every_index() -> None:
     kept = 64 * 48 // 4
     assert found["dense eager"]["weight_bytes"] == found["CSR"]["dense_weight_bytes"] == 64 * 48 * 4
     assert found["CSR"]["weight_bytes"] == 4 * kept + 4 * kept + 4 * 65
+
+
+@pytest.mark.skipif(_native.LIB is None, reason=_native.WHY)
+def test_peak_bytes_count_what_a_kernel_works_on() -> None:
+    """Images with zeros around them, which the first call makes and the next ones find."""
+    found = bench(only=("sparse_conv2d_rows",)).measure(Cell(parse("8x6x3x3@8x8"), 2, "fp32", "random", 0.75))
+    (row,) = found
+    assert row["peak_bytes"] >= row["weight_bytes"] + 4 * 2 * (8 * 8 * 8 + 6 * 8 * 8) + 4 * 6 * 10 * 10
 
 
 def wrong(case: rivals.Case) -> Ready:
