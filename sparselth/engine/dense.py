@@ -134,8 +134,14 @@ class Network:
                     name, bias = (s.name for s in model.parts[i])
                     out = make(flat.to("meta") if masked else flat, replicas, after, batch)
                     place = Place(
-                        *(weight[name], weight[bias], slope.get(name), slope.get(bias), out, before),
-                        *(training and source >= 0, updates.get(name)),
+                        weight[name],
+                        weight[bias],
+                        dweight=slope.get(name),
+                        dbias=slope.get(bias),
+                        out=out,
+                        before=before,
+                        wants_dx=training and source >= 0,
+                        update=updates.get(name),
                     )
                     leaves = parts and takes == {Conv: "auto", Linear: "torch"}[type(layer)]
                     if i + 1 == len(nodes):

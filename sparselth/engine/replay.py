@@ -58,6 +58,37 @@ class Pulse:
     active: Tensor  # uint8 [R]: 0 leaves a replica as it is
 
 
+@dataclass(frozen=True)
+class FusedUpdate:
+    """The update of a fully connected layer straight from its dy and x; tensors are the replicas' own."""
+
+    recipe: Recipe
+    pulse: Pulse
+    weight: Tensor  # [R, N, K]
+    moments: list[Tensor]
+    bits: Tensor  # [R, N, ceil(K / 8)]
+    bias: Tensor  # [R, N]
+    bias_moments: list[Tensor]
+
+    def __call__(self, dy: Tensor, x: Tensor) -> None:
+        linear_grad_update(
+            dy,
+            x,
+            self.weight,
+            self.moments,
+            self.bits,
+            self.bias,
+            self.bias_moments,
+            step=self.pulse.count,
+            lr=self.pulse.lr,
+            active=self.pulse.active,
+            momentum=self.recipe.momentum,
+            weight_decay=self.recipe.weight_decay,
+            optimizer=self.recipe.optimizer,
+            kernels="triton",
+        )
+
+
 class Shown:
     """Images of R replicas as x [R, K, B] and labels [R, 1, B], in buffers that the next call overwrites.
 
@@ -79,7 +110,14 @@ class Shown:
         if self.floats is not None:
             return self.floats(order.index_select(1, place).flatten())
         replica_parts.gather(
-            *(self.data.images, self.data.labels, self.scale, self.shift, order, place, self.x, self.y),
+            self.data.images,
+            self.data.labels,
+            self.scale,
+            self.shift,
+            order,
+            place,
+            x=self.x,
+            y=self.y,
             kernels="triton",
         )
         return self.x.mT, self.y[:, None]
@@ -103,11 +141,8 @@ class Replay:
             torch.zeros(r, device=device, dtype=torch.float32),
             torch.zeros(r, dtype=torch.uint8, device=device),
         )
-        # not a method: a cycle through the network would keep graphs and buffers alive
-        updates = {
-            spec.name: partial(_update_linear, recipe, self.pulse, *self._parts(model, spec, bits))
-            for spec in fused
-        }
+        # no methods: a cycle through the network would keep graphs and buffers alive
+        updates = {spec.name: self._fused(spec, bits[spec.name]) for spec in fused}
         build = partial(Network, model, weights, bits=bits, linear=linear, conv=conv)
         self.network = build(
             recipe.batch_size, self.grad, updates=updates, active=self.pulse.active, parts=True
@@ -190,8 +225,14 @@ class Replay:
 
     def _step(self) -> None:
         replica_parts.begin_step(
-            *(self.clock, self.rates, self.starts, self.pulse.lr, self.pulse.count, self.place),
-            *(self.batches.steps_per_epoch, "triton"),
+            self.clock,
+            self.rates,
+            self.starts,
+            lr=self.pulse.lr,
+            count=self.pulse.count,
+            place=self.place,
+            steps=self.batches.steps_per_epoch,
+            kernels="triton",
         )
         x, y = self.shown(self.orders.order, self.place)
         logits = self.network.forward(x)
@@ -222,17 +263,18 @@ class Replay:
         self.run = {n: capture(self._step, n, memory).replay for n in (1, self.many)}
         self.evaluate = capture(self._evaluate, 1, memory).replay
 
-    def _parts(
-        self, model: Model, spec: TensorSpec, bits: dict[str, Tensor]
-    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, list[Tensor]]:
-        """Weight, its moments and bits, bias and its moments: views of the replicas' buffers."""
-        bias = spec.name.replace("weight", "bias")
-        rule = self.recipe
-        moments = self.moments if rule.optimizer == "adam" or rule.momentum else []
-        weight, *first = (model.params.views(t) for t in (self.weights, *moments))
-        return (
-            *(weight[spec.name], [moment[spec.name] for moment in first], bits[spec.name]),
-            *(weight[bias][:, :, 0], [moment[bias][:, :, 0] for moment in first]),
+    def _fused(self, spec: TensorSpec, bits: Tensor) -> FusedUpdate:
+        bias, views = spec.name.replace("weight", "bias"), self.batch.model.params.views
+        moments = self.moments if self.recipe.optimizer == "adam" or self.recipe.momentum else []
+        weight, *first = (views(t) for t in (self.weights, *moments))
+        return FusedUpdate(
+            self.recipe,
+            self.pulse,
+            weight=weight[spec.name],
+            moments=[moment[spec.name] for moment in first],
+            bits=bits,
+            bias=weight[bias][:, :, 0],
+            bias_moments=[moment[bias][:, :, 0] for moment in first],
         )
 
     def _conv_lists(
@@ -258,26 +300,3 @@ class Replay:
         else:
             buffers = moments[0] if recipe.momentum else None
             masked_sgd_many(weights, grads, masks, buffers, pulse.lr, momentum=recipe.momentum, **shared)
-
-
-def _update_linear(
-    recipe: Recipe,
-    pulse: Pulse,
-    weight: Tensor,
-    moments: list[Tensor],
-    bits: Tensor,
-    bias: Tensor,
-    bias_moments: list[Tensor],
-    dy: Tensor,
-    x: Tensor,
-) -> None:
-    linear_grad_update(
-        *(dy, x, weight, moments, bits, bias, bias_moments),
-        step=pulse.count,
-        lr=pulse.lr,
-        active=pulse.active,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        optimizer=recipe.optimizer,
-        kernels="triton",
-    )
