@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +12,7 @@ from hypothesis import strategies as st
 
 from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Resident
-from sparselth.engine import break_even
-from sparselth.engine.choose import compressed_layers
 from sparselth.engine.dense import init_weights
-from sparselth.engine.paths import choose
 from sparselth.engine.state import Job, State
 from sparselth.kernels import _native
 from sparselth.models import Conv, Linear, MaxPool, Model, ReLU, get_model
@@ -163,32 +158,6 @@ def test_a_checkpoint_in_the_middle_is_expanded(digits: Resident) -> None:
 
     fit(LENET, digits, [Job(TICKET, state, mask)], ADAM, break_even=every(LENET), on_evaluation=seen)
     assert set(shapes) == {LENET.params.size}
-
-
-def test_layers_without_kernels_or_gain_stay_dense(digits: Resident) -> None:
-    paths = choose("auto", "cpu")
-    _, mask = start(LENET, ADAM, 0.1)
-    assert compressed_layers(LENET, mask, every(LENET), paths)
-    assert not compressed_layers(LENET, mask, {}, paths)
-    assert not compressed_layers(LENET, mask, every(LENET), choose("reference", "cpu"))
-    pooled = Model("pooled", (1, 28, 28), (Conv(2, 3), MaxPool(3), Linear(10)), {}, "")
-    _, mask = start(pooled, ADAM, 0.1)
-    assert not compressed_layers(pooled, mask, every(pooled), paths)
-
-
-@pytest.mark.skipif(not _native.LIB, reason=_native.WHY)
-def test_break_even_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = break_even.break_even(LENET, 60, "native")
-    assert set(found) == {spec.name for spec in LENET.weights}
-    assert all(0 <= share <= 1 or share == break_even.ALWAYS for share in found.values())
-    monkeypatch.setattr(break_even, "_measure", lambda *_: pytest.fail("measured again"))
-    assert break_even.break_even(LENET, 60, "native") == found
-    file = tmp_path / "sparselth" / "break_even.json"
-    assert len(json.loads(file.read_text())) == 3
-    monkeypatch.setattr(break_even, "_measure", lambda *_: 0.25)
-    file.write_text("{ torn")
-    assert set(break_even.break_even(LENET, 60, "native").values()) == {0.25}
 
 
 def test_imp_says_what_a_level_costs(

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from sparselth.config import Cell
-from sparselth.engine.memory import is_out_of_memory
 from sparselth.experiments.base import Place
 from sparselth.experiments.imp import ImpConfig
 from sparselth.runs import RunRecord, read
@@ -75,12 +74,6 @@ def test_a_batch_that_does_not_fit_is_halved(
     assert code == 0
     assert "out of memory with 5 networks at once; going on with 2" in err
     assert read(Path("run")).complete
-
-
-def test_an_error_is_not_out_of_memory_for_its_chain() -> None:
-    first, second = ValueError("wrong"), ValueError("wrong too")
-    first.__context__, second.__cause__ = second, first  # a ring
-    assert not is_out_of_memory(first)
 
 
 def test_one_network_that_does_not_fit_is_one_line(
