@@ -199,18 +199,18 @@ def test_what_is_not_there_is_said_in_one_line(
         "".join(line for line in lines if json.loads(line)["seed"] == 0 and json.loads(line)["level"] < 3)
     )
     cases: list[tuple[type[SparselthError], str, Any]] = [
-        (UsageError, "--level 4: expected 1 to 3", lambda: ticket(folder / "run", 4)),
-        (UsageError, "--level 0: expected 1 to 3", lambda: ticket(folder / "run", 0)),
-        (UsageError, "--seed 7: expected one of 0, 1", lambda: ticket(folder / "run", None, 7)),
-        (UsageError, "--batch 0: expected 1", lambda: ticket(folder / "run", None, None, 0)),
+        (UsageError, "`level` 4: expected 1 to 3", lambda: ticket(folder / "run", 4)),
+        (UsageError, "`level` 0: expected 1 to 3", lambda: ticket(folder / "run", 0)),
+        (UsageError, "`seed` 7: expected one of 0, 1", lambda: ticket(folder / "run", None, 7)),
+        (UsageError, "`batch` 0: expected 1", lambda: ticket(folder / "run", None, None, 0)),
         (SparselthError, "level 3 is not finished; go on with", lambda: ticket(copy, 3)),
         (SparselthError, "level 1 is not finished; go on with", lambda: ticket(copy, None, 1)),
         (SparselthError, "not a run folder", lambda: ticket(tmp_path / "nothing")),
         (UsageError, "did you mean 'lenet5'", lambda: bench_model("lenet6", 0.9, [1], quiet)),
         (UsageError, "did you mean 'conv4'", lambda: bench_training("conv44", 0.9, 1, quiet)),
-        (UsageError, "--sparsity 1: expected", lambda: bench_model(MODEL, 1.0, [1], quiet)),
-        (UsageError, "--sparsity -0.1: expected", lambda: bench_training(MODEL, -0.1, 1, quiet)),
-        (UsageError, "--batch 0: expected 1", lambda: bench_training(MODEL, 0.9, 0, quiet)),
+        (UsageError, "`sparsity` 1: expected", lambda: bench_model(MODEL, 1.0, [1], quiet)),
+        (UsageError, "`sparsity` -0.1: expected", lambda: bench_training(MODEL, -0.1, 1, quiet)),
+        (UsageError, "`batch` 0: expected 1", lambda: bench_training(MODEL, 0.9, 0, quiet)),
     ]
     for kind, words, call in cases:
         with pytest.raises(kind) as caught:
