@@ -67,11 +67,11 @@ OPS = {  # in the order of stages that run one after another
     "masked_update": Op(("kernels/test_masked_update.py",), 29),
     "magnitude_threshold": Op(("kernels/test_magnitude_threshold.py",), 20),
     "linear_grad_update": Op(("kernels/test_linear_grad_update.py",), 16),
-    "train_step": Op(("test_replay.py", "kernels/test_replica_parts.py")),
+    "train_step": Op(("engine/test_replay.py", "kernels/test_replica_parts.py")),
     "block_conv2d": Op(("kernels/test_block_conv2d.py",), 16),
     "masked_conv2d": Op(("kernels/test_masked_conv2d.py",), 32),
     "bitmask": Op(("kernels/test_bitmask.py",), 12),
-    "convert": Op(("test_sparse_device.py",), 8),
+    "convert": Op(("sparse/test_device.py",), 8),
 }
 
 TARGETS = [  # on an H100 or H200
