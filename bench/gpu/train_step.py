@@ -1,6 +1,6 @@
 """A training step of R networks at once, beside the same work in eager torch and in batched products.
 
-What trainings must hold is in tests/kernels/trainings.py; the tests of tests/engine/test_replay.py check it. Smoke
+What trainings must hold is in tests/kernels/trainings.py; tests/engine/test_replay.py checks it. Smoke
 trains each kind beside the reference path, in graphs and launch by launch, and over epochs of 8 steps.
 
 Rows carry what `sparselth imp --price-on` reads: model, optimizer, batch_size, kind and replicas. Of ours
