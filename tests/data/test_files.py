@@ -137,7 +137,7 @@ def test_load(folder: Path, tiny: dict[str, bytes], arrays: dict[str, np.ndarray
 def test_missing(folder: Path) -> None:
     path = folder / RAW / "t10k-labels-idx1-ubyte"
     path.unlink()
-    failure(lambda: load("mnist", folder), path, "no such file", "--data-dir", kind=MissingData)
+    failure(lambda: load("mnist", folder), path, "no such file", "`data_dir`", kind=MissingData)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_failed_download_leaves_nothing(
 ) -> None:
     fake_torchvision(monkeypatch, unreachable)
     before = socket.getdefaulttimeout()
-    message = failure(lambda: fetch("mnist", cache), cache / RAW, "timed out", *tiny, "--dataset mnist5k")
+    message = failure(lambda: fetch("mnist", cache), cache / RAW, "timed out", *tiny, "`dataset` mnist5k")
     assert "Traceback" not in message
     assert not cache.exists()
     assert not cache.parent.exists()
@@ -350,7 +350,7 @@ def test_torchvision_that_does_not_import(
     for name in ("torchvision", "torchvision.datasets"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     said = "torchvision does not work with the torch that is installed"
-    failure(lambda: fetch("mnist", cache), cache / RAW, said, "--data-dir")
+    failure(lambda: fetch("mnist", cache), cache / RAW, said, "`data_dir`")
 
 
 def test_fall_back_is_loud_and_only_without_a_name(

@@ -205,7 +205,7 @@ SMALL = Model(
 )
 
 
-@pytest.mark.parametrize("kernels", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_a_run_prunes_resumes_to_the_same_bits_and_reports(
     kernels: str,
     imp: Callable[..., RunRecord],
