@@ -15,6 +15,7 @@ from sparselth.config import Recipe
 from sparselth.engine.dense import Network, cross_entropy_grad, init_weights
 from sparselth.engine.vendor import VendorNetwork
 from sparselth.errors import UsageError
+from sparselth.measure.layers import of_model
 from sparselth.models import (
     INPUT,
     MODELS,
@@ -184,6 +185,9 @@ def test_resnet20_is_the_papers() -> None:
     assert RESNET.params.prunable == 270_896
     assert len([shape for shape in shapes if shape[2:] == (3, 3)]) == 19
     assert RESNET.shapes[-3:] == ((64, 8, 8), (64, 1, 1), (10,))
+    assert [layer.text for layer in of_model(RESNET) if layer.stride == 2] == [
+        *("32x16x3x3@32x32/2", "32x16x1x1@32x32/2", "64x32x3x3@16x16/2", "64x32x1x1@16x16/2")
+    ]
     recipe = RESNET.recipes["paper"]
     assert (recipe.steps, recipe.batch_size, recipe.optimizer) == (30_000, 128, "sgd")
     assert (recipe.momentum, recipe.weight_decay) == (0.9, 1e-4)
