@@ -151,10 +151,10 @@ def test_a_file_through_the_command_line_and_the_library(
     assert cell.exists()
     assert run_contents(Path("run")) == before
     forget()
-    known = words[0] if words[0] == "imp" else "show"
-    code, out, err = cli(known, *(["--resume", "--out", "run"] if known == "imp" else ["run"]))
-    assert (code, out, len(err.splitlines())) == (1, "", 1)
-    assert f"run: was begun with --plugin {files / file}; give it again" in err
+    for again in ([words[0], "--resume", "--out", "run"], ["show", "run"]):
+        code, out, err = cli(*again)
+        assert (code, out, len(err.splitlines())) == (1, "", 1)
+        assert f"run: was begun with --plugin {files / file}; give it again" in err
 
     # the same by the library
     load_plugin(files / file)

@@ -54,6 +54,7 @@ class LazyGroup(click.Group):
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
             known = self.list_commands(ctx)
             if args[0] not in known:
+                _say_whose(args)
                 raise unknown("command", args[0], known)
         return super().resolve_command(ctx, args)
 
@@ -111,6 +112,15 @@ def run(args: list[str]) -> int:
 def _fail(message: str, code: int) -> int:
     print(f"sparselth: {as_flags(message)}", file=sys.stderr)
     return code
+
+
+def _say_whose(args: list[str]) -> None:
+    """Raise what reading the run in --out says where its experiment is a plugin's that is not there."""
+    out = Path(args[args.index("--out") + 1]) if "--out" in args[:-1] else None
+    if out and (out / "config.json").is_file():
+        from sparselth.runs import read_config
+
+        read_config(out)
 
 
 def _plugged(args: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,9 @@ from sparselth.runs import RunFolder
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker is given. A spawned one loads the plugins first, which may have made the rest."""
+    """What a worker is given. A spawned one loads the plugins first, which may have made the rest; images
+    leave behind what read them, which may be any function.
+    """
 
     config: Experiment
     images: Images | None
@@ -48,7 +50,10 @@ class Work:
     break_even: Mapping[str, float]
 
     def __reduce__(self) -> tuple[Callable[..., Work], tuple[tuple[Path, ...], bytes]]:
-        return _unpacked, (plugins(), pickle.dumps(tuple(vars(self).values())))
+        images = self.images
+        images = images and replace(images, spec=replace(images.spec, read=None))
+        content = self.config, images, self.run, self.break_even
+        return _unpacked, (plugins(), pickle.dumps(content))
 
 
 def _unpacked(files: tuple[Path, ...], content: bytes) -> Work:

@@ -67,7 +67,8 @@ class Training(Experiment):
         """Weights that are left at every level, as `pruning.ladder` gives them; foretells what steps cost."""
         from sparselth.pruning import ladder
 
-        return ladder(get_model(self.model).params, 0, 0.0, "layer")
+        levels = max(cell.level for cell in self.cells())
+        return ladder(get_model(self.model).params, levels, 0.0, "layer")
 
     def remaining(self) -> list[float]:
         """The share of the weights that is left at every level."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -269,21 +268,6 @@ def test_figures_are_drawn(small: RunRecord) -> None:
     names = {"accuracy", "early_stop", "curves", "first_layer", "cost", "pixels"}
     found = {file.name for file in (small.path / "figures").iterdir()}
     assert found == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
-
-
-def test_workers_can_be_spawned(
-    imp: Imp,
-    finished: Imp,
-    run_contents: Callable[[Path], dict[str, bytes]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # as on CUDA, which does not outlive a fork
-    flags = ("--levels", "1", "--seeds", "0", "--arms", "ticket")
-    forked = finished(*flags)
-    context = multiprocessing.get_context("spawn")
-    monkeypatch.setattr("sparselth.experiments.pool.multiprocessing.get_context", lambda _: context)
-    spawned = imp(*flags, "--workers", "1", out="spawned")
-    assert run_contents(forked.path) == run_contents(spawned.path)
 
 
 @pytest.mark.science

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,18 @@ def test_one_network_that_does_not_fit_is_one_line(
     assert (code, out) == (1, "")
     assert "out of memory with one network on cpu; use a smaller --batch-size" in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_workers_can_be_spawned(
+    imp: Callable[..., RunRecord],
+    finished: Callable[..., RunRecord],
+    run_contents: Callable[[Path], dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # as on CUDA, which does not outlive a fork
+    flags = ("--levels", "1", "--seeds", "0", "--arms", "ticket")
+    forked = finished(*flags)
+    context = multiprocessing.get_context("spawn")
+    monkeypatch.setattr("sparselth.experiments.pool.multiprocessing.get_context", lambda _: context)
+    spawned = imp(*flags, "--workers", "1", out="spawned")
+    assert run_contents(forked.path) == run_contents(spawned.path)
