@@ -34,7 +34,7 @@ def command(experiment: type[Experiment]) -> click.Command:
         source = click.core.ParameterSource.COMMANDLINE
         _main(experiment, flags, {name for name in flags if ctx.get_parameter_source(name) is source})
 
-    text = f"{inspect.cleandoc(experiment.__doc__ or '')}\n\n{EXIT_CODES}"
+    text = f"{as_flags(inspect.cleandoc(experiment.__doc__ or ''))}\n\n{EXIT_CODES}"
     return click.Command(experiment.name, callback=call, params=[*_params(experiment)], help=text)
 
 

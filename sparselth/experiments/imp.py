@@ -58,7 +58,7 @@ class ImpConfig(Training):
     Trains the dense network, prunes its smallest weights, rewinds the rest and repeats (Frankle & Carbin
     2019). Each level's ticket is compared with the same mask on fresh weights (reinit) and the same
     weights under a shuffled mask (random-mask). Ends with a table, figures and a folder that `sparselth
-    show` reads; a run that was stopped goes on with --resume.
+    show` reads; a run that was stopped goes on with `resume`.
     """
 
     name: ClassVar[str] = "imp"

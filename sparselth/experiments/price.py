@@ -176,7 +176,7 @@ def measured(
         start[: model.params.mask_size] *= mask
         jobs = [
             Job(
-                Cell(seed, "ticket", 0, draw),
+                Cell(seed, "price", 0, draw),
                 State.start(start[None].to(data.device), recipe),
                 mask.to(data.device),
             )
