@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from sparselth import data, registry
-from sparselth.config import Recipe, Replica
+from sparselth.config import Cell, Recipe
 from sparselth.data import DATASETS, DatasetSpec, load
 from sparselth.data.batches import Batches, Resident
 from sparselth.engine.dense import init_weights
@@ -133,7 +133,7 @@ def test_batches_evaluations_and_pictures_are_scaled_alike(
     mean, std = (np.reshape(values, (1, 2, 1)) for values in (spec.mean, spec.std))
     raw = images.train_images.reshape(60, 2, 6).astype(np.float64) / {"f": 1, "u": 255}[kind]
     expected = torch.from_numpy(((raw - mean) / std).reshape(60, 12))
-    batches = Batches(got, [Replica(0, "ticket", 0), Replica(1, "ticket", 0)], 9)
+    batches = Batches(got, [Cell(0, "ticket", 0), Cell(1, "ticket", 0)], 9)
     x, y = batches.at(3)
     index = batches.index(3).view(2, 9)
     torch.testing.assert_close(x.mT.double(), expected[index], rtol=1e-5, atol=1e-5)
@@ -165,7 +165,7 @@ def test_floats_are_trained_by_every_engine(
             mask[: 8 * 12].view(8, 12)[:, ::3] = False
             weights = init_weights(model, stream(seed, "ticket", 0, "init"))
             weights[: model.params.mask_size] *= mask
-            jobs.append(Job(Replica(seed, "ticket", 1), State.start(weights[None], recipe), mask))
+            jobs.append(Job(Cell(seed, "ticket", 1), State.start(weights[None], recipe), mask))
         fit(model, got, jobs, recipe, kernels=kind, break_even={spec.name: 2.0 for spec in model.weights})
         found.append(jobs)
     for ours, right in zip(*found, strict=True):
