@@ -77,7 +77,7 @@ _entered = False
 
 def load_plugin(file: Path) -> None:
     """Import a file of a user's, which registers what it makes; once, however often it is asked for."""
-    path = file.absolute()
+    path = file.resolve()
     if path in _plugins:
         return
     name = f"sparselth_plugin_{path.stem}_{len(_plugins)}"

@@ -49,8 +49,9 @@ def test_a_plugin_is_loaded_once_and_listed(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     load_plugin(file)
     load_plugin(Path("mine.py"))
+    load_plugin(tmp_path / ".." / tmp_path.name / "mine.py")
     assert sys.loads == 1  # type: ignore[attr-defined]
-    assert plugins() == (file,)
+    assert plugins() == (file.resolve(),)
 
 
 def test_a_plugin_that_fails_is_named_and_may_be_mended(
