@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -45,12 +46,13 @@ class Plan:
 
 
 class Watcher:
-    """Who is told about a run; this one says nothing, and does not ask what the run will cost."""
+    """Who is told about a run; this one only warns, and does not ask what the run will cost."""
 
     prices = False  # whether `begin` wants a price: to measure it takes a second or two
 
     def note(self, text: str) -> None:
-        """Something that a user must know."""
+        """Something that a user must know, such as that another data set is taken."""
+        warnings.warn(text, stacklevel=2)
 
     def begin(self, plan: Plan) -> AbstractContextManager[Watcher]:
         """The plan, before the cells that are missing; within the context is told about these."""

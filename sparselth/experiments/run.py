@@ -1,12 +1,13 @@
 """Run an experiment: what `sparselth NAME` does between its flags and what it prints.
 
 >>> config = ImpConfig(model="lenet-300-100", dataset="mnist5k", seeds=(0,), levels=3)
->>> record = run(config, out=Path("runs/mine"), resume=True)
+>>> record = run(config, out="runs/mine", resume=True)
 >>> print(config.table(record))
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +29,12 @@ from sparselth.registry import plugins
 def plan(
     config: Experiment,
     *,
-    out: Path | None = None,
-    data_dir: Path | None = None,
+    out: str | Path | None = None,
+    data_dir: str | Path | None = None,
     workers: int | None = None,
     replicas: int | None = None,
     deterministic: bool = False,
-    note: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] = warnings.warn,
 ) -> Plan:
     """What `run` would do, not priced yet; nothing is written. Arguments are as there."""
     config.check()
@@ -46,7 +47,7 @@ def plan(
         model = get_model(config.model)
         named = config.dataset or None
         _check_shapes(config.model, data.get_dataset(named or model.dataset))  # before it is downloaded
-        images = data.resolve(named, data_dir, note, model.dataset)
+        images = data.resolve(named, Path(data_dir) if data_dir else None, note, model.dataset)
         _check_shapes(config.model, images.spec)
         device, why = machine.choose_device(config.device)
         kernels = "triton" if deterministic and device == "cuda" else config.kernels
@@ -65,7 +66,7 @@ def plan(
     return Plan(
         config,
         images,
-        out or Path("runs") / config.folder,
+        Path(out) if out else Path("runs") / config.folder,
         why,
         1 if cuda else workers or available_workers(config.device),
         min(replicas or (together if cuda else 1), together),
@@ -76,9 +77,9 @@ def plan(
 def run(
     config: Experiment,
     *,
-    out: Path | None = None,
+    out: str | Path | None = None,
     resume: bool = False,
-    data_dir: Path | None = None,
+    data_dir: str | Path | None = None,
     workers: int | None = None,
     replicas: int | None = None,
     deterministic: bool = False,

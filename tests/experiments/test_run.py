@@ -108,6 +108,21 @@ def test_what_cannot_be_is_refused_before_anything_is_written(config: Configs, t
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_in_python_warns_of_what_a_user_must_know(
+    config: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set that nobody named and that cannot be had is another one."""
+
+    def offline(name: str, folder: Path) -> None:
+        raise SparselthError("no network")
+
+    monkeypatch.setattr("sparselth.data.files.fetch", offline)
+    with pytest.warns(UserWarning, match="NOT using MNIST, but mnist5k"):
+        planned = plan(config(**SHORT, dataset=""), data_dir=str(tmp_path), out=str(tmp_path / "run"))
+    assert planned.config.to_json()["dataset"] == "mnist5k"
+    assert planned.path == tmp_path / "run"
+
+
 def test_a_plan_names_folder_workers_and_limit(config: Configs) -> None:
     planned = plan(config(**SHORT), workers=3, replicas=100)
     assert planned.path == Path("runs") / planned.config.folder
