@@ -138,11 +138,12 @@ def _data(folder: Path | None) -> list[dict[str, Any]]:
     from sparselth import data
 
     found = []
-    for name in data.DATASETS:
+    for name, spec in data.DATASETS.items():
         try:
             found.append(_check(name, True, str(data.load(name, data.data_dir(folder)).source)))
-        except data.MissingData:
-            found.append(_check(name, True, f"not in {data.data_dir(folder)}; downloaded when first used"))
+        except data.MissingData as error:
+            when = str(error) if spec.read else f"not in {data.data_dir(folder)}; downloaded when first used"
+            found.append(_check(name, True, when))
         except SparselthError as error:
             found.append(_check(name, False, str(error)))
     return found

@@ -84,8 +84,9 @@ def _datasets(folder: Path | None) -> Listing:
     for spec in data.DATASETS.values():
         try:
             source, there = data.load(spec.name, place).source, True
-        except data.MissingData:
-            source, there = f"not in {place}; downloaded when first used", False
+        except data.MissingData as error:
+            when = as_flags(str(error)) if spec.read else f"not in {place}; downloaded when first used"
+            source, there = when, False
         except SparselthError as error:
             source, there = as_flags(str(error)), False
         shape = " x ".join(map(str, spec.shape))

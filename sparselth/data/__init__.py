@@ -1,7 +1,16 @@
 """Data sets: `sets` says what they are, `files` reads and fetches them, `batches` feeds them to training."""
 
-from sparselth.data.files import ASSETS, MissingData, data_dir, fetch, load, resolve
-from sparselth.data.sets import DATASETS, DEFAULT, FALLBACK, DatasetSpec, Images, get_dataset, register
+from sparselth.data.files import ASSETS, data_dir, fetch, load, resolve
+from sparselth.data.sets import (
+    DATASETS,
+    DEFAULT,
+    FALLBACK,
+    DatasetSpec,
+    Images,
+    MissingData,
+    get_dataset,
+    register,
+)
 
 __all__ = [
     "ASSETS",

@@ -35,6 +35,7 @@ from sparselth.data.sets import (
     DatasetSpec,
     IdxFile,
     Images,
+    MissingData,
     Pixels,
     Read,
     get_dataset,
@@ -44,10 +45,6 @@ from sparselth.files import cache_folder
 
 ASSETS = Path(__file__).parents[1] / "assets"
 TIMEOUT = 10.0  # seconds without a byte until a download is given up
-
-
-class MissingData(SparselthError):
-    """A file of a data set is not there."""
 
 
 def data_dir(flag: Path | None) -> Path:

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparselth.data.sets import DatasetSpec, register
-from sparselth.errors import SparselthError
+from sparselth.data.sets import DatasetSpec, MissingData, register
 
 
 def read(folder: Path) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
     try:
         from mnist1d.data import get_dataset_args, make_dataset  # type: ignore[import-not-found]
     except ImportError as error:
-        raise SparselthError(
+        raise MissingData(
             f"dataset mnist1d is made by its authors' package, which cannot be imported ({error}); "
             "pip install mnist1d"
         ) from None

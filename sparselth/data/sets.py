@@ -12,7 +12,13 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from sparselth.errors import SparselthError
 from sparselth.registry import Registry
+
+
+class MissingData(SparselthError):
+    """A file of a data set, or the package that makes it, is not there."""
+
 
 DEFAULT, FALLBACK = "mnist", "mnist5k"
 

@@ -236,6 +236,10 @@ def test_without_its_package_mnist1d_says_what_to_install(
     code, out, _ = cli("ls", "datasets")
     assert code == 0
     assert "pip install mnist1d" in out
+    _, out, _ = cli("doctor")  # a package that nobody needs is no fault of the machine
+    (line,) = [line for line in out.splitlines() if line.startswith("mnist1d")]
+    assert "ok: " in line
+    assert "pip install mnist1d" in line
 
 
 def test_the_generators_of_others_go_on_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
