@@ -639,7 +639,7 @@ def test_what_tests_compare_with_finds_faults() -> None:
         oracle.compare({"y": y["y"].t()}, right, y, "ieee", {"y": 30})
     # of results that cancel, the size that they could have had counts
     small = {"y": 1e-3 * right["y"]}
-    off = {"y": (small["y"] + 1e-7 * right["y"]).float()}
+    off = {"y": (small["y"] + 5e-8 * right["y"]).float()}
     oracle.compare(off, small, {"y": small["y"].float()}, "ieee", {"y": 1}, right)
     with pytest.raises(oracle.Wrong):
         oracle.compare(off, small, {"y": small["y"].float()}, "ieee", {"y": 1})
