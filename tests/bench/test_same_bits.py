@@ -113,12 +113,12 @@ def test_a_changed_metric(runs: tuple[Path, Path], file: str, name: str) -> None
 def test_configurations_may_gain_fields_and_nothing_else(runs: tuple[Path, Path]) -> None:
     file = runs[1] / "config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, "score": "magnitude", "recipe": {**config["recipe"], "decay": 0}}))
+    file.write_text(json.dumps({**config, "zeal": "great", "recipe": {**config["recipe"], "decay": 0}}))
     found = same_bits.compare(*runs)
     assert found.differences == []
-    assert found.notes == ['config.json has new fields: recipe.decay 0, score "magnitude"']
+    assert found.notes == ['config.json has new fields: recipe.decay 0, zeal "great"']
     found = same_bits.compare(*runs[::-1])
-    assert found.differences == ["config.json: recipe.decay is gone", "config.json: score is gone"]
+    assert found.differences == ["config.json: recipe.decay is gone", "config.json: zeal is gone"]
     file.write_text(json.dumps({**config, "rate": 0.3}))
     assert same_bits.compare(*runs).differences == ["config.json: rate was 0.2, is 0.3"]
 
