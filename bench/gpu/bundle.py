@@ -127,6 +127,7 @@ def _as_on_a_device() -> Iterator[Any]:
             stack.enter_context(mock.patch.object(oracle, name, lambda *_, a=answer, **__: a and a()))
         stack.enter_context(mock.patch.object(oracle, "pick", lambda interpreter, device: device))
         stack.enter_context(mock.patch.object(torch, "equal", return_value=True))
+        stack.enter_context(mock.patch.object(torch.testing, "assert_close"))
         stack.enter_context(mock.patch.object(masked_conv2d, "_measure", measured))
         stack.enter_context(mock.patch.object(dispatch, "choose", lambda kernels, _: choose(kernels, "cuda")))
         found = stack.enter_context(dry.launches())

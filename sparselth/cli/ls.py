@@ -122,7 +122,8 @@ def _forms() -> Listing:
 def _meanings(found: dict[str, str]) -> Listing:
     """Names, and a line about each."""
     rows = [{"name": name, "meaning": text} for name, text in found.items()]
-    return rows, [f"{name:<16}{text}" for name, text in found.items()]
+    width = max(map(len, found), default=0) + 2
+    return rows, [f"{name:<{max(16, width)}}{text}" for name, text in found.items()]
 
 
 def _experiments() -> Listing:
