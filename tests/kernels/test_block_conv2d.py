@@ -21,6 +21,7 @@ from oracle import (
     DTYPES,
     INF,
     NAN,
+    RTOL,
     UNIT,
     compare,
     must_repeat,
@@ -38,7 +39,6 @@ from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d, choose, f
 from sparselth.kernels.masked_conv2d import geometry
 
 CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
-RTOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # 3 times torch's own
 WAYS = ("triton", "torch", "reference")
 MASKS = ("random", "empty", "full", "one weight", "one block row", "half of the block rows")
 PARTS = [("torch", "ieee"), *[("triton", part) for part in DTYPES]]

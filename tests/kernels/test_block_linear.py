@@ -22,6 +22,7 @@ from oracle import (
     DTYPES,
     INF,
     NAN,
+    RTOL,
     UNIT,
     compare,
     must_repeat,
@@ -38,7 +39,6 @@ from sparselth.kernels._tiles import BLOCKS, Tile, choose
 from sparselth.kernels.block_linear import BlockWeight, block_linear, floor, launch
 
 CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
-RTOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # 3 times torch's own
 WAYS = ("triton", "torch", "reference")
 MASKS = ("random", "empty", "full", "one weight", "one block row", "half of the block rows")
 TINY = [(1, 1, 1, 16), (33, 70, 150, 32), (5, 130, 257, 128)]  # B, N, K, block

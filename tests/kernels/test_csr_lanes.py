@@ -18,6 +18,7 @@ from oracle import (
     DEVICE,
     INF,
     NAN,
+    RTOL,
     compare,
     layed,
     must_repeat,
@@ -32,8 +33,7 @@ from sparselth.kernels import csr_lanes as op
 from sparselth.kernels.csr_lanes import LanedCsr, csr_lanes, floor
 
 CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
-BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-DTYPES = list(BOUNDS)
+DTYPES = list(RTOL)
 BF16 = torch.bfloat16
 PARTS = "bf16", "fp16", "ieee"
 LAYOUTS = ("contiguous", "transposed", "sliced", "off the grid")
@@ -89,7 +89,7 @@ def check(packed: LanedCsr, x: Tensor, bias: Tensor | None = None, relu: bool = 
     # sums that cancel are judged by what they are sums of
     squares = packed.to_dense().double().square() @ x.double().nan_to_num(0, 0, 0).square()
     size = torch.maximum(right.norm(), squares.sum().sqrt().cpu()).clamp_min(1e-9)
-    assert float((y.cpu().double() - right).norm() / size) <= BOUNDS[x.dtype]
+    assert float((y.cpu().double() - right).norm() / size) <= RTOL[x.dtype]
     return y
 
 
@@ -420,7 +420,7 @@ def test_torch_computes_the_same(dtype: torch.dtype) -> None:
     for kernels in ("reference", "auto"):
         y = csr_lanes(packed, x, bias, True, kernels=kernels).double().cpu()
         right = exact(packed, x, bias, True)
-        assert float((y - right).norm() / right.norm()) <= BOUNDS[dtype]
+        assert float((y - right).norm() / right.norm()) <= RTOL[dtype]
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or _native.LIB is None, reason="the native kernels compute on CPUs")

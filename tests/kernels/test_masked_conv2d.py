@@ -22,6 +22,7 @@ from torch import Tensor
 from oracle import (
     DEVICE,
     DTYPES,
+    RTOL,
     compare,
     must_be_zero,
     must_repeat,
@@ -37,7 +38,6 @@ from sparselth.kernels._tiles import kind
 from sparselth.kernels.masked_conv2d import masked_conv2d
 
 CONV = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-RTOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 Pair = int | tuple[int, int]
 
 
