@@ -62,6 +62,18 @@ def _unpacked(files: tuple[Path, ...], content: bytes) -> Work:
     return Work(*pickle.loads(content))
 
 
+def _outlives_a_fork() -> bool:
+    """Whether autograd, which a score may use, works in a child of this process: not once it has threads."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.ones((), dtype=torch.float32, device="cpu", requires_grad=True).square().backward()  # type: ignore[no-untyped-call]
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 class Pool:
     """The worker processes of one run; use it as a context."""
 
@@ -74,7 +86,8 @@ class Pool:
         break_even: Mapping[str, float],
     ) -> None:
         self.config = config
-        context: Any = multiprocessing.get_context("spawn" if config.device == "cuda" else "fork")
+        forks = config.device == "cpu" and _outlives_a_fork()
+        context: Any = multiprocessing.get_context("fork" if forks else "spawn")
         self.stop = context.Value("b", False, lock=False)
         self.connections: list[Connection] = []
         self.processes = []
