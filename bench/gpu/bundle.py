@@ -139,7 +139,7 @@ def _alarm(*_: Any) -> None:
     raise TimeoutError(f"takes more than {CASE_SECONDS} s on a CPU")
 
 
-def launched(stage: str, op: str) -> tuple[list[Any], list[str]]:
+def launched(stage: str, op: str, until: float) -> tuple[list[Any], list[str]]:
     """The kernels of a stage of an op; what went wrong, which a device may do right."""
     import torch
 
@@ -158,13 +158,13 @@ def launched(stage: str, op: str) -> tuple[list[Any], list[str]]:
             files = [str(ROOT / "tests" / file) for file in gpu_check.OPS[op].tests]
             words = ["-q", "-p", "no:cacheprovider", "-m", "not host and not science", "--assert=plain"]
             words += ["--rootdir", str(ROOT), "-W", "ignore", "--no-header", "--tb=no", "-o", "addopts="]
-            pytest.main([*words, "--import-mode=importlib", *files], plugins=[_Timer(failed)])
+            pytest.main([*words, "--import-mode=importlib", *files], plugins=[_Timer(failed, until)])
         else:
-            _run(stage, op, failed)
+            _run(stage, op, failed, until)
     return list(found.kernels.values()), failed
 
 
-def _run(stage: str, op: str, failed: list[str]) -> None:
+def _run(stage: str, op: str, failed: list[str], until: float) -> None:
     import importlib
 
     import dry
@@ -178,6 +178,8 @@ def _run(stage: str, op: str, failed: list[str]) -> None:
     if stage == "targets" and op in dry.OPS:  # what a case of zeros does not come to
         runs.append(("dry.py", dry.OPS[op]))
     for name, run in runs:
+        if time.monotonic() > until:
+            break
         signal.alarm(CASE_SECONDS)
         try:
             run()
@@ -188,12 +190,14 @@ def _run(stage: str, op: str, failed: list[str]) -> None:
 
 
 class _Timer:
-    """A plugin of pytest: ends tests that take too long."""
+    """A plugin of pytest: ends tests that take too long, and all of them when the time is over."""
 
-    def __init__(self, failed: list[str]) -> None:
-        self.failed = failed
+    def __init__(self, failed: list[str], until: float) -> None:
+        self.failed, self.until = failed, until
 
     def pytest_runtest_setup(self, item: Any) -> None:
+        if time.monotonic() > self.until:
+            item.session.shouldstop = "the time is over"
         signal.alarm(CASE_SECONDS)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -209,7 +213,7 @@ def job(stage: str, op: str, until: float, used: Path) -> None:
     import dry
 
     began = time.monotonic()
-    kernels, failed = launched(stage, op)
+    kernels, failed = launched(stage, op, until)
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     gc.collect()
     seen, done, wrong = time.monotonic(), 0, []
