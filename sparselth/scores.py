@@ -34,29 +34,30 @@ class Scored:
 
     score: Score
     meaning: str
+    autograd: bool = True  # whether it may take gradients by torch's autograd
 
 
 SCORES: Registry[Scored] = Registry("score")
 
 
-def register(name: str, meaning: str) -> Callable[[Score], Score]:
+def register(name: str, meaning: str, autograd: bool = True) -> Callable[[Score], Score]:
     """Make a function known as a score under a name, which must be free."""
 
     def add(score: Score) -> Score:
-        SCORES.add(name, Scored(score, meaning))
+        SCORES.add(name, Scored(score, meaning, autograd))
         return score
 
     return add
 
 
-@register("magnitude", "the size of the trained weight (Frankle & Carbin 2019)")
+@register("magnitude", "the size of the trained weight (Frankle & Carbin 2019)", autograd=False)
 def magnitude(
     network: Model, weights: Tensor, mask: Tensor, batch: Batch, generator: torch.Generator
 ) -> Tensor:
     return weights[: mask.numel()].abs()
 
 
-@register("random", "a uniform draw of the seed and level: what any other score is held against")
+@register("random", "a uniform draw of the seed and level: what others are held against", autograd=False)
 def random(network: Model, weights: Tensor, mask: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
     return torch.rand(mask.numel(), generator=generator, dtype=torch.float32, device="cpu").to(weights.device)
 

@@ -49,6 +49,11 @@ class Experiment(Config):
 
     device = "cpu"  # an option where there is a choice
 
+    @property
+    def autograd(self) -> bool:
+        """Whether cells may take gradients by torch's autograd; engines have their own."""
+        return False
+
     def needs(self, cell: Cell) -> tuple[Cell, ...]:
         """The cells that must be finished before this one can start."""
         return ()

@@ -125,6 +125,12 @@ class ImpConfig(Training):
     def start(self, cell: Cell, place: Place) -> tuple[Tensor, Tensor]:
         return find_mask(self, place, cell), start_weights(self, place, cell)
 
+    @property
+    def autograd(self) -> bool:
+        from sparselth.scores import SCORES
+
+        return SCORES[self.score].autograd
+
     def rungs(self) -> list[dict[str, int]]:
         from sparselth.pruning import ladder
 

@@ -1,8 +1,9 @@
 """Batches of cells over worker processes, one thread each: small networks lose time to two threads.
 
 On a CPU workers are forked, so that the data set is in memory once; on CUDA one spawned worker owns the
-device. Only the parent writes the run's lines; a worker writes the files of its cells, then reports. A
-batch for which memory is short is halved. A worker whose parent is gone ends itself.
+device. A spawned worker knows plugins, and nothing else that its parent has registered. Only the parent
+writes the run's lines; a worker writes the files of its cells, then reports. A batch for which memory is
+short is halved. A worker whose parent is gone ends itself.
 """
 
 from __future__ import annotations
@@ -62,8 +63,12 @@ def _unpacked(files: tuple[Path, ...], content: bytes) -> Work:
     return Work(*pickle.loads(content))
 
 
+def _forks(config: Experiment) -> bool:
+    return config.device == "cpu" and (not config.autograd or _outlives_a_fork())
+
+
 def _outlives_a_fork() -> bool:
-    """Whether autograd, which a score may use, works in a child of this process: not once it has threads."""
+    """Whether autograd works in a child of this process: not once it has threads."""
     child = os.fork()
     if child == 0:
         try:
@@ -86,8 +91,7 @@ class Pool:
         break_even: Mapping[str, float],
     ) -> None:
         self.config = config
-        forks = config.device == "cpu" and _outlives_a_fork()
-        context: Any = multiprocessing.get_context("fork" if forks else "spawn")
+        context: Any = multiprocessing.get_context("fork" if _forks(config) else "spawn")
         self.stop = context.Value("b", False, lock=False)
         self.connections: list[Connection] = []
         self.processes = []
