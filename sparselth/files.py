@@ -105,12 +105,13 @@ def array_bytes(arrays: Arrays, header: Mapping[str, Any]) -> bytes:
     return save(arrays, metadata={"sparselth": json.dumps(header)})
 
 
-def load_arrays(file: Path) -> tuple[Arrays, dict[str, Any]]:
-    """Arrays and header of a file that `save_arrays` wrote."""
+def load_arrays(file: Path, only: str | None = None) -> tuple[Arrays, dict[str, Any]]:
+    """Arrays and header of a file that `save_arrays` wrote; `only`: that array, if the file has it."""
     try:
         with safe_open(file, framework="numpy") as opened:
             header = json.loads((opened.metadata() or {})["sparselth"])
-            return {name: opened.get_tensor(name) for name in opened.keys()}, header  # noqa: SIM118
+            names = [name for name in opened.keys() if only in (None, name)]  # noqa: SIM118
+            return {name: opened.get_tensor(name) for name in names}, header
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise SparselthError(
             f"{file}: cannot be read ({error}); delete it and continue the run with `resume`"

@@ -71,6 +71,10 @@ def save(file: Path, params: Params, content: Content, **where: Any) -> None:
 def read(file: Path, params: Params) -> tuple[Content, dict[str, Any]]:
     """Content and header of a file of a network with these parameters; SparselthError where it is none."""
     found, head = load_arrays(file)
+    return _content(file, params, found), head
+
+
+def _content(file: Path, params: Params, found: Arrays) -> Content:
     mask, weights = np.zeros(params.mask_size, bool), np.zeros(params.size, np.float32)
     rewound = np.zeros(params.size, np.float32) if any(name.startswith("rewind/") for name in found) else None
     try:
@@ -88,13 +92,14 @@ def read(file: Path, params: Params) -> tuple[Content, dict[str, Any]]:
         ) from None
     except ValueError as error:
         raise SparselthError(f"{file}: does not fit the network ({error})") from None
-    return Content(mask, weights, rewound), head
+    return Content(mask, weights, rewound)
 
 
 def read_mask(file: Path, spec: TensorSpec) -> NDArray[np.bool_]:
     """The mask of one weight tensor, bool [N, K]."""
     try:
-        return masks.unpack(load_arrays(file)[0][f"mask/{spec.name}"], spec.matrix[1])
+        name = f"mask/{spec.name}"
+        return masks.unpack(load_arrays(file, only=name)[0][name], spec.matrix[1])
     except (KeyError, ValueError) as error:
         raise SparselthError(f"{file}: has no mask of {spec.name} ({error})") from None
 
@@ -159,11 +164,11 @@ def load(file: str | Path) -> Ticket:
     file = Path(file)
     if not file.is_file():
         raise SparselthError(f"{file}: no such file; tickets lie in the folder cells of a run")
-    head = load_arrays(file)[1]
+    found, head = load_arrays(file)
     if head.get("schema") != SCHEMA or "model" not in head:
         raise SparselthError(f"{file}: expected a ticket, {SCHEMA}, found {head.get('schema')!r}")
     model = get_model(head["model"])
-    content, _ = read(file, model.params)
+    content = _content(file, model.params, found)
     start = content.rewound
     if start is None and (first := _level_0(file, head)).is_file():
         start = read(first, model.params)[0].rewound

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,3 +25,15 @@ class Aot:
     maxnreg: int | None = None  # as the launcher has it on sm_90
     narrow: int = 0  # global loads and stores of less than 16 bytes that are meant
     waiting: int = 0  # loads in a loop that wait for another load of the same turn, and are meant to
+
+
+def types_of(
+    kernel: Any, constants: Mapping[str, Any], pointer: str, types: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The type of every argument but `constants`: its own, else `pointer` where it is one, else "i32"."""
+    known = types or {}
+    return {
+        name: known.get(name, pointer if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+        if name not in constants
+    }

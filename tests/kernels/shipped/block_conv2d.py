@@ -3,7 +3,7 @@ split lists."""
 
 from __future__ import annotations
 
-from shipped import Aot
+from shipped import Aot, types_of
 from sparselth.kernels._tiles import GROUP, Tile, precision
 from sparselth.kernels.block_conv2d import TILES, _block_conv2d_kernel
 
@@ -32,11 +32,7 @@ def _aot(kind: str, block: int, tile: Tile, even: bool = True, split: bool = Fal
     pointer = "*bf16" if kind == "half" else "*fp32"
     types = dict.fromkeys(("places_ptr", "starts_ptr", "order_ptr"), "*i32")
     types |= {"out_ptr": "*fp32"} if split else {}
-    signature = {
-        name: types.get(name, pointer if name.endswith("_ptr") else "i32")
-        for name in _block_conv2d_kernel.arg_names
-        if name not in constants
-    }
+    signature = types_of(_block_conv2d_kernel, constants, pointer, types)
     registers, narrow = LIMITS[kind]
     return Aot(
         kernel=_block_conv2d_kernel,

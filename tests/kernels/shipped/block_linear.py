@@ -3,7 +3,7 @@ lists that are split."""
 
 from __future__ import annotations
 
-from shipped import Aot
+from shipped import Aot, types_of
 from sparselth.kernels._tiles import GROUP, SMALL, SUMMED, Tile, _sum_kernel, precision
 from sparselth.kernels.block_linear import TILES, _block_linear_kernel
 
@@ -33,11 +33,7 @@ def _aot(kind: str, block: int, tile: Tile, even: bool = True, split: bool = Fal
     pointer = "*bf16" if kind == "half" else "*fp32"
     types = dict.fromkeys(("columns_ptr", "starts_ptr", "order_ptr"), "*i32")
     types |= {"out_ptr": "*fp32"} if split else {}
-    signature = {
-        name: types.get(name, pointer if name.endswith("_ptr") else "i32")
-        for name in _block_linear_kernel.arg_names
-        if name not in constants
-    }
+    signature = types_of(_block_linear_kernel, constants, pointer, types)
     registers, narrow = LIMITS[kind]
     registers = ALONE if tile.rows * tile.columns == 256 * 128 else registers
     return Aot(

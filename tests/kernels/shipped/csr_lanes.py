@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shipped import Aot
+from shipped import Aot, types_of
 from sparselth.kernels.csr_lanes import WARPS, _lanes_kernel
 
 
@@ -15,11 +15,7 @@ def _aot(dtype: str, columns: int, lanes: int, tiles: bool = False, wide: bool =
     constants |= {"ROWS": 32 * WARPS // lanes, "LANES": lanes, "COLUMNS": columns}
     x = "*i16" if columns == 1 and dtype != "fp32" else "*i32"
     types = {"x_ptr": x, "bias_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
-    signature = {
-        name: types.get(name, "*i32") if name.endswith("_ptr") else "i32"
-        for name in _lanes_kernel.arg_names
-        if name not in constants
-    }
+    signature = types_of(_lanes_kernel, constants, "*i32", types)
     if not tiles:  # one: Triton makes a constant of it
         del signature["tiles"]
         constants["tiles"] = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shipped import Aot
+from shipped import Aot, types_of
 from sparselth.kernels.linear_grad_update import TILES, _kernel
 
 _HYPER = dict.fromkeys(("beta1", "beta2", "rest1", "rest2", "eps", "decay"), "fp32")
@@ -19,11 +19,7 @@ def _aot(kind: str, moments: int, units: tuple[int, int, int], registers: int, n
     constants |= dict(zip(("BLOCK_N", "BLOCK_K", "BLOCK_B"), tile, strict=False))
     constants |= dict.fromkeys(("HAS_BITS", "HAS_BIAS", "HAS_ACTIVE", "stride_dyn", "stride_xk"), 1)
     constants |= {"MOMENTS": moments, "PRECISION": kind}
-    signature = {
-        name: _TYPES.get(name, "*fp32" if name.endswith("_ptr") else "i32")
-        for name in _kernel.arg_names
-        if name not in constants
-    }
+    signature = types_of(_kernel, constants, "*fp32", _TYPES)
     return Aot(
         kernel=_kernel,
         signature=signature,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shipped import Aot
+from shipped import Aot, types_of
 from sparselth.kernels._tiles import precision
 from sparselth.kernels.masked_conv2d import (
     Geometry,
@@ -33,13 +33,12 @@ def _aot(
     stages: int = 3,
 ) -> Aot:
     """`limits` are registers and narrow accesses."""
-    names = [name for name in kernel.arg_names if name not in constants]
-    signature = {n: TYPES.get(n, pointer) if n.endswith("_ptr") else "i32" for n in names}
+    signature = types_of(kernel, constants, pointer, TYPES)
     return Aot(
         kernel=kernel,
         signature=signature,
         constants=constants,
-        aligned=tuple(n for n in names if n.endswith("_ptr") or (even and n in MULTIPLES)),
+        aligned=tuple(n for n in signature if n.endswith("_ptr") or (even and n in MULTIPLES)),
         num_warps=warps,
         num_stages=stages,
         max_registers=limits[0],

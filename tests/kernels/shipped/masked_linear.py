@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shipped import Aot
+from shipped import Aot, types_of
 from sparselth.kernels._tiles import Tile, precision
 from sparselth.kernels.masked_linear import TILES, _product_kernel, _weight_grad_kernel
 
@@ -22,11 +22,7 @@ def _aot(kernel: Any, kind: str, tile: Tile, **constants: Any) -> Aot:
     constants |= {"PRECISION": precision(kind), "UPCAST": False}
     bits = "mask_ptr" if product else "" if constants["SCORES"] else "factor_ptr"
     pointer = "*bf16" if kind == "half" else "*fp32"
-    signature = {
-        name: "*u8" if name == bits else pointer if name.endswith("_ptr") else "i32"
-        for name in kernel.arg_names
-        if name not in constants
-    }
+    signature = types_of(kernel, constants, pointer, {bits: "*u8"})
     registers, narrow = LIMITS[kind]
     return Aot(
         kernel=kernel,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shipped import Aot
+from shipped import Aot, types_of
 from sparselth.kernels.slot_linear import FINISH, TILES, WARPS, Tile, _finish_kernel, _slot_kernel
 
 
@@ -18,8 +18,8 @@ def _aot(tile: Tile, unit: str, even: bool, registers: int, narrow: int) -> Aot:
         unit: 1,
     }
     types = {"rows_ptr": "*u8", "columns_ptr": "*u16", "residual_ptr": "*bf16", "x_ptr": "*bf16"}
-    types |= {"out_ptr": "*fp32"} | dict.fromkeys(("values_ptr", "places_ptr", "starts_ptr"), "*i32")
-    signature = {name: types.get(name, "i32") for name in _slot_kernel.arg_names if name not in constants}
+    types |= {"out_ptr": "*fp32"}
+    signature = types_of(_slot_kernel, constants, "*i32", types)
     loose = () if even else ("B", "N", "K")
     return Aot(
         kernel=_slot_kernel,
