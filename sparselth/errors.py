@@ -9,9 +9,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 1000  # characters of a message
+
 
 class SparselthError(Exception):
-    """Something failed that the user can mend; the message names it and says what to do (exit 1)."""
+    """Something failed that the user can mend; the message names it and says what to do (exit 1).
+
+    Whatever names and words of files it quotes, it is one line without control characters.
+    """
+
+    def __str__(self) -> str:
+        text = " ".join(super().__str__().split())
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+        return text
 
 
 class UsageError(SparselthError):
@@ -28,3 +41,13 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
     return UsageError(f"unknown {kind} {name!r}: {hint}")
+
+
+def check_number(name: str, value: int | None, low: int, most: int, why: str = "") -> None:
+    """Raise UsageError where an argument that was given is no whole number from `low` to `most`."""
+    if value is None:
+        return
+    if type(value) is not int or value < low:
+        raise UsageError(f"`{name}` {value!s:.40}: expected {low} or more")
+    if value > most:
+        raise UsageError(f"`{name}` {value!s:.40}: expected at most {most:,}" + (f" ({why})" if why else ""))
