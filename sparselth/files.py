@@ -121,15 +121,20 @@ def load_arrays(file: Path, only: str | None = None) -> tuple[Arrays, dict[str, 
 # ---- the user's cache
 
 
+CACHE_BYTES = 1 << 24  # a larger file is none of ours
+
+
 def cache_folder() -> Path:
     """$XDG_CACHE_HOME/sparselth or ~/.cache/sparselth; RuntimeError where there is no home."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sparselth"
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(chosen if os.path.isabs(chosen) else "~/.cache").expanduser() / "sparselth"
 
 
 def read_cache(name: str) -> dict[str, Any]:
     """What `write_cache` kept under this name; {} where nothing can be read."""
-    with suppress(OSError, ValueError, RuntimeError):
-        found = json.loads((cache_folder() / f"{name}.json").read_text())
+    with suppress(OSError, ValueError, RuntimeError):  # the last without a home, or of JSON nested too deep
+        file = cache_folder() / f"{name}.json"
+        found = json.loads(file.read_text()) if file.is_file() and file.stat().st_size <= CACHE_BYTES else {}
         if isinstance(found, dict):
             return found
     return {}

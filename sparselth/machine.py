@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +27,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES},
         "system": platform.platform(),
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "gpu": gpu_name(),
     }
 
@@ -49,6 +50,18 @@ def cpu_name() -> str:
         (label for flag, label in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), None
     )
     return f"{name}, {vectors}" if vectors else name
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def memory_bytes() -> int:
+    """Memory that this process may use: the machine's, or what `ulimit -v` allows."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return there if soft == resource.RLIM_INFINITY else min(there, soft)
 
 
 def gpu_name() -> str | None:

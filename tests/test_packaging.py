@@ -48,6 +48,7 @@ ORDER = [
     "experiments.agenda",
     "experiments.price",
     "experiments.plan",
+    "experiments.flag",
     "experiments.pool",
     "experiments.run",
     "measure",

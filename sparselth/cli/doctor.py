@@ -140,10 +140,9 @@ def _data(folder: Path | None) -> list[dict[str, Any]]:
     found = []
     for name, spec in data.DATASETS.items():
         try:
-            found.append(_check(name, True, str(data.load(name, data.data_dir(folder)).source)))
+            found.append(_check(name, True, str(data.look(name, folder).source)))
         except data.MissingData as error:
-            when = str(error) if spec.read else f"not in {data.data_dir(folder)}; downloaded when first used"
-            found.append(_check(name, True, when))
+            found.append(_check(name, True, data.when(spec, folder, error)))
         except SparselthError as error:
             found.append(_check(name, False, str(error)))
     return found

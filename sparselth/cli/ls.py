@@ -79,14 +79,12 @@ def _models() -> Listing:
 def _datasets(folder: Path | None) -> Listing:
     from sparselth import data
 
-    place = data.data_dir(folder)
     rows, lines = [], []
     for spec in data.DATASETS.values():
         try:
-            source, there = data.load(spec.name, place).source, True
+            source, there = data.look(spec.name, folder).source, True
         except data.MissingData as error:
-            when = as_flags(str(error)) if spec.read else f"not in {place}; downloaded when first used"
-            source, there = when, False
+            source, there = as_flags(data.when(spec, folder, error)), False
         except SparselthError as error:
             source, there = as_flags(str(error)), False
         shape = " x ".join(map(str, spec.shape))

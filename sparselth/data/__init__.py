@@ -1,6 +1,6 @@
 """Data sets: `sets` says what they are, `files` reads and fetches them, `batches` feeds them to training."""
 
-from sparselth.data.files import ASSETS, data_dir, fetch, load, resolve
+from sparselth.data.files import ASSETS, data_dir, fetch, load, look, resolve, when
 from sparselth.data.sets import (
     DATASETS,
     DEFAULT,
@@ -24,6 +24,8 @@ __all__ = [
     "fetch",
     "get_dataset",
     "load",
+    "look",
     "register",
     "resolve",
+    "when",
 ]

@@ -44,6 +44,7 @@ from sparselth.errors import SparselthError
 from sparselth.files import cache_folder
 
 ASSETS = Path(__file__).parents[1] / "assets"
+NOWHERE = Path(os.devnull, "data")  # the data folder of a user without a home
 TIMEOUT = 10.0  # seconds without a byte until a download is given up
 
 
@@ -53,9 +54,15 @@ def data_dir(flag: Path | None) -> Path:
     try:
         return (Path(chosen).expanduser() if chosen else cache_folder() / "data").absolute()
     except RuntimeError:  # no home, as in some containers
-        raise SparselthError(
+        raise MissingData(
             f"{chosen or '~/.cache'}: there is no home folder; pass `data_dir` FOLDER"
         ) from None
+
+
+def look(name: str, flag: Path | None) -> Images:
+    """A data set where it lies, the package or `data_dir(flag)`; MissingData where it is not there."""
+    spec = get_dataset(name)
+    return load(name, ASSETS if spec.torchvision is None and spec.read is None else data_dir(flag))
 
 
 def load(name: str, folder: Path) -> Images:
@@ -100,6 +107,14 @@ def load(name: str, folder: Path) -> Images:
         spec.digest,
         source,
     )
+
+
+def when(spec: DatasetSpec, flag: Path | None, missing: MissingData) -> str:
+    """When a data set will be there that is missing: once it is downloaded, or as the error says."""
+    with contextlib.suppress(MissingData):
+        if spec.read is None:
+            return f"not in {data_dir(flag)}; downloaded when first used"
+    return str(missing)
 
 
 def _user_images(spec: DatasetSpec, read: Read, folder: Path) -> Images:
@@ -190,13 +205,22 @@ def resolve(
     spec = get_dataset(default if name is None else name)
     if spec.torchvision is None and spec.read is None:
         return load(spec.name, ASSETS)
-    folder = data_dir(folder_flag)
+    asked = folder_flag or os.environ.get("SPARSELTH_DATA")
+    try:
+        folder = data_dir(folder_flag)
+    except MissingData as error:
+        if asked:
+            raise
+        if spec.read is None:
+            return _stand_in(spec, name, note, error)
+        folder = NOWHERE
     if spec.read is not None:
         return load(spec.name, folder)
     try:
-        return load(spec.name, folder)
+        if asked or _reachable(folder / spec.folder):
+            return load(spec.name, folder)
     except MissingData:
-        if (folder_flag or os.environ.get("SPARSELTH_DATA")) and not _writable(folder):
+        if asked and not _writable(folder):
             raise SparselthError(
                 f"{folder} does not hold {spec.title} and is read-only, so it cannot be downloaded there; "
                 f"{_how_to_get(spec, folder)}"
@@ -204,15 +228,22 @@ def resolve(
     try:
         fetch(spec.name, folder)
     except SparselthError as error:
-        spare = DATASETS[FALLBACK]
-        if name is not None or spec.shape != spare.shape:
-            raise
-        note(
-            f"NOT using {spec.title}, but {FALLBACK}: {spare.n_train:,} training and {spare.n_test:,} test "
-            f"images that come with sparselth, so expect lower accuracies ({error})"
-        )
-        return load(FALLBACK, ASSETS)
+        return _stand_in(spec, name, note, error)
     return load(spec.name, folder)
+
+
+def _stand_in(
+    spec: DatasetSpec, name: str | None, note: Callable[[str], None], error: SparselthError
+) -> Images:
+    """What is taken for a data set that nobody named and that cannot be had; the error where nothing is."""
+    spare = DATASETS[FALLBACK]
+    if name is not None or spec.shape != spare.shape:
+        raise error
+    note(
+        f"NOT using {spec.title}, but {FALLBACK}: {spare.n_train:,} training and {spare.n_test:,} test "
+        f"images that come with sparselth, so expect lower accuracies ({error})"
+    )
+    return load(FALLBACK, ASSETS)
 
 
 def _how_to_get(spec: DatasetSpec, folder: Path) -> str:
@@ -222,6 +253,15 @@ def _how_to_get(spec: DatasetSpec, folder: Path) -> str:
         f"put {names} into {folder.absolute() / spec.folder}, "
         f"or pass `data_dir` with a folder that holds {spec.folder}{spare}"
     )
+
+
+def _reachable(folder: Path) -> bool:
+    """Whether the user's own cache can be looked into: a home may be a file, or another user's."""
+    try:
+        folder.stat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return True
 
 
 def _writable(folder: Path) -> bool:

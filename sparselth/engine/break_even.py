@@ -1,7 +1,8 @@
 """Below which share of survivors a layer is trained faster compressed than dense, on this machine.
 
 Measured once for each layer shape, processor and library, on one thread, and kept in the user's cache
-folder. A compressed layer's time is a straight line in its density: two random masks give the line, and
+folder; what was measured among other programs is kept with its spread, and measured again by the next run. A
+compressed layer's time is a straight line in its density: two random masks give the line, and
 break-even is where it meets 95 % of the dense layer's time, update included. Small layers can be faster
 through the compressed kernels even with all their weights; then it is ALWAYS.
 """
@@ -12,6 +13,8 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from statistics import quantiles
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +34,7 @@ MARGIN = 0.95
 ALWAYS = 2.0
 DENSITIES = 0.05, 0.35, 1.0
 ROUNDS, SECONDS = 5, 0.1  # rounds of all, interleaved, until the time is up
+SPREAD = 1.5  # times the least that the upper quartile may be for a time to be believed for good
 
 
 def break_even(model: Model, batch: int, kernels: str) -> dict[str, float]:
@@ -41,18 +45,39 @@ def break_even(model: Model, batch: int, kernels: str) -> dict[str, float]:
     """
     if not compressible(model):
         return {}
-    known = read_cache("break_even")
-    found, before = dict[str, float](), len(known)
+    known, found, new = read_cache("break_even"), dict[str, float](), False
     for spec, layer, shape, after in model.producers:
         first = spec is model.weights[0]
         key = f"{layer} {'first ' * first}on {list(shape)}, batch {batch}, {kernels}"
         key += f", {cpu_name()}, torch {torch.__version__}"
-        if not isinstance(known.get(key), float):
-            known[key] = round(_measure(_Case(spec, layer, shape, after, first, batch, kernels)), 3)
-        found[spec.name] = known[key]
-    if len(known) > before:
+        before = _kept(known.get(key))
+        if before is None or before.spread > SPREAD:
+            now = _measure(_Case(spec, layer, shape, after, first, batch, kernels))
+            if before is None or now.spread <= before.spread:
+                before, new = now, True
+                known[key] = {"density": round(now.density, 3), "spread": round(now.spread, 3)}
+        found[spec.name] = round(before.density, 3)
+    if new:
         write_cache("break_even", known)
     return found
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A break-even density, and how much the times behind it varied."""
+
+    density: float
+    spread: float  # the largest of upper quartile / least
+
+
+def _kept(data: Any) -> Measured | None:
+    """One that a cache file has; None where it is none. Before there was a spread it was a number alone."""
+    try:
+        density, spread = (data, 1.0) if isinstance(data, float) else (data["density"], data["spread"])
+        right = 0 <= density <= ALWAYS and 1 <= spread < float("inf")
+    except (TypeError, KeyError):
+        return None
+    return Measured(float(density), float(spread)) if right else None
 
 
 @dataclass(frozen=True)
@@ -68,31 +93,33 @@ class _Case:
     kernels: str
 
 
-def _measure(case: _Case) -> float:
+def _measure(case: _Case) -> Measured:
     """One layer's break-even density."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        dense, sparse, denser, full = _seconds([_dense(case), *(_compressed(case, d) for d in DENSITIES)])
+        times = _seconds([_dense(case), *(_compressed(case, d) for d in DENSITIES)])
     finally:
         torch.set_num_threads(threads)
+    dense, sparse, denser, full = map(min, times)
+    spread = max(quantiles(values, n=4)[2] / min(values) for values in times)
     if full < MARGIN * dense:
-        return ALWAYS
+        return Measured(ALWAYS, spread)
     slope = max(denser - sparse, 1e-9) / (DENSITIES[1] - DENSITIES[0])
-    return min(1.0, max(0.0, DENSITIES[0] + (MARGIN * dense - sparse) / slope))
+    return Measured(min(1.0, max(0.0, DENSITIES[0] + (MARGIN * dense - sparse) / slope)), spread)
 
 
-def _seconds(calls: list[Call]) -> list[float]:
-    """The least seconds of each, all in turn."""
-    best = [float("inf")] * len(calls)
+def _seconds(calls: list[Call]) -> list[list[float]]:
+    """The seconds of each, all in turn."""
+    found: list[list[float]] = [[] for _ in calls]
     began, rounds = time.perf_counter(), 0
     while rounds < ROUNDS or time.perf_counter() - began < SECONDS:
-        for i, call in enumerate(calls):
+        for call, values in zip(calls, found, strict=True):
             start = time.perf_counter()
             call()
-            best[i] = min(best[i], time.perf_counter() - start)
+            values.append(time.perf_counter() - start)
         rounds += 1
-    return best
+    return found
 
 
 def _dense(case: _Case) -> Call:

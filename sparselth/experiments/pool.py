@@ -31,9 +31,11 @@ from sparselth.engine.state import Job
 from sparselth.errors import Interrupted, SparselthError
 from sparselth.experiments.agenda import Agenda
 from sparselth.experiments.base import Experiment, Place
+from sparselth.experiments.flag import Flag
 from sparselth.experiments.plan import Watcher
 from sparselth.experiments.price import Price, measured
 from sparselth.experiments.training import Training
+from sparselth.machine import cores
 from sparselth.models import get_model
 from sparselth.registry import load_plugin, plugins
 from sparselth.runs import RunFolder
@@ -92,7 +94,7 @@ class Pool:
     ) -> None:
         self.config = config
         context: Any = multiprocessing.get_context("fork" if _forks(config) else "spawn")
-        self.stop = context.Value("b", False, lock=False)
+        self.stop = Flag()
         self.connections: list[Connection] = []
         self.processes = []
         for _ in range(workers):
@@ -208,10 +210,10 @@ class Pool:
 
 def available_workers(device: str) -> int:
     """One per core this process may use; one for a GPU."""
-    return len(os.sched_getaffinity(0)) if device == "cpu" else 1
+    return cores() if device == "cpu" else 1
 
 
-def _work(connection: Connection, stop: Any, parent: int, work: Work) -> None:
+def _work(connection: Connection, stop: Flag, parent: int, work: Work) -> None:
     """A worker's life: receive cells, compute them, report."""
     # A signal to the whole group must not end a worker before it has saved.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -287,7 +289,7 @@ def _work(connection: Connection, stop: Any, parent: int, work: Work) -> None:
 
 
 @contextmanager
-def _signals(stop: Any) -> Iterator[list[str]]:
+def _signals(stop: Flag) -> Iterator[list[str]]:
     """Within, SIGINT and SIGTERM set `stop`; their names are collected."""
     caught: list[str] = []
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -12,14 +14,18 @@ from sparselth.kernels.step_parts import Call
 
 # Rounds and seconds of a race at least, and how many times the fastest's time what goes on may take
 HEATS = (3, 0.03, 2.0), (7, 0.07, 1.1), (7, 0.2, 1.0)
-SPREAD = 1.5  # times the lower quartile that an upper one may be for times to be kept
-WAY = 3  # of measuring; times of another way are not used
+SPREAD = 1.5  # times the lower quartile that an upper one may be; above it times are measured again next time
+WAY = 4  # of measuring and of what is kept; times of another way are not used
 
 
 class Times(dict[str, float]):
-    """Seconds by name; not `steady` where they varied so much that other programs must have been at work."""
+    """Seconds by name, and how much those that decide varied: much where other programs are at work."""
 
-    steady = True
+    spread = 1.0
+
+    @property
+    def steady(self) -> bool:
+        return self.spread <= SPREAD
 
 
 def seconds(calls: Mapping[str, Call], sample: Callable[[Call], clock.Sample] = clock.warm_wall) -> Times:
@@ -41,17 +47,20 @@ def seconds(calls: Mapping[str, Call], sample: Callable[[Call], clock.Sample] = 
         if len(final) < 2:
             break
         race = race.only(final)
-    found.steady = all(timings[name].high <= SPREAD * found[name] for name in final)
+    found.spread = max((timings[name].high / max(found[name], 1e-9) for name in final), default=1.0)
     return found
 
 
 class Cache:
-    """Times that were measured on this machine before, for batches of one size on one device (its key)."""
+    """Times that were measured on this machine before, for batches of one size on one device (its key).
+
+    What was measured among other programs is kept with its spread, and measured again by the next process.
+    """
 
     def __init__(self, batch: int, device: str) -> None:
         self.batch, self.new = batch, False
-        self.known: dict[str, dict[str, float]] = read_cache("convert")
-        self.unsure: dict[str, dict[str, float]] = {}  # not for the file: measured among other programs
+        self.known = read_cache("convert")
+        self.unsure: dict[str, Times] = {}  # that this process has measured, and measures no more
         self.suffix = (
             f", batch {batch}, {device}, torch {torch.__version__}, sparselth {__version__}, way {WAY}"
         )
@@ -59,18 +68,34 @@ class Cache:
     def times(
         self, key: str, calls: Mapping[str, Call], sample: Callable[[Call], clock.Sample]
     ) -> dict[str, float]:
-        """Seconds of each call; what is unknown is measured by samples as `sample` makes them."""
+        """Seconds of each call; what is unknown or unsure is measured by samples as `sample` makes them."""
         key += self.suffix
-        known = self.unsure.get(key) or self.known.get(key)
-        if not isinstance(known, dict) or not all(isinstance(known.get(name), float) for name in calls):
-            known = seconds(calls, sample)
-            if known.steady:
-                self.known[key], self.new = known, True
-            else:
-                again = seconds(calls, sample)
-                known = self.unsure[key] = {name: min(known[name], again[name]) for name in calls}
-        return {name: known[name] for name in calls}
+        found = self.unsure.get(key) or _kept(self.known.get(key))
+        if found is None or not (found.steady or key in self.unsure) or not found.keys() >= calls.keys():
+            found = seconds(calls, sample)
+            if not found.steady:
+                found = self.unsure[key] = _least(found, seconds(calls, sample))
+            self.known[key], self.new = {"seconds": found, "spread": round(found.spread, 3)}, True
+        return {name: found[name] for name in calls}
 
     def save(self) -> None:
         if self.new:
             write_cache("convert", self.known)
+
+
+def _kept(data: Any) -> Times | None:
+    """Times as a cache file has them; None where they are none."""
+    try:
+        found = Times({name: float(value) for name, value in data["seconds"].items()})
+        found.spread = float(data["spread"])
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
+        return None
+    right = all(0 < value < math.inf for value in (*found.values(), found.spread))
+    return found if right else None
+
+
+def _least(some: Times, others: Times) -> Times:
+    """Of two measurements of the same calls the least seconds, with the spread of the steadier one."""
+    found = Times({name: min(value, others[name]) for name, value in some.items()})
+    found.spread = min(some.spread, others.spread)
+    return found
