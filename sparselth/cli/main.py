@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import click
 
 from sparselth import __version__
 from sparselth.cli.options import as_flags, plugin
-from sparselth.cli.plain import speak_plainly
+from sparselth.cli.plain import open_streams, speak_plainly, stdout_fails
 from sparselth.errors import Interrupted, SparselthError, UsageError, unknown
 from sparselth.registry import load_plugin
 
@@ -78,6 +79,7 @@ def run(args: list[str]) -> int:
     """Run the command line; the exit code."""
     debug = "--debug" in args
     signal.signal(signal.SIGTERM, _terminate)
+    open_streams()
     speak_plainly()
     try:
         code = cli.main(_plugged(args), prog_name="sparselth", standalone_mode=False)
@@ -106,12 +108,29 @@ def run(args: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
-        return _fail(f"{type(error).__name__}: {error} (a fault of sparselth; --debug shows where)", 1)
+        return _fail(_reason(error), 1)
 
 
 def _fail(message: str, code: int) -> int:
     print(f"sparselth: {as_flags(message)}", file=sys.stderr)
     return code
+
+
+def _reason(error: Exception) -> str:
+    """What the machine has refused, or that it is our fault."""
+    if isinstance(error, OSError) and stdout_fails():
+        return f"cannot write to stdout: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'the system'}: {error.strerror}"
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limited = f"; `ulimit -v` allows {limit / 1e9:.1f} GB" if limit != resource.RLIM_INFINITY else ""
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    ):
+        return f"out of memory{limited}"
+    if isinstance(error, OSError) or (isinstance(error, ImportError) and "sparselth" not in str(error.name)):
+        return f"a library cannot be loaded: {error}{limited}; `sparselth doctor` tells more"
+    return f"{type(error).__name__}: {error} (a fault of sparselth; --debug shows where)"
 
 
 def _say_whose(args: list[str]) -> None:
