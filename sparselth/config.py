@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from typing import Any, ClassVar, Literal, Self, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from sparselth.errors import UsageError, unknown
 from sparselth.registry import Registry
@@ -20,6 +21,7 @@ OPTIMIZERS = ("adam", "sgd")
 SCOPES = ("layer", "global")
 KERNELS = ("auto", "native", "torch", "triton", "reference")
 FIRST = "imp"  # the experiment of a config.json that names none
+MOST = 10**9  # that a number may be where its field says nothing else
 
 Check = Callable[[Any], str | None]  # what was expected, or None where a value is that
 
@@ -30,20 +32,26 @@ def option(
     check: Check | None = None,
     choices: Collection[str] | Callable[[], Collection[str]] | None = None,
     added: bool = False,
+    ordered: bool = True,
 ) -> Any:
     """A field of a configuration; without `help` it has no flag.
 
     `choices` are the names it may hold, or a function that imports them. `added` fields came after runs had
-    been written: at their default they leave a configuration's digest as it was.
+    been written: at their default they leave a configuration's digest as it was. Values that are not
+    `ordered` are sorted, so that equal plans are equal: numbers by size, names as `choices` has them.
     """
-    metadata = {"help": help, "check": check, "choices": choices, "added": added}
+    metadata = {"help": help, "check": check, "choices": choices, "added": added, "ordered": ordered}
     return field(default=default, metadata=metadata)
 
 
-def at_least(low: int, why: str = "") -> Check:
-    """Numbers from `low` on."""
+def at_least(low: int, why: str = "", most: int = MOST) -> Check:
+    """Numbers from `low` to `most`."""
     expected = f"expected {low} or more" + (f" ({why})" if why else "")
-    return lambda value: None if value >= low else expected
+
+    def check(value: int) -> str | None:
+        return expected if value < low else None if value <= most else f"expected at most {most:,}"
+
+    return check
 
 
 def below_one(value: float) -> str | None:
@@ -51,11 +59,11 @@ def below_one(value: float) -> str | None:
 
 
 def positive(value: float) -> str | None:
-    return None if value > 0 else "expected a positive number"
+    return None if 0 < value <= MOST else f"expected a positive number, at most {MOST:g}"
 
 
 def not_negative(value: float) -> str | None:
-    return None if value >= 0 else "expected 0 or a positive number"
+    return None if 0 <= value <= MOST else f"expected 0 or a positive number, at most {MOST:g}"
 
 
 def choices_of(of: Field[Any]) -> Collection[str] | None:
@@ -64,22 +72,77 @@ def choices_of(of: Field[Any]) -> Collection[str] | None:
     return choices if choices is None or isinstance(choices, Collection) else choices()
 
 
+_known_kinds: dict[Any, dict[str, Any]] = {}
+
+
+def _kinds(options: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields by name; found once."""
+    if options not in _known_kinds:
+        _known_kinds[options] = get_type_hints(options)
+    return _known_kinds[options]
+
+
+def _not_a(kind: Any, value: Any) -> str | None:
+    """What was expected of a field of that type, or None where the value is of it."""
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return "expected a list"
+        return next((said for item in value if (said := _not_a(get_args(kind)[0], item))), None)
+    if kind is bool:
+        return None if isinstance(value, bool) else "expected true or false"
+    if kind is int:
+        return None if type(value) is int else "expected a whole number"
+    if kind is float:
+        return None if type(value) in (int, float) else "expected a number"
+    if kind is str or get_origin(kind) is Literal:
+        return None if isinstance(value, str) else "expected a name"
+    if isinstance(kind, type) and issubclass(kind, Options):
+        return None if isinstance(value, kind) else "expected settings by name"
+    return None  # a plugin's own
+
+
+def _too_large(value: Any) -> str | None:
+    """What was expected where a number is none that can be computed with, or larger than JSON can say."""
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            return "expected a finite number"
+        if isinstance(number, int) and abs(number) >= 2**53:
+            return f"expected numbers below {2**53:,}"
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """A frozen dataclass of `option` fields: checked, written to JSON and read from it."""
 
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, kind = getattr(self, f.name), _kinds(type(self))[f.name]
+            if kind is float and type(value) is int and not _too_large(value):
+                object.__setattr__(self, f.name, float(value))
+            if not f.metadata.get("ordered", True) and not _not_a(kind, value):
+                place = {name: i for i, name in enumerate(choices_of(f) or sorted(value))}
+                value = tuple(sorted(value, key=lambda one: place.get(one, len(place))))
+                object.__setattr__(self, f.name, value)
+
     def check(self) -> None:
         """Raise UsageError, naming the field, for values that make no experiment."""
+        self._check(names=True)
+
+    def _check(self, names: bool) -> None:
+        """Types, names where these are wanted, and what each field says of its values."""
         for f in fields(self):
             value, check = getattr(self, f.name), f.metadata.get("check")
+            if expected := _not_a(_kinds(type(self))[f.name], value):
+                raise self.wrong(f.name, expected)
             if isinstance(value, Options):
-                value.check()
-            if value != f.default and (choices := choices_of(f)) is not None:
+                value.check() if names else value._check(names)
+            if names and value != f.default and (choices := choices_of(f)) is not None:
                 for name in value if isinstance(value, tuple) else (value,):
                     if name not in choices:
                         kind = choices.kind if isinstance(choices, Registry) else f.name
                         raise unknown(kind, name, choices)
-            if check and (expected := check(value)):
+            if expected := (check and check(value)) or _too_large(value):
                 raise self.wrong(f.name, expected)
 
     def wrong(self, name: str, expected: str) -> UsageError:
@@ -89,7 +152,7 @@ class Options:
             value = ",".join(map(str, value))
         elif isinstance(value, float):
             value = f"{value:g}"
-        return UsageError(f"`{name}` {value}: {expected}")
+        return UsageError(f"`{name}` {value!s:.100}: {expected}")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` turns back into an equal object."""
@@ -100,15 +163,20 @@ class Options:
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Inverse of `to_json`: `added` fields that `data` lacks take their default.
 
-        A field that is unknown, or one that has been there from the first and is missing, raises UsageError.
+        A field that is unknown, one that has been there from the first and is missing, and one of another
+        type or out of its range raise UsageError. Names may be unknown here, as those of a plugin.
         """
+        if not isinstance(data, dict):
+            raise UsageError(f"expected a JSON object, found {json.dumps(data)[:40]}")
         known = {f.name: f for f in fields(cls)}
         missing = [name for name, f in known.items() if name not in data and not f.metadata.get("added")]
         for what, names in (("unknown", [name for name in data if name not in known]), ("missing", missing)):
             if names:
                 raise UsageError(f"{what} {', '.join(names)}; it was written by another version")
-        kinds = get_type_hints(cls)
-        return cls(**{name: _from_json(kinds[name], value) for name, value in data.items()})
+        kinds = _kinds(cls)
+        found = cls(**{name: _from_json(kinds[name], value) for name, value in data.items()})
+        found._check(names=False)
+        return found
 
     def identity(self) -> dict[str, Any]:
         """What tells this object from another: its JSON without what was added and is at its default."""
@@ -124,8 +192,13 @@ class Options:
 
 def _from_json(kind: Any, value: Any) -> Any:
     if get_origin(kind) is tuple:
-        return tuple(value)
+        return tuple(value) if isinstance(value, list) else value
     return kind.from_json(value) if isinstance(kind, type) and issubclass(kind, Options) else value
+
+
+def _drops(steps: tuple[int, ...]) -> str | None:
+    right = all(0 <= step <= MOST for step in steps) and len(steps) <= 100
+    return None if right else f"expected up to 100 steps from 0 to {MOST:,}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +213,7 @@ class Recipe(Options):
     weight_decay: float = option(0.0, "L2 penalty in the gradient.", not_negative)
     warmup: int = option(0, "Steps over which the learning rate rises to `lr`.", at_least(0))
     lr_drops: tuple[int, ...] = option(
-        (), "Steps at which the learning rate is divided by ten, e.g. 20000,25000."
+        (), "Steps at which the learning rate is divided by ten, e.g. 20000,25000.", _drops, ordered=False
     )
     eval_every: int = option(100, check=at_least(1))
 
@@ -211,7 +284,7 @@ class Config(Options):
 EXPERIMENTS: Registry[type[Config]] = Registry(
     "experiment",
     "sparselth.experiments",
-    but=("agenda", "arms", "base", "jobs", "memory", "plan", "pool", "price", "run", "training"),
+    but=("agenda", "arms", "base", "flag", "jobs", "memory", "plan", "pool", "price", "run", "training"),
 )
 
 
@@ -220,4 +293,7 @@ def config_from_json(data: dict[str, Any]) -> Config:
     if not isinstance(data, dict):
         raise UsageError(f"expected a JSON object, found {json.dumps(data)[:40]}")
     data = dict(data)
-    return EXPERIMENTS[data.pop("experiment", FIRST)].from_json(data)
+    name = data.pop("experiment", FIRST)
+    if not isinstance(name, str):
+        raise UsageError(f"`experiment` {json.dumps(name)[:40]}: expected a name")
+    return EXPERIMENTS[name].from_json(data)

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparselth.cli.options import PATH, Names, as_flags, data_dir, output
-from sparselth.errors import SparselthError, UsageError, unknown
+from sparselth.config import MOST
+from sparselth.errors import SparselthError, UsageError, check_number, unknown
+from sparselth.machine import cores
 
 if TYPE_CHECKING:
     from sparselth.measure.case import Result
 
 DTYPES, MASKS = ("fp32", "tf32", "bf16", "fp16"), ("random", "block", "magnitude")
-NETWORK_BATCHES = (1, 8, 64, 256)
+NETWORK_BATCHES, MOST_BATCH = (1, 8, 64, 256), 1 << 20
 SECONDS, QUICK = 210.0, 45.0  # for the default table; 4 minutes with imports, figures and a last slow row
 FEW = 60  # rows up to which every implementation is printed
 
@@ -102,8 +104,7 @@ def bench(
     kinds = _known("mask", masks or (), MASKS)
     dtypes = _known("dtype", dtype or (), DTYPES)
     _fitting(shapes, run, model, train, kinds, level, seed)
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads}: expected 1 or more")
+    _check_numbers(threads, level, seed)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes for a few shapes
 
     if shapes:
@@ -111,6 +112,7 @@ def bench(
 
         for shape in shapes:
             parse(shape)
+    _check_memory(shapes, model, train, batches or (1,))
     say = _nothing if quiet else _progress
     chosen = _device(device, dtypes)
     if train:
@@ -197,8 +199,10 @@ def _sparsities(words: Sequence[str]) -> tuple[float, ...]:
 
 def _batches(words: Sequence[str] | None) -> tuple[int, ...]:
     for word in words or ():
-        if not word.isdecimal() or not 1 <= int(word) <= 1 << 20:
-            raise UsageError(f"--batch {word}: expected whole numbers from 1 on, such as 1,64,4096")
+        if not word.isdecimal() or len(word) > 9 or not 1 <= int(word) <= MOST_BATCH:
+            raise UsageError(
+                f"--batch {word}: expected whole numbers from 1 on, such as 1,64,4096, at most {MOST_BATCH:,}"
+            )
     return tuple(dict.fromkeys(int(word) for word in words or ()))
 
 
@@ -233,6 +237,29 @@ def _fitting(
         from sparselth.models import get_model
 
         get_model(model)
+
+
+def _check_numbers(threads: int | None, level: int | None, seed: int | None) -> None:
+    check_number("threads", threads, 1, cores(), "cores of this process")
+    check_number("level", level, 0, MOST)
+    check_number("seed", seed, 0, 2**53)
+
+
+def _check_memory(shapes: Sequence[str], model: str | None, train: bool, batches: Sequence[int]) -> None:
+    """What cannot be held is said before anything is measured."""
+    if not (shapes or model or train):
+        return
+    from sparselth.data.sets import DATASETS, FALLBACK, n_validation
+    from sparselth.measure.layers import check_memory, of_model, parse
+    from sparselth.models import get_model
+
+    for shape in shapes:
+        check_memory([parse(shape)], batches, f"`shape` {shape}")
+    if model is not None:
+        check_memory(of_model(get_model(model)), batches, f"`model` {model}")
+    if train:
+        images = DATASETS[FALLBACK].n_train
+        check_number("batch", max(batches), 1, images - n_validation(images), "training images")
 
 
 def _device(wanted: str, dtypes: Sequence[str]) -> str:

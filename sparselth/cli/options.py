@@ -26,8 +26,8 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
         found: list[int] = []
         for part in str(value).split(","):
             low, dash, high = part.strip().partition("-")
-            if not low.isdecimal() or (dash and not high.isdecimal()):
-                self.fail(f"{value!r}: expected numbers such as 3, 0-4 or 0,2,5", param, ctx)
+            if not low.isdecimal() or (dash and not high.isdecimal()) or len(part) > 32:
+                self.fail(f"{value!r:.60}: expected numbers such as 3, 0-4 or 0,2,5", param, ctx)
             if dash and int(high) < int(low):
                 self.fail(
                     f"{value!r}: {part.strip()} counts down; expected the smaller number first", param, ctx

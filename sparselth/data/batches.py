@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparselth.config import Cell
 from sparselth.data import Images
+from sparselth.data.sets import n_validation
 from sparselth.errors import UsageError
 from sparselth.streams import stream
 
@@ -44,8 +45,7 @@ class Resident:
 
     @property
     def n_validation(self) -> int:
-        """5,000 as in the paper, less for a small set."""
-        return min(5000, len(self.images) // 8)
+        return n_validation(len(self.images))
 
     @property
     def n_train(self) -> int:
@@ -74,6 +74,12 @@ class Resident:
             (torch.addcmul(self.shift, i.T.float(), self.scale)[None], y[None, None])
             for i, y in zip(torch.split(images, self.chunk), torch.split(labels, self.chunk), strict=True)
         ]
+
+
+def check_batch(batch: int, images: int) -> None:
+    """Raise UsageError where a batch is larger than what validation leaves of so many images."""
+    if batch > (most := images - n_validation(images)):
+        raise UsageError(f"`batch_size` {batch}: expected at most the {most} training images")
 
 
 class Gather:
@@ -105,8 +111,7 @@ class Batches:
     """
 
     def __init__(self, data: Resident, replicas: Sequence[Cell], batch: int) -> None:
-        if batch > data.n_train:
-            raise UsageError(f"`batch_size` {batch}: expected at most the {data.n_train} training images")
+        check_batch(batch, len(data.images))
         self.data, self.replicas, self.batch = data, replicas, batch
         self.steps_per_epoch = data.n_train // batch
         self.split = [data.split(replica.seed)[0] for replica in replicas]

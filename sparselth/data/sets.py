@@ -103,6 +103,11 @@ class DatasetSpec:
         return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()[:16]
 
 
+def n_validation(n: int) -> int:
+    """How many of n training images are held back: 5,000 as in the paper, less of a small set."""
+    return min(5000, n // 8)
+
+
 @dataclass(frozen=True, eq=False)
 class Images:
     """A data set in memory; a row of images is one image, flattened channel first."""

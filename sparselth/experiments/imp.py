@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sparselth.config import SCOPES, Cell, at_least, option
+from sparselth.errors import UsageError
 from sparselth.experiments.arms import ARMS
 from sparselth.experiments.base import Place, register
 from sparselth.experiments.training import Training
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from sparselth.runs import RunRecord
 
 
+MOST_LEVELS, MOST_CELLS = 10_000, 1_000_000
 PER_CLASS = 10  # training images that a score sees of every class, in the mean
 
 
@@ -68,11 +71,12 @@ class ImpConfig(Training):
         "What is trained under a level's mask; see `sparselth ls arms`.",
         _arms,
         ARMS,
+        ordered=False,
     )
     levels: int = option(
         10,
         "Turns of train and prune after the dense network.",
-        at_least(1, "level 0 is the dense network and always runs"),
+        at_least(1, "level 0 is the dense network and always runs", MOST_LEVELS),
     )
     rate: float = option(0.2, "Share of the remaining weights that one level prunes.", _share)
     scope: Literal["layer", "global"] = option(
@@ -83,7 +87,7 @@ class ImpConfig(Training):
     )
     one_shot: bool = option(False, "Prune the dense network straight to every level.")
     rewind: int = option(0, "Step whose weights a ticket goes back to.")
-    reinits: int = option(1, "Fresh draws per ticket in arms with fresh weights.", at_least(1))
+    reinits: int = option(1, "Fresh draws per ticket in arms with fresh weights.", at_least(1, most=1000))
 
     def check(self) -> None:
         super().check()
@@ -93,9 +97,26 @@ class ImpConfig(Training):
                 "rewind",
                 f"expected a step from 0 to {steps - 1}, because training ends at step {steps}",
             )
+        if self.reinits > 1 and not any(ARMS[arm].fresh for arm in self.arms):
+            raise self.wrong("reinits", "has no effect without an arm of fresh weights; add reinit to `arms`")
+        self.cells()
+        rungs = self.rungs()
+        for level, (before, after) in enumerate(pairwise(rungs), 1):
+            if before == after:
+                raise self.wrong(
+                    "levels",
+                    f"level {level} would prune nothing: at `rate` {self.rate:g} it rounds to no weight of "
+                    f"the {sum(before.values()):,} that are left",
+                )
 
     def cells(self) -> list[Cell]:
-        """Level 0 exists once a seed, as a ticket."""
+        """Level 0 exists once a seed, as a ticket; UsageError where there are too many to be listed."""
+        draws = sum(self.reinits if ARMS[arm].fresh else 1 for arm in self.arms)
+        if (number := len(self.seeds) * self.levels * draws) > MOST_CELLS:
+            raise UsageError(
+                f"`levels` {self.levels}: with these `seeds`, `arms` and `reinits` there are {number:,} "
+                f"networks to train; expected at most {MOST_CELLS:,}"
+            )
         return [
             Cell(seed, arm, level, draw)
             for seed in self.seeds

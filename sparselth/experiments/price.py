@@ -6,8 +6,10 @@ is the plan that runs.
 
 from __future__ import annotations
 
+import copy
 import heapq
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -34,6 +36,8 @@ from sparselth.pruning import prune
 from sparselth.streams import stream
 
 STRETCH = 5  # least steps between looks at the clock
+LONG = 0.5  # seconds of an evaluation that is not measured whole
+LARGEST = 1 << 28  # bytes of a file of recorded results
 CONTEXT = 5 * 10**8  # device memory that CUDA and its libraries take
 
 
@@ -98,7 +102,7 @@ def recorded(device: str, config: Training) -> tuple[str, Price]:
     folder = Path(__file__).resolve().parents[2] / "bench" / "results"
     file = Path(device)
     if not file.is_file():
-        files = sorted(folder.glob(f"*{device.lower()}*.json"))
+        files = [found for found in sorted(folder.glob("*.json")) if device.lower() in found.stem]
         if not files:
             known = ", ".join(sorted(f.stem for f in folder.glob("*.json"))) or "none"
             raise SparselthError(
@@ -108,11 +112,13 @@ def recorded(device: str, config: Training) -> tuple[str, Price]:
         timed = [f for f in files if '"train_step"' in f.read_text()]
         file = min(timed or files, key=lambda f: len(f.name))
     try:
+        if file.stat().st_size > LARGEST:
+            raise ValueError(f"larger than {LARGEST:,} bytes")
         data = json.loads(file.read_text())
         rows = [r for r in data["times"] if r["op"] == "train_step" and r["ours"] and "wrong" not in r]
         name = str(data["device"].get("name") or data["device"]["cpu"])
         found = {kind: _recorded_line(rows, kind, config) for kind in ("step", "evaluation")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise SparselthError(f"`price_on` {device}: {file} cannot be read ({error})") from error
     if not all(found.values()):
         recipe = config.recipe
@@ -133,11 +139,14 @@ def _recorded_line(rows: list[dict[str, Any]], kind: str, config: Training) -> d
     """Seconds by number of replicas."""
     recipe = config.recipe
     wanted = config.model, recipe.optimizer, recipe.batch_size, kind
-    return {
+    found = {
         int(row["replicas"]): float(min(way["median_s"] for way in row["ways"].values()))
         for row in rows
         if (row["model"], row["optimizer"], row["batch_size"], row["kind"]) == wanted
     }
+    if not all(0 < seconds < math.inf and replicas > 0 for replicas, seconds in found.items()):
+        raise ValueError(f"a time or a number of replicas of its {kind}s is none")
+    return found
 
 
 def _line(points: dict[int, float], x: int) -> float:
@@ -167,10 +176,13 @@ def measured(
     recipe = replace(config.recipe, steps=20_000, eval_every=20_000, lr_drops=(), warmup=0)
     rungs, shares = config.rungs(), config.remaining()
     overhead, last = 0.0, len(rungs) - 1
+    chunks = data.validation(seed)
+    part, shown = len(chunks), copy.copy(data)
+    shown.validation = lambda seed: chunks[:part]  # type: ignore[assignment]
 
     def timed(level: int, replicas: int) -> tuple[float, float]:
         """Seconds of a step of all, over 0.3 s, and of an evaluation."""
-        nonlocal overhead
+        nonlocal overhead, part
         mask = prune(model.params, weights[: model.params.mask_size], model.params.full_mask(), rungs[level])
         start = weights.clone()
         start[: model.params.mask_size] *= mask
@@ -182,10 +194,14 @@ def measured(
             )
             for draw in range(replicas)
         ]
+        part = len(chunks) if data.device == "cuda" else 1  # of images that take long a few tell enough
         began = time.perf_counter()
-        steps = prepare(model, data, jobs, recipe, config.kernels, break_even)
+        steps = prepare(model, shown, jobs, recipe, config.kernels, break_even)
         steps.advance(0, 1, lambda: False)
+        stepped = time.perf_counter()
         steps.measure()
+        if (time.perf_counter() - stepped) * len(chunks) < LONG:
+            part = len(chunks)
         overhead = time.perf_counter() - began
         stretch = max(STRETCH, steps.many)
         began, taken = time.perf_counter(), 1
@@ -194,7 +210,8 @@ def measured(
             synchronize()
         spent, began = time.perf_counter() - began, time.perf_counter()
         steps.measure()
-        return spent / (taken - 1), time.perf_counter() - began
+        share = sum(x.shape[2] for x, _ in chunks[:part]) / data.n_validation
+        return spent / (taken - 1), (time.perf_counter() - began) / share
 
     def synchronize() -> None:
         if data.device == "cuda":

@@ -15,15 +15,19 @@ from typing import Any
 
 from sparselth import data, machine, runs
 from sparselth.data import DatasetSpec
+from sparselth.data.batches import check_batch
 from sparselth.engine.paths import choose
-from sparselth.errors import UsageError
+from sparselth.errors import UsageError, check_number
 from sparselth.experiments.agenda import widest
 from sparselth.experiments.base import Experiment
 from sparselth.experiments.plan import Plan, Watcher
 from sparselth.experiments.pool import Pool, available_workers
+from sparselth.experiments.price import replica_bytes
 from sparselth.experiments.training import Training
 from sparselth.models import get_model
 from sparselth.registry import plugins
+
+MOST_REPLICAS = 100_000
 
 
 def plan(
@@ -38,17 +42,16 @@ def plan(
 ) -> Plan:
     """What `run` would do, not priced yet; nothing is written. Arguments are as there."""
     config.check()
-    for name, value in (("workers", workers), ("replicas", replicas)):
-        if value is not None and value < 1:
-            raise UsageError(f"`{name}` {value}: expected 1 or more")
+    check_number("workers", workers, 1, most_workers(), "four a core")
+    check_number("replicas", replicas, 1, MOST_REPLICAS)
     environment = machine.environment()
     images, why, even = None, "it trains nothing", dict[str, float]()
     if isinstance(config, Training):
         model = get_model(config.model)
         named = config.dataset or None
-        _check_shapes(config.model, data.get_dataset(named or model.dataset))  # before it is downloaded
+        _check_fit(config, data.get_dataset(named or model.dataset))  # before it is downloaded
         images = data.resolve(named, Path(data_dir) if data_dir else None, note, model.dataset)
-        _check_shapes(config.model, images.spec)
+        _check_fit(config, images.spec)
         device, why = machine.choose_device(config.device)
         kernels = "triton" if deterministic and device == "cuda" else config.kernels
         found: dict[str, Any] = {"dataset": images.spec.name, "device": device, "kernels": kernels}
@@ -68,10 +71,15 @@ def plan(
         images,
         Path(out) if out else Path("runs") / config.folder,
         why,
-        1 if cuda else workers or available_workers(config.device),
+        1 if cuda else min(workers or available_workers(config.device), together),
         min(replicas or (together if cuda else 1), together),
         environment,
     )
+
+
+def most_workers() -> int:
+    """More processes than that only wait for each other."""
+    return max(16, 4 * machine.cores())
 
 
 def run(
@@ -137,8 +145,17 @@ def _priced(plan: Plan, pool: Pool) -> Plan:
     return replace(plan, price=price, limit=limit)
 
 
-def _check_shapes(name: str, dataset: DatasetSpec) -> None:
+def _check_fit(config: Training, dataset: DatasetSpec) -> None:
+    """Raise UsageError where network, data set, batch and memory do not fit each other."""
+    name, recipe = config.model, config.recipe
     model = get_model(name)
+    check_batch(recipe.batch_size, dataset.n_train)
+    needed, there = replica_bytes(model, recipe), machine.memory_bytes()
+    if config.device != "cuda" and needed > there:
+        raise UsageError(
+            f"`batch_size` {recipe.batch_size}: one network of {name} takes about {needed / 1e9:,.0f} GB, "
+            f"there are {there / 1e9:.0f}"
+        )
     if dataset.shape != model.input:
         raise UsageError(
             f"`model` {name} takes images of {_shape(model.input)}, {dataset.name} has "

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from sparselth.data import Images
 
 
+MOST_SEEDS = 10_000
+
+
 def _datasets() -> Collection[str]:
     from sparselth.data import DATASETS
 
@@ -24,7 +27,9 @@ def _datasets() -> Collection[str]:
 
 def _different(seeds: tuple[int, ...]) -> str | None:
     right = seeds and len(set(seeds)) == len(seeds) and min(seeds) >= 0
-    return None if right else "expected different numbers from 0 on"
+    if not right:
+        return "expected different numbers from 0 on"
+    return None if len(seeds) <= MOST_SEEDS else f"expected at most {MOST_SEEDS:,} of them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,7 @@ class Training(Experiment):
     dataset: str = option(
         "", "The data set; see `sparselth ls datasets`.  [default: the model's]", choices=_datasets
     )
-    seeds: tuple[int, ...] = option((0, 1), "One network each: 3, 0-4 or 0,2,5.", _different)
+    seeds: tuple[int, ...] = option((0, 1), "One network each: 3, 0-4 or 0,2,5.", _different, ordered=False)
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Where to train.", choices=("auto", "cpu", "cuda")
     )
@@ -50,6 +55,19 @@ class Training(Experiment):
     def __post_init__(self) -> None:
         if self.recipe is None:
             object.__setattr__(self, "recipe", next(iter(get_model(self.model).recipes.values())))
+        super().__post_init__()
+
+    def check(self) -> None:
+        """Beside ranges: what would have no effect. A recipe of the model may be cut short as it stands."""
+        super().check()
+        recipe, known = self.recipe, get_model(self.model).recipes.values()
+        if recipe.warmup > recipe.steps and recipe.warmup not in {one.warmup for one in known}:
+            raise recipe.wrong("warmup", f"expected at most the {recipe.steps} `steps` of training")
+        beyond = any(drop >= recipe.steps for drop in recipe.lr_drops)
+        if beyond and recipe.lr_drops not in {one.lr_drops for one in known}:
+            raise recipe.wrong("lr_drops", f"expected steps below {recipe.steps}, where training ends")
+        if recipe.optimizer != "sgd" and recipe.momentum not in {0.9, *(one.momentum for one in known)}:
+            raise recipe.wrong("momentum", f"has no effect with {recipe.optimizer}; use `optimizer` sgd")
 
     def start(self, cell: Cell, place: Place) -> tuple[Tensor, Tensor]:
         """The mask [M] of a cell, and the weights [P] it starts from, before the mask."""

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparselth.errors import UsageError
+from sparselth.machine import memory_bytes
 from sparselth.models import Conv, Model, get_model
 
 LARGEST = 65536
@@ -84,7 +85,8 @@ class Layer:
 
 def parse(text: str) -> Layer:
     """The layer that `--shape` names."""
-    found = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+)x(\d+)@(\d+)x(\d+)(?:/(\d+))?(?:p(\d+))?)?", text.strip())
+    words = re.sub("n", r"([0-9]{1,9})", "nxn(?:xnxn@nxn(?:/n)?(?:pn)?)?")
+    found = re.fullmatch(words, text.strip())
     if not found:
         raise UsageError(
             f"`shape` {text}: expected outputs x inputs such as 4096x4096, or a convolution such as "
@@ -103,6 +105,8 @@ def parse(text: str) -> Layer:
     assert across
     assert height
     assert width
+    if (padding or 0) > max(down, across):
+        raise UsageError(f"`shape` {text}: expected a padding up to the size of the kernel")
     if down != across and padding is None:
         raise UsageError(f"`shape` {text}: a kernel that is not square needs its padding, such as p1")
     layer = Layer(
@@ -111,6 +115,18 @@ def parse(text: str) -> Layer:
     if min(layer.outputs) < 1:
         raise UsageError(f"`shape` {text}: the kernel is larger than the padded image")
     return layer
+
+
+def check_memory(layers: Sequence[Layer], batches: Sequence[int], what: str) -> None:
+    """Raise UsageError where layers and activations, in fp32 and float64, are more than there is memory."""
+    weights = sum(prod(layer.shape) for layer in layers)
+    images = max(batches) * max(prod(layer.inputs) + prod(layer.outputs) for layer in layers)
+    needed, there = 24 * weights + 16 * images, memory_bytes()
+    if needed > there:
+        raise UsageError(
+            f"{what}: takes about {needed / 1e9:,.0f} GB with a `batch` of {max(batches):,}, there are "
+            f"{there / 1e9:.0f}"
+        )
 
 
 def defaults() -> list[Layer]:
