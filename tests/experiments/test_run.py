@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from sparselth import data, machine
 from sparselth.config import EXPERIMENTS, Cell, Recipe, at_least, option
 from sparselth.errors import Interrupted, SparselthError, UsageError
 from sparselth.experiments.base import Experiment, Finished, Place, register
@@ -190,3 +191,53 @@ def test_an_experiment_that_trains_nothing(
     code, _, err = cli("imp", "--resume", "--out", "run")
     assert code == 1
     assert "holds a run with another experiment (squares there, imp here)" in err
+
+
+def test_run_hands_all_that_was_asked_for_to_the_plan(
+    config: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {
+        "out": "there", "data_dir": "images", "workers": 3, "replicas": 4, "deterministic": True,
+    }  # fmt: skip
+    given: dict[str, Any] = {}
+
+    def planned(config: ImpConfig, **more: Any) -> Plan:
+        given.update(config=config, **more)
+        raise Interrupted("enough")
+
+    monkeypatch.setattr("sparselth.experiments.run.plan", planned)
+    told = Listener()
+    with pytest.raises(Interrupted):
+        run(config(**SHORT), **asked, watcher=told)
+    assert given == {"config": config(**SHORT), "note": told.note, **asked}
+
+
+def test_a_plan_looks_for_the_data_where_it_is_told_to(
+    config: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Any] = []
+    images = data.load("mnist5k", Path())
+
+    def resolve(*where: Any) -> data.Images:
+        looked.append(where)
+        return images
+
+    monkeypatch.setattr(data, "resolve", resolve)
+    told = Listener()
+    assert plan(config(**SHORT), data_dir="images", note=told.note).images is images
+    plan(config(**SHORT, dataset=""), note=told.note)
+    assert looked == [
+        ("mnist5k", Path("images"), told.note, "mnist"),
+        (None, None, told.note, "mnist"),
+    ]
+
+
+@pytest.mark.parametrize(("deterministic", "kernels"), [(False, "auto"), (True, "triton")])
+def test_on_cuda_one_worker_trains_all_that_can_start_and_deterministic_by_our_kernels(
+    deterministic: bool, kernels: str, config: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "choose_device", lambda wanted: ("cuda", "it is said to be there"))
+    planned = plan(config(**SHORT | {"seeds": (0, 1)}, device="auto"), deterministic=deterministic, workers=7)
+    assert (planned.config.device, planned.config.kernels) == ("cuda", kernels)  # type: ignore[attr-defined]
+    assert (planned.workers, planned.limit, planned.why) == (1, 6, "it is said to be there")
+    assert planned.environment["break_even"] == {}
