@@ -1,0 +1,271 @@
+"""Every flag of every command does something, and what it does is read back: a flag without a case fails."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+
+from sparselth import machine, registry
+from sparselth.cli.bench import FEW, QUICK
+from sparselth.cli.bench import _nothing as says_nothing
+from sparselth.cli.main import cli, run
+from sparselth.config import EXPERIMENTS
+from sparselth.errors import SparselthError, UsageError
+from sparselth.experiments.imp import ImpConfig
+from sparselth.measure.race_layers import Outcome
+from sparselth.models import get_model
+from sparselth.runs import RunRecord, read
+
+
+@dataclass
+class Seen:
+    """A command that has ended: what it printed or raised, and what it asked the library for, by function."""
+
+    code: int | None = None
+    out: str = ""
+    err: str = ""
+    raised: Exception | None = None
+    asked: dict[str, dict[str, Any]] = field(default_factory=dict)
+    threads: int = 0
+
+    @property
+    def is_json(self) -> bool:
+        return self.out.startswith("{") and bool(json.loads(self.out))
+
+
+@dataclass
+class Case:
+    """A command, words behind it (of the group: before it), and what is read only where they stand."""
+
+    base: str
+    words: str
+    read: Callable[[Seen], Any]
+    expected: Any = True
+
+
+def of(function: str, argument: str) -> Callable[[Seen], Any]:
+    """An argument of a function of the library."""
+    return lambda seen: seen.asked.get(function, {}).get(argument)
+
+
+def setting(name: str) -> Callable[[Seen], Any]:
+    """A field of the configuration that is run, or of its recipe."""
+
+    def read(seen: Seen) -> Any:
+        config = seen.asked["run"]["config"]
+        return getattr(config if hasattr(config, name) else config.recipe, name)
+
+    return read
+
+
+def loaded(seen: Seen) -> bool:
+    return [file.name for file in registry.plugins()] == ["mine.py"]
+
+
+def looks_there(seen: Seen) -> bool:
+    return "/there; downloaded when first used" in seen.out
+
+
+# of imp: the word behind the flag, what the configuration then holds
+FIELDS: dict[str, tuple[str, Any]] = {
+    "model": ("lenet-300-100", "lenet-300-100"),
+    "seeds": ("3,5", (3, 5)),
+    "arms": ("ticket,random-mask", ("ticket", "random-mask")),
+    "levels": ("3", 3),
+    "rate": ("0.5", 0.5),
+    "scope": ("global", "global"),
+    "score": ("random", "random"),
+    "one_shot": ("", True),
+    "rewind": ("7", 7),
+    "reinits": ("2", 2),
+    "device": ("cpu", "cpu"),
+    "kernels": ("torch", "torch"),
+    "steps": ("123", 123),
+    "lr": ("0.25", 0.25),
+    "batch_size": ("13", 13),
+    "optimizer": ("sgd", "sgd"),
+    "weight_decay": ("0.01", 0.01),
+    "warmup": ("9", 9),
+    "lr_drops": ("10,20", (10, 20)),
+}
+IMP = "imp --dataset mnist5k"
+CASES: dict[tuple[str, str], Case] = (
+    {
+        ("imp", name): Case(IMP, f"--{name.replace('_', '-')} {word}", setting(name), value)
+        for name, (word, value) in FIELDS.items()
+    }
+    | {
+        ("imp", "dataset"): Case("imp", "--dataset mnist5k", setting("dataset"), "mnist5k"),
+        ("imp", "momentum"): Case(f"{IMP} --optimizer sgd", "--momentum 0.5", setting("momentum"), 0.5),
+        ("imp", "recipe"): Case(
+            IMP, "--recipe paper", setting("recipe"), get_model("lenet5").recipes["paper"]
+        ),
+        ("imp", "data_dir"): Case(IMP, "--data-dir there", of("run", "data_dir"), Path("there")),
+        ("imp", "workers"): Case(IMP, "--workers 3", of("run", "workers"), 3),
+        ("imp", "replicas"): Case(IMP, "--replicas 4", of("run", "replicas"), 4),
+        ("imp", "deterministic"): Case(IMP, "--deterministic", of("run", "deterministic")),
+        ("imp", "out"): Case(IMP, "--out there", of("run", "out"), Path("there")),
+        ("imp", "resume"): Case(IMP, "--resume", of("run", "resume")),
+        ("imp", "dry_run"): Case(IMP, "--dry-run --json", lambda seen: "run" not in seen.asked),
+        ("imp", "price_on"): Case(f"{IMP} --dry-run", "--price-on h200", of("recorded", "device"), "h200"),
+        ("imp", "as_json"): Case(IMP, "--json", lambda seen: seen.is_json),
+        ("imp", "quiet"): Case(IMP, "--quiet", lambda seen: seen.err, ""),
+        ("imp", "debug"): Case(f"{IMP} --levels 0", "--debug", lambda seen: type(seen.raised), UsageError),
+        ("bench", "sparsity"): Case("bench", "--sparsity 0.5,0.8", of("Asked", "sparsities"), (0.5, 0.8)),
+        ("bench", "shapes"): Case("bench", "--shape 4x8 --shape 8x4", of("Asked", "shapes"), ("4x8", "8x4")),
+        ("bench", "batch"): Case("bench", "--batch 2,3", of("Asked", "batches"), (2, 3)),
+        ("bench", "dtype"): Case("bench", "--dtype bf16", of("Asked", "dtypes"), ("bf16",)),
+        ("bench", "masks"): Case("bench", "--mask block", of("Asked", "kinds"), ("block",)),
+        ("bench", "run"): Case("bench", "--run run", of("bench_run", "path"), Path("run")),
+        ("bench", "level"): Case("bench --run run", "--level 1", of("bench_run", "level"), 1),
+        ("bench", "seed"): Case("bench --run run", "--seed 0", of("bench_run", "seed"), 0),
+        ("bench", "model"): Case("bench", "--model conv2", of("bench_model", "name"), "conv2"),
+        ("bench", "train"): Case("bench --model conv2", "--train", of("bench_training", "name"), "conv2"),
+        ("bench", "device"): Case("bench", "--device cpu", lambda seen: seen.err, ""),  # no word about CUDA
+        ("bench", "threads"): Case("bench", "--threads 2", lambda seen: seen.threads, 2),
+        ("bench", "quick"): Case("bench", "--quick", of("bench_layers", "seconds"), QUICK),
+        ("bench", "every"): Case("bench", "--all", lambda seen: seen.asked["report"]["every"]),
+        ("bench", "csv_file"): Case("bench", "--csv rows.csv", lambda seen: Path("rows.csv").is_file()),
+        ("bench", "out"): Case("bench", "--out there", lambda seen: Path("there/bench.json").is_file()),
+        ("bench", "data_dir"): Case(
+            "bench --run run", "--data-dir there", of("bench_run", "data_dir"), Path("there")
+        ),
+        ("bench", "as_json"): Case("bench", "--json", lambda seen: seen.is_json),
+        ("bench", "quiet"): Case("bench", "--quiet", of("bench_layers", "say"), says_nothing),
+        ("bench", "debug"): Case("bench --batch 0", "--debug", lambda seen: type(seen.raised), UsageError),
+        ("show", "as_json"): Case("show run", "--json", lambda seen: seen.is_json),
+        ("show", "debug"): Case("show no", "--debug", lambda seen: type(seen.raised), SparselthError),
+        ("ls", "data_dir"): Case("ls datasets", "--data-dir there", looks_there),
+        ("ls", "out"): Case("ls runs", "--out .", lambda seen: seen.out.startswith("run  ")),
+        ("ls", "as_json"): Case("ls arms", "--json", lambda seen: seen.is_json),
+        ("ls", "debug"): Case("ls armss", "--debug", lambda seen: type(seen.raised), UsageError),
+        ("doctor", "data_dir"): Case("doctor", "--data-dir there", looks_there),
+        ("doctor", "as_json"): Case("doctor", "--json", lambda seen: seen.is_json),
+        ("doctor", "debug"): Case("doctor", "--debug", lambda seen: type(seen.raised), SparselthError),
+        ("", "version"): Case("ls arms", "--version", lambda seen: "version" in seen.out),
+        ("", "plugin"): Case("ls arms", "--plugin mine.py", loaded),
+    }
+    | {
+        (base.partition(" ")[0], "plugin"): Case(base, "--plugin mine.py", loaded)
+        for base in (IMP, "bench", "show run", "ls arms", "doctor")
+    }
+)
+SILENT = ("show", "ls", "doctor")  # say nothing but what was asked for, so that --quiet changes nothing
+
+
+def flags() -> set[tuple[str, str]]:
+    """(command, parameter) of the package's own."""
+    context = click.Context(cli)
+    ours = [name for name in cli.list_commands(context) if name not in EXPERIMENTS or in_package(name)]
+    commands = {"": cli} | {name: cli.get_command(context, name) for name in ours}
+    return {
+        (name, str(param.name))
+        for name, command in commands.items()
+        for param in (command.params if command else ())
+        if isinstance(param, click.Option)
+    }
+
+
+def in_package(name: str) -> bool:
+    return EXPERIMENTS[name].__module__.startswith("sparselth.experiments.")
+
+
+def test_every_flag_has_a_case() -> None:
+    silent = {(name, "quiet") for name in SILENT}
+    assert flags() - silent - set(CASES) == set(), "give each a line in CASES that reads its effect back"
+    assert (set(CASES) | silent) - flags() == set()
+    shown = {f.name for f in fields(ImpConfig) if f.metadata.get("help")}
+    assert shown <= {name for command, name in CASES if command == "imp"}
+
+
+environment = cache(machine.environment)  # asks git and the driver
+
+
+@pytest.fixture
+def see(
+    finished: Callable[..., RunRecord], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Seen]:
+    """`see("ls", "arms")`: a command beside the folder `run`; nothing is trained and nothing measured."""
+    finished("--levels", "1", "--seeds", "0", "--arms", "ticket")
+    Path("mine.py").write_text("")
+    outcome = Outcome([{"check": "passed"}] * (FEW + 1), [], {}, {})
+    threads, seen = torch.get_num_threads(), Seen()
+    monkeypatch.setattr(registry, "_plugins", {})
+    monkeypatch.setattr(machine, "environment", environment)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sparselth.cli.bench.cores", lambda: 8)
+    monkeypatch.setattr("sparselth.engine.break_even.break_even", lambda *a: {})
+    monkeypatch.setattr("sparselth.experiments.run.priced", lambda plan: plan)
+    monkeypatch.setattr(
+        "sparselth.cli.doctor._training", lambda: {"name": "training", "ok": True, "detail": ""}
+    )
+
+    def catch(path: str, result: Callable[[], Any] | None = None) -> None:
+        """Write down what a function is called with; with `result` it is not called."""
+        module, _, name = path.rpartition(".")
+        real = getattr(__import__(module, fromlist=[name]), name)
+
+        def caught(*args: Any, **more: Any) -> Any:
+            seen.threads = torch.get_num_threads()
+            seen.asked[name] = inspect.signature(real).bind(*args, **more).arguments
+            return result() if result else real(*args, **more)
+
+        monkeypatch.setattr(path, caught)
+
+    catch("sparselth.experiments.run.run", lambda: read(Path("run")))
+    catch("sparselth.experiments.price.recorded")
+    catch("sparselth.measure.asked.Asked")
+    catch("sparselth.measure.race_layers.bench_layers", lambda: outcome)
+    for function in ("race_networks.bench_run", "race_networks.bench_model", "training.bench_training"):
+        catch(f"sparselth.measure.{function}", lambda: outcome)
+    catch("sparselth.report.bench_tables.report", lambda: "")
+    monkeypatch.setattr("sparselth.report.network_tables.report", lambda *a: "")
+    monkeypatch.setattr("sparselth.report.bench_figures.draw", lambda *a: [])
+
+    def call(*words: str) -> Seen:
+        seen.asked, seen.raised = {}, None
+        capsys.readouterr()
+        try:
+            seen.code = run(list(words))
+        except Exception as error:
+            seen.raised = error
+        finally:
+            torch.set_num_threads(threads)
+        seen.out, seen.err = capsys.readouterr()
+        return seen
+
+    return call
+
+
+@pytest.mark.parametrize(("command", "flag"), CASES)
+def test_a_flag_has_its_effect(
+    command: str, flag: str, see: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[command, flag]
+    if (command, flag) == ("doctor", "debug"):
+
+        def broken() -> dict[str, Any]:
+            raise SparselthError("no machine")
+
+        monkeypatch.setattr(machine, "environment", broken)
+    words = case.words.split()
+    assert case.read(see(*case.base.split())) != case.expected
+    found = see(*words, *case.base.split()) if command == "" else see(*case.base.split(), *words)
+    assert case.read(found) == case.expected, found.err
+
+
+@pytest.mark.parametrize("words", ["show run", "ls arms", "doctor"])
+def test_where_nothing_is_said_quiet_changes_nothing(words: str, see: Callable[..., Seen]) -> None:
+    spoken = see(*words.split())
+    out, code = spoken.out, spoken.code
+    quiet = see(*words.split(), "--quiet")
+    assert (quiet.code, quiet.out, quiet.err) == (code, out, "")
