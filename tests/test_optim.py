@@ -306,9 +306,10 @@ def test_state_dict_holds_packed_masks_in_row_major_order() -> None:
     assert MaskedSGD([param], masks={param: mask}).state_dict()["masks"][0].tolist() == [0b01011001, 0]
 
 
-def test_masks_change_from_level_to_level() -> None:
+@pytest.mark.parametrize("kernels", ["auto", "triton"])
+def test_masks_change_from_level_to_level(kernels: str) -> None:
     net = network()
-    optimizer = MaskedAdam(net.parameters(), masks=some(net, 0.8))
+    optimizer = MaskedAdam(net.parameters(), masks=some(net, 0.8), kernels=kernels)
     weight, bias = net[4].weight, net[4].bias
     backward(net, 0)
     optimizer.step()

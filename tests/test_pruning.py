@@ -102,3 +102,13 @@ def test_shuffle_keeps_the_counts_and_moves_the_places(seed: int, rate: float) -
     assert not torch.equal(moved, mask)
     gap = ~LENET.params.full_mask()
     assert not moved[gap].any()
+
+
+def test_shuffle_is_the_generator_s_draw() -> None:
+    mask = LENET.params.full_mask()
+    mask[::2] = False
+    one, same, other = (
+        pruning.shuffle(LENET.params, mask, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)

@@ -12,7 +12,7 @@ from sparselth.engine.dense import init_weights
 from sparselth.engine.state import Job, State
 from sparselth.models import get_model
 from sparselth.streams import stream
-from sparselth.train import Diverged, accuracies_on_test, fit
+from sparselth.train import Diverged, _evaluated, accuracies_on_test, fit
 
 LENET = get_model("lenet-300-100")
 TICKET = Cell(0, "ticket", 0)
@@ -81,6 +81,32 @@ def test_early_stop_is_the_evaluation_of_least_validation_loss(digits: Resident)
     ((at_early_stop, final),) = accuracies_on_test(LENET, digits, [Job(TICKET, state, mask)])
     assert accuracies_on_test(LENET, digits, [Job(TICKET, again, mask)])[0][1] == at_early_stop
     assert final != at_early_stop
+
+
+def test_of_equal_losses_the_first_is_the_early_stop() -> None:
+    state, mask = start(0, ADAM)
+    job = Job(TICKET, state, mask)
+    for step, loss in ((50, 0.5), (100, 0.25), (120, 0.25)):
+        state.step = step
+        state.weights += 1
+        _evaluated(job, loss, 0.75)
+        if step == 100:
+            best = state.weights.clone()
+    assert (state.best_step, state.best_loss) == (100, 0.25)
+    assert torch.equal(state.best_weights, best)
+
+
+@pytest.mark.parametrize("keep", [0, 20, 50, 60])
+def test_kept_weights_are_those_of_their_step_and_stay(digits: Resident, keep: int) -> None:
+    recipe = replace(ADAM, steps=80)
+    state, mask = start(0, recipe, keep=0.5)
+    fit(LENET, digits, [Job(TICKET, state, mask, keep_step=keep)], recipe)
+    short, _ = start(0, recipe, keep=0.5)
+    if keep:
+        fit(LENET, digits, [Job(TICKET, short, mask)], replace(recipe, steps=keep))
+    assert state.kept_weights is not None
+    assert torch.equal(state.kept_weights, short.weights)
+    assert not torch.equal(state.kept_weights, state.weights)
 
 
 def test_the_learning_rate_is_that_of_the_step() -> None:

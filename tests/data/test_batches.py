@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparselth.config import Cell
-from sparselth.data import load
+from sparselth.data import Images, get_dataset, load
 from sparselth.data.batches import Batches, Resident
 from sparselth.errors import UsageError
 from sparselth.streams import stream
@@ -67,6 +70,29 @@ def test_batches_are_the_scaled_images(digits: Resident) -> None:
     assert seen.shape == (1, 784, 500)
     expected = (digits.images[digits.split(0)[1]].double() / 255 - spec.mean[0]) / spec.std[0]
     torch.testing.assert_close(seen[0].T.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "floats"])
+def test_every_channel_is_scaled_by_its_own_mean_and_deviation(kind: str) -> None:
+    spec = replace(get_dataset("cifar10"), mean=(0.5, 0.25, 0.75), std=(0.25, 0.5, 0.125))
+    draw, n = np.random.default_rng(0), 3 * 32 * 32
+    pixels: Any = draw.integers(256, size=(16, n), dtype=np.uint8)
+    labels, whole = draw.integers(10, size=16), 255.0
+    if kind == "floats":
+        pixels, whole = pixels.astype(np.float32) / 255, 1.0
+    data = Resident(Images(spec, pixels, labels, pixels[:5], labels[:5], "", ""), "cpu", 2)
+    channels = torch.from_numpy(pixels).double().view(16, 3, 1024) / whole
+    expected = torch.stack([(channels[:, c] - spec.mean[c]) / spec.std[c] for c in range(3)], 1).flatten(1)
+    batches = Batches(data, [TICKET, Cell(1, "ticket", 0)], 4)
+    x, y = batches.at(1)
+    chosen = batches.index(1)
+    torch.testing.assert_close(x.mT.flatten(0, 1).double(), expected[chosen], rtol=1e-5, atol=1e-5)
+    assert torch.equal(y.flatten(), data.labels[chosen])
+    seen = torch.cat([x for x, _ in data.validation(0)], 2)[0].T
+    torch.testing.assert_close(seen.double(), expected[data.split(0)[1]], rtol=1e-5, atol=1e-5)
+    tested = torch.cat([x for x, _ in data.test()], 2)[0].T
+    torch.testing.assert_close(tested.double(), expected[:5], rtol=1e-5, atol=1e-5)
+    assert torch.equal(torch.cat([y for _, y in data.test()], 2).flatten(), data.labels[:5])
 
 
 def test_batch_larger_than_the_data_is_named(digits: Resident) -> None:

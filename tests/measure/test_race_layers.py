@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -199,6 +200,21 @@ def test_every_implementation_is_right(text: str, batch: int, kind: str) -> None
     assert found[-1]["dense_best"] == "dense eager"  # which takes and gives rows, as auto does
 
 
+def test_a_floor_counts_weights_inputs_and_outputs() -> None:
+    one = bench(only=("dense eager", "CSR"))
+    one.anchors = Anchors("cpu", ("fp32",), {1: 1e15}, {"fp32": 1e30})
+    cell = Cell(parse("64x48"), 5, "fp32", "random", 0.75)
+    rows = {row["implementation"]: row for row in one.measure(cell)}
+    mask = one.case(cell)[1]
+    moved = {"dense eager": 48, "CSR": int(mask.any(0).sum())}  # inputs that some output reads
+    for name, row in rows.items():
+        assert row["bytes"] == row["weight_bytes"] + 4 * 5 * (moved[name] + 64)
+        assert row["floor_s"] == pytest.approx(row["bytes"] / 1e15)
+        assert row["floor_fraction"] == pytest.approx(row["floor_s"] / row["median_s"])
+    assert rows["dense eager"]["flops"] == 2 * 5 * 64 * 48
+    assert rows["CSR"]["flops"] == 2 * 5 * int(mask.sum())
+
+
 def test_weight_bytes_count_every_index() -> None:
     found = {
         row["implementation"]: row for row in bench().measure(Cell(parse("64x48"), 2, "fp32", "random", 0.75))
@@ -216,25 +232,32 @@ def test_peak_bytes_count_what_a_kernel_works_on() -> None:
     assert row["peak_bytes"] >= row["weight_bytes"] + 4 * 2 * (8 * 8 * 8 + 6 * 8 * 8) + 4 * 6 * 10 * 10
 
 
-def wrong(case: rivals.Case) -> Ready:
-    def bind(x: torch.Tensor) -> rivals.Bound:
-        def run() -> torch.Tensor:
-            y = F.linear(x, case.weight)
-            y[-1, -1] += 1e-3 * float(y.abs().max())
-            return y
+def off(by: float) -> Callable[[rivals.Case], Ready]:
+    """The product, but for one number that is off by a share of the largest."""
 
-        return run, run
+    def make(case: rivals.Case) -> Ready:
+        def bind(x: torch.Tensor) -> rivals.Bound:
+            def run() -> torch.Tensor:
+                y = F.linear(x, case.weight)
+                y[-1, -1] += by * float(y.abs().max())
+                return y
 
-    return Ready(1, bind)
+            return run, run
+
+        return Ready(1, bind)
+
+    return make
 
 
-def test_a_wrong_result_has_no_time_and_is_nobodys_best() -> None:
+@pytest.mark.parametrize("by", [1e-3, math.inf, math.nan])
+def test_a_wrong_result_has_no_time_and_is_nobodys_best(by: float) -> None:
     for kind in ("ours", "dense"):
         found = bench(
-            only=("dense eager", "CSR"), more=(Rival("wrong", kind, lambda c: True, wrong, rows=True),)
+            only=("dense eager", "CSR"), more=(Rival("wrong", kind, lambda c: True, off(by), rows=True),)
         ).measure(Cell(parse("32x32"), 4, "fp32", "random", 0.5))
         row = found[-1]
         assert row["median_s"] is row["speedup"] is None
+        assert row["max_rel_error"] == (pytest.approx(by, rel=0.1) if math.isfinite(by) else None)
         assert "against float64" in row["check"]
         assert {r["dense_best"] for r in found} == {"dense eager"}
         assert race_layers.Outcome(found, [], {}, {}).failed

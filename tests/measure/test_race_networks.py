@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -269,14 +270,18 @@ def test_a_step_of_training(name: str) -> None:
     json.dumps(found.rows, allow_nan=False)
 
 
-def test_a_wrong_gradient_and_a_woken_weight_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by", [1 + 1e-3, math.nan])
+def test_a_wrong_gradient_fails(by: float, monkeypatch: pytest.MonkeyPatch) -> None:
     right = training._gradient
-    monkeypatch.setattr(training, "_gradient", lambda *a: right(*a) * (1 + 1e-3))
+    monkeypatch.setattr(training, "_gradient", lambda *a: right(*a) * by)
     found = bench_training(MODEL, 0.9, 16, quiet)
     assert {row["check"] for row in found.rows} == {"failed"}
     assert found.failed
-    monkeypatch.setattr(training, "_gradient", right)
+    errors = [row["max_rel_error"] for row in found.rows]
+    assert errors == [pytest.approx(1e-3, rel=0.1) if math.isfinite(by) else None] * len(errors)
 
+
+def test_a_woken_weight_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     step = training._our_step
 
     def woken(*a: Any) -> training.Step:

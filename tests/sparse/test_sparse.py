@@ -35,9 +35,10 @@ from sparselth.measure.floors import precision
 from sparselth.models import MODELS
 from sparselth.models.torch import sequential
 from sparselth.sparse.device import Device
-from sparselth.sparse.forms import FORMS
+from sparselth.sparse.forms import FORMS, Formed
 
 timing = importlib.import_module("sparselth.sparse.times")
+converting = importlib.import_module("sparselth.sparse.convert")
 csr, slots = (importlib.import_module(f"sparselth.sparse.forms.{name}") for name in ("csr", "slots"))
 Timer = Callable[[Mapping[str, Call], Any], Any]
 NATIVE = "csr_tiled", "sparse_conv2d", "native"  # the last is a network of ours
@@ -408,6 +409,28 @@ def test_a_wrong_candidate_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> N
     masks, x = random_masks(model, 0.1), torch.randn(8, *shape)
     converted = sparse.convert(model, masks, x)
     assert "csr_tiled" not in {layer.chosen for layer in converted.report.layers}
+    assert "(wrong by" in sparse.explain(converted)
+    close(converted(x), dense(model, masks, x))
+
+
+@pytest.mark.skipif(_native.LIB is None, reason="no native kernels")
+@pytest.mark.parametrize("by", [1.001, math.nan])
+def test_a_wrong_network_is_never_chosen(by: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though every layer of it has passed its check, and it is the fastest of all."""
+    monkeypatch.setattr(timing, "seconds", prefer(*NATIVE, "mixed"))
+    model, shape = lenet_300_100()
+    masks, x = random_masks(model, 0.1), torch.randn(8, *shape)
+    assert sparse.convert(model, masks, x).report.chosen == "mixed"
+    right = converting.network
+
+    def network(plan: list[Formed]) -> Callable[[Tensor], Tensor]:
+        run = right(plan)
+        return (lambda x: by * run(x)) if any(form.kind == "ours" for form in plan) else run
+
+    monkeypatch.setattr(converting, "network", network)
+    converted = sparse.convert(model, masks, x)
+    assert {layer.chosen for layer in converted.report.layers} == {"dense"}
+    assert converted.report.checks["mixed"].fault
     assert "(wrong by" in sparse.explain(converted)
     close(converted(x), dense(model, masks, x))
 
