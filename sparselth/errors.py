@@ -12,6 +12,14 @@ from collections.abc import Iterable
 LONGEST = 1000  # characters of a message
 
 
+def one_line(text: str) -> str:
+    """The text on one line of LONGEST characters at most, control characters escaped."""
+    text = " ".join(text.split())
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+
+
 class SparselthError(Exception):
     """Something failed that the user can mend; the message names it and says what to do (exit 1).
 
@@ -19,12 +27,7 @@ class SparselthError(Exception):
     """
 
     def __str__(self) -> str:
-        text = " ".join(super().__str__().split())
-        if not text.isprintable():
-            text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-        if len(text) > LONGEST:
-            text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
-        return text
+        return one_line(super().__str__())
 
 
 class UsageError(SparselthError):

@@ -6,6 +6,7 @@ full of something else: then it is as if it were not there. Imports no torch.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,24 @@ def errors_named(file: Path) -> Iterator[None]:
             f"cannot write {error.filename or file}: {error.strerror}; "
             "what is finished is kept, mend this and continue with `resume`, or choose another `out`"
         ) from error
+
+
+def content(file: Path, most: int) -> bytes:
+    """The bytes of a regular file; OSError where it is larger or none: a pipe would wait, a device never end."""
+    if not file.is_file():
+        kind = errno.EINVAL if file.exists() else errno.ENOENT
+        raise OSError(kind, "expected a file" if kind == errno.EINVAL else os.strerror(kind), str(file))
+    if file.stat().st_size > most:
+        raise OSError(errno.EFBIG, f"larger than {most:,} bytes", str(file))
+    return file.read_bytes()
+
+
+def read_json(file: Path, most: int = 1 << 24) -> Any:
+    """What a file of JSON says; OSError as of `content`, ValueError where it is no JSON."""
+    try:
+        return json.loads(content(file, most))
+    except RecursionError:
+        raise ValueError("JSON that is nested too deep") from None
 
 
 # ---- lines of JSON
@@ -121,9 +140,6 @@ def load_arrays(file: Path, only: str | None = None) -> tuple[Arrays, dict[str, 
 # ---- the user's cache
 
 
-CACHE_BYTES = 1 << 24  # a larger file is none of ours
-
-
 def cache_folder() -> Path:
     """$XDG_CACHE_HOME/sparselth or ~/.cache/sparselth; RuntimeError where there is no home."""
     chosen = os.environ.get("XDG_CACHE_HOME", "")
@@ -132,9 +148,8 @@ def cache_folder() -> Path:
 
 def read_cache(name: str) -> dict[str, Any]:
     """What `write_cache` kept under this name; {} where nothing can be read."""
-    with suppress(OSError, ValueError, RuntimeError):  # the last without a home, or of JSON nested too deep
-        file = cache_folder() / f"{name}.json"
-        found = json.loads(file.read_text()) if file.is_file() and file.stat().st_size <= CACHE_BYTES else {}
+    with suppress(OSError, ValueError, RuntimeError):  # the last without a home
+        found = read_json(cache_folder() / f"{name}.json")
         if isinstance(found, dict):
             return found
     return {}

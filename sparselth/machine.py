@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
@@ -12,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sparselth import __version__
-from sparselth.errors import SparselthError
+from sparselth.errors import SparselthError, one_line
+from sparselth.files import read_json
 
+RESULTS = 1 << 28  # bytes of a file of results at most
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "safetensors", "matplotlib", "click", "rich")
 
 
@@ -91,18 +92,18 @@ def ran_on_gpus(folder: Path | None = None) -> str:
     found = []
     for file in sorted(folder.glob("*.json")):
         try:
-            data = json.loads(file.read_text())
+            data = read_json(file, RESULTS)
             if not str(data.get("schema", "")).startswith("sparselth.gpu_check/"):
                 continue
-            ran = {check["op"] for check in data["checks"] if "skipped" not in check}
-            wrong = {check["op"] for check in data["checks"] if not check["ok"]}
-            lacks = [op for op in data["ops"] if op not in ran]
+            ran = {str(check["op"]) for check in data["checks"] if "skipped" not in check}
+            wrong = {str(check["op"]) for check in data["checks"] if not check["ok"]}
+            lacks = [op for op in map(str, data["ops"]) if op not in ran]
             words = [f"{data['device']['name']}: {len(ran - wrong)} of {len(data['ops'])} ops right"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
         words += [f"wrong: {', '.join(sorted(wrong))}"] if wrong else []
         words += [f"not run: {', '.join(lacks)}"] if lacks else []
-        found.append("; ".join(words))
+        found.append(one_line("; ".join(words)))
     return ". ".join(found) or "no Triton kernel and no CUDA graph of this version has run on a GPU yet"
 
 

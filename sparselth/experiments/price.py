@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import heapq
-import json
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -31,13 +30,14 @@ from sparselth.engine.state import Job, State
 from sparselth.errors import SparselthError
 from sparselth.experiments.agenda import Agenda, widest
 from sparselth.experiments.training import Training
+from sparselth.files import read_json
+from sparselth.machine import RESULTS
 from sparselth.models import Model, get_model
 from sparselth.pruning import prune
 from sparselth.streams import stream
 
 STRETCH = 5  # least steps between looks at the clock
 LONG = 0.5  # seconds of an evaluation that is not measured whole
-LARGEST = 1 << 28  # bytes of a file of recorded results
 CONTEXT = 5 * 10**8  # device memory that CUDA and its libraries take
 
 
@@ -109,16 +109,14 @@ def recorded(device: str, config: Training) -> tuple[str, Price]:
                 f"`price_on` {device}: nothing was recorded on such a device (recorded: {known}); "
                 "bench/gpu_check.py, run there, records it"
             )
-        timed = [f for f in files if '"train_step"' in f.read_text()]
+        timed = [f for f in files if b'"train_step"' in f.read_bytes()]
         file = min(timed or files, key=lambda f: len(f.name))
     try:
-        if file.stat().st_size > LARGEST:
-            raise ValueError(f"larger than {LARGEST:,} bytes")
-        data = json.loads(file.read_text())
+        data = read_json(file, RESULTS)
         rows = [r for r in data["times"] if r["op"] == "train_step" and r["ours"] and "wrong" not in r]
         name = str(data["device"].get("name") or data["device"]["cpu"])
         found = {kind: _recorded_line(rows, kind, config) for kind in ("step", "evaluation")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise SparselthError(f"`price_on` {device}: {file} cannot be read ({error})") from error
     if not all(found.values()):
         recipe = config.recipe
