@@ -51,7 +51,7 @@ def errors_named(file: Path) -> Iterator[None]:
 
 
 def content(file: Path, most: int) -> bytes:
-    """The bytes of a regular file; OSError where it is larger or none: a pipe would wait, a device never end."""
+    """The bytes of a regular file; OSError where it is none, as pipes and devices, or larger."""
     if not file.is_file():
         kind = errno.EINVAL if file.exists() else errno.ENOENT
         raise OSError(kind, "expected a file" if kind == errno.EINVAL else os.strerror(kind), str(file))

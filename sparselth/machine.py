@@ -12,7 +12,6 @@ from typing import Any
 
 from sparselth import __version__
 from sparselth.errors import SparselthError, one_line
-from sparselth.files import read_json
 
 RESULTS = 1 << 28  # bytes of a file of results at most
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "safetensors", "matplotlib", "click", "rich")
@@ -86,6 +85,8 @@ def ran_on_gpus(folder: Path | None = None) -> str:
     `folder` is bench/results of the checkout unless given; a wheel has none and says so. A file that cannot
     be read, or is of something else, counts as not there.
     """
+    from sparselth.files import read_json  # numpy takes its time
+
     folder = folder or Path(__file__).resolve().parents[1] / "bench" / "results"
     if not folder.is_dir():
         return "not known here: bench/results of the checkout tells"
