@@ -17,8 +17,7 @@ from torch import Tensor
 
 from sparselth.config import Cell
 from sparselth.data import Images
-from sparselth.data.sets import n_validation
-from sparselth.errors import UsageError
+from sparselth.data.sets import check_batch, n_validation
 from sparselth.streams import stream
 
 Chunk = tuple[Tensor, Tensor]  # images [1, K, B] fp32, labels [1, 1, B] int64
@@ -74,12 +73,6 @@ class Resident:
             (torch.addcmul(self.shift, i.T.float(), self.scale)[None], y[None, None])
             for i, y in zip(torch.split(images, self.chunk), torch.split(labels, self.chunk), strict=True)
         ]
-
-
-def check_batch(batch: int, images: int) -> None:
-    """Raise UsageError where a batch is larger than what validation leaves of so many images."""
-    if batch > (most := images - n_validation(images)):
-        raise UsageError(f"`batch_size` {batch}: expected at most the {most} training images")
 
 
 class Gather:

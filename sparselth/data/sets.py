@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sparselth.errors import SparselthError
+from sparselth.errors import SparselthError, UsageError
 from sparselth.registry import Registry
 
 
@@ -106,6 +106,12 @@ class DatasetSpec:
 def n_validation(n: int) -> int:
     """How many of n training images are held back: 5,000 as in the paper, less of a small set."""
     return min(5000, n // 8)
+
+
+def check_batch(batch: int, images: int) -> None:
+    """Raise UsageError where a batch is larger than what validation leaves of so many images."""
+    if batch > (most := images - n_validation(images)):
+        raise UsageError(f"`batch_size` {batch}: expected at most the {most} training images")
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from typing import Any
 
 from sparselth import data, machine, runs
 from sparselth.data import DatasetSpec
-from sparselth.data.batches import check_batch
+from sparselth.data.sets import check_batch
 from sparselth.engine.paths import choose
 from sparselth.errors import UsageError, check_number
 from sparselth.experiments.agenda import widest

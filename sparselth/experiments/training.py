@@ -60,7 +60,10 @@ class Training(Experiment):
     def check(self) -> None:
         """Beside ranges: what would have no effect. A recipe of the model may be cut short as it stands."""
         super().check()
+        from sparselth.data.sets import check_batch, get_dataset
+
         recipe, known = self.recipe, get_model(self.model).recipes.values()
+        check_batch(recipe.batch_size, get_dataset(self.dataset or get_model(self.model).dataset).n_train)
         if recipe.warmup > recipe.steps and recipe.warmup not in {one.warmup for one in known}:
             raise recipe.wrong("warmup", f"expected at most the {recipe.steps} `steps` of training")
         beyond = any(drop >= recipe.steps for drop in recipe.lr_drops)
