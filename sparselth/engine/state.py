@@ -36,8 +36,8 @@ class State:
     kept_weights: Tensor | None = None  # [1, P] at the job's `keep_step`
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0  # of a batch of R, an R-th
-    step_seconds: float = 0.0  # of `seconds`, those that steps took
-    pace: list[float] = field(default_factory=list)  # seconds a step, between one evaluation and the next
+    step_seconds: float = 0.0  # those that steps took, processor time on a CPU
+    pace: list[float] = field(default_factory=list)  # of these a step, between one evaluation and the next
     bytes: int = 0  # weights, gradients, optimizer state, masks and indices while training
     layout: Layout | None = None
 

@@ -29,7 +29,9 @@ class Finished:
     cell: Cell
     line: dict[str, Any]
     evaluations: list[dict[str, Any]]
-    timings: dict[str, float]  # train_seconds in all; step_seconds, the median; of a batch its share
+    timings: dict[
+        str, Any
+    ]  # train_seconds of wall time; step_seconds, the median by `clock`; of a batch its share
 
 
 @dataclass(frozen=True)

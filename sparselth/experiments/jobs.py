@@ -103,6 +103,7 @@ def _finished(
         {
             "train_seconds": state.seconds,
             "step_seconds": statistics.median(state.pace),
+            "clock": "wall" if state.weights.is_cuda else "processor",
         },
     )
 
