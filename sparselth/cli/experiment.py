@@ -103,6 +103,10 @@ def _main(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) 
     _inherit(experiment, flags, given)
     config = _configured(experiment, flags)
     config.check()  # before torch and data take their seconds
+    if flags.get("data_dir"):
+        from sparselth import data
+
+        data.data_dir(flags["data_dir"])
     other_device = flags.get("price_on")
     if other_device and not flags["dry_run"]:
         raise UsageError("`price_on`: prices a plan that is not run; add `dry_run`")
@@ -127,14 +131,15 @@ def _main(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) 
     screen = Screen(flags["quiet"])
     record = run(config, **arguments, resume=flags["resume"], watcher=screen)
     from sparselth.cli.show import report
+    from sparselth.report.page import fill
 
     report(record, flags["as_json"], screen.wall)
     if not flags["as_json"]:
         folder = record.path / "figures"
         figures = ", ".join(file.name for file in sorted(folder.glob("*.png")))
-        print(f"\nfigures  {folder}: {figures}" if figures else "")
+        print("\n" + fill(f"{folder}: {figures}", " " * 9, "figures  ") if figures else "")
         if screen.wall:
-            print(f"wall     {screen.compared()}")
+            print(screen.compared())
         print(f"run      {record.path}")
 
 

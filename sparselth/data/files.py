@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import io
 import os
+import re
 import socket
 import stat
 import tempfile
@@ -49,14 +50,23 @@ TIMEOUT = 10.0  # seconds without a byte until a download is given up
 
 
 def data_dir(flag: Path | None) -> Path:
-    """The folder of all data sets: --data-dir, else SPARSELTH_DATA, else the user's cache folder."""
+    """The folder of all data sets: --data-dir, else SPARSELTH_DATA, else the user's cache folder.
+
+    One that the user named and that is not there raises SparselthError.
+    """
     chosen = flag or os.environ.get("SPARSELTH_DATA")
     try:
-        return (Path(chosen).expanduser() if chosen else cache_folder() / "data").absolute()
+        folder = (Path(chosen).expanduser() if chosen else cache_folder() / "data").absolute()
     except RuntimeError:  # no home, as in some containers
         raise MissingData(
             f"{chosen or '~/.cache'}: there is no home folder; pass `data_dir` FOLDER"
         ) from None
+    if chosen and not folder.is_dir():
+        name = "`data_dir`" if flag else "SPARSELTH_DATA"
+        raise SparselthError(
+            f"{name} {chosen}: there is no such folder; into one that is there, what it lacks is downloaded"
+        )
+    return folder
 
 
 def look(name: str, flag: Path | None) -> Images:
@@ -184,7 +194,7 @@ def fetch(name: str, folder: Path) -> None:
         cause = textwrap.shorten(str(error) or type(error).__name__, 240, placeholder=" ...")
         raise SparselthError(
             f"cannot download {spec.title} into {folder.absolute()}: {cause}; {_how_to_get(spec, folder)}"
-        ) from None
+        ) from error
     finally:
         socket.setdefaulttimeout(timeout)
         for path in made:
@@ -197,12 +207,14 @@ def resolve(
 ) -> Images:
     """The data set a command works on: read, or downloaded and read.
 
-    `name` and `folder_flag` are --dataset and --data-dir, None where the user gave none. Without a
-    name it is `default`; if that is neither there nor to be downloaded it is mnist5k, where images of
-    its shape are wanted, and `note` is called with one line that says so. Files that are there but
-    damaged are an error in every case.
+    `name` and `folder_flag` are --dataset and --data-dir, None where the user gave none. Who named a set or
+    a folder (also by SPARSELTH_DATA) gets it or an error. Where nobody did and the `default` is neither there
+    nor to be downloaded, it is mnist5k if images of its shape are wanted, and `note` is called with two short
+    lines that say so. Files that are there but damaged are an error in every case.
     """
     spec = get_dataset(default if name is None else name)
+    if folder_flag:
+        data_dir(folder_flag)  # is there, whether it is needed or not
     if spec.torchvision is None and spec.read is None:
         return load(spec.name, ASSETS)
     asked = folder_flag or os.environ.get("SPARSELTH_DATA")
@@ -212,7 +224,7 @@ def resolve(
         if asked:
             raise
         if spec.read is None:
-            return _stand_in(spec, name, note, error)
+            return _stand_in(spec, name is not None, note, error)
         folder = NOWHERE
     if spec.read is not None:
         return load(spec.name, folder)
@@ -220,7 +232,7 @@ def resolve(
         if asked or _reachable(folder / spec.folder):
             return load(spec.name, folder)
     except MissingData:
-        if asked and not _writable(folder):
+        if asked and not os.access(folder, os.W_OK | os.X_OK):
             raise SparselthError(
                 f"{folder} does not hold {spec.title} and is read-only, so it cannot be downloaded there; "
                 f"{_how_to_get(spec, folder)}"
@@ -228,22 +240,28 @@ def resolve(
     try:
         fetch(spec.name, folder)
     except SparselthError as error:
-        return _stand_in(spec, name, note, error)
+        return _stand_in(spec, name is not None or bool(asked), note, error)
     return load(spec.name, folder)
 
 
 def _stand_in(
-    spec: DatasetSpec, name: str | None, note: Callable[[str], None], error: SparselthError
+    spec: DatasetSpec, named: bool, note: Callable[[str], None], error: SparselthError
 ) -> Images:
-    """What is taken for a data set that nobody named and that cannot be had; the error where nothing is."""
+    """What is taken for a data set that cannot be had; the error where it was named, or nothing fits."""
     spare = DATASETS[FALLBACK]
-    if name is not None or spec.shape != spare.shape:
+    if named or spec.shape != spare.shape:
         raise error
     note(
-        f"NOT using {spec.title}, but {FALLBACK}: {spare.n_train:,} training and {spare.n_test:,} test "
-        f"images that come with sparselth, so expect lower accuracies ({error})"
+        f"NOT using {spec.title}: it cannot be downloaded ({_briefly(error)})\n"
+        f"but {FALLBACK}, {spare.n_train:,} + {spare.n_test:,} digits of it; `data_dir` FOLDER if you have it"
     )
     return load(FALLBACK, ASSETS)
+
+
+def _briefly(error: SparselthError) -> str:
+    """Why, in up to 36 characters: what torchvision got last, without the wrappings of urllib."""
+    text = (str(error.__cause__ or error).strip().splitlines() or [type(error.__cause__).__name__])[-1]
+    return textwrap.shorten(re.sub(r"urlopen error|\[Errno -?\d+\]|[<>]", "", text), 36, placeholder=" ...")
 
 
 def _how_to_get(spec: DatasetSpec, folder: Path) -> str:
@@ -262,12 +280,6 @@ def _reachable(folder: Path) -> bool:
     except OSError as error:
         return isinstance(error, FileNotFoundError)
     return True
-
-
-def _writable(folder: Path) -> bool:
-    """Whether files can be made in `folder`, or in the nearest folder above it that exists."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return os.access(there, os.W_OK | os.X_OK)
 
 
 def _find(path: Path, remedy: str) -> Path:

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from sparselth import data
+from sparselth.cli.options import as_flags
 from sparselth.data import DATASETS, MissingData, data_dir, fetch, load, resolve
 from sparselth.data.sets import CifarFile, IdxFile
 from sparselth.errors import SparselthError, UsageError
@@ -276,6 +277,9 @@ def test_unknown_name(tmp_path: Path) -> None:
 
 
 def test_data_dir_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("flag", "here", "home/env"):
+        (tmp_path / name).mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("SPARSELTH_DATA", "~/env")
@@ -319,7 +323,8 @@ def test_failed_download_leaves_nothing(
 ) -> None:
     fake_torchvision(monkeypatch, unreachable)
     before = socket.getdefaulttimeout()
-    message = failure(lambda: fetch("mnist", cache), cache / RAW, "timed out", *tiny, "`dataset` mnist5k")
+    parts = (cache / RAW, "timed out", *tiny, "`dataset` mnist5k")
+    message = failure(lambda: fetch("mnist", cache), *parts)
     assert "Traceback" not in message
     assert not cache.exists()
     assert not cache.parent.exists()
@@ -362,9 +367,58 @@ def test_fall_back_is_loud_and_only_without_a_name(
     assert not notes
     assert resolve(None, None, notes.append).spec.name == "mnist5k"
     (said,) = notes
-    assert "\n" not in said
-    for part in ("NOT using MNIST", "mnist5k", "4,000", str(cache), "timed out"):
-        assert part in said
+    first, second = said.splitlines()
+    assert "NOT using MNIST" in first
+    assert "timed out" in first
+    assert "mnist5k, 4,000 + 1,000" in second
+
+
+@pytest.mark.parametrize("fault", ["x" * 500, "one\ntwo " * 40])
+def test_the_note_of_the_fall_back_is_two_lines_of_a_terminal(
+    tiny: dict[str, bytes], cache: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    def download(root: Path) -> None:
+        raise OSError(fault)
+
+    fake_torchvision(monkeypatch, download)
+    notes: list[str] = []
+    resolve(None, None, notes.append)
+    lines = as_flags(notes[0]).splitlines()
+    assert len(lines) == 2
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("by", ["flag", "environment"])
+def test_a_folder_that_was_named_is_used_or_an_error(
+    tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """The set inside the package stands in only for those who named neither a set nor a folder."""
+    there = tmp_path / "there"
+    if by == "environment":
+        monkeypatch.setenv("SPARSELTH_DATA", str(there))
+    flag, name = (there, "`data_dir`") if by == "flag" else (None, "SPARSELTH_DATA")
+    fake_torchvision(monkeypatch, no_download)
+    failure(lambda: resolve(None, flag, pytest.fail), name, there, "no such folder")
+    if flag:
+        failure(lambda: resolve("mnist5k", flag, pytest.fail), name, there, "no such folder")
+    else:
+        assert resolve("mnist5k", flag, pytest.fail).spec.name == "mnist5k"  # which needs none
+    fake_torchvision(monkeypatch, unreachable)
+    there.mkdir()
+    call = partial(resolve, None, flag, pytest.fail)
+    failure(call, "cannot download MNIST", there, "timed out")
+
+
+def test_without_a_home_the_set_inside_the_package_is_there(
+    tiny: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    notes: list[str] = []
+    assert resolve(None, None, notes.append).spec.name == "mnist5k"
+    assert "there is no home" in notes[0]
 
 
 def test_cifar10_is_downloaded_and_nothing_stands_in_for_it(
@@ -400,8 +454,9 @@ def test_read_only_folder(
     tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None, by: str
 ) -> None:
     fake_torchvision(monkeypatch, no_download)
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    there = tmp_path / "not" / "there"
+    there = tmp_path / "there"
+    there.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != there)
     if by == "environment":
         monkeypatch.setenv("SPARSELTH_DATA", str(there))
     failure(lambda: resolve(name, there if by == "flag" else None, pytest.fail), there / RAW, "read-only")
