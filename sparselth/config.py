@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from types import UnionType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from sparselth.errors import UsageError, unknown
@@ -33,14 +34,17 @@ def option(
     choices: Collection[str] | Callable[[], Collection[str]] | None = None,
     added: bool = False,
     ordered: bool = True,
+    before: Any = MISSING,
 ) -> Any:
     """A field of a configuration; without `help` it has no flag.
 
     `choices` are the names it may hold, or a function that imports them. `added` fields came after runs had
-    been written: at their default they leave a configuration's digest as it was. Values that are not
-    `ordered` are sorted, so that equal plans are equal: numbers by size, names as `choices` has them.
+    been written, with `before`, their default unless given: with it they leave a configuration's digest as it
+    was, and a config.json without them has it. Values that are not `ordered` are sorted, so that equal plans
+    are equal: numbers by size, names as `choices` has them.
     """
     metadata = {"help": help, "check": check, "choices": choices, "added": added, "ordered": ordered}
+    metadata["before"] = default if before is MISSING else before
     return field(default=default, metadata=metadata)
 
 
@@ -84,6 +88,8 @@ def _kinds(options: Any) -> dict[str, Any]:
 
 def _not_a(kind: Any, value: Any) -> str | None:
     """What was expected of a field of that type, or None where the value is of it."""
+    if isinstance(kind, UnionType):  # of a type and None
+        return None if value is None else _not_a(get_args(kind)[0], value)
     if get_origin(kind) is tuple:
         if not isinstance(value, tuple):
             return "expected a list"
@@ -161,7 +167,7 @@ class Options:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """Inverse of `to_json`: `added` fields that `data` lacks take their default.
+        """Inverse of `to_json`: `added` fields that `data` lacks are what they were before.
 
         A field that is unknown, one that has been there from the first and is missing, and one of another
         type or out of its range raise UsageError. Names may be unknown here, as those of a plugin.
@@ -173,17 +179,18 @@ class Options:
         for what, names in (("unknown", [name for name in data if name not in known]), ("missing", missing)):
             if names:
                 raise UsageError(f"{what} {', '.join(names)}; it was written by another version")
+        data = {name: f.metadata["before"] for name, f in known.items() if f.metadata.get("added")} | data
         kinds = _kinds(cls)
         found = cls(**{name: _from_json(kinds[name], value) for name, value in data.items()})
         found._check(names=False)
         return found
 
     def identity(self) -> dict[str, Any]:
-        """What tells this object from another: its JSON without what was added and is at its default."""
+        """What tells this object from another: its JSON without what was added and is as before."""
         data = self.to_json()
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.metadata.get("added") and value == f.default:
+            if f.metadata.get("added") and value == f.metadata["before"]:
                 del data[f.name]
             elif isinstance(value, Options):
                 data[f.name] = value.identity()
@@ -215,7 +222,7 @@ class Recipe(Options):
     lr_drops: tuple[int, ...] = option(
         (), "Steps at which the learning rate is divided by ten, e.g. 20000,25000.", _drops, ordered=False
     )
-    eval_every: int = option(100, check=at_least(1))
+    eval_every: int = option(100, "Steps between evaluations.", at_least(1))
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update that takes `step` to `step + 1`."""

@@ -48,8 +48,8 @@ def imp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunRec
     monkeypatch.chdir(tmp_path)
 
     def call(*flags: str, out: str = "run", steps: int = 100) -> RunRecord:
-        words = ["imp", "--model", "lenet-300-100", "--dataset", "mnist5k", "--quiet", "--out", out]
-        assert run([*words, "--steps", str(steps), *flags]) == 0
+        words = ["imp", "--model", "lenet-300-100", "--dataset", "mnist5k", "--seeds", "0,1", "--quiet"]
+        assert run([*words, "--out", out, "--steps", str(steps), *flags]) == 0
         return read(Path(out))
 
     return call

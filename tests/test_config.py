@@ -62,6 +62,7 @@ EQUAL = ImpConfig(
     levels=2,
     rewind=20,
     device="cpu",
+    eval_images=0,
     recipe=Recipe(steps=100, lr=1.2e-3),
 )
 
@@ -80,7 +81,7 @@ def test_config_json_gives_an_equal_configuration_and_only_adds_fields() -> None
     data = json.loads(json.dumps(config.to_json()))
     assert config_from_json(data) == config
     before = json.loads(BEFORE)
-    assert set(data) - set(before) == {"experiment", "score"}
+    assert set(data) - set(before) == {"experiment", "score", "eval_images"}
     assert data["experiment"] == "imp"
     assert {name: value for name, value in EQUAL.to_json().items() if name in before} == before
 
@@ -89,7 +90,7 @@ def test_every_setting_but_what_was_added_tells_digests_apart() -> None:
     other: dict[str, Any] = {
         "model": "lenet5", "dataset": "mnist", "seeds": (1,), "arms": ("ticket",), "levels": 3, "rate": 0.3,
         "scope": "global", "one_shot": True, "rewind": 1, "reinits": 2, "device": "cuda", "kernels": "torch",
-        "score": "random", "recipe": replace(EQUAL.recipe, lr=1e-3),
+        "score": "random", "eval_images": 1000, "recipe": replace(EQUAL.recipe, lr=1e-3),
     }  # fmt: skip
     assert set(other) == {f.name for f in fields(ImpConfig)}
     digests = {replace(EQUAL, **{name: value}).digest for name, value in other.items()}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import MISSING, Field
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 import click
@@ -86,6 +87,8 @@ def as_flags(text: str) -> str:
 def flag(of: Field[Any], kind: Any, recipes: bool = False) -> click.Option:
     """The flag of a field of type `kind`; with `recipes` its default is the recipe's."""
     choices, default, text = of.metadata["choices"], of.default, as_flags(of.metadata["help"])
+    if isinstance(kind, UnionType):  # of a type and None
+        kind, _ = get_args(kind)
     if recipes:
         known = "" if default in (MISSING, ()) else f", {default}"
         text, default = f"{text}  [default: the recipe's{known}]", None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from functools import cached_property, lru_cache
 from typing import Protocol
 
@@ -26,12 +27,12 @@ Chunk = tuple[Tensor, Tensor]  # images [1, K, B] fp32, labels [1, 1, B] int64
 class Resident:
     """A data set as tensors on one device, with its split into training and validation images."""
 
-    def __init__(self, images: Images, device: str, chunk: int) -> None:
-        """`chunk`: images of one evaluation batch."""
+    def __init__(self, images: Images, device: str, chunk: int, most: int = 0) -> None:
+        """`chunk`: images of one evaluation batch; `most`: of an evaluation, at most, 0 is all."""
         self.images = torch.from_numpy(images.train_images).to(device)
         self.labels = torch.from_numpy(images.train_labels).to(device)
         self._test = torch.from_numpy(images.test_images), torch.from_numpy(images.test_labels)
-        self.device, self.chunk = device, chunk
+        self.device, self.chunk, self.most = device, chunk, most
         pixels = self.images.shape[1] // len(images.spec.mean)
         mean, std = (
             torch.tensor(values, dtype=torch.float32, device="cpu").repeat_interleave(pixels)[:, None]
@@ -54,19 +55,37 @@ class Resident:
     def n_test(self) -> int:
         return len(self._test[0])
 
+    @property
+    def n_validated(self) -> int:
+        """Validation images that an evaluation looks at."""
+        return min(self.most or self.n_validation, self.n_validation)
+
+    @property
+    def n_tested(self) -> int:
+        """Test images that are looked at."""
+        return min(self.most or self.n_test, self.n_test)
+
+    def sample(self, most: int) -> Resident:
+        """The same images, of which an evaluation looks at so many at most."""
+        other = copy(self)
+        other.most = most
+        other.validation = lru_cache(maxsize=4)(other._validation)
+        return other
+
     def split(self, seed: int) -> tuple[Tensor, Tensor]:
         """Indices of the training and of the validation images; the same for every arm and level."""
         order = torch.randperm(len(self.images), generator=stream(seed, "data", 0, "split"), device="cpu")
         return order[self.n_validation :], order[: self.n_validation]
 
     def _validation(self, seed: int) -> list[Chunk]:
-        """The validation images of a seed in evaluation batches."""
-        index = self.split(seed)[1].to(self.device)
+        """The validation images of a seed that are looked at, in evaluation batches."""
+        index = self.split(seed)[1][: self.n_validated].to(self.device)
         return self._chunks(self.images[index], self.labels[index])
 
     def test(self) -> list[Chunk]:
-        """The test images in evaluation batches."""
-        return self._chunks(*(t.to(self.device) for t in self._test))
+        """The test images that are looked at, evenly spread, in evaluation batches."""
+        index = torch.arange(self.n_tested, device="cpu") * self.n_test // self.n_tested
+        return self._chunks(*(t[index].to(self.device) for t in self._test))
 
     def _chunks(self, images: Tensor, labels: Tensor) -> list[Chunk]:
         return [

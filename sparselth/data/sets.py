@@ -98,6 +98,11 @@ class DatasetSpec:
     read: Read | None = None
 
     @property
+    def n_validation(self) -> int:
+        """Of the training images, 5,000 as in Frankle & Carbin 2019, less for a small set."""
+        return min(5000, self.n_train // 8)
+
+    @property
     def digest(self) -> str:
         """16 hex digits that name the content of all files."""
         return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()[:16]

@@ -238,7 +238,8 @@ def _work(connection: Connection, stop: Flag, parent: int, work: Work) -> None:
                 return
             if data is None and isinstance(config, Training):
                 assert work.images is not None
-                data = Resident(work.images, config.device, get_model(config.model).evaluation_batch)
+                chunk = get_model(config.model).evaluation_batch
+                data = Resident(work.images, config.device, chunk, config.eval_images or 0)
             if isinstance(task, int):
                 assert data is not None
                 assert isinstance(config, Training)

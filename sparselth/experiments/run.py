@@ -23,7 +23,7 @@ from sparselth.experiments.base import Experiment
 from sparselth.experiments.plan import Plan, Watcher
 from sparselth.experiments.pool import Pool, available_workers
 from sparselth.experiments.price import replica_bytes
-from sparselth.experiments.training import Training
+from sparselth.experiments.training import Training, evaluated_images
 from sparselth.models import get_model
 from sparselth.registry import plugins
 
@@ -54,8 +54,13 @@ def plan(
         _check_fit(config, images.spec)
         device, why = machine.choose_device(config.device)
         kernels = "triton" if deterministic and device == "cuda" else config.kernels
+        most = config.eval_images
+        if most is None:
+            most = evaluated_images(config.recipe, images.spec)
+        elif most >= max(images.spec.n_validation, images.spec.n_test):
+            most = 0
         found: dict[str, Any] = {"dataset": images.spec.name, "device": device, "kernels": kernels}
-        config = replace(config, **found)
+        config = replace(config, **found, eval_images=most)
         environment |= {"dataset": config.dataset, "data_sha256": images.digest}
         paths = choose(kernels, device)
         if paths.csr_linear.takes != "none":

@@ -13,7 +13,7 @@ from sparselth.models import MODELS, get_model
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparselth.data import Images
+    from sparselth.data import DatasetSpec, Images
 
 
 MOST_SEEDS = 10_000
@@ -32,6 +32,24 @@ def _different(seeds: tuple[int, ...]) -> str | None:
     return None if len(seeds) <= MOST_SEEDS else f"expected at most {MOST_SEEDS:,} of them"
 
 
+def _at_most(images: int | None) -> str | None:
+    return None if images is None or images >= 0 else "expected 0 (all) or more"
+
+
+LEAST = 1000  # images that an evaluation looks at, unless it is asked to or there are no more
+
+
+def evaluated_images(recipe: Recipe, dataset: DatasetSpec) -> int:
+    """Images of an evaluation, at most, with which evaluations take no longer than training; 0 is all.
+
+    By products: an image that is trained on costs three times one that is looked at. The test images are seen
+    twice, at early stop and at the end.
+    """
+    rounds = -(-recipe.steps // recipe.eval_every) + 2
+    most = max(LEAST, 3 * recipe.steps * recipe.batch_size // rounds)
+    return 0 if most >= max(dataset.n_validation, dataset.n_test) else most
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training(Experiment):
     """A network, a data set, seeds and a recipe; a subclass has `cells`, `start` and `table` at least."""
@@ -40,7 +58,9 @@ class Training(Experiment):
     dataset: str = option(
         "", "The data set; see `sparselth ls datasets`.  [default: the model's]", choices=_datasets
     )
-    seeds: tuple[int, ...] = option((0, 1), "One network each: 3, 0-4 or 0,2,5.", _different, ordered=False)
+    seeds: tuple[int, ...] = option(
+        (0, 1, 2, 3, 4), "One network each: 3, 0-4 or 0,2,5.", _different, ordered=False
+    )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Where to train.", choices=("auto", "cpu", "cuda")
     )
@@ -49,6 +69,14 @@ class Training(Experiment):
         "What the steps run on: the fastest here, our Triton kernels, or dense torch as the reference.",
         choices=KERNELS,
     )
+    eval_images: int | None = option(
+        None,
+        "Validation images, and test images, that an evaluation looks at, at most; 0 is all.  "
+        "[default: all, fewer where evaluations would take longer than training]",
+        _at_most,
+        added=True,
+        before=0,
+    )  # a number once the data set is known
     recipe: Recipe = field(default=None)  # type: ignore[assignment]  # the model's first unless given
     rewind = 0  # the step that tickets go back to; an option where there is a choice
 
@@ -128,11 +156,8 @@ class Training(Experiment):
         return f"{100 * self.remaining()[cell.level]:.1f} %"
 
     def said(self, line: dict[str, Any]) -> str:
-        return (
-            f"{100 * line['weights_remaining']:.1f} % left: "
-            f"test {100 * line['accuracy_at_early_stop']:.2f} % at step {line['early_stop_step']:,}, "
-            f"{100 * line['final_accuracy']:.2f} % at the end"
-        )
+        left, accuracy = line["weights_remaining"], line["accuracy_at_early_stop"]
+        return f"{100 * left:.1f} %: test {100 * accuracy:.2f} %"
 
     def plan(self, images: Images | None, finished: int) -> dict[str, str]:
         assert images is not None

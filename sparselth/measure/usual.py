@@ -111,12 +111,14 @@ class Usual:
     def run_seconds(self, config: Training, images: Images, cells: Iterable[Cell]) -> tuple[float, float]:
         """Cells of a run one after another: steps, and evaluations as often as the run has them."""
         recipe, training, evaluating = config.recipe, 0.0, 0.0
-        validation = min(VALIDATION, len(images.train_labels) // 8)
+        most = config.eval_images or len(images.test_labels) + VALIDATION
+        validation = min(most, VALIDATION, len(images.train_labels) // 8)
+        test = min(most, len(images.test_labels))
         for cell in cells:
             steps = recipe.steps - config.start_step(cell)
             training += steps * self.step
             rounds = -(-steps // recipe.eval_every)
-            evaluating += (rounds * validation + 2 * len(images.test_labels)) * self.image
+            evaluating += (rounds * validation + 2 * test) * self.image
         return training, evaluating
 
 

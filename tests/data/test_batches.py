@@ -108,3 +108,22 @@ def test_streams_differ_in_every_part_of_their_name() -> None:
     assert len(draws) == len(names)
     again = torch.rand(4, generator=stream(*names[0]))
     assert tuple(again.tolist()) in draws
+
+
+def test_an_evaluation_may_look_at_fewer_images() -> None:
+    """The first validation images, the test images evenly spread; training sees what it always does."""
+    images = load("mnist5k", Path())
+    whole, few = Resident(images, "cpu", 60), Resident(images, "cpu", 60, 100)
+    assert [whole.n_validated, whole.n_tested] == [500, 1000]
+    for some in (few, whole.sample(100)):
+        assert [some.n_validated, some.n_tested, some.n_train] == [100, 100, 3500]
+        for ours, theirs in zip(some.split(3), whole.split(3), strict=True):
+            assert torch.equal(ours, theirs)
+        x, y = (torch.cat(parts, dim=2) for parts in zip(*some.validation(3), strict=True))
+        rest, labels = (torch.cat(parts, dim=2) for parts in zip(*whole.validation(3), strict=True))
+        assert torch.equal(x, rest[:, :, :100])
+        assert torch.equal(y, labels[:, :, :100])
+        tested = torch.cat([labels for _, labels in some.test()], dim=2).flatten()
+        assert torch.equal(tested, torch.from_numpy(images.test_labels)[::10])
+    assert sum(x.shape[2] for x, _ in whole.test()) == 1000
+    assert sum(x.shape[2] for x, _ in Resident(images, "cpu", 60, 9999).test()) == 1000

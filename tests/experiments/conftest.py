@@ -19,6 +19,7 @@ def config() -> Callable[..., ImpConfig]:
         values: dict[str, Any] = {
             "model": "lenet-300-100",
             "dataset": "mnist5k",
+            "seeds": (0, 1),
             "levels": 3,
             "device": "cpu",
             "recipe": Recipe(steps=1000, lr=1e-3),

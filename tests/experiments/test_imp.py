@@ -57,9 +57,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
     from sparselth.runs import read
 
     out = tmp_path_factory.mktemp("runs") / "small"
-    words = (
-        "imp --model lenet-300-100 --dataset mnist5k --quiet --levels 2 --steps 200 --rewind 30 --reinits 2"
-    )
+    words = "imp --model lenet-300-100 --dataset mnist5k --seeds 0,1 --levels 2 --steps 200 --rewind 30"
+    words += " --reinits 2 --quiet"
     assert run([*words.split(), "--arms", ALL_ARMS, "--out", str(out)]) == 0
     return read(out)
 

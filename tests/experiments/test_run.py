@@ -13,6 +13,7 @@ import pytest
 
 from sparselth import data, machine
 from sparselth.config import EXPERIMENTS, Cell, Recipe, at_least, option
+from sparselth.data.files import NotToBeHad
 from sparselth.errors import Interrupted, SparselthError, UsageError
 from sparselth.experiments.base import Experiment, Finished, Place, register
 from sparselth.experiments.imp import ImpConfig
@@ -115,11 +116,15 @@ def test_a_run_in_python_warns_of_what_a_user_must_know(
     """A set that nobody named and that cannot be had is another one."""
 
     def offline(name: str, folder: Path) -> None:
-        raise SparselthError("no network")
+        raise NotToBeHad("no network")
 
     monkeypatch.setattr("sparselth.data.files.fetch", offline)
-    with pytest.warns(UserWarning, match="NOT using MNIST, but mnist5k"):
-        planned = plan(config(**SHORT, dataset=""), data_dir=str(tmp_path), out=str(tmp_path / "run"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("SPARSELTH_DATA", raising=False)
+    with pytest.warns(
+        UserWarning, match=r"NOT using MNIST: it cannot be downloaded \(no network\)\nbut mnist5k"
+    ):
+        planned = plan(config(**SHORT, dataset=""), out=str(tmp_path / "run"))
     assert planned.config.to_json()["dataset"] == "mnist5k"
     assert planned.path == tmp_path / "run"
 
