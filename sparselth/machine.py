@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,47 @@ def environment() -> dict[str, Any]:
         "cores": cores(),
         "gpu": gpu_name(),
     }
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+class Neighbours:
+    """Who else uses the cores of this process, from its making on."""
+
+    def __init__(self) -> None:
+        self.wall, self.own, self.all = time.monotonic(), time.process_time(), _busy_seconds()
+
+    def cores_taken(self) -> float:
+        """How many cores other processes ask for, 0 where they do not matter or nothing can be known.
+
+        What they used, by /proc/stat; and, where they left this process less than a core, what it lacked: of
+        h others and this one, each gets cores / (h + 1).
+        """
+        wall, own = time.monotonic() - self.wall, time.process_time() - self.own
+        now = _busy_seconds()
+        if self.all is None or now is None or wall <= 0 or own <= 0:
+            return 0.0
+        taken = max((now - self.all - own) / wall, cores() * wall / own - 1 if wall > 1.1 * own else 0.0)
+        return taken if taken >= 0.2 else 0.0
+
+
+def _busy_seconds() -> float | None:
+    """Processor time that the cores of this process have spent for anybody; None where it is not told."""
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+    except OSError:
+        return None
+    ours = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    # user nice system idle iowait irq softirq steal: all but the fourth and the fifth are work
+    times = [
+        [int(field) for field in words[1:9]] for line in lines if (words := line.split()) and words[0] in ours
+    ]
+    if not times:
+        return None
+    return sum(sum(row[:3]) + sum(row[5:]) for row in times) / os.sysconf("SC_CLK_TCK")
 
 
 def version(package: str) -> str | None:

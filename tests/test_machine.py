@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sparselth import machine
 from sparselth.machine import ran_on_gpus
 
 NONE = "no Triton kernel and no CUDA graph of this version has run on a GPU yet"
@@ -56,3 +58,34 @@ def test_the_page_of_the_kernels_has_every_target(monkeypatch: pytest.MonkeyPatc
     table = (ROOT / "docs" / "kernels.md").read_text()
     for target in gpu_check.TARGETS:
         assert target.op == "train_step" or f"| `{target.op}`" in table, target.op
+
+
+def test_neighbours_are_who_takes_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cores, ten seconds: what others used, or what this process lacked, whichever is more."""
+
+    def taken(own: float, everybody: float | None) -> float:
+        clocks = {"monotonic": iter((0.0, 10.0)), "process_time": iter((0.0, own))}
+        everybodys = iter((100.0, None if everybody is None else 100 + everybody))
+        for name, values in clocks.items():
+            monkeypatch.setattr(machine.time, name, lambda values=values: next(values))
+        monkeypatch.setattr(machine, "_busy_seconds", lambda: next(everybodys))
+        monkeypatch.setattr(machine, "cores", lambda: 2)
+        return machine.Neighbours().cores_taken()
+
+    assert taken(own=10, everybody=10) == 0  # alone
+    assert taken(own=10, everybody=11) == 0  # a little is always going on
+    assert taken(own=10, everybody=20) == pytest.approx(1)
+    assert taken(own=5, everybody=20) == pytest.approx(
+        3
+    )  # a quarter of both cores: three others and this one
+    assert taken(own=10, everybody=None) == 0  # nothing can be known
+
+
+def test_time_that_our_cores_spent_is_read_from_proc() -> None:
+    before, began = machine._busy_seconds(), time.process_time()
+    while time.process_time() - began < 0.1:
+        pass
+    after = machine._busy_seconds()
+    assert before is not None
+    assert after is not None
+    assert after - before > 0.05

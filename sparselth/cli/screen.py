@@ -14,6 +14,7 @@ from sparselth.experiments.agenda import widest
 from sparselth.experiments.plan import Plan, Watcher
 from sparselth.experiments.price import Price
 from sparselth.experiments.training import Training
+from sparselth.report.page import fill
 
 LONG_SECONDS = 60  # a run that took longer is compared with the usual loop
 There = tuple[str, Price]  # another device, and its prices
@@ -50,11 +51,12 @@ class Screen(Watcher):
         assert wall is not None
         training, evaluating = wall["usual_training_seconds"], wall["usual_evaluation_seconds"]
         times, threads = (training + evaluating) / wall["seconds"], wall["usual_threads"]
-        return (
+        return fill(
             f"{duration(wall['seconds'])} for {wall['cells']} networks on {wall['workers']} workers. "
-            f"One after another by the usual loop\n         (DataLoader, autograd, torch.optim): training "
-            f"{duration(training)}, evaluation {duration(evaluating)}, {times:.0f} times as long;\n         "
-            f"extrapolated from {wall['usual_steps_timed']} steps on {threads} thread{'s' * (threads > 1)}"
+            "One after another by the usual loop (DataLoader, autograd, torch.optim): training "
+            f"{duration(training)}, evaluation {duration(evaluating)}, {times:.0f} times as long; "
+            f"extrapolated from {wall['usual_steps_timed']} steps on {threads} thread{'s' * (threads > 1)}",
+            *(" " * 9, "wall     "),
         )
 
 
@@ -90,6 +92,9 @@ def plan_json(plan: Plan, there: There | None) -> dict[str, Any]:
         "seconds": plan.seconds,
         "bytes": plan.bytes,
     }
+    if plan.price and isinstance(plan.config, Training):
+        found["evaluation_share"] = plan.price.evaluation_share(plan.config, plan.finished)
+        found["busy_cores"] = plan.price.busy
     if there:
         name, seconds, size = _there(plan, there)
         found["price_on"] = {"device": name, "seconds": seconds, "bytes": size}
@@ -119,6 +124,13 @@ def say_plan(plan: Plan, there: There | None = None) -> None:
             step += f", {1e3 * price.batches[limit]:.2f} of {limit}"
         size = f"{plan.bytes / 1e9 + 0.2:.1f} GB of memory"
         rows["price"] = f"about {duration(plan.seconds)} ({step}), {size}"
+        if isinstance(config, Training):
+            rows["price"] += f"; {100 * price.evaluation_share(config, plan.finished):.0f} % of it evaluation"
+        if price.busy:
+            alone = plan.seconds / price.slowdown(plan.workers)
+            rows["busy"] = (
+                f"others use {price.busy:.1f} of {price.cores} cores now; without them {duration(alone)}"
+            )
     if there:
         name, seconds, bytes_ = _there(plan, there)
         rows["there"] = (
@@ -126,5 +138,5 @@ def say_plan(plan: Plan, there: There | None = None) -> None:
             f"{bytes_ / 1e9:.1f} GB; from recorded steps"
         )
     for name, text in (rows | {"folder": str(plan.path)}).items():
-        print(f"{name:<9}{text}", file=sys.stderr)
+        print(fill(text, " " * 9, f"{name:<9}"), file=sys.stderr)
     sys.stderr.flush()

@@ -244,9 +244,7 @@ def resolve(
     return load(spec.name, folder)
 
 
-def _stand_in(
-    spec: DatasetSpec, named: bool, note: Callable[[str], None], error: SparselthError
-) -> Images:
+def _stand_in(spec: DatasetSpec, named: bool, note: Callable[[str], None], error: SparselthError) -> Images:
     """What is taken for a data set that cannot be had; the error where it was named, or nothing fits."""
     spare = DATASETS[FALLBACK]
     if named or spec.shape != spare.shape:

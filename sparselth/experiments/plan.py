@@ -32,10 +32,11 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """When the last missing cell will be finished."""
+        """When the last missing cell will be finished, beside whoever else is busy here."""
         if self.price is None or not isinstance(self.config, Training):
             return None
-        return self.price.run_seconds(self.config, self.finished, self.workers, self.limit)
+        alone = self.price.run_seconds(self.config, self.finished, self.workers, self.limit)
+        return alone * self.price.slowdown(self.workers)
 
     @property
     def bytes(self) -> int | None:

@@ -6,20 +6,20 @@ is the plan that runs.
 
 from __future__ import annotations
 
-import copy
 import heapq
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import prod
+from math import fsum, prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from sparselth import machine
 from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Resident
 from sparselth.engine.choose import prepare, trains_alone
@@ -37,16 +37,17 @@ from sparselth.pruning import prune
 from sparselth.streams import stream
 
 STRETCH = 5  # least steps between looks at the clock
-LONG = 0.5  # seconds of an evaluation that is not measured whole
+LARGEST = 1 << 28  # bytes of a file of recorded results
 CONTEXT = 5 * 10**8  # device memory that CUDA and its libraries take
 
 
 @dataclass(frozen=True)
 class Price:
-    """What cells cost on a device.
+    """What cells cost on a device; on a CPU in processor time, which does not count who else has its cores.
 
     `batches` are seconds of a dense step by number of replicas, from 1 on; `levels` is the share of it that
-    a step takes by level, where sparse layers cost less. Images are those of an evaluation.
+    a step takes by level, where sparse layers cost less. Images are those of an evaluation. While it was
+    measured, others had `busy` of the `cores`.
     """
 
     batches: dict[int, float]
@@ -56,17 +57,33 @@ class Price:
     fixed_bytes: int  # of a worker, without replicas
     replica_bytes: int
     overhead_seconds: float = 0.0  # of a batch, beside steps and evaluations
+    busy: float = 0.0
+    cores: int = 1
 
     def batch_seconds(self, config: Training, cells: list[Cell]) -> float:
+        return sum(self._parts(config, cells)) + self.overhead_seconds
+
+    def _parts(self, config: Training, cells: list[Cell]) -> tuple[float, float]:
+        """Seconds of the steps of a batch, and of its evaluations."""
         recipe = config.recipe
         share = sum(self.levels[cell.level] for cell in cells) / len(cells)
         steps = recipe.steps - min(config.start_step(cell) for cell in cells)
         evaluations = -(-steps // recipe.eval_every) + 2 * self.test_share
-        seconds = steps * _line(self.batches, len(cells)) + evaluations * _line(self.validation, len(cells))
-        return seconds * share + self.overhead_seconds
+        trained, looked = steps * _line(self.batches, len(cells)), _line(self.validation, len(cells))
+        return trained * share, evaluations * looked * share
+
+    def evaluation_share(self, config: Training, finished: Collection[Cell]) -> float:
+        """The share of evaluations in the time of the cells that are missing, in [0, 1]."""
+        parts = [self._parts(config, [cell]) for cell in config.cells() if cell not in finished]
+        steps, evaluations = (fsum(part) for part in zip(*parts, strict=True)) if parts else (0.0, 0.0)
+        return evaluations / ((steps + evaluations) or 1.0)
+
+    def slowdown(self, workers: int) -> float:
+        """How much longer workers take beside others who go on as they are, cores being shared evenly."""
+        return max(1.0, (min(workers, self.cores) + self.busy) / self.cores) if self.busy else 1.0
 
     def run_seconds(self, config: Training, finished: Iterable[Cell], workers: int, limit: int) -> float:
-        """When the last batch ends, by going through the schedule."""
+        """When the last batch ends, by going through the schedule; on a machine of its own."""
         agenda, clock, busy = Agenda(config, finished), 0.0, list[tuple[float, int, list[Cell]]]()
         for number in range(10**9):
             while len(busy) < workers and (cells := agenda.next(limit)):
@@ -162,7 +179,8 @@ def measured(
     config: Training, data: Resident, break_even: Mapping[str, float], limit: int
 ) -> tuple[Price, int]:
     """Time a few steps of one dense network and of as many as train at once, and, where sparse is cheaper,
-    of sparse ones; and evaluations. Nothing of it is kept. Also how many replicas fit into memory.
+    of sparse ones; and a batch of an evaluation. Nothing of it is kept. Also how many replicas fit into
+    memory.
     """
     model = get_model(config.model)
     each = replica_bytes(model, config.recipe)
@@ -174,9 +192,9 @@ def measured(
     recipe = replace(config.recipe, steps=20_000, eval_every=20_000, lr_drops=(), warmup=0)
     rungs, shares = config.rungs(), config.remaining()
     overhead, last = 0.0, len(rungs) - 1
-    chunks = data.validation(seed)
-    part, shown = len(chunks), copy.copy(data)
-    shown.validation = lambda seed: chunks[:part]  # type: ignore[assignment]
+    some, cuda = data.sample(data.chunk), data.device == "cuda"
+    clock = time.perf_counter if cuda else time.process_time
+    neighbours = machine.Neighbours()
 
     def timed(level: int, replicas: int) -> tuple[float, float]:
         """Seconds of a step of all, over 0.3 s, and of an evaluation."""
@@ -192,28 +210,20 @@ def measured(
             )
             for draw in range(replicas)
         ]
-        part = len(chunks) if data.device == "cuda" else 1  # of images that take long a few tell enough
-        began = time.perf_counter()
-        steps = prepare(model, shown, jobs, recipe, config.kernels, break_even)
+        began = clock()
+        steps = prepare(model, some, jobs, recipe, config.kernels, break_even)
         steps.advance(0, 1, lambda: False)
-        stepped = time.perf_counter()
         steps.measure()
-        if (time.perf_counter() - stepped) * len(chunks) < LONG:
-            part = len(chunks)
-        overhead = time.perf_counter() - began
+        overhead = clock() - began
         stretch = max(STRETCH, steps.many)
-        began, taken = time.perf_counter(), 1
-        while taken + stretch < recipe.steps and time.perf_counter() - began < 0.3:
+        began, taken = clock(), 1
+        while taken + stretch < recipe.steps and clock() - began < 0.3:
             taken += steps.advance(taken, stretch if taken > 1 else 1, lambda: False)
-            synchronize()
-        spent, began = time.perf_counter() - began, time.perf_counter()
+            if cuda:
+                torch.cuda.synchronize()
+        spent, began = clock() - began, clock()
         steps.measure()
-        share = sum(x.shape[2] for x, _ in chunks[:part]) / data.n_validation
-        return spent / (taken - 1), (time.perf_counter() - began) / share
-
-    def synchronize() -> None:
-        if data.device == "cuda":
-            torch.cuda.synchronize()
+        return spent / (taken - 1), (clock() - began) * data.n_validated / some.n_validated
 
     batches, validation = dict[int, float](), dict[int, float]()
     batches[1], validation[1] = timed(0, 1)
@@ -227,12 +237,14 @@ def measured(
                 raise
         free_memory()
         limit //= 2
-    dense_overhead = overhead if data.device == "cuda" else 0.0
+    dense_overhead = overhead if cuda else 0.0
     levels = sorted({0, last // 2, last} if break_even else {0})
     share_of_dense = [1.0, *(timed(level, 1)[0] / batches[1] for level in levels[1:])]
     # from sparse to dense, as np.interp wants its points
     by_level = np.interp(shares, [shares[level] for level in levels[::-1]], share_of_dense[::-1])
-    fixed = data.images.nbytes + CONTEXT if data.device == "cuda" else resident_bytes()
-    test_share = data.n_test / data.n_validation
+    fixed = data.images.nbytes + CONTEXT if cuda else resident_bytes()
+    test_share = data.n_tested / data.n_validated
     price = Price(batches, tuple(by_level.tolist()), validation, test_share, fixed, each, dense_overhead)
+    if not cuda:
+        price = replace(price, busy=neighbours.cores_taken(), cores=machine.cores())
     return price, limit

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sparselth.cli.progress import duration
+from sparselth.cli.screen import plan_json, say_plan
 from sparselth.config import Cell, Recipe
+from sparselth.data import load
 from sparselth.data.batches import Resident
 from sparselth.errors import SparselthError
 from sparselth.experiments import price as prices
 from sparselth.experiments.imp import ImpConfig
+from sparselth.experiments.plan import Plan
 from sparselth.experiments.price import Price, recorded, replica_bytes
 from sparselth.models import get_model
 
@@ -94,6 +99,8 @@ def test_the_command_line_prices_a_plan_on_another_device(
         "100",
         "--levels",
         "2",
+        "--seeds",
+        "0,1",
     ]
     code, out, err = cli(*flags, "--price-on", "there.json")
     assert (code, out) == (0, "")
@@ -117,6 +124,74 @@ def test_a_replica_takes_at_least_its_state() -> None:
             assert replica_bytes(model, recipe) > 4 * arrays * model.params.size
 
 
+def spin(seconds: float) -> None:
+    began = time.process_time()
+    while time.process_time() - began < seconds:
+        pass
+
+
+def test_evaluation_is_foretold_and_timed_on_a_batch_of_it(
+    config: Configs, digits: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """500 validation images in batches of 250: one batch is timed, and counts twice."""
+    looked: list[int] = []
+
+    class Fake:
+        state_bytes, many = 0, 1
+
+        def __init__(self, data: Resident) -> None:
+            self.data = data
+
+        def advance(self, step: int, steps: int, should_stop: Any) -> int:
+            spin(0.002 * steps)
+            return steps
+
+        def measure(self) -> tuple[list[float], list[float]]:
+            looked.append(sum(x.shape[2] for x, _ in self.data.validation(0)))
+            spin(0.03)
+            return [1.0], [0.0]
+
+    monkeypatch.setattr(prices, "prepare", lambda model, data, *_: Fake(data))
+    price, _ = prices.measured(config(seeds=(0,)), digits, {}, 1)
+    assert set(looked) == {250}
+    assert price.batches[1] == pytest.approx(0.002, rel=0.2)
+    assert price.validation[1] == pytest.approx(0.06, rel=0.2)
+    assert price.test_share == 2  # test images for a validation image
+    share = price.evaluation_share(config(seeds=(0,)), ())
+    assert share == pytest.approx(14 * 0.06 / (14 * 0.06 + 1000 * 0.002), rel=0.2)
+    assert digits.n_validated == 500  # who trains looks at all
+
+
+def test_a_busy_machine_is_known_and_said(
+    config: Configs, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    quiet = Price({1: 1e-3}, (1.0, 1.0), {1: 0.1}, 2.0, 100, 10)
+    for busy, workers, times in (
+        (0.0, 2, 1),
+        (1.0, 1, 1),
+        (1.0, 2, 1.5),
+        (2.0, 2, 2),
+        (1.5, 1, 1.25),
+        (1.0, 9, 1.5),
+    ):
+        assert replace(quiet, busy=busy, cores=2).slowdown(workers) == pytest.approx(times)
+    short = config(levels=1)
+    planned = Plan(short, load("mnist5k", Path()), tmp_path, "asked for", 2, 1, {}, price=quiet)
+    alone = planned.seconds
+    assert alone is not None
+    say_plan(planned)
+    assert "busy " not in capsys.readouterr().err
+    beside = replace(planned, price=replace(quiet, busy=2.0, cores=2))
+    assert beside.seconds == pytest.approx(2 * alone)
+    say_plan(beside)
+    err = capsys.readouterr().err
+    assert f"\nbusy     others use 2.0 of 2 cores now; without them {duration(alone)}\n" in err
+    assert f"\nprice    about {duration(2 * alone)} (" in err
+    assert "58 % of it evaluation" in " ".join(err.split())
+    assert max(map(len, err.splitlines())) <= 80
+    assert plan_json(beside, None)["busy_cores"] == 2.0
+
+
 def test_prices_are_of_launches_as_long_as_those_of_training(
     config: Configs, digits: Resident, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +203,7 @@ def test_prices_are_of_launches_as_long_as_those_of_training(
 
         def advance(self, step: int, steps: int, should_stop: Any) -> int:
             asked.append(steps)
-            time.sleep(0.02)
+            spin(0.02)
             return steps
 
         def measure(self) -> tuple[list[float], list[float]]:
