@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,19 @@ class RunRecord:
     config: Any  # of the class of its experiment, whose report reads more of it than `Config` has
     points: list[dict[str, Any]]  # finished cells with their timings, in the order of config.cells()
     evaluations: list[dict[str, Any]]  # of those cells, by step within a cell
+
+    @cached_property
+    def by_level(self) -> dict[tuple[str, int], list[dict[str, Any]]]:
+        """(arm, level) → its finished cells."""
+        found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for line in self.points:
+            found.setdefault((line["arm"], line["level"]), []).append(line)
+        return found
+
+    @cached_property
+    def planned(self) -> Counter[tuple[str, int]]:
+        """(arm, level) → how many cells of it the run has."""
+        return Counter((cell.arm, cell.level) for cell in self.config.cells())
 
     @property
     def complete(self) -> bool:
@@ -164,7 +179,7 @@ class RunFolder:
         cell: Cell,
         line: dict[str, Any],
         evaluations: list[dict[str, Any]],
-        timings: dict[str, float],
+        timings: dict[str, Any],
     ) -> None:
         """Record a finished cell whose file is already written."""
         for name, lines in zip(

@@ -16,10 +16,10 @@ FLAGS = ("--levels", "1", "--seeds", "0", "--arms", "ticket,reinit", "--workers"
 
 
 def older(record: RunRecord) -> None:
-    """Make a folder that of the version before: its config.json had neither experiment nor score."""
+    """Make a folder that of a version before: its config.json had no experiment, score or eval_images."""
     file = record.path / "config.json"
     data = json.loads(file.read_text())
-    assert (data.pop("experiment"), data.pop("score")) == ("imp", "magnitude")
+    assert [data.pop(name) for name in ("experiment", "score", "eval_images")] == ["imp", "magnitude", 0]
     names = ("model", "dataset", "seeds", "arms", "levels", "rate", "scope", "one_shot", "rewind", "reinits")
     order = (*names, "device", "kernels", "recipe")  # in which it wrote them
     assert set(order) == set(data)
@@ -37,7 +37,9 @@ def test_a_run_of_the_version_before_is_read_shown_and_resumed_to_the_same_bits(
     assert (again.config, again.points) == (record.config, record.points)
     assert again.config.digest == record.config.digest
     assert cli("show", str(record.path))[1] == table
-    assert "1 levels, seeds 0, 100 steps: finished" in cli("ls", "runs", "--out", str(record.path.parent))[1]
+    listed = " ".join(cli("ls", "runs", "--out", str(record.path.parent))[1].split())
+    assert listed.startswith("run lenet-300-100 on mnist5k, 1 level, seed 0, 100 steps, iterative")
+    assert listed.endswith("rewound to step 0: finished")
 
     for cell in (record.path / "cells").glob("*-01.safetensors"):
         cell.unlink()

@@ -140,6 +140,7 @@ def _experiments() -> Listing:
 
 
 def _runs(out: Path) -> Listing:
+    from sparselth.report.page import fill
     from sparselth.runs import read
 
     rows, lines = [], []
@@ -147,12 +148,12 @@ def _runs(out: Path) -> Listing:
         try:
             record = read(file.parent)
         except SparselthError as error:
-            lines.append(as_flags(f"{file.parent}  {error}"))
+            lines.append(fill(as_flags(f"{file.parent}: {error}")))
             continue
         config, total = record.config, len(record.config.cells())
         state = "finished" if record.complete else f"{len(record.points)} of {total} cells, --resume goes on"
         of = {name: getattr(config, name) for name in ("model", "dataset") if hasattr(config, name)}
         row = {"run": str(record.path), "experiment": config.name} | of
         rows.append(row | {"cells": total, "finished": len(record.points)})
-        lines.append(f"{record.path}  {config.title}: {state}")
+        lines.append(fill(f"{record.path}  {config.title}: {state}"))
     return rows, lines or [f"no runs in {out}; `sparselth imp` makes one"]

@@ -165,21 +165,44 @@ class ImpConfig(Training):
 
     @property
     def title(self) -> str:
+        from sparselth.report.stats import seed_list
+
+        seeds = f"seed{'s' * (len(self.seeds) > 1)} {seed_list(self.seeds)}"
         return (
-            f"{self.model} on {self.dataset}, {self.levels} levels, seeds {','.join(map(str, self.seeds))}, "
-            f"{self.recipe.steps:,} steps"
+            f"{self.model} on {self.dataset}, {self.levels} level{'s' * (self.levels > 1)}, {seeds}, "
+            f"{self.recipe.steps:,} steps, {self.method}"
         )
+
+    @property
+    def method(self) -> str:
+        """How the networks are pruned, in a line."""
+        how, scope = "one-shot" if self.one_shot else "iterative", "by layer"
+        if self.scope == "global":
+            scope = "over all layers"
+        draws = f", {self.reinits} fresh draws" if self.reinits > 1 else ""
+        rewind = f"rewound to step {self.rewind:,}"
+        return f"{how} pruning by {self.score}, {100 * self.rate:g} % a level {scope}, {rewind}{draws}"
 
     def plan(self, images: Images | None, finished: int) -> dict[str, str]:
         rows = super().plan(images, finished)
         cells, training = rows.pop("cells"), rows.pop("training")
-        draws = f"{self.reinits} fresh draws; " if self.reinits > 1 else ""
         seeds, _, number = cells.rpartition("; ")
         return rows | {
+            "pruning": self.method + self._slower(),
             "levels": self._levels(),
-            "arms": f"{', '.join(self.arms)}; {seeds}; {draws}{number}",
-            "training": training + (f"; rewind to step {self.rewind:,}" if self.rewind else ""),
+            "arms": f"{', '.join(self.arms)}; {seeds}; {number}",
+            "training": training,
         }
+
+    def _slower(self) -> str:
+        """Which layers are pruned at another rate."""
+        if self.scope == "global":
+            return ""
+        weights = get_model(self.model).params.weights
+        scales = sorted({s.rate_scale for s in weights if not s.output} - {1.0})
+        return "; the output layer at half the rate" + "".join(
+            f", convolutions at {scale:g} of it" for scale in scales
+        )
 
     def _levels(self) -> str:
         rungs = self.remaining()
@@ -187,14 +210,7 @@ class ImpConfig(Training):
         steps = [f"{100 * rung:.1f}" for rung in shown]
         if len(shown) < len(rungs):
             steps.insert(4, "...")
-        how = "one-shot" if self.one_shot else "iterative"
-        weights = get_model(self.model).params.weights
-        scales = sorted({s.rate_scale for s in weights if not s.output} - {1.0})
-        slower = "".join(f", convolutions at {scale:g} of it" for scale in scales)
-        scope = f"by layer, the output layer at half the rate{slower}"
-        if self.scope == "global":
-            scope = "over all layers"
-        return f"{self.levels}, {how} at rate {self.rate:g} {scope}: {' '.join(steps)} % left"
+        return f"{self.levels} and dense: {' '.join(steps)} % left"
 
     def table(self, record: RunRecord) -> str:
         from sparselth.report.tables import table

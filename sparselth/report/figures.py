@@ -152,7 +152,7 @@ def _cost(record: RunRecord) -> Figure | None:
     remaining = weights_remaining(record)
     lines = {
         "seconds a step": ("step_seconds", "step_seconds"),
-        "bytes of state": ("state_bytes", "dense_state_bytes"),
+        "bytes of state": ("state_bytes", "state_bytes"),
     }
     drawn = []
     for (label, (field, dense)), (colour, marker) in zip(lines.items(), LOOK.values(), strict=False):

@@ -1,37 +1,44 @@
-"""A run as plain text: one row per level, the rule of the verdict, and what the numbers say."""
+"""A run as plain text: what was measured level by level, what follows from it, and what the numbers say."""
 
 from __future__ import annotations
 
-import textwrap
-from functools import partial
-
+from sparselth.report.page import Group, fill, side_by_side, width
 from sparselth.report.stats import (
+    FEWEST,
     NO_VERDICT,
     RULE,
+    SLACK,
+    TOO_FEW,
+    UNCLEAR,
     cells,
-    difference,
+    clock,
+    compare,
+    controls,
+    costs,
     empty_layers,
     finished,
     mean_interval,
     nearest_level,
     per_seed,
     seed_list,
+    signed,
+    signed_pp,
     verdict,
     weights_remaining,
+    winning_at_once,
 )
 from sparselth.runs import RunRecord
 
-WIDTH = 100  # columns of the prose; the table itself is narrower up to three arms
 MISSING = "–"
 
 
 def table(record: RunRecord) -> str:
-    """The whole report as text, without a newline at its end."""
-    parts = [_title(record), _rows(record), _fill(_legend(record)), _fill(RULE)]
-    if costs := _costs(record):
-        parts.append(costs)
+    """The whole report as text, as wide as the terminal, without a newline at its end."""
+    parts = [fill(_title(record)), _rows(record), fill(_legend(record)), fill(RULE)]
+    if spent := _costs(record):
+        parts.append(spent)
     if closing := _closing(record):
-        parts.append(_fill(closing, indent=""))
+        parts.append(fill(closing, indent=""))
     return "\n\n".join(parts)
 
 
@@ -41,86 +48,82 @@ def percent(share: float) -> str:
     return f"{value:.1f}" if value >= 1 or value == 0 else f"{value:.2g}"
 
 
-def _fill(text: str, indent: str = "  ") -> str:
-    """Wrap each line; what goes over is indented."""
-    return "\n".join(
-        textwrap.fill(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
-        for line in text.splitlines()
-    )
-
-
 def _title(record: RunRecord) -> str:
     config, recipe = record.config, record.config.recipe
     seeds = f"seed{'s' * (len(config.seeds) > 1)} {seed_list(config.seeds)}"
     return (
         f"{config.model} on {config.dataset}, {seeds}, {recipe.steps:,} steps of "
         f"{recipe.optimizer.upper() if recipe.optimizer == 'sgd' else recipe.optimizer.title()} "
-        f"(lr {recipe.lr:g}, batch {recipe.batch_size})"
+        f"(lr {recipe.lr:g}, batch {recipe.batch_size})\n{config.method}"
     )
 
 
 def _rows(record: RunRecord) -> str:
-    config, remaining = record.config, weights_remaining(record)
-    levels, arms = range(config.levels + 1), config.arms
-    columns = [
-        ["level", *map(str, levels)],
-        ["weights %", *(percent(remaining[k]) if k in remaining else MISSING for k in levels)],
-    ]
-    for arm in arms:
-        means, intervals, steps = zip(*(_cell(record, arm, level) for level in levels), strict=True)
-        room = max(map(len, intervals))
-        columns.append(["accuracy %", *map(partial(_accuracy, room), means, intervals)])
-        columns.append(["step", *steps])
+    """A row per level: accuracy and step of each arm, the verdict, the ticket minus dense and controls."""
+    remaining, levels = weights_remaining(record), range(record.config.levels + 1)
+    left = (percent(remaining[level]) if level in remaining else MISSING for level in levels)
+    lead = Group([["level", *map(str, levels)], ["left %", *left]])
+    groups = [_arm(record, arm) for arm in record.config.arms]
     words = (verdict(record, level).word for level in levels)
-    columns.append(["verdict", *(MISSING if word == NO_VERDICT else word for word in words)])
-
-    widths = [max(map(len, column)) for column in columns]
-    gaps = ["", "  ", *(gap for _ in arms for gap in ("   ", "  ")), "   "]
-    lines = [
-        "".join(gap + cell.rjust(width) for gap, cell, width in zip(gaps, row, widths, strict=True))
-        for row in zip(*columns, strict=True)
-    ]
-    heads = " " * (widths[0] + 2 + widths[1])
-    for i, arm in enumerate(arms):
-        heads += "   " + f" {arm} ".center(widths[2 + 2 * i] + 2 + widths[3 + 2 * i], "─")
-    return "\n".join([heads.ljust(len(lines[0])), *lines])
+    groups.append(Group([["verdict", *(MISSING if word == NO_VERDICT else word for word in words)]]))
+    for i, (name, _) in enumerate(controls(record, 0)):
+        gaps = (compare(record, ("ticket", level), controls(record, level)[i][1]) for level in levels)
+        shown = ("" if not level else signed(gap) if gap else MISSING for level, gap in enumerate(gaps))
+        groups.append(Group([[f"vs {name}", *_aligned([*shown])]]))
+    return side_by_side(lead, groups, width())
 
 
-def _cell(record: RunRecord, arm: str, level: int) -> tuple[str, str, str]:
-    """Mean accuracy, its interval and the mean early-stop step, as printed; dense is printed once."""
-    if level == 0 and arm != "ticket":
-        return "", "", ""
-    steps = per_seed(record, arm, level, "early_stop_step")
-    if not steps:
-        return MISSING, "", MISSING
-    mean, half = mean_interval(per_seed(record, arm, level, "accuracy_at_early_stop").values())
-    interval = "" if half is None else f"{100 * half:.2f}"
-    return f"{100 * mean:.2f}", interval, f"{mean_interval(steps.values())[0]:,.0f}"
+def _arm(record: RunRecord, arm: str) -> Group:
+    """Mean accuracy with its interval and mean early-stop step; dense is printed once, as the ticket's."""
+    accuracies, steps = [], []
+    for level in range(record.config.levels + 1):
+        stops = per_seed(record, arm, level, "early_stop_step")
+        if level == 0 and arm != "ticket":
+            accuracies, steps = [""], [""]
+        elif not stops:
+            accuracies.append(MISSING)
+            steps.append(MISSING)
+        else:
+            values = per_seed(record, arm, level, "accuracy_at_early_stop").values()
+            mean, half = mean_interval(values)
+            interval = "" if half is None or len(values) < FEWEST else f" ± {100 * half:.2f}"
+            accuracies.append(f"{100 * mean:.2f}{interval}")
+            steps.append(f"{mean_interval(stops.values())[0]:,.0f}")
+    return Group([["accuracy %", *_aligned(accuracies)], ["step", *steps]], arm)
 
 
-def _accuracy(room: int, mean: str, interval: str) -> str:
-    """Mean ± interval; a mean without an interval stands where the other means stand."""
-    if not room or mean in ("", MISSING):
-        return mean
-    return f"{mean} ± {interval.rjust(room)}" if interval else mean + " " * (3 + room)
+def _aligned(cells: list[str]) -> list[str]:
+    """Means with intervals and without, one under the other."""
+    halves = [cell.partition(" ± ")[2] for cell in cells]
+    room = max(map(len, halves))
+    found = []
+    for cell, half in zip(cells, halves, strict=True):
+        if half:
+            cell = f"{cell.partition(' ± ')[0]} ± {half.rjust(room)}"
+        elif room and cell not in ("", MISSING):
+            cell += " " * (3 + room)
+        found.append(cell)
+    return found
 
 
 def _legend(record: RunRecord) -> str:
-    config = record.config
-    lines = [
-        "weights %: prunable weights remaining. step: the early-stop step, where validation loss is lowest."
-    ]
-    if len(config.seeds) > 1:
-        lines.append("accuracy %: on the test set at early stop, mean over the seeds ± 95 % interval.")
+    seeds = len(record.config.seeds)
+    lines = ["left %: prunable weights remaining. step: the early-stop step, of minimum validation loss."]
+    if seeds >= FEWEST:
+        lines.append(
+            "accuracy %: on the test set at early stop, mean over the seeds ± 95 % interval. "
+            "vs: the ticket minus it in pp, seed by seed, ± 95 % interval of the mean."
+        )
     else:
         lines.append(
-            "accuracy %: on the test set at early stop. One seed: no interval, and luck is not excluded."
+            "accuracy %: on the test set at early stop. vs: the ticket minus it in pp. "
+            f"{seeds} seed{'s' * (seeds > 1)}: no interval, and luck is not excluded; five tell more."
         )
     done, total = cells(record)
     if done < total:
         lines.append(f"Unfinished: {done:,} of {total:,} cells are there; {MISSING} marks what is missing.")
     stops = per_seed(record, "ticket", 0, "early_stop_step").values()
-    if late := sum(stop >= config.recipe.steps for stop in stops):
+    if late := sum(stop >= record.config.recipe.steps for stop in stops):
         lines.append(
             f"On {late} of {len(stops)} seeds dense was still improving at its last evaluation; "
             "train for more steps before trusting how steps compare."
@@ -130,29 +133,23 @@ def _legend(record: RunRecord) -> str:
 
 def _costs(record: RunRecord) -> str:
     """What training the ticket of each level costs, beside dense; empty until a level was timed."""
-    rows = [
-        (level, share, mean_interval(seconds)[0], mean_interval(held)[0])
-        for level, share in weights_remaining(record).items()
-        if (seconds := [*per_seed(record, "ticket", level, "step_seconds").values()])
-        and (held := [*per_seed(record, "ticket", level, "state_bytes").values()])
-    ]
-    if not rows or rows[0][0] != 0:
+    found = costs(record)
+    if 0 not in found:
         return ""
-    _, _, dense_seconds, _ = rows[0]
-    dense_bytes = mean_interval(per_seed(record, "ticket", 0, "dense_state_bytes").values())[0]
-    lines = ["level  weights %   s per 1,000 steps  of dense   state in KB  of dense"]
-    for level, share, step, bytes_ in rows:
-        lines.append(
-            f"{level:>5}  {percent(share):>9}   {1e3 * step:>17.3f}  {step / dense_seconds:>8.2f}"
-            f"   {bytes_ / 1e3:>11,.0f}  {bytes_ / dense_bytes:>8.3f}"
-        )
-    where = "one thread of a CPU" if record.config.device == "cpu" else "the GPU"
+    columns = [["level"], ["left %"], ["s per 1,000 steps"], ["of dense"], ["state in KB"], ["of dense"]]
+    for level, cost in found.items():
+        seconds, size = (mean_interval(shares)[0] for shares in (cost.seconds_of_dense, cost.bytes_of_dense))
+        row = (str(level), percent(cost.remaining), f"{1e3 * cost.step_seconds:.3f}", f"{seconds:.3f}")
+        for column, cell in zip(
+            columns, (*row, f"{cost.state_bytes / 1e3:,.0f}", f"{size:.3f}"), strict=True
+        ):
+            column.append(cell)
+    lead, seconds_, bytes_ = (Group(columns[i : i + 2]) for i in (0, 2, 4))
     legend = (
-        f"What a level costs, training its ticket on {where}: the median of its stretches between "
-        "evaluations; and weights, gradients, optimizer state, masks and indices, beside those of dense "
-        "without a mask."
+        f"What a level costs, training its ticket: the {clock(record)} time of a step, the median between "
+        "evaluations; and weights, gradients, optimizer state, masks and indices. Dense is level 0."
     )
-    return "\n".join([_fill(legend), *lines])
+    return "\n".join([fill(legend), side_by_side(lead, [seconds_, bytes_], width())])
 
 
 def _closing(record: RunRecord) -> str:
@@ -160,28 +157,14 @@ def _closing(record: RunRecord) -> str:
     remaining = weights_remaining(record)
     words = {level: verdict(record, level).word for level in remaining if level}
     words = {level: word for level, word in words.items() if word != NO_VERDICT}
-    said = []
-    if words:
-        winning = [remaining[level] for level, word in words.items() if word == "winning"]
-        matching = [remaining[level] for level, word in words.items() if word in ("winning", "matching")]
-        if winning:
-            said.append(f"{len(winning)} of {len(words)} tickets are winning, ")
-            said[-1] += f"the smallest with {percent(min(winning))} % of the weights"
-            if min(matching) < min(winning):
-                said[-1] += f"; the smallest matching one has {percent(min(matching))} %"
-        elif matching:
-            said.append(f"No ticket is winning; the smallest matching one has {percent(min(matching))} %")
-            said[-1] += " of the weights"
-        else:
-            said.append("Every ticket is below dense")
-        said[-1] += "."
+    said = _counted(record, words, remaining) if words else []
     level = nearest_level(remaining, 0.2)
     if level is not None and 0.1 <= remaining[level] <= 0.4 and finished(record, "ticket", level):
-        where = f"At {percent(remaining[level])} % remaining the ticket is"
+        where = f"At {percent(remaining[level])} % remaining the ticket"
         for arm in ("reinit", "random-mask"):
-            if finished(record, arm, level):
-                said.append(f"{where} {_against(record, arm, level)}.")
-                where = "The ticket is"
+            if finished(record, arm, level) and (against := _against(record, arm, level)):
+                said.append(f"{where} {against}.")
+                where = "The ticket"
     emptied = [level for level in remaining if empty_layers(record, level)]
     if emptied:
         first = min(emptied)
@@ -190,19 +173,62 @@ def _closing(record: RunRecord) -> str:
     return " ".join(said)
 
 
-def _against(record: RunRecord, arm: str, level: int) -> str:
-    lead, half = mean_interval(difference(record, "accuracy_at_early_stop", ("ticket", level), (arm, level)))
-    interval = "" if half is None else f" ± {100 * half:.2f}"
-    if abs(lead) <= (half or 0.0):
-        text = f"not clearly different from {arm} ({100 * lead:+.2f}{interval} pp)"
+def _counted(record: RunRecord, words: dict[int, str], remaining: dict[int, float]) -> list[str]:
+    """How many tickets are what, given level → verdict and level → weights remaining."""
+    of: dict[str, list[int]] = {}
+    for level, word in words.items():
+        of.setdefault(word, []).append(level)
+    if TOO_FEW in of:
+        seeds = len(record.config.seeds)
+        return [f"{seeds} seed{'s are' if seeds > 1 else ' is'} too few to tell which tickets win; five can."]
+
+    def smallest(word: str) -> str:
+        return f"{percent(min(remaining[level] for level in of[word]))} %"
+
+    said = []
+    if winning := of.get("winning"):
+        text = f"{len(winning)} of {len(words)} tickets are winning, the smallest with {smallest('winning')}"
+        said.append(f"{text} of the weights.")
+        if len(words) > 1:
+            still = len(winning_at_once(record))
+            said.append(
+                "Each level is read on its own, so that one in forty may win by chance; reading "
+                f"{len(words)} at once, by Holm's correction, {_of(still, len(winning))} still win."
+            )
     else:
-        text = f"{100 * abs(lead):.2f}{interval} pp {'above' if lead > 0 else 'below'} {arm}"
+        said.append("No ticket is winning.")
+    if matching := of.get("matching"):
+        said.append(f"{len(matching)} more" * bool(winning) or f"{len(matching)}")
+        said[-1] += f" match dense, the smallest with {smallest('matching')}."
+    said += [
+        f"{len(of[word])} {'is' if len(of[word]) == 1 else 'are'} {word}."
+        for word in (UNCLEAR, "below dense")
+        if word in of
+    ]
+    return said
+
+
+def _of(some: int, all_: int) -> str:
+    return "all of them" if some == all_ else "none of them" if some == 0 else f"{some} of them"
+
+
+def _against(record: RunRecord, arm: str, level: int) -> str:
+    """How the ticket of a level stands to an arm; empty where seeds are too few to tell."""
+    gap = compare(record, ("ticket", level), (arm, level))
+    later = compare(record, ("ticket", level), (arm, level), "early_stop_step")
+    if gap is None or later is None or gap.half is None:
+        return ""
+    if gap.low <= SLACK and gap.high >= -SLACK:
+        text = f"is not clearly different from {arm} ({signed_pp(gap)})"
+    else:
+        side = "above" if gap.mean > 0 else "below"
+        text = f"is {100 * abs(gap.mean):.2f} ± {100 * gap.half:.2f} pp {side} {arm}"
     own, other = (
         mean_interval(per_seed(record, a, level, "early_stop_step").values())[0] for a in ("ticket", arm)
     )
     steps = f"(step {own:,.0f} against {other:,.0f})"
-    if min(own, other) <= 0 or 0.95 < other / own < 1.05:
-        return f"{text} and stops at about the same step {steps}" if min(own, other) > 0 else text
-    if other > own:
+    if (later.low <= 0 <= later.high) or min(own, other) <= 0:
+        return f"{text} and does not clearly stop sooner or later {steps}"
+    if later.mean < 0:
         return f"{text} and stops {other / own:.2f}x sooner {steps}"
     return f"{text} and stops {own / other:.2f}x later {steps}"
