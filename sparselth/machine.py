@@ -33,11 +33,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 class Neighbours:
     """Who else uses the cores of this process, from its making on."""
 

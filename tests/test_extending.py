@@ -133,8 +133,8 @@ def test_a_file_through_the_command_line_and_the_library(
     assert code == 0, err
     assert "\nprice    about" in err
     assert f"[{use.cells}/{use.cells}] seed 0 " in err
-    assert "% left: test " in err
-    assert "level  weights %  " in out
+    assert " %: test " in err
+    assert "level  left %  " in out
     shown_table = cli("show", "run")[1]
     assert shown_table in out
     shown = document("show", "run")

@@ -36,6 +36,7 @@ ORDER = [
     "train",
     "tickets",
     "runs",
+    "report.page",
     "report.stats",
     "report.tables",
     "report.figures",

@@ -79,6 +79,8 @@ def _models() -> Listing:
 def _datasets(folder: Path | None) -> Listing:
     from sparselth import data
 
+    if folder:
+        data.data_dir(folder)  # is there
     rows, lines = [], []
     for spec in data.DATASETS.values():
         try:

@@ -82,7 +82,7 @@ def run(args: list[str]) -> int:
     open_streams()
     speak_plainly()
     try:
-        code = cli.main(_plugged(args), prog_name="sparselth", standalone_mode=False)
+        code = cli.main(_plugged(args or ["--help"]), prog_name="sparselth", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort):

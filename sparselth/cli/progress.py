@@ -41,13 +41,11 @@ class _Progress(Watcher):
         self.share: dict[Cell, float] = {}  # of the cells under way or done
         self.total, self.count = len(cells), len(plan.finished)
         self.began = time.monotonic()
-        self.speed = 0.0
 
     def evaluated(
         self, worker: int, cells: Sequence[Cell], step: int, accuracy: float, steps_per_second: float
     ) -> None:
         self.share |= dict.fromkeys(cells, min(1.0, step / self.steps))
-        self.speed = steps_per_second or self.speed
 
     def finished(self, worker: int, done: Finished) -> None:
         self.share[done.cell] = 1.0
@@ -76,11 +74,7 @@ class Lines(_Progress):
     def finished(self, worker: int, done: Finished) -> None:
         super().finished(worker, done)
         said = self.config.said(done.line)
-        text = f"[{self.count}/{self.total}] {done.cell}{', ' * bool(said)}{said}; "
-        if isinstance(self.config, Training):
-            speed = self.speed or self.steps / done.timings["train_seconds"]
-            text += f"{speed:,.0f} steps/s, "
-        self._say(f"{text}{self.left} to go")
+        self._say(f"[{self.count}/{self.total}] {done.cell}{', ' * bool(said)}{said}; {self.left} to go")
 
     def halved(self, cells: int, limit: int) -> None:
         self._say(f"out of memory with {cells} networks at once; going on with {limit}")
@@ -94,19 +88,29 @@ class Lines(_Progress):
         self.said = time.monotonic()
 
 
+BAR, NOTE = (8, 24), 31  # columns of a bar, least and most, and of what stands behind it
+
+
 class Bars(_Progress):
-    """A bar for the run and one for the cell of each worker."""
+    """A bar for the run and one for the cell of each worker; where there is no room names end in dots."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
+        console = Console(stderr=True)
+        longest = len(self._name([max(self.cost, key=lambda cell: len(str(cell)))] * plan.limit))
+        bar = min(max(console.width - 2 - NOTE - longest, BAR[0]), BAR[1])
+        name = min(longest, max(console.width - 2 - NOTE - bar, 1))
         self.bars = Progress(
-            TextColumn("{task.description}", justify="left"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
+            TextColumn(
+                "{task.description}", table_column=Column(no_wrap=True, width=name, overflow="ellipsis")
+            ),
+            BarColumn(bar_width=bar),
+            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            console=console,
             transient=True,
         )
         self.whole = self.bars.add_task("all cells", total=1.0, note="")
@@ -130,8 +134,8 @@ class Bars(_Progress):
         super().evaluated(worker, cells, step, accuracy, steps_per_second)
         if self.shown[worker] != cells[0]:
             self._row(worker, cells)
-        speed = f"{steps_per_second:,.0f} steps/s" if steps_per_second else ""
-        note = f"step {step:,}  validation {100 * accuracy:.2f} %  {speed}"
+        speed = f"  {steps_per_second:,.0f} steps/s" if steps_per_second else ""
+        note = f"{step:,}: {100 * accuracy:.2f} %{speed}"
         self.bars.update(self.rows[worker], completed=step, note=note)
         self.tick()
 
@@ -140,14 +144,15 @@ class Bars(_Progress):
 
     def _row(self, worker: int, cells: Sequence[Cell]) -> None:
         """Show what a worker trains in place of what it trained before."""
-        first = cells[0]
-        about = self.config.about(first)
-        text = f"{first}" + (f" ({about})" if about else "")
-        text += f" and {len(cells) - 1} more" if len(cells) > 1 else ""
         if worker in self.rows:
             self.bars.remove_task(self.rows[worker])
-        self.rows[worker] = self.bars.add_task(text, total=self.steps, note="starting")
-        self.shown[worker] = first
+        self.rows[worker] = self.bars.add_task(self._name(cells), total=self.steps, note="starting")
+        self.shown[worker] = cells[0]
+
+    def _name(self, cells: Sequence[Cell]) -> str:
+        about = self.config.about(cells[0])
+        more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
+        return f"{cells[0]}" + (f" ({about})" if about else "") + more
 
     def tick(self) -> None:
         self.bars.update(

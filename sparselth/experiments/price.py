@@ -37,7 +37,6 @@ from sparselth.pruning import prune
 from sparselth.streams import stream
 
 STRETCH = 5  # least steps between looks at the clock
-LARGEST = 1 << 28  # bytes of a file of recorded results
 CONTEXT = 5 * 10**8  # device memory that CUDA and its libraries take
 
 
@@ -198,7 +197,7 @@ def measured(
 
     def timed(level: int, replicas: int) -> tuple[float, float]:
         """Seconds of a step of all, over 0.3 s, and of an evaluation."""
-        nonlocal overhead, part
+        nonlocal overhead
         mask = prune(model.params, weights[: model.params.mask_size], model.params.full_mask(), rungs[level])
         start = weights.clone()
         start[: model.params.mask_size] *= mask

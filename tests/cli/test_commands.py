@@ -42,10 +42,11 @@ def test_imp_prints_plan_lines_table_and_places(
     assert code == 0
     for word in ("model ", "levels ", "arms ", "training ", "device ", "price ", "folder "):
         assert f"\n{word}" in err
-    assert "] seed 0 reinit level 1, 80.0 % left: test " in err
+    assert "] seed 0 reinit level 1, 80.0 %: test " in err
     assert "\n[3/3] seed 0 " in err
-    assert "steps/s" in err
     assert "to go" in err
+    assert "iterative pruning by magnitude, 20 % a level by layer, rewound to step 0" in " ".join(err.split())
+    assert max(map(len, (out + err).splitlines())) <= 80
     (folder,) = (tmp_path / "runs").iterdir()
     assert out.rstrip().endswith(f"run      runs/{folder.name}")
     assert "Verdict" in out
@@ -84,7 +85,8 @@ def test_show_of_an_unfinished_run(cli: Cli, imp: Callable[..., RunRecord]) -> N
     code, out, _ = cli("show", str(record.path))
     assert code == 0
     assert "2 of 3 cells" in out
-    assert "2 of 3 cells, --resume goes on" in cli("ls", "runs", "--out", str(record.path.parent))[1]
+    listed = cli("ls", "runs", "--out", str(record.path.parent))[1]
+    assert "2 of 3 cells, --resume goes on" in " ".join(listed.split())
 
 
 def test_doctor(cli: Cli, document: Callable[..., dict[str, Any]]) -> None:

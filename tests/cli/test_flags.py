@@ -96,6 +96,8 @@ FIELDS: dict[str, tuple[str, Any]] = {
     "weight_decay": ("0.01", 0.01),
     "warmup": ("9", 9),
     "lr_drops": ("10,20", (10, 20)),
+    "eval_every": ("40", 40),
+    "eval_images": ("200", 200),
 }
 IMP = "imp --dataset mnist5k"
 CASES: dict[tuple[str, str], Case] = (
@@ -197,6 +199,7 @@ def see(
     """`see("ls", "arms")`: a command beside the folder `run`; nothing is trained and nothing measured."""
     finished("--levels", "1", "--seeds", "0", "--arms", "ticket")
     Path("mine.py").write_text("")
+    Path("there").mkdir()
     outcome = Outcome([{"check": "passed"}] * (FEW + 1), [], {}, {})
     threads, seen = torch.get_num_threads(), Seen()
     monkeypatch.setattr(registry, "_plugins", {})

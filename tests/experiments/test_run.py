@@ -13,7 +13,6 @@ import pytest
 
 from sparselth import data, machine
 from sparselth.config import EXPERIMENTS, Cell, Recipe, at_least, option
-from sparselth.data.files import NotToBeHad
 from sparselth.errors import Interrupted, SparselthError, UsageError
 from sparselth.experiments.base import Experiment, Finished, Place, register
 from sparselth.experiments.imp import ImpConfig
@@ -116,7 +115,7 @@ def test_a_run_in_python_warns_of_what_a_user_must_know(
     """A set that nobody named and that cannot be had is another one."""
 
     def offline(name: str, folder: Path) -> None:
-        raise NotToBeHad("no network")
+        raise SparselthError("no network")
 
     monkeypatch.setattr("sparselth.data.files.fetch", offline)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
