@@ -14,8 +14,8 @@ GPU_PYTHON := build/gpu-env/bin/python
 SECONDS_OF_BUNDLE := 3600
 NATIVE_TESTS := native csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows step_parts masked_update
 
-.PHONY: imp test test-oldest test-newest check bench same-bits science properties sanitize constraints gpu-dry \
-  gpu-bundle clean
+.PHONY: imp test test-oldest test-newest check bench same-bits science properties sanitize mutants constraints \
+  gpu-dry gpu-bundle clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make science  set up, then the tests that train for minutes"
 	@echo "make properties  set up, then the kernels' property tests with 2,000 cases each"
 	@echo "make sanitize set up, then the native kernels' tests under the address and undefined-behaviour sanitizers"
+	@echo "make mutants ROOMS=\"config train\"  plant small faults into rooms of pure Python; which no test notices"
 	@echo "make gpu-dry  what can be known of the GPU kernels without a GPU: compile gates, dry launches, races"
 	@echo "make gpu-bundle  compile the kernels for a GPU machine, build/gpu-bundle.tar.xz (needs python3.12; an hour)"
 	@echo "make constraints  renew what is installed: constraints/VERSION.txt of every Python found"
@@ -78,6 +79,12 @@ sanitize: $(STAMP)
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  SPARSELTH_NATIVE_LIB=$(CURDIR)/build/native_sanitized.so \
 	  $(BIN)/python -m pytest -q $(wildcard $(NATIVE_TESTS:%=tests/kernels/test_%.py)) -k "not triton and not wide"
+
+# ROOMS: all of [tool.mutmut.rooms] in pyproject.toml unless named. What was tried is kept in build/mutants/.
+mutants: $(STAMP)
+	@$(BIN)/python -c 'import mutmut' 2>/dev/null || $(BIN)/python -m pip install --quiet \
+	  --disable-pip-version-check --no-build-isolation --editable '.[mutants]'
+	@$(BIN)/python tests/mutants.py $(ROOMS)
 
 # The ends of the ranges in pyproject.toml: each lower bound, on the oldest Python it allows; whatever is newest.
 test-oldest:

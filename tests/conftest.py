@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of a kernel
@@ -24,6 +24,10 @@ from sparselth.runs import RunRecord, read
 
 torch.set_num_threads(1)  # and so no thread pool that a forked worker would inherit
 settings.register_profile("default", deadline=None, derandomize=True)
+# a fault is noticed or not; which is the smallest case that shows it does not matter
+settings.register_profile(
+    "mutants", deadline=None, derandomize=True, max_examples=20, phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile("default")
 
 
