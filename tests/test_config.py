@@ -6,7 +6,8 @@ import ast
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields, replace
+from contextlib import nullcontext
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,19 @@ import pytest
 
 from sparselth.cli.experiment import command
 from sparselth.cli.options import Numbers, as_flags, shown
-from sparselth.config import Cell, Options, Recipe, at_least, config_from_json, option
+from sparselth.config import (
+    MOST,
+    Cell,
+    Check,
+    Options,
+    Recipe,
+    at_least,
+    below_one,
+    config_from_json,
+    not_negative,
+    option,
+    positive,
+)
 from sparselth.errors import UsageError
 from sparselth.experiments.base import Experiment
 from sparselth.experiments.imp import ImpConfig
@@ -170,7 +183,106 @@ def test_options_of_any_dataclass() -> None:
         Mine(way="dwn").check()
 
 
+@pytest.mark.parametrize(
+    ("check", "right", "wrong"),
+    [
+        (at_least(3), (3, MOST), {2: "expected 3 or more", MOST + 1: "expected at most 1,000,000,000"}),
+        (at_least(3, "a why", 5), (3, 5), {2: "expected 3 or more (a why)", 6: "expected at most 5"}),
+        (below_one, (0, 0.999), dict.fromkeys((-1e-9, 1.0), "expected a number from 0 to below 1")),
+        (
+            positive,
+            (1e-300, 0.5, MOST),
+            dict.fromkeys((0, MOST + 1), "expected a positive number, at most 1e+09"),
+        ),
+        (
+            not_negative,
+            (0, 0.5, MOST),
+            dict.fromkeys((-1e-9, MOST + 1), "expected 0 or a positive number, at most 1e+09"),
+        ),
+    ],
+)
+def test_ranges_hold_their_ends(check: Check, right: tuple[float, ...], wrong: dict[float, str]) -> None:
+    assert [check(value) for value in right] == [None] * len(right)
+    assert {value: check(value) for value in wrong} == wrong
+
+
+@pytest.mark.parametrize(
+    ("drops", "right"),
+    [
+        ((0,), True),
+        ((-1,), False),
+        ((MOST,), True),
+        ((MOST + 1,), False),
+        ((1,) * 100, True),
+        ((1,) * 101, False),
+    ],
+)
+def test_drops_have_a_range_and_a_number(drops: tuple[int, ...], right: bool) -> None:
+    recipe = Recipe(steps=1, lr=1.0, lr_drops=drops)
+    says = "`lr_drops` .*: expected up to 100 steps from 0 to 1,000,000,000"
+    with nullcontext() if right else pytest.raises(UsageError, match=says):
+        recipe.check()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kinds(Options):
+    whole: int = option(0)
+    some: float = option(0.0)
+    name: str = option("")
+    off: bool = option(False)
+    many: tuple[int, ...] = option(())
+    recipe: Recipe = field(default=EQUAL.recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "expected"),
+    [
+        ("whole", (-3, 2**53 - 1), (0.5, "3", None, True), "expected a whole number"),
+        ("whole", (1 - 2**53,), (2**53, -(2**53)), "expected numbers below 9,007,199,254,740,992"),
+        ("some", (-0.5, 3), ("3", None, True), "expected a number"),
+        ("some", (1e300,), (float("nan"), float("inf"), -float("inf")), "expected a finite number"),
+        ("name", ("", "x"), (3, None), "expected a name"),
+        ("off", (True, False), (0, "yes", None), "expected true or false"),
+        ("many", ((), (1, 2)), ([1], 3, None), "expected a list"),
+        ("many", ((3,),), ((1, "2"), (0.5,)), "expected a whole number"),
+        ("many", ((3,),), ((1, 2**53),), "expected numbers below 9,007,199,254,740,992"),
+        ("recipe", (Recipe(steps=2, lr=0.5),), ({}, 3, None), "expected settings by name"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_what_was_expected(
+    name: str, right: tuple[Any, ...], wrong: tuple[Any, ...], expected: str
+) -> None:
+    for value in right:
+        Kinds(**{name: value}).check()
+    for value in wrong:
+        with pytest.raises(UsageError) as raised:
+            Kinds(**{name: value}).check()
+        assert str(raised.value).startswith(f"`{name}` ")
+        assert str(raised.value).endswith(f": {expected}")
+
+
+def test_what_is_wrong_in_a_part_is_told_by_the_whole() -> None:
+    with pytest.raises(UsageError, match="`lr` 0: expected a positive number"):
+        Kinds(recipe=Recipe(steps=1, lr=0.0)).check()
+    with pytest.raises(UsageError, match="unknown optimizer 'adm'"):
+        Kinds(recipe=Recipe(steps=1, lr=1.0, optimizer="adm")).check()
+
+
+def test_whole_numbers_in_a_float_s_place_are_floats() -> None:
+    assert type(Kinds(some=3).some) is float
+    assert type(Kinds(whole=3).whole) is int
+
+
+def test_what_two_configurations_differ_in() -> None:
+    other = replace(EQUAL, levels=3, recipe=replace(EQUAL.recipe, lr=0.5))
+    assert list(EQUAL.difference(other)) == [("levels", 2, 3), ("lr", 1.2e-3, 0.5)]
+    assert list(other.difference(EQUAL)) == [("levels", 3, 2), ("lr", 0.5, 1.2e-3)]
+    assert list(EQUAL.difference(replace(EQUAL))) == []
+
+
 def test_a_cell_has_a_line_a_name_and_a_key() -> None:
+    assert str(Cell(3, "ticket", 11)) == "seed 3 ticket level 11"
+    assert Cell(3, "ticket", 11).key == "seed3-ticket-11"
     cell = Cell(3, "reinit", 4, 1)
     assert (str(cell), cell.key) == ("seed 3 reinit draw 1 level 4", "seed3-reinit-04-draw1")
     assert Cell.of({"seed": 3, "arm": "reinit", "level": 4, "draw": 1, "more": 0}) == cell

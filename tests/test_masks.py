@@ -14,7 +14,9 @@ def test_packing_round_trips(mask: np.ndarray) -> None:
     bits = pack(mask)
     assert bits.dtype == np.uint8
     assert bits.shape == (*mask.shape[:-1], -(-mask.shape[-1] // 8))
-    np.testing.assert_array_equal(unpack(bits, mask.shape[-1]), mask)
+    found = unpack(bits, mask.shape[-1])
+    assert found.dtype == bool
+    np.testing.assert_array_equal(found, mask)
 
 
 @given(st.integers(0, 7))
@@ -36,4 +38,4 @@ def test_a_mask_takes_one_bit_a_weight() -> None:
 
 def test_wrong_width_is_named() -> None:
     with pytest.raises(ValueError, match="expected 2 bytes a row for 9 weights, got 1"):
-        unpack(np.zeros((4, 1), np.uint8), 9)
+        unpack(np.zeros((4, 3, 1), np.uint8), 9)

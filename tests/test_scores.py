@@ -13,7 +13,7 @@ from sparselth.errors import SparselthError, UsageError
 from sparselth.kernels import bitmask  # noqa: F401  TRITON_INTERPRET is read before
 from sparselth.models import Linear, Model, get_model
 from sparselth.params import Params
-from sparselth.scores import SCORES, Batch, ranked, register
+from sparselth.scores import SCORES, Batch, Scored, ranked, register
 
 MODEL = Model("", (1, 1, 7), (Linear(11), Linear(3)), {}, "")
 BATCH = torch.zeros(1, 1, 1, 7), torch.zeros(1, dtype=torch.int64)
@@ -34,6 +34,12 @@ def test_float64_scores_keep_their_order() -> None:
     close = 1 + torch.arange(5, dtype=torch.float64) * 2**-50
     found = ranked("s", close.flip(0), torch.ones(5, dtype=torch.bool))
     assert torch.equal(found.argsort(), torch.tensor([4, 3, 2, 1, 0]))
+
+
+def test_numbers_from_0_on_in_fp32_stay_as_they_are() -> None:
+    scores, mask = torch.tensor([0.5, 0.0, -1.0, 3.0]), torch.tensor([True, True, False, True])
+    assert ranked("s", scores, mask) is scores
+    assert ranked("s", scores.double(), mask).dtype == torch.float32
 
 
 def test_what_is_pruned_may_be_anything() -> None:
@@ -85,6 +91,18 @@ def test_random_is_the_generators_draw() -> None:
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert one.shape == mask.shape
+
+
+def test_a_score_is_known_with_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SCORES, "things", dict(SCORES.items()))
+
+    def mine(network: Model, weights: Tensor, mask: Tensor, batch: Batch, draw: torch.Generator) -> Tensor:
+        raise AssertionError
+
+    assert register("mine", "what it means")(mine) is mine
+    assert register("ours", "what that means", autograd=False)(mine) is mine
+    assert SCORES["mine"] == Scored(mine, "what it means", True)
+    assert SCORES["ours"] == Scored(mine, "what that means", False)
 
 
 def test_a_score_is_registered_once() -> None:

@@ -14,7 +14,6 @@ from sparselth.config import Cell
 from sparselth.data import Images, get_dataset, load
 from sparselth.data.batches import Batches, Resident
 from sparselth.errors import UsageError
-from sparselth.streams import stream
 
 TICKET = Cell(0, "ticket", 0)
 
@@ -98,16 +97,6 @@ def test_every_channel_is_scaled_by_its_own_mean_and_deviation(kind: str) -> Non
 def test_batch_larger_than_the_data_is_named(digits: Resident) -> None:
     with pytest.raises(UsageError, match="`batch_size` 3501: expected at most the 3500 training images"):
         Batches(digits, [TICKET], 3501)
-
-
-def test_streams_differ_in_every_part_of_their_name() -> None:
-    names = [(0, "ticket", 1, "init", 0), (1, "ticket", 1, "init", 0), (0, "reinit", 1, "init", 0)]
-    names += [(0, "ticket", 2, "init", 0), (0, "ticket", 1, "mask", 0), (0, "ticket", 1, "init", 1)]
-    names += [(0, "ticket", 11, "init", 0), (0, "ticket", 1, "1/init", 0)]
-    draws = {tuple(torch.rand(4, generator=stream(*name)).tolist()) for name in names}
-    assert len(draws) == len(names)
-    again = torch.rand(4, generator=stream(*names[0]))
-    assert tuple(again.tolist()) in draws
 
 
 def test_an_evaluation_may_look_at_fewer_images() -> None:

@@ -47,3 +47,13 @@ def test_batches_are_the_tickets_of_all_seeds_and_the_controls_beside_them(confi
     ]
     agenda.back(second)
     assert agenda.next(4) == second
+
+
+def test_one_cell_at_a_time_unless_more_are_asked_for(config: Configs) -> None:
+    agenda = Agenda(config(), ())
+    assert (agenda.next(), len(agenda)) == ([Cell(0, "ticket", 0)], len(config().cells()) - 1)
+
+
+def test_the_widest_batch_has_no_limit(config: Configs) -> None:
+    assert widest(config(seeds=tuple(range(500)), levels=2)) == 500 * 3
+    assert widest(config(seeds=())) == 0
