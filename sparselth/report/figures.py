@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from io import BytesIO
 from math import isqrt
 from pathlib import Path
-from typing import Any
 
 import matplotlib.style
 import numpy as np
@@ -15,8 +13,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from sparselth.files import write_atomically
 from sparselth.models import get_model
+from sparselth.report.drawing import DPI, STYLE, WIDTH, save
 from sparselth.report.stats import (
     cells,
     empty_layers,
@@ -29,8 +27,6 @@ from sparselth.report.stats import (
 from sparselth.report.tables import percent
 from sparselth.runs import RunRecord
 
-WIDTH = 3.3  # inches, one column of a paper
-DPI = 200
 BAND = "band: range of the seeds"
 UNITS = 30  # units of the first layer that are drawn
 # Okabe and Ito's colours differ for colour-blind readers; the markers differ in grey.
@@ -43,29 +39,6 @@ LOOK = {
 SPARE = (("#56B4E9", "v"), ("#E69F00", "X"), ("#7F7F7F", "*"))  # of arms that a plugin brings
 MASK_COLOURS = LinearSegmentedColormap.from_list("mask", ["#E4E4E4", "#00507F"])
 Curves = dict[int, dict[int, list[float]]]  # seed → step → one accuracy in percent per draw
-STYLE: list[Any] = [
-    "default",  # whatever the user's matplotlibrc says
-    {
-        "font.size": 8,
-        "axes.titlesize": 8,
-        "axes.labelsize": 8,
-        "xtick.labelsize": 7,
-        "ytick.labelsize": 7,
-        "legend.fontsize": 7,
-        "axes.linewidth": 0.6,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.linewidth": 0.4,
-        "grid.color": "0.88",
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "lines.linewidth": 1.2,
-        "lines.markersize": 3.2,
-        "legend.frameon": False,
-        "axes.formatter.useoffset": False,
-        "svg.hashsalt": "sparselth",
-    },
-]
 
 
 def draw(record: RunRecord, folder: Path) -> list[Path]:
@@ -88,7 +61,7 @@ def draw(record: RunRecord, folder: Path) -> list[Path]:
     with matplotlib.style.context(STYLE):
         for name, make in makers.items():
             if (fig := make(record)) is not None:
-                written += _save(fig, folder, name)
+                written += save(fig, folder, name)
     return written
 
 
@@ -96,16 +69,6 @@ def _look(record: RunRecord, arm: str) -> tuple[str, str]:
     """Colour and marker of an arm."""
     others = [name for name in record.config.arms if name not in LOOK]
     return LOOK[arm] if arm in LOOK else SPARE[others.index(arm) % len(SPARE)]
-
-
-def _save(fig: Figure, folder: Path, name: str) -> list[Path]:
-    paths = []
-    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-        content = BytesIO()
-        fig.savefig(content, format=kind, dpi=DPI, metadata=metadata)
-        paths.append(folder / f"{name}.{kind}")
-        write_atomically(paths[-1], content.getvalue())
-    return paths
 
 
 def _heading(record: RunRecord, note: str) -> str:
