@@ -14,12 +14,15 @@ warm   on CUDA, several calls in a row, from a graph where that can be
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -32,6 +35,7 @@ ROUNDS, SECONDS = 7, 0.12  # of a race: at least so many rounds, and go on for s
 FEWEST, SHARE = 5, 0.4  # a slow rival leaves with so many samples once they took so many seconds
 MOST = 200  # rounds
 SAMPLE = 2e-4  # seconds that the calls of one sample should last at least
+WAIT = 0.1  # of a sample's time: a sample that waited longer for a processor was disturbed by others
 LONG = 0.02  # seconds of a call that no earlier one makes faster
 
 
@@ -43,6 +47,7 @@ class Timing:
     low: float  # first quartile
     high: float  # third quartile
     samples: int
+    disturbed: float = field(default=0.0, compare=False)  # share of the samples that waited for a processor
 
     @property
     def spread(self) -> float:
@@ -51,28 +56,36 @@ class Timing:
 
 
 class Race:
-    """Rivals that take turns."""
+    """Rivals that take turns; with `watch` it is noted which samples waited for a processor."""
 
-    def __init__(self, rivals: Mapping[str, Sample], share: float | None = SHARE) -> None:
-        self.rivals, self.share = dict(rivals), share
+    def __init__(
+        self, rivals: Mapping[str, Sample], share: float | None = SHARE, watch: bool = False
+    ) -> None:
+        self.rivals, self.share, self.watch = dict(rivals), share, watch
         self.seconds: dict[str, list[float]] = {name: [] for name in rivals}
+        self.waits: dict[str, list[bool]] = {name: [] for name in rivals}
         self.spent = dict.fromkeys(rivals, 0.0)
         self.order, self.draw = list(rivals), random.Random(0)
 
     def round(self) -> None:
         """One sample of each; not of those that are slow and have enough, where there is a share of time."""
         self.draw.shuffle(self.order)
+        before = waited() if self.watch else 0.0
         for name in self.order:
             if self.share is None or len(self.seconds[name]) < FEWEST or self.spent[name] < self.share:
                 began = time.perf_counter()
                 self.seconds[name].append(self.rivals[name]())
-                self.spent[name] += time.perf_counter() - began
+                taken = time.perf_counter() - began
+                after = waited() if self.watch else 0.0
+                self.waits[name].append(after - before > WAIT * taken)
+                self.spent[name] += taken
+                before = after
 
     def only(self, names: Collection[str], more: float = 0.0) -> Race:
         """The same race between some of the rivals, with `more` seconds for slow ones."""
         share = None if self.share is None else self.share + more
-        some = Race({name: self.rivals[name] for name in self.rivals if name in names}, share)
-        some.seconds, some.spent = self.seconds, self.spent
+        some = Race({name: self.rivals[name] for name in self.rivals if name in names}, share, self.watch)
+        some.seconds, some.waits, some.spent = self.seconds, self.waits, self.spent
         return some
 
     def timings(self, skip: int = 0) -> dict[str, Timing]:
@@ -81,7 +94,8 @@ class Race:
         for name in self.rivals:
             values = self.seconds[name][skip:]
             low, median, high = statistics.quantiles(values, n=4)
-            found[name] = Timing(median, low, high, len(values))
+            waits = self.waits[name][skip:]
+            found[name] = Timing(median, low, high, len(values), sum(waits) / len(waits))
         return found
 
 
@@ -92,6 +106,16 @@ def rounds(race: Race, least: int = ROUNDS, seconds: float = SECONDS) -> None:
         if done >= least and time.perf_counter() - began >= seconds:
             break
         race.round()
+
+
+def waited() -> float:
+    """Seconds that threads of this process were ready to run and had no processor; 0 where nobody counts."""
+    total = 0
+    with suppress(OSError):
+        for thread in os.scandir("/proc/self/task"):
+            with suppress(OSError, IndexError, ValueError):  # a thread that has ended; a system without them
+                total += int(Path(thread.path, "schedstat").read_bytes().split()[1])
+    return total / 1e9
 
 
 def wall(call: Call, calls: int = 1, before: Call | None = None) -> Sample:

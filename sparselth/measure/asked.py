@@ -5,9 +5,10 @@ Of default cells those come first that tell most, since time may be up before th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,16 +72,30 @@ class Asked:
         batches = self.batches or tuple(sorted(ORDER))
         dtypes = self.dtypes or (("fp32", "tf32", "bf16", "fp16") if self.device == "cuda" else ("fp32",))
         if self.run is not None:
-            masks = ticket_masks(self.run, self.level, self.seed, self.sparsities[0])
-            return [
+            asked = [ticket_masks(self.run, self.level, self.seed, s) for s in self.sparsities]
+            return _distinct(
                 Cell(layer, batch, dtype, "magnitude", 1 - float(mask.float().mean()), mask)
                 for dtype in dtypes
                 for batch in batches
+                for masks in asked
                 for layer, mask in masks
-            ]
+            )
         if self.exact or self.batches or self.dtypes or self.kinds:
             return cells(layers, batches, dtypes, self.kinds or ("random",), self.sparsities)
         return default_cells(self.device, self.sparsities, layers)
+
+    def named(self, wanted: Sequence[Cell]) -> set[int]:
+        """Places of the first cells of every sparsity, batch size, dtype and kind of mask that was named."""
+        seen: dict[tuple[Any, ...], int] = {}
+        for i, cell in enumerate(wanted):
+            place = (
+                cell.batch if self.batches else None,
+                cell.dtype if self.dtypes else None,
+                cell.kind if self.kinds else None,
+            )
+            if cell.sparsity in self.sparsities:
+                seen.setdefault((cell.sparsity, *place), i)
+        return {*seen.values()}
 
 
 def ticket_masks(
@@ -107,10 +122,9 @@ def ticket_masks(
 
 
 def default_cells(device: str, sparsities: Sequence[float], layers: Sequence[Layer]) -> list[Cell]:
-    """The default table, most wanted first: what tells the break-even, then every layer at some batch."""
-    every = [
-        [Cell(layer, batch, "fp32", "random", s) for s in sparsities for layer in layers] for batch in ORDER
-    ]
+    """The default table, most wanted first: every layer at the sparsities that were asked for, batch size by
+    batch size, each with what tells the break-even; blocks and other dtypes behind the second."""
+    plain = ("fp32",), ("random",)
     dtypes = ("tf32", "bf16", "fp16") if device == "cuda" else ("bf16", "fp16")
     squares = [layer for layer in layers if layer.origin == "square"]
     small = [layer for layer in squares if device == "cuda" or layer.shape[0] <= SWEEP.shape[0]]
@@ -119,14 +133,15 @@ def default_cells(device: str, sparsities: Sequence[float], layers: Sequence[Lay
     blocks = cells([*small, *filters], (64, 1), ("fp32",), ("block",), sparsities)
     if device == "cuda":
         blocks += cells([*squares, *filters], (4096, 64, 1), ("bf16",), ("block",), sparsities)
-    sweep = [
-        Cell(SWEEP, batch, "fp32", "random", s, only=() if s in sparsities else SWEPT)
-        for batch in SWEEP_BATCHES
-        for s in sorted({*sparsities, *(SWEEP_SPARSITIES if len(sparsities) == 1 else ())})
-    ]
-    found = [*sweep, *every[0], *every[1], *blocks, *others, *(cell for row in every[2:] for cell in row)]
-    seen = {cell.text: cell for cell in reversed(found)}
-    return [cell for cell in found if seen[cell.text] is cell]
+    first = [layer for layer in layers if layer.text == SWEEP.text]
+    found: list[Cell] = []
+    for place, batch in enumerate(ORDER):
+        found += cells([*first, *layers], (batch,), *plain, sparsities)
+        if batch in SWEEP_BATCHES and len(sparsities) == 1:
+            found += [Cell(SWEEP, batch, "fp32", "random", s, only=SWEPT) for s in SWEEP_SPARSITIES]
+        if place == 1:
+            found += [*blocks, *others]
+    return _distinct(found)
 
 
 def cells(
@@ -136,13 +151,21 @@ def cells(
     kinds: Sequence[str],
     sparsities: Sequence[float],
 ) -> list[Cell]:
-    """All that was asked for; blocks only of weights that are large enough for them."""
+    """All that was asked for, layer by layer; blocks only of weights that are large enough for them."""
     return [
         Cell(layer, batch, dtype, kind, sparsity)
-        for sparsity in sparsities
+        for layer in layers
         for dtype in dtypes
         for kind in kinds
+        for sparsity in sparsities
         for batch in batches
-        for layer in layers
         if kind == "random" or block_of(layer)
     ]
+
+
+def _distinct(found: Iterable[Cell]) -> list[Cell]:
+    """Each once, where it stands first."""
+    seen: dict[str, Cell] = {}
+    for cell in found:
+        seen.setdefault(cell.text, cell)
+    return [*seen.values()]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparselth import clock
 from sparselth.check import DTYPES, LARGEST, check
-from sparselth.measure import memory
+from sparselth.measure import memory, noise
 from sparselth.measure.asked import Asked, Cell
 from sparselth.measure.floors import SLACK, Anchors, precision
 from sparselth.measure.layers import facts, mask_of
@@ -28,7 +28,6 @@ from sparselth.measure.rivals import Bound, Case, Ready, Rival, product, rivals
 
 Row = dict[str, Any]
 EXACT = 2e9  # FLOPs that float64 is given for one check
-EVEN = 0.97  # `auto` below that share of dense at its best is said
 WINOGRAD = 4  # how much less than the plain sum a 3x3 convolution of the vendor's may multiply on CUDA
 AGAIN = 6  # times that the floors are measured again
 
@@ -131,7 +130,7 @@ class Bench:
     def _race(self, entries: list[_Entry]) -> tuple[Timings, Timings]:
         """The times that count, warm on a CPU and cold on CUDA; and warm ones on CUDA.
 
-        Those whose ratios count go on for longer.
+        Those whose ratios count go on for longer, and again while noise decides them.
         """
         calls = {e.rival.name: e.bound[0] for e in entries if e.bound and not e.fault}
         samples: dict[str, clock.Sample] = {}
@@ -144,10 +143,13 @@ class Bench:
                     clock.cold(call, scratch),
                     clock.warm(call),
                 )
-        race = clock.Race(samples)
+        race = clock.Race(samples, watch=self.device == "cpu")
         if samples:
             self.rounds(race)
-            self.rounds(race.only(_finalists(entries, race.timings()), clock.SHARE))
+            for turn in range(1, noise.AGAIN + 2):
+                self.rounds(race.only(_finalists(entries, race.timings()), turn * clock.SHARE))
+                if not _undecided(entries, race.timings()):
+                    break
         found = race.timings() if samples else {}
         cold, warm = (
             {name: found[f"{way} {name}"] for name in calls if f"{way} {name}" in found}
@@ -187,10 +189,9 @@ class Bench:
     def _rows(
         self, cell: Cell, case: Case, mask: Tensor, entries: list[_Entry], cold: Timings, warm: Timings
     ) -> list[Row]:
-        good = {e.rival.name: cold[e.rival.name].median for e in entries if not e.fault}
         dense = {e.rival.name: e.rival for e in entries if e.rival.kind == "dense" and not e.fault}
-        any_best = min(dense, key=lambda name: good[name], default=None)
-        rows_best = min((n for n in dense if dense[n].rows), key=lambda name: good[name], default=None)
+        best = min(dense, key=lambda name: cold[name].median, default=None)
+        like = min((n for n in dense if dense[n].rows), key=lambda name: cold[name].median, default=None)
         shared = {
             "shape": cell.layer.text,
             "origin": cell.layer.origin,
@@ -206,20 +207,21 @@ class Bench:
         found = []
         for entry in entries:
             name = entry.rival.name
-            best = rows_best if entry.rival.kind == "auto" else any_best
-            bar, timing = (None if best is None else good[best]), cold.get(name)
-            taken = None if entry.fault or timing is None else timing.median
-            gain = bar - taken if bar is not None and taken is not None else 0.0
+            timing = None if entry.fault else cold.get(name)
+            taken, dense_taken = (t.median if t else None for t in (timing, cold.get(best or "")))
+            gain = dense_taken - taken if dense_taken is not None and taken is not None else 0.0
             found.append(
                 {"implementation": name, "kind": entry.rival.kind, **shared}
                 | {
                     "median_s": taken,
-                    "iqr_s": None if taken is None or timing is None else timing.spread,
-                    "samples": None if taken is None or timing is None else timing.samples,
-                    "warm_s": warm[name].median if taken is not None and name in warm else None,
+                    "iqr_s": timing.spread if timing else None,
+                    "samples": timing.samples if timing else None,
+                    "disturbed": timing.disturbed if timing else None,
+                    "warm_s": warm[name].median if timing and name in warm else None,
                     "dense_best": best,
-                    "dense_median_s": bar,
-                    "speedup": bar / taken if bar is not None and taken else None,
+                    "dense_median_s": dense_taken,
+                    "speedup": dense_taken / taken if dense_taken is not None and taken else None,
+                    "noisy": noise.decides(timing, cold[best]) if timing and best else None,
                     "bytes": entry.bytes,
                     "flops": entry.flops,
                     "floor_s": entry.floor,
@@ -233,6 +235,12 @@ class Bench:
                     "check": entry.fault or "passed",
                 }
             )
+            if entry.rival.kind == "auto" and timing and like:
+                found[-1] |= {
+                    "like": like,
+                    "like_speedup": cold[like].median / timing.median,
+                    "like_noisy": noise.decides(timing, cold[like]),
+                }
         return found
 
 
@@ -249,6 +257,18 @@ def _finalists(entries: list[_Entry], found: Timings) -> set[str]:
         [e for e in times if e.rival.kind == "auto"],
     )
     return {f"first {min(group, key=lambda e: times[e]).rival.name}" for group in groups if group}
+
+
+def _undecided(entries: list[_Entry], found: Timings) -> bool:
+    """Whether noise decides between dense and the fastest of ours, or between dense and `auto`."""
+    times = {e: found[f"first {e.rival.name}"] for e in entries if f"first {e.rival.name}" in found}
+
+    def fastest(kind: str, rows: bool = False) -> clock.Timing | None:
+        own = [t for e, t in times.items() if e.rival.kind == kind and (e.rival.rows or not rows)]
+        return min(own, key=lambda timing: timing.median, default=None)
+
+    pairs = (fastest("ours"), fastest("dense")), (fastest("auto"), fastest("dense", rows=True))
+    return any(one and bar and noise.decides(one, bar) for one, bar in pairs)
 
 
 def _once(form: Ready, x: Tensor) -> None:
@@ -310,16 +330,27 @@ class Outcome:
     left_out: list[str]
     notes: dict[str, str]
     anchors: dict[str, Any]
+    cells: int = 0  # that were asked for
 
     @property
     def failed(self) -> bool:
         return any(row["check"] != "passed" for row in self.rows)
 
 
-def bench_layers(asked: Asked, seconds: float, say: Callable[[str], None]) -> Outcome:
-    """All that was asked for; of default layers what fits into `seconds` and, on a CPU, LARGEST_CPU."""
+def bench_layers(
+    asked: Asked,
+    seconds: float,
+    say: Callable[[str], None],
+    keep: Callable[[Outcome], None] = lambda outcome: None,
+) -> Outcome:
+    """All that was asked for; of default layers what fits into `seconds` and, on a CPU, LARGEST_CPU.
+
+    Every sparsity, batch size, dtype and kind of mask that was named is measured at least once, however long
+    that takes. `keep` gets what there is behind every cell, for a caller who may be stopped.
+    """
     began = time.perf_counter()
     wanted = asked.cells()
+    must = range(len(wanted)) if asked.exact else asked.named(wanted)
     say("floors: bandwidth and matrix rate")
     anchors = Anchors(asked.device, tuple(dict.fromkeys(["fp32", *(cell.dtype for cell in wanted)])))
     anchors.measure()
@@ -327,9 +358,9 @@ def bench_layers(asked: Asked, seconds: float, say: Callable[[str], None]) -> Ou
     if not asked.exact and asked.device == "cpu":
         bench.compile_seconds = COMPILING * seconds
     rows: list[Row] = []
-    left_out = []
+    left_out: list[str] = []
     for i, cell in enumerate(wanted):
-        if not asked.exact:
+        if i not in must:
             cost = CELL + CALLS * cell.flops / anchors.rate[cell.dtype]
             large = asked.device == "cpu" and cell.flops > LARGEST_CPU
             if large or time.perf_counter() - began + cost > seconds:
@@ -337,4 +368,6 @@ def bench_layers(asked: Asked, seconds: float, say: Callable[[str], None]) -> Ou
                 continue
         say(f"{i + 1} of {len(wanted)}: {cell.text}")
         rows += bench.measure(cell)
-    return Outcome(rows, left_out, bench.notes, anchors.facts())
+        rest = [other.text for other in wanted[i + 1 :]]
+        keep(Outcome([*rows], left_out + rest, {**bench.notes}, anchors.facts(), len(wanted)))
+    return Outcome(rows, left_out, bench.notes, anchors.facts(), len(wanted))

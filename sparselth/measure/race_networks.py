@@ -32,12 +32,14 @@ from sparselth.measure import energy, memory
 from sparselth.measure.case import (
     Call,
     Case,
+    Keep,
     Result,
     Row,
     Say,
     best_of,
     check_batches,
     conversion_of,
+    no_keep,
     race,
     random_case,
     row_of,
@@ -63,11 +65,13 @@ def bench_run(
     data_dir: Path | None,
     say: Say,
     device: str = "cpu",
+    keep: Keep = no_keep,
 ) -> Result:
     """The ticket of a level of a run beside the run's dense network, on the test images of its data set.
 
     `level` is the last finished one unless given, `seed` the first. Checks: the ticket's predictions are
-    those of the dense network with its zeros, and its accuracy is the one that the run recorded.
+    those of the dense network with its zeros, and its accuracy is the one that the run recorded. `keep` gets
+    what there is behind every batch size, without accuracies.
     """
     check_batches(batches)
     record = runs.read(path)
@@ -82,7 +86,16 @@ def bench_run(
     pruned, mask, file = _load(path, model, who)
     case = Case(model, dense, pruned, mask)
 
-    inference = _inference(case, x, batches, (dense_file, file), say, device)
+    facts: dict[str, Any] = {
+        "run": str(path),
+        "network": config.model,
+        "level": who.level,
+        "seed": who.seed,
+        "kept": 1 - case.sparsity,
+        "images": len(x),
+        "data": images.spec.title,
+    }
+    inference = _inference(case, x, batches, (dense_file, file), say, device, _so_far("ticket", facts, keep))
     pairs = inference.memory
     if device == "cpu":
         say("memory of a training step")
@@ -93,14 +106,7 @@ def bench_run(
         before = float((_logits(sequential(model, dense), x, 500).argmax(1) == labels).double().mean())
     recorded = point["final_accuracy"]
     as_recorded = abs(accuracy - recorded) <= 1e-3
-    facts = {
-        "run": str(path),
-        "network": config.model,
-        "level": who.level,
-        "seed": who.seed,
-        "kept": 1 - case.sparsity,
-        "images": len(x),
-        "data": images.spec.title,
+    facts |= {
         "accuracy": accuracy,
         "dense_accuracy": before,
         "recorded_accuracy": None if as_recorded else recorded,
@@ -118,8 +124,18 @@ def bench_run(
     return Result("ticket", device, inference.rows, pairs, failed, facts, inference.notes)
 
 
-def bench_model(name: str, sparsity: float, batches: Sequence[int], say: Say, device: str = "cpu") -> Result:
-    """A model with fresh weights, of which every layer keeps the same share, chosen at random, on noise."""
+def bench_model(
+    name: str,
+    sparsity: float,
+    batches: Sequence[int],
+    say: Say,
+    device: str = "cpu",
+    keep: Keep = no_keep,
+) -> Result:
+    """A model with fresh weights, of which every layer keeps the same share, chosen at random, on noise.
+
+    `keep` gets what there is behind every batch size.
+    """
     check_batches(batches)
     case = random_case(get_model(name), sparsity)
     images = torch.randn(
@@ -130,9 +146,8 @@ def bench_model(name: str, sparsity: float, batches: Sequence[int], say: Say, de
         device="cpu",
     )
     files = _stored(case, dense=True), _stored(case, dense=False)
-    inference = _inference(case, images, batches, files, say, device)
     facts = {"network": name, "kept": 1 - case.sparsity}
-    found = inference
+    found = _inference(case, images, batches, files, say, device, _so_far("model", facts, keep))
     return Result("model", device, found.rows, found.memory, found.failed, facts, found.notes)
 
 
@@ -143,12 +158,27 @@ class _Inference:
     memory: dict[str, tuple[Memory, Memory]]
     pruned_logits: Tensor  # of the last batch size, on all images, on the CPU
     failed: bool
+    device: str
+
+
+def _so_far(what: str, facts: dict[str, Any], keep: Keep) -> Callable[[_Inference], None]:
+    def kept(found: _Inference) -> None:
+        rows, pairs, notes = [*found.rows], {**found.memory}, [*found.notes]
+        keep(Result(what, found.device, rows, pairs, found.failed, {**facts}, notes))
+
+    return kept
 
 
 @torch.no_grad()
 @precision("fp32")
 def _inference(
-    case: Case, images: Tensor, batches: Sequence[int], files: tuple[int, int], say: Say, device: str
+    case: Case,
+    images: Tensor,
+    batches: Sequence[int],
+    files: tuple[int, int],
+    say: Say,
+    device: str,
+    keep: Callable[[_Inference], None],
 ) -> _Inference:
     dense, pruned = (sequential(case.model, flat).to(device) for flat in (case.dense, case.pruned))
     images, most = images.to(device), TOLERANCE[device]
@@ -156,7 +186,7 @@ def _inference(
     dense_bytes = sum(held([*dense.parameters()]))
     expected = _logits(pruned, images, 500)
     meter = energy.meter(device)
-    found = _Inference([], [meter.why], {}, expected, False)
+    found = _Inference([], [meter.why], {}, expected, False, device)
     for batch in batches:
         x = images[torch.arange(batch, device="cpu") % len(images)]
         say(f"{case.model.name}, batch {batch}: converting")
@@ -215,6 +245,7 @@ def _inference(
         assert before is not None
         assert after is not None
         found.memory[f"inference, batch {batch}"] = before, after
+        keep(found)
     return found
 
 

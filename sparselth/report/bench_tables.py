@@ -1,35 +1,41 @@
-"""Rows of `bench` as text: a table of at most 110 columns, and what it says in words."""
+"""Rows of `bench` as text: a table in 80 columns, with more of them where there is room, and words.
+
+All speed-ups of a table are over one thing: dense at its best of the same layer, batch size and dtype.
+"""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-Row = dict[str, Any]
-WIDTH = 110
-NOISE = 0.5  # interquartile range, as a share of the median, above which no winner is named
-EVEN = 0.97, 1.03  # speed-ups between them are no win and no loss
+from sparselth.report.bench_words import Row, percent, ratio, sparse_best, summary
+
+WIDTH = 80  # columns where nobody says how many there are
 BUSY = 0.5  # of a machine's cores at work for others, above which times are said to be of little use
 SHORT = {"dense eager": "eager", "dense columns": "columns", "dense compiled": "compiled"}
-HEAD = (
-    f"{'batch':>5}{'dense':>8} {'its best':<8} {'sparse, best':<18}{'time':>8}{'IQR':>5}{'speed-up':>9}"
-    f"{'floor':>6}{'bytes':>6}{'peak':>8}{'error':>6}{'made in':>8}{'pays':>7}{'auto':>6}"
-)
-HEAD_ALL = (
-    f"{'batch':>5} {'implementation':<26}{'time':>9}{'IQR':>6}{'speed-up':>9}{'floor':>7}{'bytes':>8}"
-    f"{'peak':>9}{'error':>8}{'made in':>9}{'pays after':>11}"
-)
-LEGEND = """\
-dense: the fastest dense of eager, compiled, channels-last (convolutions) and columns (features-major).
-time: median of interleaved rounds; IQR: from the first quartile to the third, as a share of it.
-speed-up: over dense at its best. floor: the least time by the measured anchors, as a share of the time.
-bytes: weights with every index, as a share of dense. peak: with activations, by torch's allocator.
-made in: time of conversion. pays: after so many calls it has paid, against dense at its best.
-error: largest, relative to the largest |y|, against float64 with the same weights.
-auto: what sparse.convert chose, layout changes counted, over dense with the same input and output."""
+MEANING = {
+    "dense": "dense: the fastest dense of eager, compiled, channels-last (convolutions) and columns "
+    "(features-major).",
+    "time": "time: median of interleaved rounds; IQR: from the first quartile to the third, of it.",
+    "speed-up": "speed-up: over dense at its best on the same line, auto too; ? where noise decides it.",
+    "auto": "auto: what sparse.convert chose, changes of layout counted.",
+    "bytes": "bytes: weights with every index, as a share of dense.",
+    "floor": "floor: the least time by the measured anchors, as a share of the time.",
+    "peak": "peak: with activations, by torch's allocator.",
+    "error": "error: largest, relative to the largest |y|, against float64 with the same weights.",
+    "made in": "made in: time of conversion.",
+    "pays": "pays: after so many calls it has paid, against dense at its best.",
+}
+
+
+class Column(NamedTuple):
+    """Of a table: the last ones are left out where a line has no room for them."""
+
+    head: str
+    width: int  # with the space before it; negative: to the left
+    text: Callable[[Row], str]
 
 
 def report(
@@ -38,11 +44,13 @@ def report(
     left_out: Sequence[str],
     notes: Mapping[str, str],
     every: bool,
+    width: int = WIDTH,
 ) -> str:
     """All of it: where, the table, its legend, the words."""
-    parts = [header(device), table(rows, every), fill(legend(device["type"])), summary(rows)]
+    parts = [fill(header(device), width), table(rows, every, width)]
+    parts += [fill(legend(device["type"], every, width), width), fill(summary(rows), width)]
     if closing := _left_out(left_out, notes):
-        parts.append(closing)
+        parts.append(fill(closing, width))
     return "\n\n".join(parts)
 
 
@@ -58,17 +66,23 @@ def header(device: Mapping[str, Any]) -> str:
         f"{device['name']}{threads}, torch {device['torch']}",
         f"floors from measured anchors: GB/s {bandwidth}; GFLOP/s {rates}",
     ]
-    if cpu and device["load"] > BUSY * device["cores"]:
-        lines.append(
-            f"This machine is busy (load {device['load']:.1f} on {device['cores']} cores at the start): "
-            "expect wide spreads, and repeat what matters when it is quiet."
-        )
-    return fill("\n".join(lines))
+    return "\n".join([*lines, *busy(device)])
 
 
-def fill(text: str) -> str:
+def busy(device: Mapping[str, Any]) -> list[str]:
+    """A line where a processor had other work when it began."""
+    if device["type"] != "cpu" or device["load"] <= BUSY * device["cores"]:
+        return []
+    return [
+        f"This machine is busy (load {device['load']:.1f} on {device['cores']} cores at the start): "
+        "expect wide spreads, and repeat what matters when it is quiet."
+    ]
+
+
+def fill(text: str, width: int) -> str:
+    """Every line wrapped; what goes over is indented."""
     return "\n".join(
-        textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
         for line in text.splitlines()
     )
 
@@ -84,95 +98,69 @@ def _left_out(cells: Sequence[str], notes: Mapping[str, str]) -> str:
             "`shape` and `batch`."
         )
     said += [f"Not measured, {name}: {why}" for name, why in notes.items()]
-    return fill("\n".join(said))
+    return "\n".join(said)
 
 
 def buffer(size: int) -> str:
     return f"{size >> 20} MB" if size >= 1 << 20 else f"{size >> 10} KB"
 
 
-def table(rows: Sequence[Row], every: bool = False) -> str:
+def table(rows: Sequence[Row], every: bool = False, width: int = WIDTH) -> str:
     """A block for each shape, dtype and mask, a line for each batch; `every`: for each implementation."""
     blocks: dict[tuple[Any, ...], dict[int, list[Row]]] = {}
     for row in rows:
         key = row["shape"], row["dtype"], row["mask"], row["sparsity"]
         blocks.setdefault(key, {}).setdefault(row["batch"], []).append(row)
-    lines = [HEAD_ALL if every else HEAD]
+    columns, _ = fitting(EVERY if every else BEST, width)
+    lines = [head(columns)]
     for batches in blocks.values():
-        lines.append(_heading(next(iter(batches.values()))[0]))
+        lines += ["", fill(_heading(next(iter(batches.values()))[0]), width)]
         for batch in sorted(batches):
-            lines += _every(batches[batch]) if every else [_line(batches[batch])]
+            of_batch = _every(batches[batch]) if every else [_best(batches[batch])]
+            lines += [line(columns, [column.text(row) for column in columns]) for row in of_batch]
     return "\n".join(lines)
 
 
-def legend(device: str) -> str:
+def fitting(columns: Sequence[Column], width: int) -> tuple[list[Column], list[str]]:
+    """The columns that a line has room for, and the names of the others."""
+    room, shown = width, []
+    for column in columns:
+        room -= abs(column.width)
+        if room < 0:
+            break
+        shown.append(column)
+    return shown, [column.head for column in columns[len(shown) :]]
+
+
+def head(columns: Sequence[Column]) -> str:
+    return line(columns, [column.head for column in columns])
+
+
+def line(columns: Sequence[Column], texts: Sequence[str]) -> str:
+    """Texts as a line of a table."""
+    return "".join(
+        f"{text:>{column.width}}" if column.width > 0 else f" {text:<{-column.width - 1}}"
+        for column, text in zip(columns, texts, strict=True)
+    ).rstrip()
+
+
+def legend(device: str, every: bool = False, width: int = WIDTH) -> str:
+    """What the columns mean that are there, which ones are not, and how times were taken."""
+    shown, hidden = fitting(EVERY if every else BEST, width)
+    heads = [column.head for column in shown]
+    lines = [text for name, text in MEANING.items() if name in heads or name == "auto"]
+    if hidden:
+        lines.append(f"Where a line has {width_of(EVERY if every else BEST)} columns: {', '.join(hidden)}.")
     state = (
         "cold: behind a write of four times the second-level cache, from a CUDA graph where that can be"
         if device == "cuda"
         else "warm: the same memory in every call, so what fits lies in a cache"
     )
-    return f"{LEGEND}\nTimes are {state}."
+    return "\n".join([*lines, f"Times are {state}."])
 
 
-def summary(rows: Sequence[Row]) -> str:
-    """Where sparse wins, where it loses, the break-even sparsity of each batch, and what failed."""
-    said = []
-    cells = _cells(rows)
-    groups: dict[tuple[Any, ...], list[list[Row]]] = {}
-    for (_, _, dtype, mask, sparsity), cell in cells.items():
-        groups.setdefault((dtype, mask, sparsity), []).append(cell)
-    several = swept(rows)
-    for (dtype, mask, sparsity), members in groups.items():
-        extra = all((cell[0]["shape"], dtype, mask) in several for cell in members)
-        if extra and not any(row["kind"] == "auto" for cell in members for row in cell):
-            continue  # measured for the break-even sparsity, which is said below
-        if all(sparse_best(cell) is None for cell in members):
-            said.append(f"{dtype}, {mask} {percent(sparsity)}: nothing but dense runs here: use dense.")
-            continue
-        for batch in sorted({cell[0]["batch"] for cell in members}):
-            here = [cell for cell in members if cell[0]["batch"] == batch]
-            said.append(f"{dtype}, {mask} {percent(sparsity)}, batch {batch:,}: {_verdict(here)}")
-    said += _break_even(rows)
-    said += _auto(rows)
-    said += [f"FAILED {_name(row)}: {row['check']}." for row in rows if row["check"] != "passed"]
-    return fill("\n".join(said))
-
-
-def sparse_best(cell: Iterable[Row]) -> Row | None:
-    """The fastest that is neither dense nor `auto`."""
-    own = [row for row in cell if row["kind"] in ("ours", "torch") and row["speedup"]]
-    return max(own, key=lambda row: float(row["speedup"]), default=None)
-
-
-def crossing(points: Sequence[tuple[float, float]]) -> float | None:
-    """The sparsity from which on the speed-up is 1 or more, between measured ones; None: nowhere."""
-    points = sorted(points)
-    if points[-1][1] < 1:
-        return None
-    found = points[0][0]
-    for (s0, g0), (s1, g1) in pairwise(points):
-        if g0 < 1 <= g1:
-            found = s0 + (s1 - s0) * math.log(1 / g0) / math.log(g1 / g0)
-    return found
-
-
-def swept(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[int, list[tuple[float, float]]]]:
-    """(shape, dtype, mask) -> batch -> (sparsity, best speed-up), where several sparsities were measured."""
-    found: dict[tuple[str, str, str], dict[int, list[tuple[float, float]]]] = {}
-    for (shape, batch, dtype, mask, sparsity), cell in _cells(rows).items():
-        if (best := sparse_best(cell)) is not None:
-            found.setdefault((shape, dtype, mask), {}).setdefault(batch, []).append(
-                (sparsity, best["speedup"])
-            )
-    several = {
-        key: {batch: sorted(points) for batch, points in sorted(by.items()) if len(points) > 1}
-        for key, by in found.items()
-    }
-    return {key: by for key, by in several.items() if by}
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.4g} %"
+def width_of(columns: Sequence[Column]) -> int:
+    return sum(abs(column.width) for column in columns)
 
 
 def seconds(taken: float | None) -> str:
@@ -198,29 +186,13 @@ def _three(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
-def _ratio(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.2f}x" if value < 9.995 else f"{value:.1f}x" if value < 99.95 else f"{value:,.0f}x"
-
-
-def _share(value: float | None) -> str:
+def share(value: float | None) -> str:
+    """As percent; with a decimal below ten."""
     return "–" if value is None else f"{100 * value:.0f}%" if value >= 0.0995 else f"{100 * value:.1f}%"
 
 
 def _error(value: float | None) -> str:
     return "–" if value is None else f"{value:.0e}"
-
-
-def _cells(rows: Sequence[Row]) -> dict[tuple[str, int, str, str, float], list[Row]]:
-    found: dict[tuple[str, int, str, str, float], list[Row]] = {}
-    for row in rows:
-        found.setdefault(_cell(row), []).append(row)
-    return found
-
-
-def _cell(row: Row) -> tuple[str, int, str, str, float]:
-    return row["shape"], row["batch"], row["dtype"], row["mask"], row["sparsity"]
 
 
 def _heading(row: Row) -> str:
@@ -230,163 +202,87 @@ def _heading(row: Row) -> str:
     facts.append(f"of tiles of 16 x 16 {percent(row['tiles_16'])} in use")
     origin = f" ({row['origin']})" if row["origin"] else ""
     name = f"{row['shape']}{origin}, {row['dtype']}, {row['mask']}{block} {percent(row['sparsity'])}"
-    return "\n" + textwrap.fill(f"{name}: {', '.join(facts)}", WIDTH, subsequent_indent="  ")
+    return f"{name}: {', '.join(facts)}"
 
 
-def _line(cell: list[Row]) -> str:
-    dense = min(
-        (row for row in cell if row["kind"] == "dense" and row["median_s"]),
-        key=lambda row: float(row["median_s"]),
-        default=None,
-    )
-    text = f"{cell[0]['batch']:>5}{seconds(dense['median_s'] if dense else None):>8}"
-    text += f" {SHORT.get(dense['implementation'], 'ch.-last') if dense else '–':<8} "
-    best = sparse_best(cell)
-    if best is None:
-        text += f"{'–':<81}"
-    else:
-        pays = f"{best['pays_after']:,}" if best["pays_after"] else "never"
-        text += (
-            f"{best['implementation']:<18}{seconds(best['median_s']):>8}"
-            f"{_share(best['iqr_s'] / best['median_s']):>5}{_ratio(best['speedup']):>9}"
-            f"{_share(best['floor_fraction']):>6}"
-            f"{_share(best['weight_bytes'] / best['dense_weight_bytes']):>6}{size(best['peak_bytes']):>8}"
-            f"{_error(best['max_rel_error']):>6}{seconds(best['conversion_s']):>8}{pays:>7}"
-        )
-    auto = next((row for row in cell if row["kind"] == "auto"), None)
-    return text + f"{_ratio(auto['speedup'] if auto else None):>6}"
+def _best(cell: list[Row]) -> Row:
+    """The best sparse row with that of dense and of `auto`, as the columns of `BEST` take them."""
+    dense = [row for row in cell if row["kind"] == "dense" and row["median_s"]]
+    return {
+        "batch": cell[0]["batch"],
+        "dense": min(dense, key=lambda row: float(row["median_s"]), default=None),
+        "auto": next((row for row in cell if row["kind"] == "auto"), None),
+        "best": sparse_best(cell),
+    }
 
 
-def _every(cell: list[Row]) -> list[str]:
-    lines: list[str] = []
-    for row in sorted(cell, key=lambda row: (row["kind"] != "dense", row["median_s"] or math.inf)):
-        name = row["implementation"] + (f" ({row['takes']})" if row["takes"] else "")
-        pays = (
-            "" if row["kind"] == "dense" else "never" if not row["pays_after"] else f"{row['pays_after']:,}"
-        )
-        if row["check"] != "passed":
-            pays = "FAILED"
-        iqr = None if row["median_s"] is None else row["iqr_s"] / row["median_s"]
-        share = None if row["weight_bytes"] is None else row["weight_bytes"] / row["dense_weight_bytes"]
-        lines.append(
-            f"{'' if lines else row['batch']:>5} {name:<26}{seconds(row['median_s']):>9}"
-            f"{_share(iqr):>6}{_ratio(row['speedup']):>9}{_share(row['floor_fraction']):>7}"
-            f"{_share(share):>8}{size(row['peak_bytes']):>9}{_error(row['max_rel_error']):>8}"
-            f"{seconds(row['conversion_s']):>9}{pays:>11}".rstrip()
-        )
-    return lines
+def _every(cell: list[Row]) -> list[Row]:
+    """All rows, dense ones first, the faster before the slower; the batch size stands in the first."""
+    found = sorted(cell, key=lambda row: (row["kind"] != "dense", row["median_s"] or math.inf))
+    return [found[0], *({**row, "batch": ""} for row in found[1:])]
 
 
-def _verdict(cells: list[list[Row]]) -> str:
-    """One batch: how many layers sparse wins, by how much, and which it loses."""
-    best = {cell[0]["shape"]: found for cell in cells if (found := sparse_best(cell))}
-    unclear = [cell[0]["shape"] for cell in cells if _noisy(cell)]
-    won = {s: row for s, row in best.items() if row["speedup"] > EVEN[1] and s not in unclear}
-    lost = [s for s, row in best.items() if row["speedup"] < EVEN[0] and s not in unclear]
-    even = [s for s in best if s not in won and s not in lost and s not in unclear]
-    lost += [cell[0]["shape"] for cell in cells if cell[0]["shape"] not in best]
-    parts = []
-    if won:
-        gains = sorted((row["speedup"], shape) for shape, row in won.items())
-        how = f"{_ratio(gains[0][0])} to {_ratio(gains[-1][0])}" if len(gains) > 1 else _ratio(gains[0][0])
-        middle = gains[len(gains) // 2][0]
-        parts.append(f"sparse wins on {_count(won, cells)}: {how}")
-        if len(gains) > 2:
-            parts[-1] += f", in the middle {_ratio(middle)}, most on {gains[-1][1]}"
-    if even:
-        parts.append(f"even on {', '.join(even)}")
-    if lost:
-        parts.append(
-            f"use dense on {', '.join(lost)}" if len(lost) < len(cells) or len(lost) == 1 else "use dense"
-        )
-    if unclear:
-        where = ", ".join(unclear) if len(unclear) <= 4 else _count(dict.fromkeys(unclear), cells)
-        parts.append(f"too noisy to say on {where}, repeat on a quiet machine")
-    return "; ".join(parts) + "."
+def _dense(row: Row) -> str:
+    return seconds(row["dense"]["median_s"]) if row["dense"] else "–"
 
 
-def _noisy(cell: list[Row]) -> bool:
-    """Whether one of the two times that are compared spreads by more than NOISE."""
-    best = sparse_best(cell)
-    compared = [
-        row for row in cell if best and row["implementation"] in (best["implementation"], best["dense_best"])
-    ]
-    return any(row["iqr_s"] > NOISE * row["median_s"] for row in compared if row["median_s"])
+def _its_best(row: Row) -> str:
+    return SHORT.get(row["dense"]["implementation"], "ch.-last") if row["dense"] else "–"
 
 
-def _count(won: Mapping[str, Row | None], cells: list[list[Row]]) -> str:
-    if len(cells) == 1:
-        return next(iter(won))
-    if len(won) == len(cells) == 2:
-        return "both layers"
-    return f"all {len(cells)} layers" if len(won) == len(cells) else f"{len(won)} of {len(cells)} layers"
+def _speedup(row: Row) -> str:
+    return "FAILED" if row["check"] != "passed" else ratio(row["speedup"], row["noisy"])
 
 
-def _break_even(rows: Sequence[Row]) -> list[str]:
-    found = swept(rows)
-    if not found:
-        return [
-            "Break-even sparsity: not measured, one sparsity tells nothing of it; give several, such as "
-            "`sparsity` 0.5,0.8,0.9,0.95."
-        ]
-    said = []
-    for (shape, dtype, mask), by_batch in found.items():
-        parts = []
-        for batch, points in by_batch.items():
-            from_on, lowest, highest = crossing(points), points[0][0], points[-1][0]
-            if from_on is None:
-                parts.append(f"batch {batch:,} none up to {percent(highest)}")
-            elif from_on == lowest:
-                parts.append(f"batch {batch:,} at or below {percent(lowest)}, the lowest measured")
-            else:
-                parts.append(f"batch {batch:,} {100 * from_on:.0f} %")
-        said.append(
-            f"Break-even sparsity of {shape}, {dtype}, {mask}, between measured ones: {'; '.join(parts)}."
-        )
-    return said
+def _iqr(row: Row) -> str:
+    return share(row["iqr_s"] / row["median_s"] if row["median_s"] else None)
 
 
-def _auto(rows: Sequence[Row]) -> list[str]:
-    own = [row for row in rows if row["kind"] == "auto" and row["speedup"]]
-    if not own:
-        return []
-    lowest = min(own, key=lambda row: float(row["speedup"]))
-    below = [row for row in own if row["speedup"] < EVEN[0]]
-    if not below:
-        return [
-            f"auto is never below 0.97x of dense; its least is {_ratio(lowest['speedup'])} ({_name(lowest)})."
-        ]
-    cells = _cells(rows)
-    unclear = [row for row in below if row["speedup"] + _doubt(row, cells[_cell(row)]) >= EVEN[0]]
-    slow = sorted((row for row in below if row not in unclear), key=lambda row: float(row["speedup"]))
-    said = []
-    if slow:
-        named = ", ".join(
-            f"{_ratio(row['speedup'])} on {row['shape']} at batch {row['batch']:,} ({row['takes']})"
-            for row in slow[:6]
-        )
-        more = f", and {len(slow) - 6} more" if len(slow) > 6 else ""
-        said.append(
-            f"FLAGGED: auto is below 0.97x of dense in {len(slow)} of {len(own)} cases: {named}{more}."
-        )
-    if unclear:
-        least = min(unclear, key=lambda row: float(row["speedup"]))
-        said.append(
-            f"auto is below 0.97x in {len(unclear)} of {len(own)} cases by no more than the spread of the "
-            f"times explains; the least is {_ratio(least['speedup'])} ({_name(least)})."
-        )
-    return said
+def _bytes(row: Row) -> str:
+    return share(row["weight_bytes"] / row["dense_weight_bytes"] if row["weight_bytes"] is not None else None)
 
 
-def _doubt(row: Row, cell: list[Row]) -> float:
-    """Twice the standard error of a ratio of two medians, from their quartiles."""
-    bar = next(other for other in cell if other["implementation"] == row["dense_best"])
-    parts = [(one["iqr_s"] / one["median_s"]) ** 2 / one["samples"] for one in (row, bar)]
-    return 2 * 0.93 * float(row["speedup"]) * math.sqrt(sum(parts))
+def _pays(row: Row) -> str:
+    if row["kind"] == "dense" or row["check"] != "passed":
+        return ""
+    return "?" if row["noisy"] else f"{row['pays_after']:,}" if row["pays_after"] else "never"
 
 
-def _name(row: Row) -> str:
-    return (
-        f"{row['implementation']} on {row['shape']}, batch {row['batch']:,}, {row['dtype']}, {row['mask']} "
-        f"{percent(row['sparsity'])}"
-    )
+def _of_best(text: Callable[[Row], str]) -> Callable[[Row], str]:
+    """Of the best sparse row, where there is one."""
+    return lambda row: text(row["best"]) if row["best"] else "–"
+
+
+BEST = (
+    Column("batch", 5, lambda row: str(row["batch"])),
+    Column("dense", 8, _dense),
+    Column("its best", -9, _its_best),
+    Column("sparse, best", -19, _of_best(lambda row: str(row["implementation"]))),
+    Column("time", 8, _of_best(lambda row: seconds(row["median_s"]))),
+    Column("speed-up", 9, _of_best(_speedup)),
+    Column("IQR", 6, _of_best(_iqr)),
+    Column("auto", 8, lambda row: _speedup(row["auto"]) if row["auto"] else "–"),
+    Column("bytes", 7, _of_best(_bytes)),
+    Column("floor", 6, _of_best(lambda row: share(row["floor_fraction"]))),
+    Column("peak", 8, _of_best(lambda row: size(row["peak_bytes"]))),
+    Column("error", 6, _of_best(lambda row: _error(row["max_rel_error"]))),
+    Column("made in", 8, _of_best(lambda row: seconds(row["conversion_s"]))),
+    Column("pays", 7, _of_best(_pays)),
+)
+EVERY = (
+    Column("batch", 5, lambda row: str(row["batch"])),
+    Column(
+        "implementation",
+        -27,
+        lambda row: row["implementation"] + (f" ({row['takes']})" if row["takes"] else ""),
+    ),
+    Column("time", 8, lambda row: seconds(row["median_s"])),
+    Column("speed-up", 9, _speedup),
+    Column("IQR", 6, _iqr),
+    Column("bytes", 7, _bytes),
+    Column("floor", 7, lambda row: share(row["floor_fraction"])),
+    Column("error", 7, lambda row: _error(row["max_rel_error"])),
+    Column("peak", 9, lambda row: size(row["peak_bytes"])),
+    Column("made in", 9, lambda row: seconds(row["conversion_s"])),
+    Column("pays", 9, _pays),
+)

@@ -1,31 +1,37 @@
-"""Rows of whole networks as text: a table, the memory, and what they say in words."""
+"""Rows of whole networks as text: a table, the memory, and what they say in words.
+
+All speed-ups of a batch size are over one thing: the fastest dense rival that is right.
+"""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
+
+from sparselth.measure.noise import EVEN
+from sparselth.report.bench_tables import WIDTH, Column, fill, fitting, head, line, share, width_of
+from sparselth.report.bench_words import ratio
 
 if TYPE_CHECKING:
     from sparselth.measure.case import Result
     from sparselth.measure.memory import Memory
 
-EVEN = 0.97, 1.03  # between them nobody wins
+LEGEND = """\
+IQR: from the first quartile to the third of interleaved rounds, of the median. speed-up: over dense at its \
+best with the same batch; ? where noise decides it. weights: with every index. peak: weights, indices and \
+activations; for a step gradients and moments too."""
+WIDER = """\
+error: against float64, of the logits relative to the largest, of a step that of the gradient's norm. make: \
+conversion, and measuring what this machine had not measured before."""
 
 
-LEGEND = (
-    "speed-up: against dense at its best. peak: weights, indices and activations; for a step gradients "
-    "and moments too. error: against float64, of the logits relative to the largest, of a step that of "
-    "the gradient's norm. make: conversion, and measuring what this machine had not measured before."
-)
-
-
-def report(result: Result, where: str) -> str:
+def report(result: Result, where: str, width: int = WIDTH) -> str:
     """All of it: what was measured and `where`, the table with its legend, the memory, the words."""
-    said = [textwrap.fill(line, 100, subsequent_indent="  ") for line in sentences(result)]
-    tables = ["", table(result.rows), textwrap.fill(LEGEND, 100), "", memory_table(result.memory), ""]
-    return "\n".join([title(result), where, *tables, *said])
+    said = [fill(line, width) for line in sentences(result)]
+    first = [fill(title(result), width), fill(where, width), ""]
+    tables = [table(result.rows, width), fill(legend(width), width), "", memory_table(result.memory), ""]
+    return "\n".join([*first, *tables, *said])
 
 
 def title(result: Result) -> str:
@@ -54,7 +60,7 @@ def sentences(result: Result) -> list[str]:
     if result.what != "training":
         said.append(_agreement(result.rows))
     said += result.notes
-    if result.what == "ticket":
+    if "accuracy" in result.facts:
         said += _of_ticket(result.facts)
     return said
 
@@ -74,6 +80,8 @@ def _sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     ours = rows[-1]
     gain, best, times = ours["speedup"], ours["dense_best"], (ours["median_s"], ours["dense_median_s"])
     what = f"Batch {ours['batch']}: sparselth takes {_ms(times[0])} ms, {best} {_ms(times[1])} ms"
+    if ours["noisy"]:
+        return f"{what}; too noisy to say who wins, repeat on a quiet machine."
     if gain < EVEN[0]:
         return f"{what}; use dense, sparselth takes {1 / gain:.2f} times as long."
     if gain <= EVEN[1] or ours["pays_after"] is None:
@@ -102,22 +110,19 @@ def _agreement(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"Predictions differ on {off} of {images:,} images; {tied}."
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]], width: int = WIDTH) -> str:
     """A line for every implementation and batch."""
-    lines = [
-        f"{'batch':>5}  {'':<22}{'ms':>10}{'iqr':>9}{'speed-up':>10}{'weights KB':>12}{'peak KB':>12}"
-        f"{'error':>10}{'make s':>8}{'pays after':>12}"
-    ]
-    for row in rows:
-        made, pays = (row.get(key, "") for key in ("conversion_s", "pays_after"))
-        lines.append(
-            f"{row['batch']:>5}  {row['implementation']:<22}{_ms(row['median_s']):>10}{_ms(row['iqr_s']):>9}"
-            f"{row['speedup']:>10.2f}{_kb(row['weight_bytes']):>12}{_kb(row['peak_bytes']):>12}"
-            f"{_off(row):>10}"
-            f"{made if made == '' else f'{made:.2f}':>8}{'never' if pays is None else pays:>12}".rstrip()
-            + (" CHECK FAILED" if row["check"] == "failed" else "")
-        )
-    return "\n".join(lines)
+    columns, _ = fitting(COLUMNS, width)
+    lines = [line(columns, [column.text(dict(row)) for column in columns]) for row in rows]
+    return "\n".join([head(columns), *lines])
+
+
+def legend(width: int) -> str:
+    """What the columns mean that are there, and which ones are not."""
+    _, hidden = fitting(COLUMNS, width)
+    if not hidden:
+        return f"{LEGEND} {WIDER}"
+    return f"{LEGEND}\nWhere a line has {width_of(COLUMNS)} columns: {', '.join(hidden)}."
 
 
 def _off(row: Mapping[str, Any]) -> str:
@@ -131,6 +136,34 @@ def _ms(seconds: float) -> str:
 
 def _kb(size: int | None) -> str:
     return "–" if size is None else f"{size / 1e3:,.1f}"
+
+
+def _make(row: Mapping[str, Any]) -> str:
+    return f"{row['conversion_s']:.2f}" if "conversion_s" in row else ""
+
+
+def _pays(row: Mapping[str, Any]) -> str:
+    if "pays_after" not in row or row["check"] == "failed":
+        return ""
+    return "?" if row["noisy"] else "never" if row["pays_after"] is None else f"{row['pays_after']:,}"
+
+
+def _speedup(row: Mapping[str, Any]) -> str:
+    return "FAILED" if row["check"] == "failed" else ratio(row["speedup"], row["noisy"])
+
+
+COLUMNS = (
+    Column("batch", 5, lambda row: str(row["batch"])),
+    Column("", -23, lambda row: str(row["implementation"])),
+    Column("ms", 10, lambda row: _ms(row["median_s"])),
+    Column("speed-up", 10, _speedup),
+    Column("IQR", 6, lambda row: share(row["iqr_s"] / row["median_s"])),
+    Column("weights KB", 12, lambda row: _kb(row["weight_bytes"])),
+    Column("peak KB", 12, lambda row: _kb(row["peak_bytes"])),
+    Column("error", 9, lambda row: _off(row)),
+    Column("make s", 8, _make),
+    Column("pays after", 12, _pays),
+)
 
 
 def memory_table(pairs: Mapping[str, tuple[Memory, Memory]]) -> str:

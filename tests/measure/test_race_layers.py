@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,13 +16,13 @@ import torch.nn.functional as F
 from sparselth import clock
 from sparselth.errors import UsageError
 from sparselth.kernels import _native
-from sparselth.measure import asked, race_layers, rivals
+from sparselth.measure import asked, noise, race_layers, rivals
 from sparselth.measure.asked import Asked, Cell
 from sparselth.measure.floors import Anchors
 from sparselth.measure.layers import Layer, block_of, defaults, facts, mask_of, parse
 from sparselth.measure.race_layers import Bench
 from sparselth.measure.rivals import Ready, Rival
-from sparselth.report import bench_tables
+from sparselth.report import bench_words
 
 UNLIMITED = Anchors("cpu", ("fp32",), {1: 1e30}, dict.fromkeys(("fp32", "bf16", "fp16"), 1e30))
 
@@ -197,7 +199,12 @@ def test_every_implementation_is_right(text: str, batch: int, kind: str) -> None
         assert row["peak_bytes"] >= row["weight_bytes"] + size
     best = {row["implementation"]: row["median_s"] for row in found if row["kind"] == "dense"}
     assert found[0]["dense_median_s"] == min(best.values())
-    assert found[-1]["dense_best"] == "dense eager"  # which takes and gives rows, as auto does
+    assert len({row["dense_best"] for row in found}) == 1  # one denominator, auto's too
+    auto, eager = found[-1], found[0]
+    assert auto["like"] == "dense eager"  # which takes and gives rows, as auto does
+    assert auto["like_speedup"] == pytest.approx(eager["median_s"] / auto["median_s"])
+    assert all(isinstance(row["noisy"], bool) for row in found)
+    assert isinstance(auto["like_noisy"], bool)
 
 
 def test_a_floor_counts_weights_inputs_and_outputs() -> None:
@@ -261,7 +268,7 @@ def test_a_wrong_result_has_no_time_and_is_nobodys_best(by: float) -> None:
         assert "against float64" in row["check"]
         assert {r["dense_best"] for r in found} == {"dense eager"}
         assert race_layers.Outcome(found, [], {}, {}).failed
-        assert "FAILED wrong on 32x32" in bench_tables.summary(found)
+        assert "FAILED wrong on 32x32" in bench_words.summary(found)
 
 
 def test_what_float64_does_not_see_is_compared_with_dense(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +332,7 @@ def test_half_precision_is_measured_dense() -> None:
         found = one.measure(Cell(parse("32x48"), 2, dtype, "random", 0.5))
         assert {row["kind"] for row in found} == {"dense"}
         assert all(row["check"] == "passed" and row["dense_weight_bytes"] == 2 * 32 * 48 for row in found)
-    assert "use dense" in bench_tables.summary(found)
+    assert "use dense" in bench_words.summary(found)
 
 
 def test_the_default_table_has_every_layer_at_every_batch() -> None:
@@ -333,8 +340,9 @@ def test_the_default_table_has_every_layer_at_every_batch() -> None:
     assert len({cell.text for cell in cells}) == len(cells)
     plain = {(cell.layer.text, cell.batch) for cell in cells if (cell.kind, cell.dtype) == ("random", "fp32")}
     assert plain >= {(layer.text, batch) for layer in defaults() for batch in asked.ORDER}
-    first = cells[: len(asked.SWEEP_BATCHES) * (1 + len(asked.SWEEP_SPARSITIES))]
-    assert {cell.layer.text for cell in first} == {asked.SWEEP.text}
+    first = cells[: len(defaults())]
+    assert {(cell.batch, cell.sparsity) for cell in first} == {(64, 0.9)}  # what was asked for
+    assert first[0].layer.text == asked.SWEEP.text
     assert {cell.batch for cell in cells if cell.kind == "random"} == set(asked.ORDER)
     assert {cell.dtype for cell in cells} == {"fp32", "bf16", "fp16"}
     assert {cell.kind for cell in cells} == {"random", "block"}
@@ -347,7 +355,78 @@ def test_time_that_is_up_leaves_the_rest_out(monkeypatch: pytest.MonkeyPatch) ->
         Anchors, "measure", lambda self: (self.bandwidth.update({1: 1e30}), self.rate.update(fp32=1e30))
     )
     wanted = Asked("cpu", (0.9,), dtypes=("fp32",))
+    monkeypatch.setattr(Bench, "measure", lambda self, cell: [{"cell": cell, "check": "passed"}])
     outcome = race_layers.bench_layers(wanted, 0.0, lambda text: None)
-    assert not outcome.rows
+    (row,) = outcome.rows  # what was asked for is measured at least once
+    assert row["cell"].sparsity == 0.9
     assert not outcome.failed
-    assert len(outcome.left_out) == len(wanted.cells())
+    assert len(outcome.left_out) == outcome.cells - 1 == len(wanted.cells()) - 1
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        Asked("cpu", (0.9,)),
+        Asked("cpu", (0.5, 0.85)),
+        Asked("cpu", (0.9, 0.6), batches=(4096, 2)),
+        Asked("cpu", (0.9,), kinds=("random", "block"), dtypes=("bf16", "fp32")),
+    ],
+)
+def test_all_that_is_named_is_measured_first_and_always(
+    wanted: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Anchors,
+        "measure",
+        lambda self: (self.bandwidth.update({1: 1.0}), self.rate.update(dict.fromkeys(self.dtypes, 1.0))),
+    )
+    measured: list[Cell] = []
+    monkeypatch.setattr(Bench, "measure", lambda self, cell: measured.append(cell) or [])
+    kept: list[race_layers.Outcome] = []
+    race_layers.bench_layers(wanted, 0.0, lambda text: None, kept.append)
+    assert measured[0].sparsity == wanted.sparsities[0]
+    flags = wanted.sparsities, wanted.batches or (0,), wanted.dtypes or ("",), wanted.kinds or ("",)
+    named = set(itertools.product(*flags))
+    found = {
+        (
+            cell.sparsity,
+            cell.batch if wanted.batches else 0,
+            cell.dtype if wanted.dtypes else "",
+            cell.kind if wanted.kinds else "",
+        )
+        for cell in measured
+    }
+    assert found == named
+    assert len(measured) == len(named) == len(kept)
+    everything = {cell.text for cell in wanted.cells()}
+    assert {cell.text for cell in measured} | {*kept[-1].left_out} == everything
+
+
+def test_a_race_of_layers_goes_on_while_noise_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[int] = []
+    cell = Cell(parse("32x32"), 2, "fp32", "random", 0.5)
+    for answers, wanted in (([False], 2), ([True, False], 3), ([True] * 9, 2 + noise.AGAIN)):
+        turns.clear()
+        one = bench(only=("dense eager", "CSR"))
+        one.rounds = lambda race: turns.append(len(race.rivals)) or [race.round() for _ in range(3)]
+        monkeypatch.setattr(race_layers, "_undecided", Mock(side_effect=answers))
+        one.measure(cell)
+        assert len(turns) == wanted
+
+
+def test_noise_between_two_rivals_is_seen() -> None:
+    def entry(name: str, kind: str, rows: bool = False) -> Any:
+        return race_layers._Entry(Rival(name, kind, lambda c: True, wrong, rows), None, None, 0.0, None, None)
+
+    entries = [
+        entry("eager", "dense", True),
+        entry("columns", "dense"),
+        entry("mine", "ours"),
+        entry("auto", "auto"),
+    ]
+    calm = {"first eager": 3.0, "first columns": 2.0, "first mine": 1.0, "first auto": 1.5}
+    found = {name: clock.Timing(t, t, t, 9) for name, t in calm.items()}
+    assert not race_layers._undecided(entries, found)
+    for name in ("first columns", "first mine", "first auto", "first eager"):
+        t = calm[name]
+        assert race_layers._undecided(entries, found | {name: clock.Timing(t, 0.5 * t, 1.5 * t, 9)})

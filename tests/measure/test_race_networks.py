@@ -101,6 +101,7 @@ def test_a_ticket_beside_its_dense_network(folder: Path, result: Result) -> None
         assert row["file_bytes"] == cell.stat().st_size
         assert row["weight_bytes"] < row["peak_bytes"]
         assert row["conversion_s"] > 0
+    assert all(isinstance(row["noisy"], bool) and row["samples"] >= 5 for row in result.rows)
     parameters = sum(4 * s.numel for s in get_model(MODEL).weights + get_model(MODEL).biases)
     dense = [row for row in result.rows if row["implementation"] == "dense"]
     assert {row["weight_bytes"] for row in dense} == {parameters}
@@ -123,6 +124,17 @@ def test_the_text_says_it_in_words(result: Result) -> None:
     ):
         assert part in said
     assert "FAILED" not in said
+
+
+def test_what_there_is_can_be_kept_behind_every_batch_size(folder: Path) -> None:
+    kept: list[Result] = []
+    found = bench_run(folder / "run", None, None, (2, 4), None, quiet, keep=kept.append)
+    assert [{row["batch"] for row in one.rows} for one in kept] == [{2}, {2, 4}]
+    assert kept[0].rows == found.rows[: len(kept[0].rows)]
+    assert "accuracy" not in kept[1].facts
+    said = text(kept[0])
+    assert "Batch 2: sparselth takes" in said
+    assert "Test accuracy" not in said
 
 
 def test_level_and_seed_choose_the_cell(folder: Path) -> None:

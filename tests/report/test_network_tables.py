@@ -26,7 +26,7 @@ def row(name: str, batch: int, speedup: float, **more: Any) -> dict[str, Any]:
     return {
         "implementation": name, "batch": batch, "median_s": 1e-3 / speedup, "iqr_s": 1e-5,
         "dense_best": "dense", "dense_median_s": 1e-3, "speedup": speedup, "weight_bytes": 1000,
-        "peak_bytes": None, "max_rel_error": 1e-7, "check": "passed",
+        "peak_bytes": None, "max_rel_error": 1e-7, "check": "passed", "noisy": False,
     } | more  # fmt: skip
 
 
@@ -68,12 +68,28 @@ def test_the_words_say_who_wins_and_what_failed() -> None:
         "Stored file: the ticket's cell 500 bytes, the dense network stored the same way 1,000, 0.500 of it.",
     ]
     lines = network_tables.report(found, "a machine").splitlines()
-    assert lines[:3] == [
-        "lenet5, seed 1, ticket of level 3 of here: 25 % of the weights, on 2,000 test images of digits",
+    assert lines[:4] == [
+        "lenet5, seed 1, ticket of level 3 of here: 25 % of the weights, on 2,000 test",
+        "  images of digits",
         "a machine",
         "",
     ]
-    assert sum("CHECK FAILED" in line for line in network_tables.table(rows).splitlines()) == 1
+    assert max(map(len, lines)) <= 80
+    assert sum("FAILED" in line for line in network_tables.table(rows).splitlines()) == 1
+
+
+def test_noise_names_no_winner() -> None:
+    rows = [row("dense", 1, 1.0), sparse(1, 14.5, noisy=True), row("dense", 8, 1.0), sparse(8, 2.0)]
+    facts = {"network": "lenet5", "kept": 0.1}
+    said = network_tables.sentences(Result("model", "cpu", rows, {}, False, facts))
+    assert said[0].endswith("ms; too noisy to say who wins, repeat on a quiet machine.")
+    assert "2.00x" in said[1]
+    lines = network_tables.table(rows, 140).splitlines()
+    assert [line.count("?") for line in lines] == [0, 0, 2, 0, 0]  # the speed-up, and when it has paid
+    for width in (60, 80, 140):
+        assert max(map(len, network_tables.table(rows, width).splitlines())) <= width
+        assert ("pays after" in network_tables.table(rows, width)) == (width == 140)
+        assert ("pays after" in network_tables.legend(width)) == (width != 140)
 
 
 def test_weights_that_wake_in_a_step_are_said() -> None:
