@@ -6,25 +6,32 @@ import csv
 import io
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparselth.cli.answer import answered
 from sparselth.cli.options import PATH, Names, as_flags, data_dir, output
+from sparselth.cli.question import MODEL, Question
 from sparselth.config import MOST
-from sparselth.errors import SparselthError, UsageError, check_number, unknown
+from sparselth.errors import Interrupted, SparselthError, UsageError, check_number, unknown
 from sparselth.machine import cores
 
 if TYPE_CHECKING:
-    from sparselth.measure.case import Result
+    from sparselth.measure.case import Result, Say
+    from sparselth.measure.race_layers import Outcome
 
 DTYPES, MASKS = ("fp32", "tf32", "bf16", "fp16"), ("random", "block", "magnitude")
 NETWORK_BATCHES, MOST_BATCH = (1, 8, 64, 256), 1 << 20
 SECONDS, QUICK = 210.0, 45.0  # for the default table; 4 minutes with imports, figures and a last slow row
+NOTHING = "interrupted before anything was measured; nothing is kept"
 FEW = 60  # rows up to which every implementation is printed
 
 
@@ -67,11 +74,13 @@ FEW = 60  # rows up to which every implementation is printed
 @click.option(
     "--out",
     type=PATH,
-    help="Folder for figures and bench.json.  [default: bench-DEVICE-SPARSITY; none with --json]",
+    help="Folder for figures and bench.json.  [default: named after what is asked; none with --json]",
 )
 @data_dir
 @output
+@click.pass_context
 def bench(
+    ctx: click.Context,
     sparsity: tuple[str, ...],
     shapes: tuple[str, ...],
     batch: tuple[str, ...] | None,
@@ -96,88 +105,140 @@ def bench(
     """Measure what sparsity is worth on this machine, beside dense at its best and the floor.
 
     Without more, the layers of LeNet-300-100, LeNet-5, VGG-16, ResNet-18 and squares, within 4 minutes.
-    Every time stands beside a check against float64. Exit code 3 when a check fails.
+    Every time stands beside a check against float64. A speed-up that noise decides is measured again, and has
+    a question mark where that does not help. Stopped, it prints and writes what was measured, as partial.
+
+    Exit codes: 0 done, 1 failed, 2 usage, 3 a check failed, 130 interrupted.
     """
     began = time.perf_counter()
     sparsities = _sparsities(sparsity)
     batches = _batches(batch)
     kinds = _known("mask", masks or (), MASKS)
     dtypes = _known("dtype", dtype or (), DTYPES)
-    _fitting(shapes, run, model, train, kinds, level, seed)
     _check_numbers(threads, level, seed)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes for a few shapes
 
     if shapes:
         from sparselth.measure.layers import parse
 
-        for shape in shapes:
-            parse(shape)
+        shapes = tuple(dict.fromkeys(parse(shape).text for shape in shapes))
+    question = Question(
+        sparsities, shapes, batches, dtypes, kinds, run, level, seed, model, train, threads, quick
+    )
+    command_line = click.core.ParameterSource.COMMANDLINE
+    question.check({name for name in ctx.params if ctx.get_parameter_source(name) is command_line})
     _check_memory(shapes, model, train, batches or (1,))
     say = _nothing if quiet else _progress
+    if quick and not question.default_table and not quiet:
+        print("sparselth: --quick shortens the default table; what is named takes its time", file=sys.stderr)
+    try:
+        chosen = _prepared(device, dtypes, train, threads)
+    except KeyboardInterrupt:
+        raise Interrupted(NOTHING) from None
+    if out is None and not as_json:
+        out = Path(question.folder(chosen))
+    _writable(out, csv_file)
+    show = partial(_show, _facts(chosen), as_json, every, out, csv_file)
+    found: list[Outcome | Result] = []  # the last is what there is so far
+    try:
+        with answered(lambda: print(f"sparselth: {_stopped(found, show, out)}", file=sys.stderr)):
+            found.append(_measure(question, chosen, data_dir, say, found.append))
+    except KeyboardInterrupt:
+        raise Interrupted(_stopped(found, show, out)) from None
+    files = show(found[-1], whole=True)
+    if not as_json:
+        from sparselth.report.bench_tables import fill
+
+        names = [str(file) if file.parent != out else file.name for file in files]
+        said = f"{time.perf_counter() - began:.0f} s in all; {out}: {', '.join(names)}"
+        print(f"\n{fill(said, _width())}")
+    return 3 if found[-1].failed else 0
+
+
+def _prepared(device: str, dtypes: Sequence[str], train: bool, threads: int | None) -> str:
+    """Torch imported and set; "cpu" or "cuda"."""
     chosen = _device(device, dtypes)
-    if train:
-        chosen = "cpu"
     import torch
 
     from sparselth.measure.memory import keep_freed
-    from sparselth.report import bench_tables
 
     keep_freed()
     if threads is not None:
         torch.set_num_threads(threads)
-    if out is None and not as_json:
-        out = Path(f"bench-{chosen}-{','.join(f'{s:g}' for s in sparsities)}")
-    _writable(out, csv_file)
-    facts, more = _facts(chosen), {}
-    if model or train or (run and "magnitude" not in kinds):
-        from sparselth.measure.case import where
-        from sparselth.report import network_tables
-
-        result = _network(run, level, seed, model, train, sparsities[0], batches, data_dir, chosen, say)
-        rows, failed, text = result.rows, result.failed, network_tables.report(result, where(chosen))
-    else:
-        from sparselth.measure.asked import Asked
-        from sparselth.measure.race_layers import bench_layers
-
-        asked = Asked(chosen, sparsities, shapes, batches, dtypes, kinds, run, level, seed)
-        outcome = bench_layers(asked, QUICK if quick else SECONDS, say)
-        rows, failed, facts = outcome.rows, outcome.failed, facts | outcome.anchors
-        more = {"left_out": outcome.left_out, "notes": outcome.notes}
-        text = bench_tables.report(rows, facts, outcome.left_out, outcome.notes, every or len(rows) <= FEW)
-    document = {"schema": "sparselth.bench/1", "device": facts, "rows": rows, **more}
-    if not quiet:
-        _clear()
-    if as_json:
-        print(json.dumps(document, indent=2))
-    else:
-        print(as_flags(text))
-    files = _write(document, out, csv_file)
-    if not as_json:
-        print(f"\n{time.perf_counter() - began:.0f} s in all. {', '.join(map(str, files))}")
-    return 3 if failed else 0
+    return "cpu" if train else chosen
 
 
-def _network(
-    run: Path | None,
-    level: int | None,
-    seed: int | None,
-    model: str | None,
-    train: bool,
-    sparsity: float,
-    batches: tuple[int, ...],
-    data_dir: Path | None,
-    device: str,
-    say: Callable[[str], None],
-) -> Result:
+def _measure(
+    question: Question, device: str, data_dir: Path | None, say: Say, keep: Callable[[Any], None]
+) -> Outcome | Result:
+    """What was asked for; `keep` gets what there is in between."""
+    from sparselth.measure.asked import Asked
+    from sparselth.measure.race_layers import bench_layers
     from sparselth.measure.race_networks import bench_model, bench_run
     from sparselth.measure.training import bench_training
 
-    if run is not None:
-        return bench_run(run, level, seed, batches or NETWORK_BATCHES, data_dir, say, device)
-    name = model or "lenet-300-100"
-    if train:
-        return bench_training(name, sparsity, (batches or (60,))[0], say)
-    return bench_model(name, sparsity, batches or NETWORK_BATCHES, say, device)
+    q = question
+    if not q.network:
+        asked = Asked(device, q.sparsities, q.shapes, q.batches, q.dtypes, q.kinds, q.run, q.level, q.seed)
+        return bench_layers(asked, QUICK if q.quick else SECONDS, say, keep)
+    batches, name = q.batches or NETWORK_BATCHES, q.model or MODEL
+    if q.run is not None:
+        return bench_run(q.run, q.level, q.seed, batches, data_dir, say, device, keep)
+    if q.train:
+        return bench_training(name, q.sparsities[0], (q.batches or (60,))[0], say)
+    return bench_model(name, q.sparsities[0], batches, say, device, keep)
+
+
+def _show(
+    facts: dict[str, Any],
+    as_json: bool,
+    every: bool,
+    out: Path | None,
+    csv_file: Path | None,
+    found: Outcome | Result,
+    whole: bool,
+) -> list[Path]:
+    """Print and write what was measured; returns the files."""
+    from sparselth.measure.race_layers import Outcome
+
+    rows, width = found.rows, _width()
+    more: dict[str, Any] = {}
+    if isinstance(found, Outcome):
+        from sparselth.report import bench_tables
+
+        facts, more = facts | found.anchors, {"left_out": found.left_out, "notes": found.notes}
+        every = every or len(rows) <= FEW
+        text = bench_tables.report(rows, facts, found.left_out, found.notes, every, width)
+        part = f"{found.cells - len(found.left_out):,} of {found.cells:,} cells were measured"
+    else:
+        from sparselth.measure.case import where
+        from sparselth.report import bench_tables, network_tables
+
+        place = "\n".join([where(facts["type"]), *bench_tables.busy(facts)])
+        text = network_tables.report(found, place, width)
+        part = f"batch {', '.join(str(b) for b in dict.fromkeys(row['batch'] for row in rows))} was measured"
+    document = {"schema": "sparselth.bench/1", "device": facts, "rows": rows, "partial": not whole, **more}
+    _clear()
+    if as_json:
+        print(json.dumps(document, indent=2), flush=True)
+    else:
+        head = "" if whole else f"PARTIAL, since it was interrupted: {part}.\n\n"
+        print(as_flags(head + text), flush=True)
+    return _write(document, out, csv_file)
+
+
+def _stopped(found: list[Outcome | Result], show: Callable[..., list[Path]], out: Path | None) -> str:
+    """Print and write what there is; says what became of it."""
+    _clear()
+    if found and found[-1].rows:
+        files = ", ".join(map(str, show(found[-1], whole=False)))
+        return "interrupted; what was measured is printed" + (
+            f" and, as partial, in {files}" if files else ""
+        )
+    if out is not None:
+        with suppress(OSError):
+            out.rmdir()  # unless there was something before
+    return NOTHING
 
 
 def _sparsities(words: Sequence[str]) -> tuple[float, ...]:
@@ -211,32 +272,6 @@ def _known(kind: str, words: Sequence[str], known: Sequence[str]) -> tuple[str, 
         if word not in known:
             raise unknown(kind, word, known)
     return tuple(dict.fromkeys(words))
-
-
-def _fitting(
-    shapes: Sequence[str],
-    run: Path | None,
-    model: str | None,
-    train: bool,
-    kinds: Sequence[str],
-    level: int | None,
-    seed: int | None,
-) -> None:
-    """Flags that contradict each other."""
-    if "magnitude" in kinds and run is None:
-        raise UsageError("--mask magnitude: needs the tickets of a run, --run RUN; `sparselth imp` makes one")
-    if "magnitude" in kinds and (shapes or len(kinds) > 1):
-        raise UsageError("--mask magnitude: the layers are those of --run, without --shape or other masks")
-    if run is not None and (model or train or (shapes and "magnitude" not in kinds)):
-        raise UsageError("--run: the network is the run's, without --model, --shape or --train")
-    if (model or train) and (shapes or kinds):
-        raise UsageError("--model and --train: a whole network, without --shape or --mask")
-    if run is None and (level is not None or seed is not None):
-        raise UsageError("--level and --seed: are those of a ticket, give its --run RUN")
-    if model is not None:
-        from sparselth.models import get_model
-
-        get_model(model)
 
 
 def _check_numbers(threads: int | None, level: int | None, seed: int | None) -> None:
@@ -323,15 +358,18 @@ def _facts(device: str) -> dict[str, Any]:
 
 
 def _write(document: dict[str, Any], out: Path | None, csv_file: Path | None) -> list[Path]:
-    """The document and the figures into `out`, the rows as CSV."""
+    """The document and figures into `out`, the rows as CSV; a part without figures, beside a whole one."""
     from sparselth.files import write_atomically
 
     files = []
     rows = document["rows"]
     if out is not None:
-        files.append(out / "bench.json")
+        part = out / "bench-partial.json"
+        files.append(part if document["partial"] else out / "bench.json")
         write_atomically(files[-1], (json.dumps(document, indent=1) + "\n").encode())
-        if "left_out" in document:
+        if not document["partial"]:
+            part.unlink(missing_ok=True)
+        if "left_out" in document and not document["partial"]:
             from sparselth.report.bench_figures import draw
 
             files += [file for file in draw(rows, document["device"], out) if file.suffix == ".png"]
@@ -348,7 +386,13 @@ def _write(document: dict[str, Any], out: Path | None, csv_file: Path | None) ->
 def _progress(text: str) -> None:
     """One line on stderr that the next one replaces; nothing where stderr is no terminal."""
     if sys.stderr.isatty():
-        print(f"\r\x1b[K{as_flags(text)[:100]}", end="", file=sys.stderr, flush=True)
+        room = _width() - 1
+        print(f"\r\x1b[K{as_flags(text)[:room]}", end="", file=sys.stderr, flush=True)
+
+
+def _width() -> int:
+    """Columns of the terminal, 80 where there is none."""
+    return shutil.get_terminal_size((80, 24)).columns
 
 
 def _clear() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from sparselth import __version__
+from sparselth.cli.answer import leave
 from sparselth.cli.options import as_flags, plugin
 from sparselth.cli.plain import open_streams, speak_plainly, stdout_fails
 from sparselth.errors import Interrupted, SparselthError, UsageError, unknown
@@ -72,7 +73,7 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
-    sys.exit(run(sys.argv[1:] if args is None else args))
+    leave(run(sys.argv[1:] if args is None else args))
 
 
 def run(args: list[str]) -> int:

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from sparselth.measure import race_layers as measure
-from sparselth.report import bench_figures, bench_tables
+from sparselth.measure import race_networks
+from sparselth.measure.case import Keep, Result
+from sparselth.measure.memory import Memory
+from sparselth.report import bench_figures, bench_tables, bench_words, drawing
 from sparselth.runs import RunRecord
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -36,6 +39,8 @@ USAGE = {
     "--run there --model lenet5": "--run: the network is the run's",
     "--level 3": "--level and --seed: are those of a ticket",
     "--threads 0": "--threads 0: expected 1 or more",
+    "--model lenet5 --sparsity 0.5,0.9": "--sparsity: a whole network is measured at one",
+    "--data-dir here": "--data-dir: only the tickets of --run",
     "--device gpu": "'gpu' is not one of",
 }
 
@@ -86,7 +91,7 @@ def test_the_document_the_files_and_the_table(cli: Cli, tmp_path: Path) -> None:
     code, out, err = cli(*words, "--out", "here", "--csv", "rows.csv")
     assert code == 0
     assert not err
-    assert max(map(len, out.splitlines())) <= 110
+    assert max(map(len, out.splitlines())) <= 80
     document = json.loads((tmp_path / "here" / "bench.json").read_text())
     assert document["schema"] == "sparselth.bench/1"
     assert document["device"]["type"] == "cpu"
@@ -99,9 +104,11 @@ def test_the_document_the_files_and_the_table(cli: Cli, tmp_path: Path) -> None:
     }
     wanted = (
         "implementation shape batch dtype sparsity median_s iqr_s dense_best dense_median_s speedup floor_s "
-        "floor_fraction weight_bytes dense_weight_bytes peak_bytes max_rel_error conversion_s pays_after mask"
+        "floor_fraction weight_bytes dense_weight_bytes peak_bytes max_rel_error conversion_s pays_after "
+        "mask noisy"
     )
     assert all(set(wanted.split()) <= set(row) for row in rows)
+    assert document["partial"] is False
     read = list(csv.DictReader((tmp_path / "rows.csv").open()))
     assert [float(r["median_s"]) for r in read] == [r["median_s"] for r in rows]
     assert {f.name for f in (tmp_path / "here").iterdir()} == {
@@ -172,6 +179,7 @@ def row(name: str, kind: str, speedup: float, **more: Any) -> dict[str, Any]:
         "dense_median_s": 1e-3, "speedup": speedup, "floor_s": 1e-5, "floor_fraction": 0.1, "bytes": 100,
         "flops": 1000, "weight_bytes": 20, "dense_weight_bytes": 256, "peak_bytes": 400,
         "max_rel_error": 1e-7, "conversion_s": 0.1, "pays_after": 100, "takes": None, "check": "passed",
+        "noisy": False, "like": "dense eager", "like_speedup": speedup, "like_noisy": False,
     } | more  # fmt: skip
 
 
@@ -183,26 +191,231 @@ def test_the_words_name_wins_losses_and_break_even() -> None:
             rows += [row("dense eager", "dense", 1.0, **place), row("csr_linear", "ours", gain, **place)]
     rows.append(row("auto", "auto", 0.9, takes="dense"))
     rows.append(row("auto", "auto", 2.0, batch=256, sparsity=0.5))
-    rows.append(row("auto", "auto", 0.95, batch=64, takes="dense", iqr_s=1e-4))
-    said = " ".join(bench_tables.summary(rows).split())
+    rows.append(row("auto", "auto", 0.95, batch=64, takes="dense", like_noisy=True))
+    said = bench_words.summary(rows)
     assert "random 90 %, batch 1: sparse wins on 8x8: 2.00x." in said
     assert "random 90 %, batch 256: use dense on 8x8." in said
     assert "batch 1 70 %; batch 64 at or below 50 %, the lowest measured; batch 256 none up to 90 %" in said
-    assert "FLAGGED: auto is below 0.97x of dense in 1 of 3 cases: 0.90x on 8x8 at batch 1 (dense)." in said
-    assert "auto is below 0.97x in 1 of 3 cases by no more than the spread of the times explains" in said
-    assert "the least is 0.95x (auto on 8x8, batch 64, fp32, random 90 %)." in said
-    assert "not measured" in bench_tables.summary(rows[2:4])
-    noisy = [row("dense eager", "dense", 1.0), row("csr_linear", "ours", 9.0, iqr_s=1e-3)]
-    assert "too noisy to say on 8x8" in bench_tables.summary(noisy)
+    assert (
+        "FLAGGED: auto beside dense with the same layout of input and output: below 0.97x in 1 of 3 cases: "
+        "0.90x on 8x8 at batch 1 (dense); too noisy to say in 1 of 3 cases."
+    ) in said
+    assert "not measured" in bench_words.summary(rows[2:4])
+    noisy = [row("dense eager", "dense", 1.0), row("csr_linear", "ours", 9.0, noisy=True)]
+    assert "too noisy to say on 8x8" in bench_words.summary(noisy)
+    assert "wins" not in bench_words.summary(noisy)
+
+
+def swept(*points: tuple[float, float, bool]) -> str:
+    """What is said of the break-even, of (sparsity, speed-up, whether noise decides it)."""
+    rows = []
+    for sparsity, gain, noisy in points:
+        rows.append(row("dense eager", "dense", 1.0, sparsity=sparsity))
+        rows.append(row("csr_linear", "ours", gain, sparsity=sparsity, noisy=noisy))
+    (said,) = (line for line in bench_words.summary(rows).splitlines() if line.startswith("Break-even"))
+    return said.partition("ones: ")[2].rstrip(".")
+
+
+def test_noise_claims_no_break_even() -> None:
+    low, high = (0.5, 0.5, False), (0.9, 2.0, False)
+    assert swept(low, high) == "batch 1 70 %"
+    assert swept(low, (0.8, 9.0, True), high) == "batch 1 from 50 % to 90 %, too noisy between"
+    assert swept(low, (0.8, 0.7, False), (0.85, 1.4, True), high) == (
+        "batch 1 from 80 % to 90 %, too noisy between"
+    )
+    assert swept((0.5, 0.5, True), (0.9, 2.0, True)) == "batch 1 too noisy to say"
+    assert swept(low, (0.9, 2.0, True)) == "batch 1 none up to 50 %, too noisy above"
+    assert swept((0.5, 0.5, True), high) == "batch 1 at or below 90 %, too noisy below"
+    assert swept((0.3, 0.1, True), low, high, (0.95, 0.1, True)) == "batch 1 70 %"
+
+
+def test_a_table_marks_what_noise_decides_and_fits_its_width() -> None:
+    best = [row("dense eager", "dense", 1.0), row("sparse_conv2d_rows", "ours", 123.0, noisy=True)]
+    best += [row("auto", "auto", 0.97, takes="sparse_conv2d_rows"), row("CSR", "torch", 1.0, check="off")]
+    for every in (False, True):
+        for width in (60, 80, 95, 140):
+            lines = bench_tables.table(best, every, width).splitlines()
+            assert max(map(len, lines)) <= width
+            assert sum("123x?" in line for line in lines) == 1
+            assert ("floor" in lines[0]) == (width > 80 or (every and width == 80))
+            assert ("pays" in lines[0]) == (width == 140)
+            said = bench_tables.legend("cpu", every, width)
+            assert ("pays: after" in said) == (width == 140)
+            assert "speed-up: over dense at its best on the same line" in said
+        assert sum("FAILED" in line for line in bench_tables.table(best, True).splitlines()) == 1
+    assert "?" not in bench_tables.table([row("dense eager", "dense", 1.0), row("CSR", "torch", 2.0)])
+
+
+DEVICE = {
+    "type": "cpu",
+    "name": "a machine",
+    "threads": 1,
+    "torch": "2",
+    "bytes_per_s": {"32768": 1e11, "1000000000": 1e10},
+    "flops_per_s": {"fp32": 1e11},
+}
 
 
 def test_figures_need_enough_rows(tmp_path: Path) -> None:
-    device = {
-        "type": "cpu",
-        "name": "x",
-        "threads": 1,
-        "torch": "2",
-        "bytes_per_s": {"1": 1e9},
-        "flops_per_s": {"fp32": 1e9},
-    }
-    assert bench_figures.draw([], device, tmp_path) == []
+    assert bench_figures.draw([], DEVICE, tmp_path) == []
+
+
+def test_points_of_the_roofline_have_names() -> None:
+    rows = []
+    for i, shape in enumerate(("300x784", "64x64x3x3@8x8", "2048x2048")):
+        place = {"shape": shape, "bytes": 100 * 4**i, "flops": 1000 * 9**i}
+        rows += [row("dense eager", "dense", 1.0, **place), row("csr_linear", "ours", 2.0, **place)]
+        rows += [row("CSR", "torch", 1.5, **place), row("auto", "auto", 2.0, **place)]
+    fig = bench_figures._roofline(rows, DEVICE)
+    assert fig
+    (axes,) = fig.axes
+    texts = [text for text in axes.texts if text.get_text()]
+    assert {text.get_text() for text in texts} == {r["shape"] for r in rows}
+    boxes = [text.get_window_extent() for text in texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    labels = [line.get_label() for line in axes.lines]
+    assert labels[:3] == ["dense eager", "CSR", "csr_linear"]
+    assert all(len(line.get_xdata()) for line in axes.lines)
+    crowd = [{**r, "batch": batch} for r in rows for batch in range(1, 40)]
+    fig = bench_figures._roofline(crowd, DEVICE)
+    assert fig
+    texts = [text for text in fig.axes[0].texts if text.get_text()]
+    assert len(texts) == 3  # a layer's, not one for each batch size
+    boxes = [text.get_window_extent() for text in texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_legends_name_what_is_there() -> None:
+    """One sparsity and one batch size: lines of a single point are seen, too."""
+    names = [f"form {i}" for i in range(11)]  # more than there are colours
+    rows = [row("dense eager", "dense", 1.0), *(row(name, "ours", 2.0) for name in names)]
+    fig = bench_figures._memory(rows, DEVICE)
+    assert fig
+    top, bottom = fig.axes
+    for axes in (top, bottom):
+        for line in axes.lines:
+            seen = len(line.get_xdata()) > 1 or line.get_marker() not in ("None", "", None)
+            assert seen, line.get_label()
+    looks = {(line.get_color(), line.get_marker()) for line in top.lines}
+    assert len(looks) == len(top.lines) == len(names) + 2
+    (legend,) = fig.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*names, "values alone", "dense"]
+
+
+def test_speed_ups_that_noise_decides_are_hollow() -> None:
+    rows = []
+    for sparsity, gain, noisy in ((0.3, 0.5, False), (0.5, 3.0, True), (0.9, 2.0, False), (0.95, 3.0, False)):
+        rows.append(row("dense eager", "dense", 1.0, sparsity=sparsity))
+        rows.append(row("csr_linear", "ours", gain, sparsity=sparsity, noisy=noisy))
+    fig = bench_figures._speedup(rows, DEVICE)
+    assert fig
+    (axes,) = fig.axes
+    (hollow,) = (line for line in axes.lines if line.get_markerfacecolor() == "white")
+    assert list(hollow.get_xdata()) == [50]
+    assert not [line for line in axes.lines if line.get_marker() == "x"]  # no break-even across it
+    assert "hollow: noise decides" in fig.get_suptitle()
+
+
+def test_looks_differ() -> None:
+    assert len({drawing.look(i) for i in range(64)}) == 64
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows a cell that nobody measured, and no figures."""
+
+    def measured(self: measure.Bench, cell: Any) -> list[dict[str, Any]]:
+        place = {"shape": cell.layer.text, "batch": cell.batch, "sparsity": cell.sparsity}
+        return [row("dense eager", "dense", 1.0, **place), row("CSR", "torch", 2.0, **place)]
+
+    monkeypatch.setattr(measure.Bench, "measure", measured)
+    monkeypatch.setattr(bench_figures, "draw", lambda rows, device, folder: [])
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_folder_for_every_question(cli: Cli, tmp_path: Path) -> None:
+    words = ("bench", "--device", "cpu", "--quiet", "--shape", "8x16")
+    for more in (("--batch", "1"), ("--batch", "2"), ("--batch", "1", "--sparsity", "0.5")):
+        assert cli(*words, *more)[0] == 0
+    found = sorted(file.parent.name for file in tmp_path.glob("bench-*/bench.json"))
+    assert found == ["bench-cpu-8x16-0.5-batch1", "bench-cpu-8x16-0.9-batch1", "bench-cpu-8x16-0.9-batch2"]
+    assert cli(*words, "--batch", "1", "--out", "mine")[0] == 0
+    assert (tmp_path / "mine" / "bench.json").exists()
+    assert len([*tmp_path.glob("bench-*/bench.json")]) == 3
+
+
+@pytest.mark.usefixtures("made_up")
+def test_what_was_measured_before_an_interrupt_is_kept(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*SMALL, "--batch", "1,2,3", "--out", "here")
+    assert cli(*words)[0] == 0
+    whole = (tmp_path / "here" / "bench.json").read_bytes()
+    measure_, cells = measure.Bench.measure, []
+
+    def stopped(self: measure.Bench, cell: Any) -> list[dict[str, Any]]:
+        cells.append(cell)
+        if len(cells) == 3:
+            raise KeyboardInterrupt
+        return measure_(self, cell)
+
+    monkeypatch.setattr(measure.Bench, "measure", stopped)
+    code, out, err = cli(*words, "--csv", "rows.csv")
+    assert code == 130
+    assert "bench-partial.json" in one_line(err)
+    assert out.startswith("PARTIAL, since it was interrupted: 2 of 3 cells were measured.\n")
+    assert "32x48, batch 3" in " ".join(out.split())  # among what was not measured
+    document = json.loads((tmp_path / "here" / "bench-partial.json").read_text())
+    assert document["partial"] is True
+    assert {row["batch"] for row in document["rows"]} == {1, 2}
+    assert {row["batch"] for row in csv.DictReader((tmp_path / "rows.csv").open())} == {"1", "2"}
+    assert (tmp_path / "here" / "bench.json").read_bytes() == whole
+
+    cells.clear()
+    code, out, err = cli(*words, "--json")
+    assert code == 130
+    assert json.loads(out)["partial"] is True
+    monkeypatch.setattr(measure.Bench, "measure", measure_)
+    assert cli(*words)[0] == 0
+    assert not (tmp_path / "here" / "bench-partial.json").exists()
+
+
+def test_an_interrupt_before_anything_is_measured(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure.Bench, "measure", stopped)
+    code, out, err = cli(*SMALL, "--batch", "1")
+    assert (code, out) == (130, "")
+    assert one_line(err) == "sparselth: interrupted before anything was measured; nothing is kept"
+    assert not [*tmp_path.glob("bench*")]
+
+
+def test_a_network_that_is_interrupted_keeps_its_batch_sizes(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"implementation": name, "kind": "", "batch": 1, "median_s": 1e-3, "iqr_s": 9e-4, "speedup": 1.0,
+         "dense_best": "dense", "dense_median_s": 1e-3, "noisy": True, "weight_bytes": 8, "peak_bytes": 8,
+         "max_rel_error": 0.0, "check": "passed", "conversion_s": 0.1, "pays_after": None, "images": 2,
+         "differing_predictions": 0, "ties": 0}
+        for name in ("dense", "sparselth")
+    ]  # fmt: skip
+
+    def model(*words: Any) -> None:
+        keep: Keep = words[-1]
+        pair = Memory(8, 0, 8), Memory(4, 4, 8)
+        keep(Result("model", "cpu", rows, {"inference, batch 1": pair}, False, {"network": "x", "kept": 0.1}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(race_networks, "bench_model", model)
+    code, out, err = cli("bench", "--device", "cpu", "--model", "lenet5", "--batch", "1,8")
+    assert code == 130
+    assert out.startswith("PARTIAL, since it was interrupted: batch 1 was measured.\n")
+    assert "too noisy to say who wins" in " ".join(out.split())
+    assert "1.00x?" in out
+    (file,) = tmp_path.glob("bench-cpu-lenet5-0.9-batch1,8/*")
+    assert file.name == "bench-partial.json"
+    assert str(file.relative_to(tmp_path)) in err
