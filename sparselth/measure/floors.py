@@ -36,10 +36,13 @@ class Anchors:
     dtypes: tuple[str, ...]
     bandwidth: dict[int, float] = field(default_factory=dict)
     rate: dict[str, float] = field(default_factory=dict)
+    disturbed: bool = False  # whether others had the processor meanwhile, so that nothing here is the best
 
     def measure(self) -> None:
         """Measure, or measure again: what is faster than before counts."""
+        began, before = time.perf_counter(), clock.waited()
         (self._cuda if self.device == "cuda" else self._cpu)()
+        self.disturbed = clock.waited() - before > clock.WAIT * (time.perf_counter() - began)
         # What a large buffer reaches a small one can; a product may be computed in fp32 whatever its dtype.
         best = 0.0
         for size in sorted(self.bandwidth, reverse=True):

@@ -180,6 +180,10 @@ class Bench:
                 break
             self.again -= 1
             self.anchors.measure()
+        if below and self.anchors.disturbed:
+            why = "this machine was busy while its bandwidth and rate were measured, so floors are too high"
+            self.notes.setdefault("whether times are possible", why)
+            return
         for entry in below:
             entry.fault = (
                 f"{1e6 * cold[entry.rival.name].median:.3g} us is above the floor of "

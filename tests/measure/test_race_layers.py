@@ -316,6 +316,26 @@ def test_a_time_above_the_floor_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["median_s"] is None
 
 
+def test_floors_of_a_busy_machine_fail_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Anchors("cpu", ("fp32",), {1: 1.0}, {"fp32": 1.0})
+    monkeypatch.setattr(slow, "measure", lambda: setattr(slow, "disturbed", True))
+    one = bench(only=("dense eager",))
+    one.anchors = slow
+    (row,) = one.measure(Cell(parse("8x8"), 1, "fp32", "random", 0.5))
+    assert row["check"] == "passed"
+    assert "this machine was busy" in one.notes["whether times are possible"]
+
+
+def test_anchors_know_that_others_had_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    anchors = Anchors("cpu", ("fp32",), {1: 1.0}, {"fp32": 1.0})
+    monkeypatch.setattr(anchors, "_cpu", lambda: None)
+    for later, disturbed in ((9.0, True), (0.0, False)):
+        at = iter([0.0, later])
+        monkeypatch.setattr(clock, "waited", lambda at=at: next(at))
+        anchors.measure()
+        assert anchors.disturbed is disturbed
+
+
 def test_a_slow_anchor_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Anchors("cpu", ("fp32",), {1: 1.0}, {"fp32": 1.0})
     monkeypatch.setattr(
@@ -416,7 +436,9 @@ def test_a_race_of_layers_goes_on_while_noise_decides(monkeypatch: pytest.Monkey
 
 def test_noise_between_two_rivals_is_seen() -> None:
     def entry(name: str, kind: str, rows: bool = False) -> Any:
-        return race_layers._Entry(Rival(name, kind, lambda c: True, wrong, rows), None, None, 0.0, None, None)
+        return race_layers._Entry(
+            Rival(name, kind, lambda c: True, off(0.0), rows), None, None, 0.0, None, None
+        )
 
     entries = [
         entry("eager", "dense", True),
