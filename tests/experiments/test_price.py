@@ -213,33 +213,3 @@ def test_prices_are_of_launches_as_long_as_those_of_training(
     prices.measured(config(), digits, {}, 1)
     assert asked[:2] == [1, 1]  # to compile, and behind it
     assert {*asked[2:]} == {20}
-
-
-@pytest.mark.parametrize(("long", "shown"), [(0.01, [1, 1]), (10.0, [1, 2])])
-def test_a_price_does_not_wait_for_all_images_where_they_take_long(
-    long: float, shown: list[int], config: Configs, digits: Resident, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An evaluation of vgg19 takes a minute and more: one batch of its images tells how long."""
-    seen: list[int] = []
-
-    class Slow:
-        state_bytes, many = 0, 1
-
-        def __init__(self, data: Resident) -> None:
-            self.data = data
-
-        def advance(self, step: int, steps: int, should_stop: Any) -> int:
-            time.sleep(0.1)
-            return steps
-
-        def measure(self) -> tuple[list[float], list[float]]:
-            seen.append(len(self.data.validation(0)))
-            time.sleep(0.05 * seen[-1])
-            return [1.0], [0.0]
-
-    monkeypatch.setattr(prices, "LONG", long)
-    monkeypatch.setattr(prices, "prepare", lambda model, data, *_: Slow(data))
-    price, _ = prices.measured(config(), digits, {}, 1)
-    assert len(digits.validation(0)) == 2
-    assert seen == shown
-    assert price.validation[1] >= 0.1  # of all 500 images
