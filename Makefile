@@ -14,7 +14,7 @@ GPU_PYTHON := build/gpu-env/bin/python
 SECONDS_OF_BUNDLE := 3600
 NATIVE_TESTS := native csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows step_parts masked_update
 
-.PHONY: imp test test-oldest test-newest check bench same-bits science properties sanitize mutants constraints \
+.PHONY: imp test test-oldest test-newest check bench same-bits science soak properties sanitize mutants constraints \
   gpu-dry gpu-bundle clean
 .DEFAULT_GOAL := help
 
@@ -26,6 +26,7 @@ help:
 	@echo "make bench    set up, then the benchmarks"
 	@echo "make same-bits BEFORE=REV  set up, then hold HEAD against that revision: bits, bench, steps"
 	@echo "make science  set up, then the tests that train for minutes"
+	@echo "make soak     set up, then a run of 100,000 cells that cost nothing: stopped, gone on with, damaged"
 	@echo "make properties  set up, then the kernels' property tests with 2,000 cases each"
 	@echo "make sanitize set up, then the native kernels' tests under the address and undefined-behaviour sanitizers"
 	@echo "make mutants ROOMS=\"config train\"  plant small faults into rooms of pure Python; which no test notices"
@@ -66,6 +67,9 @@ same-bits: $(STAMP)
 
 science: $(STAMP)
 	$(BIN)/python -m pytest -q -m science
+
+soak: $(STAMP)
+	$(BIN)/python tests/soak.py
 
 properties: $(STAMP)
 	SPARSELTH_CASES=2000 $(BIN)/python -m pytest -q tests/kernels tests/test_optim.py

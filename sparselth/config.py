@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from types import UnionType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
@@ -35,16 +35,18 @@ def option(
     added: bool = False,
     ordered: bool = True,
     before: Any = MISSING,
+    extends: bool = False,
 ) -> Any:
     """A field of a configuration; without `help` it has no flag.
 
     `choices` are the names it may hold, or a function that imports them. `added` fields came after runs had
     been written, with `before`, their default unless given: with it they leave a configuration's digest as it
     was, and a config.json without them has it. Values that are not `ordered` are sorted, so that equal plans
-    are equal: numbers by size, names as `choices` has them.
+    are equal: numbers by size, names as `choices` has them. A field that `extends` says which cells there
+    are, and nothing of what one computes: a run goes on with more.
     """
     metadata = {"help": help, "check": check, "choices": choices, "added": added, "ordered": ordered}
-    metadata["before"] = default if before is MISSING else before
+    metadata |= {"before": default if before is MISSING else before, "extends": extends}
     return field(default=default, metadata=metadata)
 
 
@@ -267,16 +269,35 @@ class Config(Options):
         """Every cell of the run, in the order of its lines."""
         raise NotImplementedError
 
+    def needs(self, cell: Cell) -> tuple[Cell, ...]:
+        """The cells that must be finished before this one can start."""
+        return ()
+
     def to_json(self) -> dict[str, Any]:
         return {"experiment": self.name} | super().to_json()
 
     @property
     def digest(self) -> str:
-        """Eight hex digits that name this configuration."""
-        data = self.identity()
-        if self.name == FIRST:
-            del data["experiment"]
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
+        """Eight hex digits that name what a cell computes, whichever cells there are."""
+        return _digest(self._named(but=self.extends()))
+
+    def digest_before(self, written: Mapping[str, Any] | None = None) -> str:
+        """Eight hex digits that named a configuration with its cells, before runs could be extended.
+
+        `written`: the JSON object it was read from, whose lists may not be sorted.
+        """
+        data = self._named(but=())
+        return _digest(
+            data | {name: value for name, value in (written or {}).items() if name in self.extends()}
+        )
+
+    def extends(self) -> list[str]:
+        """The fields that say which cells there are."""
+        return [f.name for f in fields(self) if f.metadata.get("extends")]
+
+    def _named(self, but: Collection[str]) -> dict[str, Any]:
+        first = ["experiment"] * (self.name == FIRST)
+        return {name: value for name, value in self.identity().items() if name not in (*but, *first)}
 
     def difference(self, other: Config) -> Iterator[tuple[str, Any, Any]]:
         """Every setting that differs: its name, its value here, its value there."""
@@ -286,6 +307,10 @@ class Config(Options):
         for name in ours | theirs:
             if ours.get(name) != theirs.get(name):
                 yield name, ours.get(name), theirs.get(name)
+
+
+def _digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
 
 
 EXPERIMENTS: Registry[type[Config]] = Registry(
@@ -299,7 +324,7 @@ def config_from_json(data: dict[str, Any]) -> Config:
     """The configuration of a config.json, of whichever experiment; one of other fields raises UsageError."""
     if not isinstance(data, dict):
         raise UsageError(f"expected a JSON object, found {json.dumps(data)[:40]}")
-    data = dict(data)
+    data = {name: value for name, value in data.items() if name != "sha256"}
     name = data.pop("experiment", FIRST)
     if not isinstance(name, str):
         raise UsageError(f"`experiment` {json.dumps(name)[:40]}: expected a name")

@@ -7,13 +7,16 @@ full of something else: then it is as if it were not there. Imports no torch.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -68,15 +71,57 @@ def read_json(file: Path, most: int = 1 << 24) -> Any:
         raise ValueError("JSON that is nested too deep") from None
 
 
+# ---- checksums
+
+
+def checksum(*parts: bytes | memoryview) -> str:
+    """The first 16 hex digits of SHA-256, as `sha256sum` begins."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def plain(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The data without its checksum."""
+    return {name: value for name, value in data.items() if name != "sha256"}
+
+
+def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON data with the checksum of its own content as `sha256`."""
+    return plain(data) | {"sha256": checksum(json.dumps(plain(data)).encode())}
+
+
+def unsealed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The data without its `sha256`; ValueError where that is another content's. Older data has none."""
+    if "sha256" in data and data != sealed(data):
+        raise ValueError("its checksum is that of other content")
+    return plain(data)
+
+
 # ---- lines of JSON
 
+SUM = b', "sha256": '  # before the checksum that ends a line
 
-def append_lines(file: Path, lines: list[dict[str, Any]]) -> None:
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a file: its bytes without the newline, the JSON object they are, whether with a checksum."""
+
+    number: int
+    raw: bytes
+    data: dict[str, Any]
+    sealed: bool
+
+
+def append_lines(file: Path, lines: Sequence[bytes]) -> None:
     """All of the lines, or none of them."""
+    if not lines:
+        return
     with errors_named(file), file.open("ab") as out:
         end = out.tell()
         try:
-            out.write(dump_lines(lines))
+            out.write(joined(lines))
             out.flush()
             os.fsync(out.fileno())
         except OSError:
@@ -84,27 +129,49 @@ def append_lines(file: Path, lines: list[dict[str, Any]]) -> None:
             raise
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that may be missing or end in a torn line."""
+def read_lines(file: Path) -> tuple[list[Line], list[str]]:
+    """The whole lines of a file that may be missing or end in a torn line, and in words what is none."""
+    found: list[Line] = []
     try:
-        content = file.read_bytes() if file.exists() else b""
+        content = file.read_bytes() if file.is_file() else b""
     except OSError as error:
-        raise SparselthError(f"cannot read {file}: {error.strerror}") from error
-    found = []
-    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        return found, [f"{file.name} cannot be read ({error.strerror})"]
+    wrong = [] if file.is_file() or not file.exists() else [f"{file.name} is no file"]
+    *whole, torn = content.split(b"\n")
+    for number, raw in enumerate(whole, 1):
+        where = f"{file.name}, line {number},"
+        body, comma, end = raw.rpartition(SUM)
         try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise SparselthError(f"{file}: line {number} is not JSON ({error})") from error
-    return found
+            data = json.loads(raw)
+        except (ValueError, RecursionError):
+            wrong.append(f"{where} is not JSON")
+            continue
+        if not isinstance(data, dict):
+            wrong.append(f"{where} is no JSON object")
+        elif "sha256" in data and not (comma and end == b'"%b"}' % checksum(body).encode()):
+            wrong.append(f"{where} is not what was written")
+        else:
+            found.append(Line(number, raw, data, "sha256" in data))
+    return found, wrong + [f"{file.name} ends in half a line"] * bool(torn)
+
+
+def line(data: Mapping[str, Any]) -> bytes:
+    return json.dumps(data).encode()
+
+
+def sealed_line(data: Mapping[str, Any]) -> bytes:
+    """A line that ends with the checksum of what is before it."""
+    body = line(data)[:-1]
+    return body + SUM + b'"%b"}' % checksum(body).encode()
+
+
+def joined(lines: Iterable[bytes]) -> bytes:
+    """The content of a file of lines."""
+    return b"".join(text + b"\n" for text in lines)
 
 
 def dump(data: Mapping[str, Any]) -> bytes:
     return (json.dumps(data, indent=2) + "\n").encode()
-
-
-def dump_lines(lines: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
 def _cut(out: IO[bytes], end: int) -> None:
@@ -120,21 +187,39 @@ def save_arrays(file: Path, arrays: Arrays, header: Mapping[str, Any]) -> None:
 
 
 def array_bytes(arrays: Arrays, header: Mapping[str, Any]) -> bytes:
-    """The content of such a file."""
-    return save(arrays, metadata={"sparselth": json.dumps(header)})
+    """The content of such a file; its header bears a checksum of arrays and header."""
+    head = json.loads(json.dumps(header))
+    return save(arrays, metadata={"sparselth": json.dumps(head | {"sha256": _arrays_sum(arrays, head)})})
 
 
 def load_arrays(file: Path, only: str | None = None) -> tuple[Arrays, dict[str, Any]]:
-    """Arrays and header of a file that `save_arrays` wrote; `only`: that array, if the file has it."""
+    """Arrays and header of a file that `save_arrays` wrote; `only`: that array, if the file has it.
+
+    SparselthError where it cannot be read, or is not what was written; older files have no checksum.
+    """
     try:
         with safe_open(file, framework="numpy") as opened:
             header = json.loads((opened.metadata() or {})["sparselth"])
-            names = [name for name in opened.keys() if only in (None, name)]  # noqa: SIM118
-            return {name: opened.get_tensor(name) for name in names}, header
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+            if not isinstance(header, dict):
+                raise ValueError("its header is no JSON object")
+            whole = "sha256" in header
+            names = [name for name in opened.keys() if whole or only in (None, name)]  # noqa: SIM118
+            arrays = {name: opened.get_tensor(name) for name in names}
+        if whole and header.pop("sha256") != _arrays_sum(arrays, header):
+            raise ValueError("its checksum is that of other content")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SparselthError(
-            f"{file}: cannot be read ({error}); delete it and continue the run with `resume`"
+            f"{file}: cannot be read ({error}); continue the run with `resume`, which computes it again"
         ) from error
+    return {name: array for name, array in arrays.items() if only in (None, name)}, header
+
+
+def _arrays_sum(arrays: Arrays, header: Mapping[str, Any]) -> str:
+    parts: list[bytes | memoryview] = [json.dumps(header, sort_keys=True).encode()]
+    for name, array in sorted(arrays.items()):
+        parts.append(f"{name} {array.dtype.str} {array.shape}".encode())
+        parts.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return checksum(*parts)
 
 
 # ---- the user's cache

@@ -1,8 +1,9 @@
 """The run folder: everything one run of any experiment computed, in files that a kill cannot spoil.
 
-    config.json        the experiment and what is run; another configuration is refused
+    config.json        the experiment and what is run; another configuration is refused, unless it asks for
+                       more of the same: then the run is extended
     environment.json   versions, processor, git commit, data checksum
-    cells.jsonl        one line per finished cell: what its experiment says of it
+    cells.jsonl        one line per finished cell: what its experiment says of it, and the proof
     evaluations.jsonl  one line per evaluation on the validation set
     timings.jsonl      seconds per cell; the only measurements that differ from run to run
     cells/KEY.safetensors        mask bits, the surviving trained weights, biases and batch norms; level 0
@@ -13,17 +14,18 @@
 Whole files are written beside and renamed. Lines are appended, the one of cells.jsonl last: a cell
 without it has not happened, and what else it left is dropped when the folder is opened again. When
 the run is complete the lines are sorted, so that the files do not tell in which order cells ended.
-Imports no torch.
+What is damaged is named and computed again (`ledger`); a cell that was computed from a file that came
+out otherwise is computed again too. What cannot be computed again, config.json, is refused when it is
+not what was written. Imports no torch.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
+import math
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,26 +33,52 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparselth import tickets
 from sparselth.config import Cell, Config, config_from_json
 from sparselth.errors import SparselthError, UsageError
 from sparselth.files import (
     append_lines,
+    checksum,
     dump,
-    dump_lines,
     errors_named,
-    read_lines,
+    line,
+    plain,
+    read_json,
+    sealed,
+    sealed_line,
+    unsealed,
     write_atomically,
 )
+from sparselth.ledger import (
+    LINES,
+    Computed,
+    Ledger,
+    cell_path,
+    checkpoint_path,
+    examine,
+    point,
+    prove,
+)
+from sparselth.lock import ReadOnly, locked
 from sparselth.models import get_model
 from sparselth.registry import plugins
-from sparselth.tickets import read_mask
 
-LINES = ("evaluations.jsonl", "timings.jsonl", "cells.jsonl")  # in the order they are appended
+__all__ = [
+    "LINES",
+    "ReadOnly",
+    "RunFolder",
+    "RunRecord",
+    "cell_path",
+    "checkpoint_path",
+    "open_run",
+    "point",
+    "read",
+    "read_config",
+    "reporting",
+]
 
-
-def point(cell: Cell, **values: Any) -> dict[str, Any]:
-    """A line about a cell."""
-    return {"seed": cell.seed, "arm": cell.arm, "level": cell.level, "draw": cell.draw, **values}
+# what a beginning writes before config.json and after it
+BEGINNING = {".lock", "environment.json", "config.json", "cells", "checkpoints"}
 
 
 @dataclass(frozen=True)
@@ -61,13 +89,16 @@ class RunRecord:
     config: Any  # of the class of its experiment, whose report reads more of it than `Config` has
     points: list[dict[str, Any]]  # finished cells with their timings, in the order of config.cells()
     evaluations: list[dict[str, Any]]  # of those cells, by step within a cell
+    damage: str = ""  # what lies there and is not believed, in a line
+    proven: bool = True  # or of an older version, whose lines have no checksums
+    files: dict[Cell, str] = field(default_factory=dict)  # checksums of the files of cells
 
     @cached_property
     def by_level(self) -> dict[tuple[str, int], list[dict[str, Any]]]:
         """(arm, level) → its finished cells."""
         found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        for line in self.points:
-            found.setdefault((line["arm"], line["level"]), []).append(line)
+        for one in self.points:
+            found.setdefault((one["arm"], one["level"]), []).append(one)
         return found
 
     @cached_property
@@ -82,27 +113,50 @@ class RunRecord:
     def mask(self, seed: int, level: int, name: str) -> NDArray[np.bool_]:
         """The ticket's mask of the weight tensor `name`, bool [N, K]."""
         spec = next(s for s in get_model(self.config.model).weights if s.name == name)
-        return read_mask(cell_path(self.path, Cell(seed, "ticket", level)), spec)
+        cell = Cell(seed, "ticket", level)
+        file = cell_path(self.path, cell)
+        if cell in self.files and file.is_file() and checksum(file.read_bytes()) != self.files[cell]:
+            raise SparselthError(
+                f"{file}: is not what was written; continue the run with `resume`, which computes it again"
+            )
+        return tickets.read_mask(file, spec)
 
 
 def read(path: Path) -> RunRecord:
-    """The run in `path`, finished or not; SparselthError when there is none or it cannot be read."""
-    config = read_config(path)
-    lines = {name: read_lines(path / name) for name in LINES}
-    done = {Cell.of(line) for line in lines["cells.jsonl"]}
-    timings = {Cell.of(line): line for line in lines["timings.jsonl"]}
+    """The run in `path`, finished or not; SparselthError when there is none or it cannot be read.
+
+    Lines are held against their checksums, the files of cells are when they are used.
+    """
+    config, written = _read_config(path)
+    proven = "sha256" in written
+    ledger = examine(path, config, proven, files=False)
+    order = [cell for cell in config.cells() if cell in ledger.entries]
+    entries = [ledger.entries[cell] for cell in order]
     untimed = dict.fromkeys(("train_seconds", "step_seconds"))
-    points = [line | timings.get(Cell.of(line), untimed) for line in lines["cells.jsonl"]]
-    order = {who: i for i, who in enumerate(config.cells())}
+    timings = [plain(entry.timing.data) if entry.timing else untimed for entry in entries]
     return RunRecord(
         path,
         config,
-        sorted(points, key=lambda line: order[Cell.of(line)]),
-        sorted(
-            (line for line in lines["evaluations.jsonl"] if Cell.of(line) in done),
-            key=lambda line: (order[Cell.of(line)], line["step"]),
-        ),
+        [entry.point | timing for entry, timing in zip(entries, timings, strict=True)],
+        [plain(one.data) for entry in entries for one in entry.evaluations],
+        ledger.summary(),
+        proven,
+        {cell: e.proof["file"] for cell, e in zip(order, entries, strict=True) if e.proof},
     )
+
+
+@contextmanager
+def reporting(record: RunRecord) -> Iterator[None]:
+    """What a report cannot make of lines that nothing proves, as an error of theirs."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if record.proven:
+            raise
+        raise SparselthError(
+            f"{record.path}: written by an older version without checksums, and its lines cannot be reported "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def read_config(path: Path) -> Any:
@@ -110,13 +164,20 @@ def read_config(path: Path) -> Any:
 
     Where a name in it is not known and a plugin that the run was begun with is not loaded, the error says so.
     """
+    return _read_config(path)[0]
+
+
+def _read_config(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The configuration, and the JSON object it was read from, with a checksum or, an older one, without."""
     file = path / "config.json"
     if not file.is_file():
         raise SparselthError(f"{path}: not a run folder (no config.json); `sparselth ls runs` lists runs")
     try:
-        config = config_from_json(json.loads(file.read_text()))
-        if without := _plugins_not_loaded(path):
+        data = read_json(file)
+        config = config_from_json(data)
+        if _plugins_not_loaded(path):
             config.check()
+        config.cells()
     except UsageError as error:
         if without := _plugins_not_loaded(path):
             needed = " ".join(f"`plugin` {name}" for name in without)
@@ -124,14 +185,34 @@ def read_config(path: Path) -> Any:
         raise SparselthError(f"{file}: {error}") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise SparselthError(f"{file}: cannot be read as a configuration ({error})") from error
-    return config
+    try:
+        unsealed(data)
+    except ValueError:
+        raise SparselthError(
+            f"{file}: was altered after it was written; restore it, or choose another `out`"
+        ) from None
+    return config, data
+
+
+def _environment(path: Path, proven: bool = False) -> dict[str, Any]:
+    """What environment.json holds; SparselthError where it cannot be believed."""
+    file = path / "environment.json"
+    try:
+        data = read_json(file)
+        if not isinstance(data, dict):
+            raise ValueError("it is no JSON object")
+        if proven and "sha256" not in data:
+            raise ValueError("it has no checksum")
+        return unsealed(data)
+    except (OSError, ValueError) as error:
+        raise SparselthError(f"{file}: cannot be read ({error}); begin the run in another `out`") from error
 
 
 def _plugins_not_loaded(path: Path) -> list[str]:
     """The plugins that a run was begun with and that are not there now."""
     try:
-        theirs = json.loads((path / "environment.json").read_text()).get("plugins", [])
-    except (OSError, ValueError, AttributeError):
+        theirs = _environment(path).get("plugins", [])
+    except SparselthError:
         return []
     return [name for name in theirs if Path(name) not in plugins()]
 
@@ -139,132 +220,230 @@ def _plugins_not_loaded(path: Path) -> list[str]:
 class RunFolder:
     """A run folder that one process writes to; `open_run` gives it."""
 
-    def __init__(self, path: Path, config: Config) -> None:
-        self.path, self.config = path, config
-        self.finished = self._recover()
+    def __init__(self, path: Path, config: Config, ledger: Ledger, read_only: bool = False) -> None:
+        self.path, self.config, self.digest = path, config, config.digest
+        self.damage, self.read_only = ledger.summary(), read_only
+        self._take(ledger)
+
+    def _take(self, ledger: Ledger) -> None:
+        proofs = {cell: entry.proof or {} for cell, entry in ledger.entries.items()}
+        self.finished = set(proofs)
+        self.files: dict[Cell, str] = {cell: proof.get("file", "") for cell, proof in proofs.items()}
+        # finished cells that were computed from a file that is not there any more, by whom they wait for
+        self.waiting: dict[Cell, list[tuple[Cell, str]]] = {}
+        for cell, proof in proofs.items():
+            for need in self.config.needs(cell):
+                if need not in self.finished:
+                    self.waiting.setdefault(need, []).append((cell, proof.get("needs", {}).get(need.key, "")))
 
     def begun_elsewhere(self, environment: dict[str, Any]) -> str | None:
         """What differs from the machine that began the run and may change bits, or None."""
         try:
-            theirs = json.loads((self.path / "environment.json").read_text())
+            theirs = _environment(self.path)
             pairs = {
                 "torch": (theirs["packages"]["torch"], environment["packages"]["torch"]),
                 "processor": (theirs["cpu"], environment["cpu"]),
             }
-        except (OSError, ValueError, KeyError, TypeError):
+        except (SparselthError, KeyError, TypeError):
             return "environment.json cannot be read"
         return "; ".join(f"{k} {a} there, {b} here" for k, (a, b) in pairs.items() if a != b) or None
-
-    def has_data(self, environment: dict[str, Any]) -> bool:
-        """Whether it was begun on the same images; a run that says nothing of them is believed."""
-        try:
-            theirs = json.loads((self.path / "environment.json").read_text())["data_sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return True
-        return bool(theirs == environment.get("data_sha256", theirs))
 
     @property
     def break_even(self) -> dict[str, float]:
         """Below which density which layer is compressed: what the machine that began the run measured."""
+        environment = _environment(self.path)
         try:
-            environment = json.loads((self.path / "environment.json").read_text())
-            return {str(name): float(share) for name, share in environment["break_even"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            found = {str(name): float(share) for name, share in environment["break_even"].items()}
+            if not all(map(math.isfinite, found.values())):
+                raise ValueError("a break-even is no number")
+            return found
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SparselthError(
                 f"{self.path / 'environment.json'}: cannot be read ({error}); begin the run in another `out`"
             ) from error
 
-    def add(
-        self,
-        cell: Cell,
-        line: dict[str, Any],
-        evaluations: list[dict[str, Any]],
-        timings: dict[str, Any],
-    ) -> None:
-        """Record a finished cell whose file is already written."""
-        for name, lines in zip(
-            LINES, (evaluations, [point(cell, **timings)], [point(cell, **line)]), strict=True
-        ):
-            append_lines(self.path / name, lines)
-        self.finished.add(cell)
-        checkpoint_path(self.path, cell).unlink(missing_ok=True)
+    def add(self, done: Sequence[Computed]) -> list[Cell]:
+        """Record cells whose files are written.
+
+        Gives the finished cells that were computed from another file of one of them: they are open again.
+        """
+        lines: dict[str, list[bytes]] = {name: [] for name in LINES}
+        for one in done:
+            needs = {need.key: self.files[need] for need in self.config.needs(one.cell)}
+            evaluations = [line(evaluation) for evaluation in one.evaluations]
+            proof = prove(self.path, self.digest, one.cell, needs, evaluations)
+            lines["evaluations.jsonl"] += evaluations
+            lines["timings.jsonl"].append(sealed_line(point(one.cell, **one.timings)))
+            lines["cells.jsonl"].append(sealed_line(point(one.cell, **one.line) | {"proof": proof}))
+            self.files[one.cell] = proof["file"]
+        for name in LINES:
+            append_lines(self.path / name, lines[name])
+        again = []
+        for one in done:
+            self.finished.add(one.cell)
+            checkpoint_path(self.path, one.cell).unlink(missing_ok=True)
+            again += [c for c, sum_ in self.waiting.pop(one.cell, ()) if sum_ != self.files[one.cell]]
+        if again:
+            before = self.finished
+            ledger = examine(self.path, self.config, proven=True, files=False)
+            self._write(ledger)
+            self._take(ledger)
+            again = [cell for cell in before if cell not in self.finished]
+        return again
 
     def complete(self) -> None:
         """Sort the lines into the order of `config.cells()`."""
-        order = {who: i for i, who in enumerate(self.config.cells())}
-        for name in LINES:
-            lines = read_lines(self.path / name)
-            lines.sort(key=lambda line: (order[Cell.of(line)], line.get("step", 0)))
-            write_atomically(self.path / name, dump_lines(lines))
+        ledger = examine(self.path, self.config, proven=True, files=False)
+        if len(ledger.entries) < len(self.config.cells()):
+            raise SparselthError(f"{self.path}: {ledger.summary()}; continue with `resume`")
+        self._write(ledger)
 
-    def _recover(self) -> set[Cell]:
-        """The finished cells; lines of others, torn ones and left-over files go."""
-        planned = set(self.config.cells())
-        lines = {name: read_lines(self.path / name) for name in LINES}
-        done = {Cell.of(line) for line in lines["cells.jsonl"]} & planned
-        done = {who for who in done if cell_path(self.path, who).is_file()}
-        timed = {Cell.of(line) for line in lines["timings.jsonl"]}
-        done &= timed
-        for name in LINES:
-            text = dump_lines([line for line in lines[name] if Cell.of(line) in done])
+    def _write(self, ledger: Ledger) -> None:
+        """Only the lines of finished cells, in the order of `config.cells()`."""
+        for name, text in ledger.content(self.config.cells()).items():
             file = self.path / name
-            if file.is_file() and file.read_bytes() != text:
+            if text != (file.read_bytes() if file.is_file() else b""):
                 write_atomically(file, text)
-        for folder in ("cells", "checkpoints"):
+
+    def mend(self, ledger: Ledger) -> None:
+        """Drop what is not believed, prove what an older version wrote, say what is run now."""
+        for folder in ("", "cells", "checkpoints"):
             (self.path / folder).mkdir(exist_ok=True)
             for rest in (self.path / folder).glob("*.tmp"):
                 rest.unlink(missing_ok=True)
-        return done
+        missing = {cell.key for cell in self.config.cells() if cell not in self.finished}
+        for file in (self.path / "checkpoints").iterdir():
+            if file.stem not in missing or file.name in ledger.rotten:
+                file.unlink(missing_ok=True)
+        self._prove(ledger)
+        self._write(ledger)
+        self._take(ledger)
+        text = dump(sealed(self.config.to_json()))
+        if (self.path / "config.json").read_bytes() != text:
+            write_atomically(self.path / "config.json", text)
+
+    def _prove(self, ledger: Ledger) -> None:
+        """Give proofs to cells that an older version wrote."""
+        old = {cell: entry for cell, entry in ledger.entries.items() if entry.proof is None}
+        files = {cell: checksum(cell_path(self.path, cell).read_bytes()) for cell in old}
+        files = self.files | files
+        for cell, entry in old.items():
+            needs = {need.key: files.get(need, "") for need in self.config.needs(cell)}
+            timing = entry.timing and replace(entry.timing, raw=sealed_line(plain(entry.timing.data)))
+            proof = prove(self.path, self.digest, cell, needs, [e.raw for e in entry.evaluations])
+            ledger.entries[cell] = replace(entry, timing=timing, proof=proof)
 
 
 @contextmanager
 def open_run(path: Path, config: Config, environment: dict[str, Any], resume: bool) -> Iterator[RunFolder]:
-    """Create the folder, or open one that this configuration began; locked until left.
+    """Create the folder, or open one that this configuration began or extends; locked until left.
 
     Raises SparselthError, before anything is written, when the folder holds something else, a run of
-    another configuration, an unfinished run without `resume`, or a run that is under way.
+    another configuration, an unfinished run without `resume`, or a run that is under way. A finished run
+    that cannot be written is opened to be read.
     """
-    fresh = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    if not fresh:
-        if not path.is_dir():
-            raise SparselthError(f"{path}: expected a folder for the run, found a file; choose another `out`")
-        theirs = read_config(path)
-        if differs := next(config.difference(theirs), None):
-            name, ours, other = differs
-            raise SparselthError(
-                f"{path}: holds a run with another {name} ({other} there, {ours} here); choose another `out`"
-            )
-    with errors_named(path):
+    if _begun(path):
+        _extends(path, config, resume)
+    with errors_named(path), ExitStack() as stack:
         path.mkdir(parents=True, exist_ok=True)
-        # closed only by the end of the process, because closing drops the lock
-        with (path / ".lock").open("w") as lock:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise SparselthError(
-                    f"{path}: another process is running this run; wait for it or stop it"
-                ) from None
-            if fresh:
-                write_atomically(path / "environment.json", dump(environment))
-                write_atomically(path / "config.json", dump(config.to_json()))
-            folder = RunFolder(path, config)
-            missing = len(config.cells()) - len(folder.finished)
-            if not fresh and missing and not folder.has_data(environment):
-                raise SparselthError(
-                    f"{path}: was begun on other images of that name ({environment['dataset']}); "
-                    "choose another `out`"
-                )
-            if not fresh and missing and not resume:
-                raise SparselthError(
-                    f"{path}: unfinished, {missing} of {len(config.cells())} cells are missing; "
-                    "add `resume` to go on, or choose another `out`"
-                )
+        read_only = None
+        try:
+            stack.enter_context(locked(path))
+        except ReadOnly as error:
+            read_only = error
+        if _begun(path):  # asked again, since now nobody else writes
+            yield _gone_on(path, config, environment, resume, read_only)
+        elif read_only:
+            raise read_only
+        else:
+            for name in LINES:
+                (path / name).unlink(missing_ok=True)
+            write_atomically(path / "environment.json", dump(sealed(environment)))
+            write_atomically(path / "config.json", dump(sealed(config.to_json())))
+            folder = RunFolder(path, config, Ledger())
+            folder.mend(Ledger())
             yield folder
 
 
-def cell_path(run: Path, cell: Cell) -> Path:
-    return run / "cells" / f"{cell.key}.safetensors"
+def _begun(path: Path) -> bool:
+    """Whether the folder holds a run of which something is computed; what is no run raises SparselthError.
+
+    What a beginning leaves that died, wherever it died, is as good as nothing.
+    """
+    if not path.exists():
+        return False
+    if not path.is_dir():
+        raise SparselthError(f"{path}: expected a folder for the run, found a file; choose another `out`")
+    computed = any((path / name).is_file() and (path / name).stat().st_size for name in LINES) or any(
+        file.suffix != ".tmp" for name in ("cells", "checkpoints") for file in (path / name).glob("*")
+    )
+    names = {file.name for file in path.iterdir() if file.suffix != ".tmp"}
+    if computed or "config.json" in names or names - BEGINNING:
+        read_config(path)
+    return computed
 
 
-def checkpoint_path(run: Path, cell: Cell) -> Path:
-    return run / "checkpoints" / f"{cell.key}.safetensors"
+def _extends(path: Path, config: Config, resume: bool) -> Any:
+    """The configuration there, of which this one is the same or more; another one raises SparselthError."""
+    theirs = read_config(path)
+    differs = [*config.difference(theirs)]
+    for name, ours, other in differs:
+        if name not in config.extends() or type(config) is not type(theirs):
+            raise SparselthError(
+                f"{path}: holds a run with another {name} ({other} there, {ours} here); choose another `out`"
+            )
+    for name, ours, other in differs:
+        alone: Config = replace(theirs, **{name: getattr(config, name)})
+        if not set(theirs.cells()) <= set(alone.cells()):
+            raise SparselthError(
+                f"{path}: holds a run with other {name}, and keeps its cells ({other} there, {ours} here); "
+                "ask for those and more, or choose another `out`"
+            )
+    if differs and not resume:
+        name, ours, other = differs[0]
+        raise SparselthError(
+            f"{path}: holds a run with fewer {name} ({other} there, {ours} here); add `resume` to extend it, "
+            "or choose another `out`"
+        )
+    return theirs
+
+
+def _gone_on(
+    path: Path, config: Config, environment: dict[str, Any], resume: bool, read_only: ReadOnly | None
+) -> RunFolder:
+    """Open a run of which something is computed."""
+    theirs, cells = _extends(path, config, resume), config.cells()
+    written = _read_config(path)[1]
+    proven = "sha256" in written
+    ledger = examine(path, theirs, proven, files=True, before=theirs.digest_before(written))
+    missing = len(cells) - len(ledger.entries)
+    try:
+        there = _environment(path, proven)
+    except SparselthError:
+        if missing:
+            raise
+        ledger.problems.append("environment.json is not what was written")
+        there = {}
+    data = [where["data_sha256"] for where in (there, environment) if "data_sha256" in where]
+    if missing and len(set(data)) > 1:  # a run that says nothing of its images is believed
+        raise SparselthError(
+            f"{path}: was begun on other images of that name ({environment['dataset']}); choose another `out`"
+        )
+    if missing and not resume:
+        why = f" ({ledger.summary()})" if ledger.problems else ""
+        raise SparselthError(
+            f"{path}: unfinished, {missing} of {len(cells)} cells are missing{why}; "
+            "add `resume` to go on, or choose another `out`"
+        )
+    if missing and read_only:
+        raise read_only
+    folder = RunFolder(path, config, ledger, read_only is not None)
+    in_order = [*ledger.entries] == [cell for cell in cells if cell in ledger.entries]
+    if not read_only and (missing or ledger.problems or config != theirs or not in_order):
+        loaded = [str(file) for file in plugins()]
+        if needed := [*dict.fromkeys([*there.get("plugins", []), *loaded])]:
+            there["plugins"] = needed
+        if missing:
+            write_atomically(path / "environment.json", dump(sealed(there)))
+        folder.mend(ledger)
+    return folder

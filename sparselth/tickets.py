@@ -6,12 +6,14 @@
     rewind/NAME  every tensor at the rewind step, in the shape a user knows it by; in the file of level 0
                  alone, since all levels of a seed go back to the same weights
 
-Safetensors with a JSON header under "sparselth": schema, model, dataset, config (digest), cell, rewind_step,
-shapes. One reader and one writer; nothing is unpickled.
+Safetensors with a JSON header under "sparselth": schema, model, dataset, config (the digest of what a cell
+computes), cell, rewind_step, shapes, and `sha256`, a checksum of arrays and header. One reader, one writer;
+nothing is unpickled, and an array of another type or shape than the network's is none of a ticket.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,39 +71,50 @@ def save(file: Path, params: Params, content: Content, **where: Any) -> None:
 
 
 def read(file: Path, params: Params) -> tuple[Content, dict[str, Any]]:
-    """Content and header of a file of a network with these parameters; SparselthError where it is none."""
+    """Content and header of a run's file of a network with these parameters; SparselthError where it is none.
+
+    Its name says which cell it is, and so does its header.
+    """
     found, head = load_arrays(file)
+    if head.get("cell", file.stem) != file.stem:
+        raise SparselthError(f"{file}: is the file of {head['cell']}")
     return _content(file, params, found), head
 
 
 def _content(file: Path, params: Params, found: Arrays) -> Content:
     mask, weights = np.zeros(params.mask_size, bool), np.zeros(params.size, np.float32)
     rewound = np.zeros(params.size, np.float32) if any(name.startswith("rewind/") for name in found) else None
-    try:
-        for spec in params.weights:
-            mask[spec.span] = masks.unpack(found[f"mask/{spec.name}"], spec.matrix[1]).ravel()
-            weights[spec.span][mask[spec.span]] = found[f"kept/{spec.name}"]
-        for spec in params.unpruned:
-            weights[spec.span] = found[f"bias/{spec.name}"]
-        if rewound is not None:
-            for spec in params.all:
-                rewound[spec.span] = found[f"rewind/{spec.name}"].ravel()
-    except KeyError as error:
-        raise SparselthError(
-            f"{file}: has no {error.args[0]}; expected the ticket of another network"
-        ) from None
-    except ValueError as error:
-        raise SparselthError(f"{file}: does not fit the network ({error})") from None
+    for spec in params.weights:
+        bits = _array(file, found, f"mask/{spec.name}", np.uint8, (spec.matrix[0], -(-spec.matrix[1] // 8)))
+        mask[spec.span] = masks.unpack(bits, spec.matrix[1]).ravel()
+        kept = int(mask[spec.span].sum())
+        weights[spec.span][mask[spec.span]] = _array(file, found, f"kept/{spec.name}", np.float32, (kept,))
+    for spec in params.unpruned:
+        weights[spec.span] = _array(file, found, f"bias/{spec.name}", np.float32, (spec.numel,))
+    if rewound is not None:
+        for spec in params.all:
+            rewound[spec.span] = _array(file, found, f"rewind/{spec.name}", np.float32, spec.shape).ravel()
     return Content(mask, weights, rewound)
+
+
+def _array(
+    file: Path, found: Arrays, name: str, dtype: type[np.generic], shape: tuple[int, ...]
+) -> NDArray[Any]:
+    if name not in found:
+        raise SparselthError(f"{file}: has no {name}; expected the ticket of another network")
+    array = found[name]
+    if array.dtype != dtype or array.shape != shape:
+        raise SparselthError(
+            f"{file}: does not fit the network ({name}: expected {np.dtype(dtype)} {list(shape)}, "
+            f"found {array.dtype} {list(array.shape)})"
+        )
+    return array
 
 
 def read_mask(file: Path, spec: TensorSpec) -> NDArray[np.bool_]:
     """The mask of one weight tensor, bool [N, K]."""
-    try:
-        name = f"mask/{spec.name}"
-        return masks.unpack(load_arrays(file, only=name)[0][name], spec.matrix[1])
-    except (KeyError, ValueError) as error:
-        raise SparselthError(f"{file}: has no mask of {spec.name} ({error})") from None
+    name, (n, k) = f"mask/{spec.name}", spec.matrix
+    return masks.unpack(_array(file, load_arrays(file, only=name)[0], name, np.uint8, (n, -(-k // 8))), k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +178,7 @@ def load(file: str | Path) -> Ticket:
     if not file.is_file():
         raise SparselthError(f"{file}: no such file; tickets lie in the folder cells of a run")
     found, head = load_arrays(file)
-    if head.get("schema") != SCHEMA or "model" not in head:
+    if head.get("schema") != SCHEMA or not isinstance(head.get("model"), str):
         raise SparselthError(f"{file}: expected a ticket, {SCHEMA}, found {head.get('schema')!r}")
     model = get_model(head["model"])
     content = _content(file, model.params, found)
@@ -177,5 +190,5 @@ def load(file: str | Path) -> Ticket:
 
 def _level_0(file: Path, head: dict[str, Any]) -> Path:
     """Where the weights lie that a cell goes back to: seed3-ticket-00 of seed3-random-mask-07."""
-    seed = str(head.get("cell", "")).partition("-")[0]
-    return file.with_name(f"{seed}-ticket-00.safetensors")
+    seed = re.match(r"seed\d+-", str(head.get("cell")))
+    return file.with_name(f"{seed[0] if seed else ''}ticket-00.safetensors")

@@ -83,9 +83,9 @@ EQUAL = ImpConfig(
 def test_a_configuration_of_the_version_before_is_read_with_its_digest() -> None:
     config = config_from_json(json.loads(BEFORE))
     assert config == EQUAL
-    assert config.digest == "9cc5976d"
+    assert config.digest_before() == "9cc5976d"
     assert isinstance(config, ImpConfig)
-    assert config.folder == "lenet-300-100-mnist5k-9cc5976d"
+    assert config.folder == f"lenet-300-100-mnist5k-{config.digest}"
     assert config.score == "magnitude"
 
 
@@ -99,15 +99,19 @@ def test_config_json_gives_an_equal_configuration_and_only_adds_fields() -> None
     assert {name: value for name, value in EQUAL.to_json().items() if name in before} == before
 
 
-def test_every_setting_but_what_was_added_tells_digests_apart() -> None:
+def test_every_setting_tells_digests_apart_but_what_was_added_and_what_says_which_cells_there_are() -> None:
     other: dict[str, Any] = {
         "model": "lenet5", "dataset": "mnist", "seeds": (1,), "arms": ("ticket",), "levels": 3, "rate": 0.3,
         "scope": "global", "one_shot": True, "rewind": 1, "reinits": 2, "device": "cuda", "kernels": "torch",
         "score": "random", "eval_images": 1000, "recipe": replace(EQUAL.recipe, lr=1e-3),
     }  # fmt: skip
     assert set(other) == {f.name for f in fields(ImpConfig)}
-    digests = {replace(EQUAL, **{name: value}).digest for name, value in other.items()}
-    assert len(digests | {EQUAL.digest}) == len(other) + 1
+    changed = {name: replace(EQUAL, **{name: value}) for name, value in other.items()}
+    before = {config.digest_before() for config in changed.values()}
+    assert len(before | {EQUAL.digest_before()}) == len(other) + 1
+    extends = [name for name, config in changed.items() if config.digest == EQUAL.digest]
+    assert sorted(extends) == sorted(EQUAL.extends()) == ["arms", "levels", "reinits", "seeds"]
+    assert len({config.digest for config in changed.values()}) == len(other) - len(extends) + 1
 
 
 def test_unknown_and_missing_fields_are_named() -> None:

@@ -143,19 +143,22 @@ def _experiments() -> Listing:
 
 def _runs(out: Path) -> Listing:
     from sparselth.report.page import fill
-    from sparselth.runs import read
+    from sparselth.runs import read, reporting
 
     rows, lines = [], []
     for file in sorted(out.glob("*/config.json")):
         try:
             record = read(file.parent)
+            with reporting(record):
+                title = record.config.title
         except SparselthError as error:
             lines.append(fill(as_flags(f"{file.parent}: {error}")))
             continue
         config, total = record.config, len(record.config.cells())
         state = "finished" if record.complete else f"{len(record.points)} of {total} cells, --resume goes on"
+        state += f"; damaged: {record.damage}" * bool(record.damage)
         of = {name: getattr(config, name) for name in ("model", "dataset") if hasattr(config, name)}
         row = {"run": str(record.path), "experiment": config.name} | of
         rows.append(row | {"cells": total, "finished": len(record.points)})
-        lines.append(fill(f"{record.path}  {config.title}: {state}"))
+        lines.append(fill(f"{record.path}  {title}: {state}"))
     return rows, lines or [f"no runs in {out}; `sparselth imp` makes one"]

@@ -38,7 +38,8 @@ class _Progress(Watcher):
         self.cost = {cell: 1.0 for cell in cells if cell not in plan.finished}
         if price and isinstance(config, Training):
             self.cost = {cell: price.batch_seconds(config, [cell]) for cell in self.cost}
-        self.share: dict[Cell, float] = {}  # of the cells under way or done
+        self.share: dict[Cell, float] = {}  # of the cells under way
+        self.all, self.over = sum(self.cost.values()), 0.0  # cost of all cells, of those done
         self.total, self.count = len(cells), len(plan.finished)
         self.began = time.monotonic()
 
@@ -48,14 +49,19 @@ class _Progress(Watcher):
         self.share |= dict.fromkeys(cells, min(1.0, step / self.steps))
 
     def finished(self, worker: int, done: Finished) -> None:
-        self.share[done.cell] = 1.0
+        self.share.pop(done.cell, None)
+        self.over += self.cost.get(done.cell, 0.0)
         self.count += 1
+
+    def again(self, cells: Sequence[Cell]) -> None:
+        self.count -= len(cells)
+        self.cost |= dict.fromkeys(cells, self.all / max(len(self.cost), 1))
+        self.all = sum(self.cost.values())
 
     @property
     def fraction(self) -> float:
-        return sum(self.cost[cell] * share for cell, share in self.share.items()) / max(
-            sum(self.cost.values()), 1e-9
-        )
+        under_way = sum(self.cost.get(cell, 0.0) * share for cell, share in self.share.items())
+        return (self.over + under_way) / max(self.all, 1e-9)
 
     @property
     def left(self) -> str:

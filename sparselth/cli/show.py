@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparselth.cli.options import PATH, output
+from sparselth.cli.options import PATH, as_flags, output
 
 if TYPE_CHECKING:
     from sparselth.runs import RunRecord
@@ -21,21 +22,28 @@ def show(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
     """Print the table of the run in folder RUN, finished or not; --json prints its points."""
     from sparselth.runs import read
 
-    report(read(run), as_json)
+    record = read(run)
+    if record.damage:
+        print(as_flags(f"note: {run}: {record.damage}; `resume` computes it again"), file=sys.stderr)
+    report(record, as_json)
 
 
 def report(record: RunRecord, as_json: bool, wall: dict[str, Any] | None = None) -> None:
     """The table, or the document of `NAME --json`; `wall` is what computing it took just now."""
+    from sparselth.runs import reporting
+
     config = record.config
-    if as_json:
-        document = {
-            "schema": f"sparselth.{config.name}/1",
-            "run": str(record.path),
-            "config": config.to_json(),
-            "complete": record.complete,
-            "points": record.points,
-            "summary": config.summary(record),
-        } | ({"wall": wall} if wall else {})
-        print(json.dumps(document, indent=2))
-    else:
-        print(config.table(record))
+    with reporting(record):
+        if as_json:
+            document = {
+                "schema": f"sparselth.{config.name}/1",
+                "run": str(record.path),
+                "config": config.to_json(),
+                "complete": record.complete,
+                "points": record.points,
+                "summary": config.summary(record),
+            } | ({"wall": wall} if wall else {})
+            text = json.dumps(document, indent=2)
+        else:
+            text = config.table(record)
+    print(text)

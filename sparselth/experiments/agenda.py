@@ -7,39 +7,67 @@ start, the controls.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from heapq import heappop, heappush
+from typing import Any
 
 from sparselth.config import Cell
 from sparselth.experiments.base import Experiment
 
 
 class Agenda:
-    """Which cells come next: of those that can start, the most urgent."""
+    """Which cells come next: of those that can start, the most urgent.
+
+    A finished cell counts once all that it needs is finished too: what was computed from a file that is to be
+    computed again may have to follow it.
+    """
 
     def __init__(self, config: Experiment, finished: Iterable[Cell]) -> None:
-        self.config, self.done = config, set(finished)
-        self.open = [cell for cell in config.cells() if cell not in self.done]
-        self._sort()
-
-    def __len__(self) -> int:
-        return len(self.open)
+        self.config, self.held = config, set(finished)
+        self.done: set[Cell] = set()
+        self.order = {cell: i for i, cell in enumerate(config.cells())}
+        self.missing = {cell: len(set(config.needs(cell))) for cell in self.order}  # of what a cell needs
+        self.after: dict[Cell, list[Cell]] = {}  # who needs a cell
+        for cell in self.order:
+            for need in set(config.needs(cell)):
+                self.after.setdefault(need, []).append(cell)
+        self.ready: list[tuple[Any, int, Cell]] = []
+        for cell in [cell for cell, missing in self.missing.items() if not missing]:
+            self._can_start(cell)
 
     def next(self, limit: int = 1) -> list[Cell]:
         """Take up to `limit` cells that can start; none when all wait for others."""
-        ready = [cell for cell in self.open if self.done.issuperset(self.config.needs(cell))]
-        for cell in ready[:limit]:
-            self.open.remove(cell)
-        return ready[:limit]
+        return [heappop(self.ready)[2] for _ in range(min(limit, len(self.ready)))]
 
     def back(self, cells: Iterable[Cell]) -> None:
         """Cells that were taken and could not be computed."""
-        self.open += cells
-        self._sort()
+        for cell in cells:
+            heappush(self.ready, (self.config.urgency(cell), self.order[cell], cell))
 
-    def finished(self, cells: Iterable[Cell]) -> None:
-        self.done.update(cells)
+    def finished(self, cells: Iterable[Cell], again: Iterable[Cell] = ()) -> None:
+        """Cells that were computed, and finished ones that must be computed again because of them."""
+        self.held.difference_update(again)
+        for cell in cells:
+            self._done(cell)
 
-    def _sort(self) -> None:
-        self.open.sort(key=self.config.urgency)
+    def _can_start(self, cell: Cell) -> None:
+        if cell in self.held:
+            self._done(cell)
+        else:
+            self.back([cell])
+
+    def _done(self, cell: Cell) -> None:
+        """Count a cell, and what was finished and waited for nothing else."""
+        counted = [cell]
+        for one in counted:
+            self.done.add(one)
+            for other in self.after.get(one, ()):
+                self.missing[other] -= 1
+                if self.missing[other]:
+                    continue
+                if other in self.held:
+                    counted.append(other)
+                else:
+                    self.back([other])
 
 
 def widest(config: Experiment) -> int:

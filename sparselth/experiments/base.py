@@ -56,10 +56,6 @@ class Experiment(Config):
         """Whether cells may take gradients by torch's autograd; engines have their own."""
         return False
 
-    def needs(self, cell: Cell) -> tuple[Cell, ...]:
-        """The cells that must be finished before this one can start."""
-        return ()
-
     def urgency(self, cell: Cell) -> Any:
         """What cells that can start are sorted by: the least goes first."""
         return cell.level

@@ -72,11 +72,13 @@ class ImpConfig(Training):
         _arms,
         ARMS,
         ordered=False,
+        extends=True,
     )
     levels: int = option(
         10,
         "Turns of train and prune after the dense network.",
         at_least(1, "level 0 is the dense network and always runs", MOST_LEVELS),
+        extends=True,
     )
     rate: float = option(0.2, "Share of the remaining weights that one level prunes.", _share)
     scope: Literal["layer", "global"] = option(
@@ -87,7 +89,9 @@ class ImpConfig(Training):
     )
     one_shot: bool = option(False, "Prune the dense network straight to every level.")
     rewind: int = option(0, "Step whose weights a ticket goes back to.")
-    reinits: int = option(1, "Fresh draws per ticket in arms with fresh weights.", at_least(1, most=1000))
+    reinits: int = option(
+        1, "Fresh draws per ticket in arms with fresh weights.", at_least(1, most=1000), extends=True
+    )
 
     def check(self) -> None:
         super().check()

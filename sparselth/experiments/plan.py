@@ -73,6 +73,9 @@ class Watcher:
     def finished(self, worker: int, done: Finished) -> None:
         """A cell is recorded."""
 
+    def again(self, cells: Sequence[Cell]) -> None:
+        """Finished cells are open again: what they were computed from came out otherwise."""
+
     def halved(self, cells: int, limit: int) -> None:
         """Memory was short for as many cells at once; now there are `limit` at most."""
 

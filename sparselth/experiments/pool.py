@@ -122,6 +122,9 @@ class Pool:
             if process.is_alive():
                 process.kill()
                 process.join()
+            process.close()
+        for connection in self.connections:
+            connection.close()
 
     def price(self, limit: int) -> tuple[Price, int]:
         """Measure what a batch of up to `limit` networks costs, and how many fit into memory."""
@@ -175,10 +178,12 @@ class Pool:
                             agenda.back(cells)
                             watcher.halved(len(cells), limit)
                         case "finished":
-                            agenda.finished(busy.pop(worker))
+                            again = folder.add(value)
+                            agenda.finished(busy.pop(worker), again)
                             for done in value:
-                                folder.add(done.cell, done.line, done.evaluations, done.timings)
                                 watcher.finished(worker, done)
+                            if again:
+                                watcher.again(again)
                         case "failed":
                             del busy[worker]
                             failure, self.stop.value = failure or value, True

@@ -17,7 +17,7 @@ from sparselth import data, machine, runs
 from sparselth.data import DatasetSpec
 from sparselth.data.sets import check_batch
 from sparselth.engine.paths import choose
-from sparselth.errors import UsageError, check_number
+from sparselth.errors import SparselthError, UsageError, check_number
 from sparselth.experiments.agenda import widest
 from sparselth.experiments.base import Experiment
 from sparselth.experiments.plan import Plan, Watcher
@@ -74,7 +74,7 @@ def plan(
     return Plan(
         config,
         images,
-        Path(out) if out else Path("runs") / config.folder,
+        Path(out) if out else _place(config),
         why,
         1 if cuda else min(workers or available_workers(config.device), together),
         min(replicas or (together if cuda else 1), together),
@@ -100,12 +100,12 @@ def run(
 ) -> runs.RunRecord:
     """Compute what is missing of an experiment in the folder `out`, draw its figures and read it.
 
-    `out` is runs/ and the experiment's own name unless given; an unfinished run there is gone on with if
-    `resume`. The data set lies in `data_dir`, $SPARSELTH_DATA or the user's cache, and is downloaded into it
-    if need be. A CPU has `workers` processes, one a core unless given, that train up to `replicas` networks
-    as one batch; `deterministic` chooses the kernels whose bits do not depend on the batch. Raises
-    UsageError for what makes no experiment, Interrupted after a signal, SparselthError for all else that a
-    user can mend; what is finished is kept.
+    `out` is runs/ and the experiment's own name unless given; with `resume` an unfinished run there goes
+    on, and so does one that asked for fewer levels, seeds, arms or draws. The data set lies in `data_dir`,
+    $SPARSELTH_DATA or the user's cache, and is downloaded into it if need be. A CPU has `workers` processes,
+    one a core unless given, that train up to `replicas` networks as one batch; `deterministic` chooses the
+    kernels whose bits do not depend on the batch. Raises UsageError for what makes no experiment, Interrupted
+    after a signal, SparselthError for all else that a user can mend; what is finished is kept.
     """
     watcher = watcher or Watcher()
     planned = plan(
@@ -119,6 +119,9 @@ def run(
     )
     config, path = planned.config, planned.path
     with runs.open_run(path, config, planned.environment, resume) as folder:
+        if folder.damage:
+            again = "; what is missing is computed again" * (len(folder.finished) < len(config.cells()))
+            watcher.note(f"note: {path}: {folder.damage}{again}")
         if other := folder.begun_elsewhere(planned.environment):
             watcher.note(
                 f"note: {path} was begun on another machine ({other}); new cells may differ in the last bits"
@@ -133,7 +136,13 @@ def run(
         else:
             watcher.complete(planned)
         record = runs.read(path)
-        config.draw(record, path / "figures")
+        try:
+            with runs.reporting(record):
+                config.draw(record, path / "figures")
+        except (OSError, SparselthError) as error:
+            if not folder.read_only:
+                raise
+            watcher.note(f"note: figures are not drawn: {error}")
     return record
 
 
@@ -148,6 +157,13 @@ def _priced(plan: Plan, pool: Pool) -> Plan:
         return plan
     price, limit = pool.price(plan.limit)
     return replace(plan, price=price, limit=limit)
+
+
+def _place(config: Experiment) -> Path:
+    """runs/ and the experiment's own name, or the one that an older version gave it where that is there."""
+    path = Path("runs") / config.folder
+    before = path.with_name(path.name.replace(config.digest, config.digest_before()))
+    return before if before.is_dir() and not path.exists() else path
 
 
 def _check_fit(config: Training, dataset: DatasetSpec) -> None:

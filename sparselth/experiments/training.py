@@ -59,7 +59,7 @@ class Training(Experiment):
         "", "The data set; see `sparselth ls datasets`.  [default: the model's]", choices=_datasets
     )
     seeds: tuple[int, ...] = option(
-        (0, 1, 2, 3, 4), "One network each: 3, 0-4 or 0,2,5.", _different, ordered=False
+        (0, 1, 2, 3, 4), "One network each: 3, 0-4 or 0,2,5.", _different, ordered=False, extends=True
     )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Where to train.", choices=("auto", "cpu", "cuda")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -112,11 +113,16 @@ def test_a_damaged_config_is_named(cli: Cli, tmp_path: Path) -> None:
 def test_a_run_of_another_configuration_is_refused(cli: Cli, finished: Imp) -> None:
     record = finished("--levels", "1", "--seeds", "0", "--arms", "ticket")
     before = {file: file.read_bytes() for file in record.path.rglob("*") if file.is_file()}
-    flags = "--model lenet-300-100 --dataset mnist5k --steps 100 --seeds 0 --arms ticket --levels 2"
-    for resume in ([], ["--resume"]):
-        code, _, err = cli("imp", "--quiet", *flags.split(), "--out", str(record.path), *resume)
+    flags = "--model lenet-300-100 --dataset mnist5k --steps 100 --seeds 0 --arms ticket --levels"
+    for rest, says in (
+        ("2 --rate 0.3", "a run with another rate (0.2 there, 0.3 here); choose another --out"),
+        ("2 --rate 0.3 --resume", "a run with another rate (0.2 there, 0.3 here); choose another --out"),
+        ("2", "holds a run with fewer levels (1 there, 2 here); add --resume to extend it"),
+        ("2 --seeds 1 --resume", "holds a run with other seeds, and keeps its cells ([0] there, [1] here)"),
+    ):
+        code, _, err = cli("imp", "--quiet", *flags.split(), *rest.split(), "--out", str(record.path))
         assert code == 1
-        assert "holds a run with another levels (1 there, 2 here); choose another --out" in one_line(err)
+        assert says in one_line(err)
     assert {file: file.read_bytes() for file in record.path.rglob("*") if file.is_file()} == before
 
 
@@ -126,18 +132,30 @@ def test_an_unfinished_run_wants_resume(cli: Cli, finished: Imp) -> None:
     flags = "--model lenet-300-100 --dataset mnist5k --steps 100 --seeds 0 --arms ticket --levels 1"
     code, _, err = cli("imp", "--quiet", *flags.split(), "--out", str(record.path))
     assert code == 1
-    assert "unfinished, 1 of 2 cells are missing; add --resume" in one_line(err)
+    missing = (
+        "unfinished, 1 of 2 cells are missing (cells/seed0-ticket-01.safetensors is missing); add --resume"
+    )
+    assert missing in one_line(err)
 
 
-def test_a_damaged_cell_is_named(cli: Cli, finished: Imp) -> None:
-    record = finished("--levels", "1", "--seeds", "0", "--arms", "ticket")
-    cell = record.path / "cells" / "seed0-ticket-00.safetensors"
-    cell.write_bytes(cell.read_bytes()[:-100])
-    (record.path / "cells" / "seed0-ticket-01.safetensors").unlink()
-    code, _, err = cli("imp", "--quiet", "--resume", "--out", str(record.path))
-    assert code == 1
-    assert f"{cell}: cannot be read" in one_line(err)
-    assert "delete it" in err
+def test_damaged_cells_are_named_and_computed_again(
+    cli: Cli, finished: Imp, run_contents: Callable[[Path], dict[str, bytes]]
+) -> None:
+    record = finished("--levels", "2", "--seeds", "0", "--arms", "ticket")
+    before, cells = run_contents(record.path), [*sorted((record.path / "cells").iterdir())]
+    content = bytearray(cells[0].read_bytes())
+    content[len(content) // 2] ^= 1
+    cells[0].write_bytes(content)
+    shutil.copy(cells[2], cells[1])
+    last = cells[2].stat().st_mtime_ns
+    code, _, err = cli("imp", "--quiet", "--out", str(record.path), "--resume")
+    assert code == 0
+    assert err == (
+        f"note: {record.path}: cells/{cells[0].name} is damaged; cells/{cells[1].name} is the file of "
+        "seed0-ticket-02; what is missing is computed again\n"
+    )
+    assert run_contents(record.path) == before
+    assert cells[2].stat().st_mtime_ns == last
 
 
 @pytest.mark.parametrize("out", ["/proc/sparselth-run", "file/run", "file"])
@@ -182,14 +200,14 @@ def test_a_full_disk(cli: Cli, tmp_path: Path) -> None:
 
 def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "lines.jsonl"
-    files.append_lines(file, [{"a": 1}])
+    files.append_lines(file, [b'{"a": 1}'])
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(files.SparselthError, match="No space left on device"):
-        files.append_lines(file, [{"b": 2}] * 1000)
+        files.append_lines(file, [b'{"b": 2}'] * 1000)
     assert file.read_text() == '{"a": 1}\n'
     with pytest.raises(files.SparselthError, match="No space left on device"):
         files.write_atomically(file, b"other")
@@ -243,7 +261,7 @@ def test_resuming_on_another_machine_is_said(cli: Cli, finished: Imp) -> None:
     file = record.path / "environment.json"
     facts = json.loads(file.read_text())
     facts["packages"]["torch"] = "1.0.0"
-    file.write_text(json.dumps(facts))
+    file.write_text(json.dumps(files.sealed(facts)))
     code, _, err = cli("imp", "--quiet", "--resume", "--out", str(record.path))
     assert code == 0
     assert "begun on another machine (torch 1.0.0 there, " in err

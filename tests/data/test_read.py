@@ -22,6 +22,7 @@ from sparselth.data.batches import Batches, Resident
 from sparselth.engine.dense import init_weights
 from sparselth.engine.state import Job, State
 from sparselth.errors import SparselthError
+from sparselth.files import sealed
 from sparselth.kernels._triton import INTERPRET
 from sparselth.measure.usual import Pictures
 from sparselth.models import MODELS, Linear, Model, ReLU, get_model
@@ -90,7 +91,7 @@ def test_one_file_is_trained_listed_resumed_and_shown(
     (run / "cells" / "seed0-reinit-02.safetensors").unlink()
     environment = json.loads((run / "environment.json").read_text())
     environment["data_sha256"] = "0" * 16  # as if the file had read other numbers then
-    (run / "environment.json").write_text(json.dumps(environment))
+    (run / "environment.json").write_text(json.dumps(sealed(environment)))
     code, _, said = cli(*words, "--resume")
     assert code == 1
     assert "was begun on other images of that name (rings)" in said

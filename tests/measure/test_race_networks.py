@@ -21,6 +21,7 @@ from sparselth.cli.main import run as command
 from sparselth.config import Cell
 from sparselth.engine.dense import Network, init_weights
 from sparselth.errors import SparselthError, UsageError
+from sparselth.files import joined, plain, sealed, sealed_line
 from sparselth.measure import case, race_networks, training
 from sparselth.measure.case import Result
 from sparselth.measure.onnx import onnx_call
@@ -198,7 +199,7 @@ def test_another_accuracy_than_the_recorded_fails(copy: Path) -> None:
     lines = [json.loads(line) for line in (copy / "cells.jsonl").read_text().splitlines()]
     for line in lines:
         line["final_accuracy"] -= 0.01
-    (copy / "cells.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (copy / "cells.jsonl").write_bytes(joined(sealed_line(plain(line)) for line in lines))
     found = ticket(copy)
     assert found.failed
     assert "CHECK FAILED: the run recorded" in text(found)
@@ -233,7 +234,11 @@ def test_what_is_not_there_is_said_in_one_line(
     assert only(ticket(copy), "sparselth")["level"] == 2  # the last that is finished
 
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"dataset": "mnist"}))
+    (copy / "config.json").write_text(json.dumps(sealed(config | {"dataset": "mnist"})))
+    done = [plain(json.loads(line)) for line in (copy / "cells.jsonl").read_text().splitlines()]
+    for line in done:
+        line["proof"]["config"] = runs.read_config(copy).digest
+    (copy / "cells.jsonl").write_bytes(joined(sealed_line(line) for line in done))
 
     def offline(name: str, place: Path) -> None:
         raise SparselthError("cannot download")
