@@ -58,7 +58,7 @@ def train(
         place.evaluated(some)
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             for job in some:
-                _save_state(place, job.who, job.state.expanded(), where)
+                _save_state(checkpoint_path(place.run, job.who), job.state.expanded(), where)
             saved = time.monotonic()
 
     fit(
@@ -73,7 +73,7 @@ def train(
     )
     if any(job.state.step < recipe.steps for job in jobs):
         for job in jobs:
-            _save_state(place, job.who, job.state, where)
+            _save_state(checkpoint_path(place.run, job.who), job.state, where)
         return None
     accuracies = accuracies_on_test(model, place.data, jobs, kernels, place.break_even)
     return [_finished(model, job, place, where, *pair) for job, pair in zip(jobs, accuracies, strict=True)]
@@ -108,7 +108,7 @@ def _finished(
     )
 
 
-def _save_state(place: Place, cell: Cell, state: State, where: dict[str, Any]) -> None:
+def _save_state(file: Path, state: State, where: dict[str, Any]) -> None:
     arrays: Arrays = {
         "weights": state.weights.cpu().numpy(),
         "best_weights": state.best_weights.cpu().numpy(),
@@ -118,7 +118,7 @@ def _save_state(place: Place, cell: Cell, state: State, where: dict[str, Any]) -
         arrays["kept_weights"] = state.kept_weights.cpu().numpy()
     header = {
         "schema": "sparselth.checkpoint/1",
-        "cell": cell.key,
+        "cell": file.stem,
         "config": where["config"],
         "step": state.step,
         "best_loss": state.best_loss,
@@ -128,7 +128,7 @@ def _save_state(place: Place, cell: Cell, state: State, where: dict[str, Any]) -
         "step_seconds": state.step_seconds,
         "pace": state.pace,
     }
-    save_arrays(checkpoint_path(place.run, cell), arrays, header)
+    save_arrays(file, arrays, header)
 
 
 def _load_state(file: Path, device: str) -> State:

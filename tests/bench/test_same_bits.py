@@ -135,7 +135,7 @@ def test_headers_are_notes(runs: tuple[Path, Path]) -> None:
     arrays, header = load_arrays(file)
     save_file(arrays, file, metadata={"sparselth": json.dumps(header | {"config": "0", "new": 1})})
     found = same_bits.compare(*runs)
-    assert (found.differences, found.notes) == ([], ["headers of cells differ in config, new"])
+    assert (found.differences, found.notes) == ([], ["headers of cells differ in config, new, sha256"])
 
 
 # Rows and times

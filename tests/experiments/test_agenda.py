@@ -50,8 +50,7 @@ def test_batches_are_the_tickets_of_all_seeds_and_the_controls_beside_them(confi
 
 
 def test_one_cell_at_a_time_unless_more_are_asked_for(config: Configs) -> None:
-    agenda = Agenda(config(), ())
-    assert (agenda.next(), len(agenda)) == ([Cell(0, "ticket", 0)], len(config().cells()) - 1)
+    assert Agenda(config(), ()).next() == [Cell(0, "ticket", 0)]
 
 
 def test_the_widest_batch_has_no_limit(config: Configs) -> None:

@@ -208,7 +208,7 @@ def test_a_checkpoint_brings_every_part_of_a_state_back(tmp_path: Path) -> None:
     state.kept_weights = state.weights + 4
     state.best_loss, state.best_step, state.seconds, state.step_seconds = 0.5, 3, 7.0, 6.0
     state.pace, state.evaluations = [0.25, 0.5], [{"step": 3, "validation_loss": 0.5}]
-    jobs._save_state(tmp_path / "state", state)
+    jobs._save_state(tmp_path / "state", state, {"config": "0"})
     found = jobs._load_state(tmp_path / "state", "cpu")
     for name in ("step", "best_loss", "best_step", "evaluations", "seconds", "step_seconds", "pace"):
         assert getattr(found, name) == getattr(state, name), name
@@ -227,8 +227,9 @@ def test_a_checkpoint_is_written_when_the_last_one_is_a_minute_old(
     def evaluated(some: Sequence[Job]) -> None:
         now[0] += 40.0
 
-    def save(file: Path, state: State) -> None:
+    def save(file: Path, state: State, where: dict[str, Any]) -> None:
         assert file == checkpoint_path(place.run, DENSE)
+        assert where["config"] == asked.digest
         saved.append((state.step, state.weights.shape[1]))
 
     monkeypatch.setattr(jobs, "_save_state", save)
