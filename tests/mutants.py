@@ -17,6 +17,7 @@ they are: fields and their defaults are held by tests/test_config.py and tests/c
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -102,7 +103,11 @@ def enter(room: str) -> Path:
 
 def try_all(room: str) -> None:
     """Try the faults of a room that are new, have changed or survived."""
-    data = SourceFileMutationData(path=enter(room))
+    file = enter(room)
+    made = Path("mutants") / file
+    if made.exists() and made.stat().st_mtime < Path(__file__).stat().st_mtime:
+        shutil.rmtree("mutants")  # this file says which faults there are
+    data = SourceFileMutationData(path=file)
     data.load()
     for key, code in data.exit_code_by_key.items():
         if status_by_exit_code[code] not in NOTICED:
