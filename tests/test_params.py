@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -27,7 +29,9 @@ def test_a_weight_is_a_matrix_of_outputs_and_of_all_that_feeds_one() -> None:
 
 
 def test_sizes_of_a_buffer_count_what_lies_in_front() -> None:
-    assert (PARAMS.prunable, PARAMS.mask_size, PARAMS.trained_size, PARAMS.size) == (74, 96, 128, 144)
+    params, one = replace(PARAMS), Params((FILTERS,))
+    assert (params.prunable, params.mask_size, params.trained_size, params.size) == (74, 96, 128, 144)
+    assert (one.prunable, one.mask_size, one.trained_size, one.size) == (54, 64, 64, 64)
     assert PARAMS.unpruned == (*BIASES, MEAN)
     assert PARAMS.all == (FILTERS, HEAD, *BIASES, MEAN)
     bare = Params((FILTERS, HEAD))

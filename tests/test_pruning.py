@@ -85,6 +85,19 @@ def test_pruned_weights_never_come_back() -> None:
     assert not new[:1000].any()
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_rung_that_keeps_all_prunes_nothing(scope: str) -> None:
+    mask = LENET.params.full_mask()
+    rung = pruning.ladder(LENET.params, 1, 0.0, scope)[1]
+    assert torch.equal(pruning.prune(LENET.params, weights_of(LENET, 0, False), mask, rung), mask)
+
+
+def test_kernels_are_those_asked_for() -> None:
+    mask = LENET.params.full_mask()
+    with pytest.raises(ValueError, match="expected"):
+        pruning.prune(LENET.params, weights_of(LENET, 0, False), mask, {"all": 9}, kernels="cuda")
+
+
 def test_rung_above_the_mask_is_refused() -> None:
     mask = LENET.params.full_mask()
     mask[:1000] = False

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,6 +41,8 @@ def test_files_of_a_folder_are_imported_when_the_first_is_asked_for(
 
     assert "numbers_of_a_test.one" not in sys.modules
     assert list(numbers_of_a_test.KNOWN) == ["one"]
+    for name in [name for name in sys.modules if name.startswith("numbers_of_a_test")]:
+        del sys.modules[name]
 
 
 def test_a_plugin_is_loaded_once_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,3 +75,41 @@ def test_a_plugin_that_fails_is_named_and_may_be_mended(
     for wrong in (tmp_path / "gone.py", tmp_path, tmp_path / "mine.txt"):
         with pytest.raises(UsageError, match=r"`plugin` .*: expected a Python file"):
             load_plugin(wrong)
+
+
+def test_what_installed_packages_name_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    known: Registry[int] = Registry("number")
+    points = [SimpleNamespace(value="one", load=lambda: known.add("one", 1))]
+
+    def found(group: str) -> list[SimpleNamespace]:
+        asked.append(group)
+        return points
+
+    monkeypatch.setattr(registry, "entry_points", found)
+    monkeypatch.setattr(registry, "_entered", False)
+    assert dict(known) == {"one": 1}
+    assert len(Registry("another")) == 0
+    assert asked == ["sparselth"]
+    points[0].load = lambda: known.add("one", 2)
+    monkeypatch.setattr(registry, "_entered", False)
+    with pytest.raises(SparselthError, match=r"^plugin one: UsageError: number 'one': there is one"):
+        registry.load_entry_points()
+
+
+@pytest.mark.parametrize("ask", [len, list, lambda known: "x" in known, lambda known: known.get("x")])
+def test_whoever_asks_first_has_the_folder_read(
+    ask: Callable[[Registry[int]], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "letters_of_a_test").mkdir()
+    (tmp_path / "letters_of_a_test" / "__init__.py").write_text("")
+    (tmp_path / "letters_of_a_test" / "x.py").write_text("import sys\nsys.letters.add('x', 24)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    known: Registry[int] = Registry("letter", "letters_of_a_test")
+    monkeypatch.setattr(sys, "letters", known, raising=False)
+    assert known.things == {}
+    ask(known)
+    assert known.things == {"x": 24}
+    assert (known.kind, len(known), list(known), "x" in known, known["x"]) == ("letter", 1, ["x"], True, 24)
+    for name in [name for name in sys.modules if name.startswith("letters_of_a_test")]:
+        del sys.modules[name]
