@@ -42,6 +42,7 @@ ORDER = [
     "report.stats",
     "report.tables",
     "report.drawing",
+    "report.mask_figures",
     "report.figures",
     "sparse",
     "experiments.base",

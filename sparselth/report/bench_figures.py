@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from matplotlib.transforms import Bbox
 
 from sparselth.report.bench_tables import buffer
 from sparselth.report.bench_words import Row, crossing, in_cells, percent, sparse_best, swept
-from sparselth.report.drawing import DASHED, LINE, STYLE, WIDTH, look, save
+from sparselth.report.drawing import DASHED, STYLE, WIDTH, balanced, look, save
 
 FEW = 8  # layers and batch sizes up to which every implementation is a point of the roofline
 SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7))
@@ -247,7 +246,7 @@ def _memory(rows: Sequence[Row], device: Mapping[str, Any]) -> Figure | None:
 def _head(fig: Figure, device: Mapping[str, Any], title: str, notes: Sequence[str]) -> None:
     """What is shown, where it was measured, and what is special about it."""
     lines = [title, _where(device), "; ".join(notes)]
-    fig.suptitle("\n".join(textwrap.fill(line, LINE) for line in lines if line), fontsize=7)
+    fig.suptitle("\n".join(balanced(line) for line in lines if line), fontsize=7)
 
 
 def _width(i: int, names: Sequence[str]) -> dict[str, Any]:

@@ -10,18 +10,20 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import image
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
 from sparselth.data import load
 from sparselth.experiments.imp import ImpConfig
 from sparselth.models import get_model
-from sparselth.report import figures, stats, tables
+from sparselth.report import drawing, figures, mask_figures, stats, tables
 from sparselth.runs import RunRecord
 
 
@@ -463,8 +465,11 @@ def records():
 @pytest.mark.parametrize("name", ["full", "one", "unfinished", "dense", "draws", "same"])
 def test_figures_are_drawn(name, records, tmp_path):
     paths = figures.draw(records[name], tmp_path / "figures")
-    cost = ("cost",) * (name != "dense")  # one level is no comparison
-    names = ("accuracy", "early_stop", "curves", "first_layer", *cost, "pixels")
+    pruned = name != "dense"  # one level is no comparison
+    names = [
+        "accuracy", *["differences"] * pruned, "early_stop", "curves", *["layers"] * pruned, "first_layer",
+        *["cost"] * pruned, "pixels",
+    ]  # fmt: skip
     assert [p.name for p in paths] == [f"{n}.{kind}" for n in names for kind in ("png", "svg")]
     assert sorted(paths) == sorted((tmp_path / "figures").iterdir())
     for path in paths:
@@ -493,7 +498,7 @@ def test_nothing_is_drawn_of_nothing(records, tmp_path):
 def test_level_axis_runs_down_from_dense_with_labels_apart():
     axes = Figure().add_subplot()
     shares = [100 * 0.8**level for level in range(21)]
-    figures._level_axis(axes, shares)
+    drawing.level_axis(axes, shares)
     left, right = axes.get_xlim()
     assert left > 100 > shares[-1] > right
     ticks = sorted(axes.get_xticks(), reverse=True)
@@ -502,11 +507,121 @@ def test_level_axis_runs_down_from_dense_with_labels_apart():
     assert min(a / b for a, b in pairwise(ticks)) > (left / right) ** (1 / 8)
 
 
-def test_lines_that_would_squash_the_figure_are_cut_and_named():
+def lowest(axes: Axes) -> float:
+    """Where the lowest point of any line lies, as a share of the height of the axes."""
+    ends = [
+        axes.transData.transform(np.column_stack([line.get_xdata(), line.get_ydata()]))[:, 1].min()
+        for line in axes.lines
+        if line.get_transform() == axes.transData
+    ]
+    return float((min(ends) - axes.bbox.y0) / axes.bbox.height)
+
+
+def test_controls_far_below_are_drawn_without_squashing_the_rest():
     record = edit(fake(), {"accuracy_at_early_stop": 0.1135}, arm="random-mask", level=15)
     (axes,) = figures._accuracy(record).axes
-    assert axes.get_ylim()[0] > 90
-    assert "random-mask falls to 11.3 %" in [text.get_text() for text in axes.texts]
+    low, high = axes.get_ylim()
+    assert low < 11.35
+    assert 0 < lowest(axes) < drawing.BELOW
+    at = axes.transData.transform([(50, y) for y in (98.0, 98.2)])[:, 1]
+    linear = 0.2 / (high - low) * axes.bbox.height
+    assert at[1] - at[0] > 10 * linear  # as much room as before for what is interesting
+    shown = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    assert sum(tick > 95 for tick in shown) >= 3
+    assert min(shown) < 60
+
+
+def test_nothing_is_cut_off_and_panels_share_a_scale(records):
+    for name in ("full", "draws", "one", "same"):
+        fig = figures._curves(records[name])
+        assert len({axes.get_ylim() for axes in fig.axes}) == 1
+        assert all(0 <= lowest(axes) <= 1 for axes in fig.axes)
+        assert "below" not in "".join(axes.get_title(loc="left") for axes in fig.axes)
+        for make in (figures._accuracy, figures._differences, figures._early_stop, figures._cost):
+            (axes,) = make(records[name]).axes
+            assert 0 <= lowest(axes) <= 1
+
+
+def test_what_is_near_has_one_linear_scale():
+    axes = Figure().add_subplot()
+    axes.plot([0, 1], [98.0, 98.3])
+    drawing.all_of_it([axes], 97.0, 0.5, 100)
+    assert axes.get_yscale() == "linear"
+    low, high = axes.get_ylim()
+    assert low < 98.0 < 98.3 < high
+    assert high - low >= 0.5
+
+
+def test_pixels_of_all_levels_have_one_scale(records):
+    fig = mask_figures.pixels(records["full"])
+    norms = {(image.norm.vmin, image.norm.vmax) for axes in fig.axes for image in axes.images}
+    assert len(norms) == 1
+    assert len([image for axes in fig.axes for image in axes.images]) == 4
+    assert len(fig.axes) == 5  # and one bar for them
+    assert norms.pop()[0] == 0
+
+
+def test_survivors_of_each_layer():
+    record = edit(
+        fake(levels=3), {"kept": {"fc1.weight": 23520, "fc2.weight": 0, "fc3.weight": 500}}, level=2
+    )
+    fig = mask_figures.layers(record)
+    (axes,) = fig.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["fc1", "fc2", "fc3"]
+    lines = {line.get_label(): line.get_ydata() for line in axes.lines if line.get_linestyle() != "None"}
+    assert len(lines) == 3
+    assert next(iter(lines.values())) == pytest.approx([80, 80, 90], abs=0.05)
+    assert list(lines.values())[1] == pytest.approx([10, np.nan, 50], nan_ok=True)
+    crosses = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "x"]
+    assert [1] in crosses
+    said = [" ".join(f.get_suptitle().split()) for f in (fig, mask_figures.layers(fake(levels=3)))]
+    assert ["x: no weight left" in text for text in said] == [True, False]
+
+
+@pytest.mark.parametrize("model", ["resnet20", "vgg19", "conv6"])
+def test_names_of_many_layers_fit(model):
+    with matplotlib.style.context(drawing.STYLE):
+        fig = mask_figures.layers(fake(model, seeds=(0,), levels=2))
+        fig.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in fig.axes[0].get_xticklabels() if label.get_text()]
+    assert len(boxes) >= 7
+    assert not any(a.overlaps(b) for a, b in pairwise(boxes))
+    assert all(fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1 and box.y0 >= 0 for box in boxes)
+
+
+def test_how_a_run_was_pruned_stands_in_every_figure(records, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(figures, "save", lambda fig, folder, name: seen.setdefault(name, fig) and [])
+    figures.draw(replace(records["full"], config=replace(records["full"].config, one_shot=True)), tmp_path)
+    assert len(seen) == 8
+    for fig in seen.values():
+        assert "one-shot pruning by magnitude" in " ".join(fig.get_suptitle().split())
+
+
+def test_winning_tickets_have_a_ring_and_differences_are_those_of_the_table():
+    record = fake(seeds=(0, 1, 2, 3, 4), levels=6)
+    won = [level for level in range(7) if stats.verdict(record, level).word == "winning"]
+    assert won
+    (axes,) = figures._accuracy(record).axes
+    rings = [c for c in axes.collections if isinstance(c, PathCollection)]
+    assert len(rings) == len(won)
+    (axes,) = figures._differences(record).axes
+    line = next(line for line in axes.lines if line.get_label() == "minus reinit")
+    gaps = [stats.compare(record, ("ticket", level), ("reinit", level)) for level in range(1, 7)]
+    assert list(line.get_ydata()) == pytest.approx([100 * gap.mean for gap in gaps])
+    two = figures._differences(fake(seeds=(0, 1), levels=2))
+    assert "band" not in two.get_suptitle()
+
+
+def test_bands_are_intervals_where_there_are_seeds_for_one():
+    values = [1.0, 2.0, 6.0]
+    mean, half = stats.mean_interval(values)
+    assert drawing.spread(values) == (mean, mean - half, mean + half)
+    assert drawing.spread([1.0, 3.0]) == (2.0, 1.0, 3.0)
+    assert drawing.spread([1.0]) == (1.0, 1.0, 1.0)
+    assert drawing.band_note(5) == ["band: 95 % interval of the mean"]
+    assert drawing.band_note(2) == ["band: range of the seeds"]
+    assert drawing.band_note(1) == []
 
 
 def test_constant_networks_have_no_early_stop_to_draw():
