@@ -11,9 +11,10 @@ bits   A small set of runs of `imp`: metrics, masks and weights bit by bit. Whic
        BEFORE's and goes on with --resume: runs of the older version are read and resumed, too. One is begun
        afresh.
 bench  The rows of `bench`, what `auto` takes, and times beside those of torch's own rows: the same code in
-       both, so how far these are apart is noise.
-steps  Steps of training, BEFORE and AFTER in turn: the median of the ratios and an interval of it. Where that
-       is wider than 3 % nothing can be concluded, and that is said.
+       both, so how far these are apart is noise. A form that was only renamed is the same form.
+steps  Steps of training, BEFORE and AFTER at the same time, each on a core of its own, the cores swapped from
+       round to round: what slows the machine slows both. The median of the ratios and an interval of it. Where
+       that is wider than 3 % nothing can be concluded, and that is said.
 """
 
 from __future__ import annotations
@@ -132,13 +133,16 @@ class Revision:
     package: Path
     work: Path
 
-    def start(self, words: Iterable[str], cut: bool = False) -> subprocess.Popen[str]:
+    def start(
+        self, words: Iterable[str], cut: bool = False, core: int | None = None
+    ) -> subprocess.Popen[str]:
         program = ["-c", CUT] if cut else ["-m", "sparselth"]
         kept = {k: v for k, v in os.environ.items() if not k.startswith("SPARSELTH_")}
         # one cache for both: of what was measured once, the same choices follow
         kept |= {"PYTHONPATH": str(self.package), "XDG_CACHE_HOME": str(self.work / "cache")}
+        pinned = [] if core is None else ["taskset", "--cpu-list", str(core)]
         return subprocess.Popen(
-            [sys.executable, *program, *words],
+            [*pinned, sys.executable, *program, *words],
             cwd=self.work,
             env=kept | {"CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE,
@@ -147,10 +151,16 @@ class Revision:
             start_new_session=True,
         )
 
-    def call(self, words: Iterable[str], cut: bool = False, codes: tuple[int, ...] = (0,)) -> str:
+    def call(
+        self,
+        words: Iterable[str],
+        cut: bool = False,
+        codes: tuple[int, ...] = (0,),
+        core: int | None = None,
+    ) -> str:
         """stdout of a command; RuntimeError when it fails."""
         words = list(words)
-        process = self.start(words, cut)
+        process = self.start(words, cut, core)
         out, err = process.communicate()
         if process.returncode not in codes:
             last = (err.strip().splitlines() or ["nothing on stderr"])[-1]
@@ -426,6 +436,7 @@ NAMED = (
 )
 DEFAULT = "--quick"
 ROUNDS_OF_ROWS = 3
+RENAMED = {"csr_packed": "csr_tiled", "csr_infer": "csr_lanes"}
 
 
 def bench(before: Revision, after: Revision) -> list[Result]:
@@ -455,11 +466,16 @@ def bench(before: Revision, after: Revision) -> list[Result]:
     ]
 
 
-def _bench(revision: Revision, flags: str) -> dict[str, Any]:
+def _bench(revision: Revision, flags: str, core: int | None = None) -> dict[str, Any]:
+    """What `bench --json` prints, on one thread; pinned to `core` where one is given."""
     out = revision.call(
-        ["bench", "--json", "-q", "--device", "cpu", "--threads", "1", *flags.split()], codes=(0, 3)
+        ["bench", "--json", "-q", "--device", "cpu", "--threads", "1", *flags.split()], codes=(0, 3), core=core
     )
     document: dict[str, Any] = json.loads(out)
+    for row in document["rows"]:
+        for name in ("implementation", "takes"):
+            if name in row:
+                row[name] = RENAMED.get(row[name], row[name])
     return document
 
 
@@ -558,7 +574,7 @@ STEPS = ("lenet-300-100", "lenet5", "conv2")
 
 
 def steps(before: Revision, after: Revision, rounds: int) -> list[Result]:
-    """Steps of training in turn; a model that seems slower is timed as often again."""
+    """Steps of training side by side; a model that seems slower is timed as often again."""
     found = []
     for model in STEPS:
         seconds: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -576,11 +592,16 @@ def steps(before: Revision, after: Revision, rounds: int) -> list[Result]:
 def time_steps(
     before: Revision, after: Revision, model: str, rounds: int, seconds: dict[str, list[tuple[float, float]]]
 ) -> None:
-    """Append (BEFORE, AFTER) of each round, first one first, then the other."""
+    """Append (BEFORE, AFTER) of each round, which run beside each other where there are two cores."""
+    cores: list[int | None] = [*sorted(os.sched_getaffinity(0))][:2]
+    if len(cores) < 2 or not shutil.which("taskset"):
+        cores = [None, None]
     for number in range(rounds):
-        order = [before, after] if number % 2 == 0 else [after, before]
-        rows = {r.name: _bench(r, f"--model {model} --train")["rows"] for r in order}
-        sides = [{row["implementation"]: row["median_s"] for row in rows[r.name]} for r in (before, after)]
+        if number:
+            cores.reverse()
+        with ThreadPoolExecutor(1 if cores[0] is None else 2) as pool:
+            pair = pool.map(lambda r, core: _bench(r, f"--model {model} --train", core), (before, after), cores)
+            sides = [{row["implementation"]: row["median_s"] for row in one["rows"]} for one in pair]
         for label in sides[0]:
             if label.startswith("sparselth"):
                 seconds[label].append((sides[0][label], sides[1][label]))
@@ -645,7 +666,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("after", nargs="?", default="HEAD", help="another; HEAD")
     parser.add_argument("--data-dir", type=Path, help="where MNIST, Fashion-MNIST and CIFAR-10 lie")
     parser.add_argument("--only", choices=("bits", "bench", "steps"), help="a part; all")
-    parser.add_argument("--rounds", type=int, default=5, help="of steps; 5")
+    parser.add_argument("--rounds", type=int, default=12, help="of steps; 12")
     parser.add_argument("--keep", type=Path, help="a new folder for packages and runs; a temporary one")
     args = parser.parse_args(words)
     began = time.perf_counter()

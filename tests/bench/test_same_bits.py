@@ -179,6 +179,18 @@ def test_choices_differ_when_no_round_agrees() -> None:
     assert same_bits._same_choices({}, {}).bad
 
 
+def test_a_form_that_was_renamed_is_the_same_form(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def printed(name: str) -> str:
+        return json.dumps({"rows": [row(implementation="auto", takes=name), row(implementation=name)]})
+
+    revision = same_bits.Revision("a", tmp_path, tmp_path)
+    documents = []
+    for name in ("csr_packed", "csr_tiled"):
+        monkeypatch.setattr(same_bits.Revision, "call", lambda *_, name=name, **__: printed(name))
+        documents.append(same_bits._bench(revision, "--quick"))
+    assert documents[0] == documents[1]
+
+
 def test_times_of_rows_are_held_against_rows_of_torch() -> None:
     ours, dense = same_bits._key(row()), same_bits._key(row(implementation="dense"))
     kinds = {ours: "auto", dense: "dense"}
