@@ -72,7 +72,7 @@ soak: $(STAMP)
 	$(BIN)/python tests/soak.py
 
 properties: $(STAMP)
-	SPARSELTH_CASES=2000 $(BIN)/python -m pytest -q tests/kernels tests/test_optim.py
+	SPARSELTH_CASES=2000 SPARSELTH_EVERY=1 $(BIN)/python -m pytest -q tests/kernels tests/test_optim.py
 
 # All levels, AVX-512 made of AVX2's vectors, in a library of its own.
 sanitize: $(STAMP)
@@ -81,7 +81,7 @@ sanitize: $(STAMP)
 	  -fsanitize=address,undefined -fno-sanitize-recover=all -DALL_LEVELS -fopenmp \
 	  kernels/native/native.c -o build/native_sanitized.so
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  SPARSELTH_NATIVE_LIB=$(CURDIR)/build/native_sanitized.so \
+	  SPARSELTH_NATIVE_LIB=$(CURDIR)/build/native_sanitized.so SPARSELTH_EVERY=1 \
 	  $(BIN)/python -m pytest -q $(wildcard $(NATIVE_TESTS:%=tests/kernels/test_%.py)) -k "not triton and not wide"
 
 # ROOMS: all of [tool.mutmut.rooms] in pyproject.toml unless named. What was tried is kept in build/mutants/.
@@ -121,7 +121,7 @@ gpu-dry: $(STAMP)
 	triton=$$($(BIN)/python tests/kernels/triton_of_the_device.py) && \
 	PYTHONPATH="$$triton:." $(BIN)/python tests/kernels/dry.py --compile; dry=$$?; said; \
 	echo "== machine code by both Tritons, grids, and races in the interpreter"; \
-	$(BIN)/python -m pytest -q --durations=15 $(TRITON_TESTS:%=tests/kernels/test_%.py); tests=$$?; said; \
+	SPARSELTH_EVERY=1 $(BIN)/python -m pytest -q --durations=15 $(TRITON_TESTS:%=tests/kernels/test_%.py); tests=$$?; said; \
 	exit $$((dry | tests))
 
 # GPU_PYTHON=PATH: a CPython 3.12 that has torch 2.11, Triton 3.6 and what the tests need. It compiles in the order

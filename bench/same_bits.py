@@ -13,8 +13,8 @@ bits   A small set of runs of `imp`: metrics, masks and weights bit by bit. Whic
 bench  The rows of `bench`, what `auto` takes, and times beside those of torch's own rows: the same code in
        both, so how far these are apart is noise. A form that was only renamed is the same form.
 steps  Steps of training, BEFORE and AFTER at the same time, each on a core of its own, the cores swapped from
-       round to round: what slows the machine slows both. The median of the ratios and an interval of it. Where
-       that is wider than 3 % nothing can be concluded, and that is said.
+       round to round: what slows the machine slows both. The median of the ratios and an interval of it;
+       where that is wider than 3 % nothing can be concluded, and that is said.
 """
 
 from __future__ import annotations
@@ -469,7 +469,9 @@ def bench(before: Revision, after: Revision) -> list[Result]:
 def _bench(revision: Revision, flags: str, core: int | None = None) -> dict[str, Any]:
     """What `bench --json` prints, on one thread; pinned to `core` where one is given."""
     out = revision.call(
-        ["bench", "--json", "-q", "--device", "cpu", "--threads", "1", *flags.split()], codes=(0, 3), core=core
+        ["bench", "--json", "-q", "--device", "cpu", "--threads", "1", *flags.split()],
+        codes=(0, 3),
+        core=core,
     )
     document: dict[str, Any] = json.loads(out)
     for row in document["rows"]:
@@ -600,7 +602,9 @@ def time_steps(
         if number:
             cores.reverse()
         with ThreadPoolExecutor(1 if cores[0] is None else 2) as pool:
-            pair = pool.map(lambda r, core: _bench(r, f"--model {model} --train", core), (before, after), cores)
+            pair = pool.map(
+                lambda r, core: _bench(r, f"--model {model} --train", core), (before, after), cores
+            )
             sides = [{row["implementation"]: row["median_s"] for row in one["rows"]} for one in pair]
         for label in sides[0]:
             if label.startswith("sparselth"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpu.common import Case, Here, judged
 from gpu.timing import Copies, Run, median, ratio, rows
-from oracle import DTYPES, compare, must_repeat, must_replay, near, need_memory
+from oracle import DTYPES, PARTS, compare, must_repeat, must_replay, near, need_memory
 from sparselth.kernels.slot_linear import Slots, floor, slot_linear
 from sparselth.kernels.two_four_linear import TwoFour, two_four_linear
 
@@ -73,7 +73,9 @@ def many_weights(here: Here, part: str) -> None:
     y = slot_linear(Slots((128 * blocks, k), values, places, *none, starts), x, kernels="triton")
     for at in (0, blocks - 1):
         block = Slots((128, k), values[at : at + 1], places[at : at + 1], *none, starts[: -(-k // 512) + 1])
-        near(y[:, 128 * at : 128 * (at + 1)], x.double() @ block.to_dense().double().t(), part, k)
+        near(
+            y[:, 128 * at : 128 * (at + 1)], x.double() @ block.to_dense().double().t(), k, dtype=PARTS[part]
+        )
 
 
 def far_rows(here: Here, part: str) -> None:
@@ -86,7 +88,7 @@ def far_rows(here: Here, part: str) -> None:
         x.uniform_(-1, 1, generator=here.generator(1))
         y = slot_linear(Slots.from_dense(p.w), x, p.bias, kernels="triton")
         ends = torch.tensor([0, b // 2, b - 1], device=here.device)
-        near(y[ends], formula(p._replace(x=x[ends]), torch.double)["y"], part, k)
+        near(y[ends], formula(p._replace(x=x[ends]), torch.double)["y"], k, dtype=PARTS[part])
 
 
 def large(here: Here) -> Iterator[Case]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from covering import covering
 from oracle import poisoned
 from sparselth.kernels import _native
 from sparselth.kernels._triton import INTERPRET
@@ -73,11 +75,37 @@ def server(*first: str) -> Iterator[Callable[[str], str]]:
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m leaves any out
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts processes of its own is not for a device."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What starts processes of its own is not for a device; the interpreter takes not every combination.
+
+    All are run on a device, where tests are asked for by name, and with SPARSELTH_EVERY=1 (`make gpu-dry`,
+    `make properties`).
+    """
     for item in items:
         if "without_interpreter" in getattr(item, "fixturenames", ()):
             item.add_marker("host")
+    named = config.option.keyword or any("::" in arg for arg in config.args)
+    if not INTERPRET or "SPARSELTH_EVERY" in os.environ or named:
+        return
+    functions: dict[Any, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.path.parent == HERE and hasattr(item, "callspec") and has_triton(item.path):
+            functions[item.path, item.originalname].append(item)  # type: ignore[attr-defined]
+    left = set[pytest.Item]()
+    for cases in functions.values():
+        params = [case.callspec.params for case in cases]  # type: ignore[attr-defined]
+        kept = covering([{name: repr(value) for name, value in p.items()} for p in params])
+        left |= set(cases) - {cases[i] for i in kept}
+    if left:
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = [item for item in items if item not in left]
+
+
+@cache
+def has_triton(test: Path) -> bool:
+    """Whether the kernel that a file tests is one of Triton's."""
+    kernel = HERE.parents[1] / "kernels" / test.name.removeprefix("test_")
+    return kernel.exists() and "@triton.jit" in kernel.read_text()
 
 
 @pytest.fixture(scope="session")

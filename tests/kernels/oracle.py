@@ -28,8 +28,7 @@ RESERVED = 2**26  # bytes
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
 PARTS = {"bf16": "bf16", "fp16": "fp16", "tf32": "tf32", "ieee": "fp32"}  # as `check` calls them
 UNIT = {part: ROUNDING[dtype] for part, dtype in PARTS.items()}
-# Three times torch's own errors in RMS, where neither torch's result nor the number of terms is at hand
-RTOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+FLOATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 NAN, INF = float("nan"), float("inf")
 T = TypeVar("T")
 
@@ -153,10 +152,20 @@ def compare(
     return errors
 
 
-def near(found: Tensor, right: Tensor, part: str, terms: int) -> None:
-    """Against float64 where torch has no result of its own; Wrong beyond what `sparselth.check` allows."""
-    if fault := check(found, right, PARTS[part], terms=terms).fault:
-        raise Wrong(fault)
+def near(
+    found: Tensor,
+    right: Tensor,
+    terms: int,
+    scale: Tensor | None = None,
+    dtype: str | None = None,
+    what: str = "",
+) -> None:
+    """Against float64 where torch's own result is not at hand; Wrong beyond what `sparselth.check` allows.
+
+    `scale` is the formula on absolute values, of sums that may cancel; `dtype` what `check` calls it.
+    """
+    if fault := check(found, right, dtype or FLOATS[found.dtype], terms=terms, scale=scale).fault:
+        raise Wrong(f"{what}: {fault}" if what else fault)
 
 
 def must_be_zero(t: Tensor, where: Tensor, what: str) -> None:
