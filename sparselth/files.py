@@ -53,13 +53,21 @@ def errors_named(file: Path) -> Iterator[None]:
         ) from error
 
 
-def content(file: Path, most: int) -> bytes:
-    """The bytes of a regular file; OSError where it is none, as pipes and devices, or larger."""
+LINES_BYTES, ARRAYS_BYTES = 1 << 32, 1 << 33  # that files of lines and of arrays have at most
+
+
+def check_file(file: Path, most: int) -> None:
+    """Raise OSError where it is no regular file, as a pipe that would wait or a device, or larger."""
     if not file.is_file():
         kind = errno.EINVAL if file.exists() else errno.ENOENT
         raise OSError(kind, "expected a file" if kind == errno.EINVAL else os.strerror(kind), str(file))
     if file.stat().st_size > most:
         raise OSError(errno.EFBIG, f"larger than {most:,} bytes", str(file))
+
+
+def content(file: Path, most: int) -> bytes:
+    """The bytes of a file; OSError as of `check_file`."""
+    check_file(file, most)
     return file.read_bytes()
 
 
@@ -85,6 +93,13 @@ def checksum(*parts: bytes | memoryview) -> str:
 def plain(data: Mapping[str, Any]) -> dict[str, Any]:
     """The data without its checksum."""
     return {name: value for name, value in data.items() if name != "sha256"}
+
+
+def file_sum(file: Path) -> str:
+    """The checksum of a file, which is not read into memory; OSError as of `check_file`."""
+    check_file(file, ARRAYS_BYTES)
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,11 +148,11 @@ def read_lines(file: Path) -> tuple[list[Line], list[str]]:
     """The whole lines of a file that may be missing or end in a torn line, and in words what is none."""
     found: list[Line] = []
     try:
-        content = file.read_bytes() if file.is_file() else b""
+        text = content(file, LINES_BYTES) if file.is_file() else b""
     except OSError as error:
         return found, [f"{file.name} cannot be read ({error.strerror})"]
     wrong = [] if file.is_file() or not file.exists() else [f"{file.name} is no file"]
-    *whole, torn = content.split(b"\n")
+    *whole, torn = text.split(b"\n")
     for number, raw in enumerate(whole, 1):
         where = f"{file.name}, line {number},"
         body, comma, end = raw.rpartition(SUM)
@@ -192,26 +207,49 @@ def array_bytes(arrays: Arrays, header: Mapping[str, Any]) -> bytes:
     return save(arrays, metadata={"sparselth": json.dumps(head | {"sha256": _arrays_sum(arrays, head)})})
 
 
-def load_arrays(file: Path, only: str | None = None) -> tuple[Arrays, dict[str, Any]]:
+def load_arrays(
+    file: Path, only: str | None = None, most: int = ARRAYS_BYTES
+) -> tuple[Arrays, dict[str, Any]]:
     """Arrays and header of a file that `save_arrays` wrote; `only`: that array, if the file has it.
 
-    SparselthError where it cannot be read, or is not what was written; older files have no checksum.
+    SparselthError where it cannot be read, is larger than `most` bytes or not what was written; older files
+    have no checksum.
     """
     try:
+        check_file(file, most)
         with safe_open(file, framework="numpy") as opened:
-            header = json.loads((opened.metadata() or {})["sparselth"])
-            if not isinstance(header, dict):
-                raise ValueError("its header is no JSON object")
+            header = _header(opened)
             whole = "sha256" in header
             names = [name for name in opened.keys() if whole or only in (None, name)]  # noqa: SIM118
             arrays = {name: opened.get_tensor(name) for name in names}
         if whole and header.pop("sha256") != _arrays_sum(arrays, header):
             raise ValueError("its checksum is that of other content")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SparselthError(
-            f"{file}: cannot be read ({error}); continue the run with `resume`, which computes it again"
-        ) from error
+        raise _unreadable(file, error) from error
     return {name: array for name, array in arrays.items() if only in (None, name)}, header
+
+
+def load_header(file: Path) -> dict[str, Any]:
+    """The header of such a file alone, held against nothing."""
+    try:
+        check_file(file, ARRAYS_BYTES)
+        with safe_open(file, framework="numpy") as opened:
+            return _header(opened)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _header(opened: Any) -> dict[str, Any]:
+    header = json.loads((opened.metadata() or {})["sparselth"])
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    return header
+
+
+def _unreadable(file: Path, error: Exception) -> SparselthError:
+    return SparselthError(
+        f"{file}: cannot be read ({error}); continue the run with `resume`, which computes it again"
+    )
 
 
 def _arrays_sum(arrays: Arrays, header: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from sparselth import tickets
 from sparselth.config import Cell, Config
 from sparselth.errors import SparselthError
-from sparselth.files import Line, checksum, joined, line, load_arrays, read_lines, sealed_line
+from sparselth.files import Line, checksum, file_sum, joined, line, load_arrays, read_lines, sealed_line
 
 LINES = ("evaluations.jsonl", "timings.jsonl", "cells.jsonl")  # in the order they are appended
 
@@ -138,7 +138,7 @@ def prove(
         "config": digest,
         "needs": dict(needs),
         "evaluations": checksum(*evaluations),
-        "file": checksum(cell_path(path, cell).read_bytes()),
+        "file": file_sum(cell_path(path, cell)),
     }
 
 
@@ -201,7 +201,7 @@ def _examine_files(path: Path, config: Config, before: str, ledger: Ledger) -> N
     for cell, entry in [*ledger.entries.items()]:
         file, wrong = cell_path(path, cell), ""
         try:
-            if entry.proof and checksum(file.read_bytes()) == entry.proof["file"]:
+            if entry.proof and file_sum(file) == entry.proof["file"]:
                 continue
             head = load_arrays(file)[1]
         except OSError:

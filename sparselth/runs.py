@@ -38,9 +38,9 @@ from sparselth.config import Cell, Config, config_from_json
 from sparselth.errors import SparselthError, UsageError
 from sparselth.files import (
     append_lines,
-    checksum,
     dump,
     errors_named,
+    file_sum,
     line,
     plain,
     read_json,
@@ -115,7 +115,7 @@ class RunRecord:
         spec = next(s for s in get_model(self.config.model).weights if s.name == name)
         cell = Cell(seed, "ticket", level)
         file = cell_path(self.path, cell)
-        if cell in self.files and file.is_file() and checksum(file.read_bytes()) != self.files[cell]:
+        if cell in self.files and file.is_file() and file_sum(file) != self.files[cell]:
             raise SparselthError(
                 f"{file}: is not what was written; continue the run with `resume`, which computes it again"
             )
@@ -211,10 +211,11 @@ def _environment(path: Path, proven: bool = False) -> dict[str, Any]:
 def _plugins_not_loaded(path: Path) -> list[str]:
     """The plugins that a run was begun with and that are not there now."""
     try:
-        theirs = _environment(path).get("plugins", [])
+        theirs = _environment(path).get("plugins")
     except SparselthError:
         return []
-    return [name for name in theirs if Path(name) not in plugins()]
+    names = theirs if isinstance(theirs, list) else []
+    return [name for name in names if isinstance(name, str) and Path(name) not in plugins()]
 
 
 class RunFolder:
@@ -325,7 +326,7 @@ class RunFolder:
     def _prove(self, ledger: Ledger) -> None:
         """Give proofs to cells that an older version wrote."""
         old = {cell: entry for cell, entry in ledger.entries.items() if entry.proof is None}
-        files = {cell: checksum(cell_path(self.path, cell).read_bytes()) for cell in old}
+        files = {cell: file_sum(cell_path(self.path, cell)) for cell in old}
         files = self.files | files
         for cell, entry in old.items():
             needs = {need.key: files.get(need, "") for need in self.config.needs(cell)}

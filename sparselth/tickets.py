@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from sparselth import masks
 from sparselth.errors import SparselthError
-from sparselth.files import Arrays, load_arrays, save_arrays
+from sparselth.files import Arrays, load_arrays, load_header, save_arrays
 from sparselth.models import Model, get_model
 from sparselth.params import Params, TensorSpec
 
@@ -75,10 +75,15 @@ def read(file: Path, params: Params) -> tuple[Content, dict[str, Any]]:
 
     Its name says which cell it is, and so does its header.
     """
-    found, head = load_arrays(file)
+    found, head = load_arrays(file, most=_most(params))
     if head.get("cell", file.stem) != file.stem:
         raise SparselthError(f"{file}: is the file of {head['cell']}")
     return _content(file, params, found), head
+
+
+def _most(params: Params) -> int:
+    """Bytes of a file at most: weights and those of the rewind step, masks, a header."""
+    return 12 * params.size + (1 << 20)
 
 
 def _content(file: Path, params: Params, found: Arrays) -> Content:
@@ -177,10 +182,11 @@ def load(file: str | Path) -> Ticket:
     file = Path(file)
     if not file.is_file():
         raise SparselthError(f"{file}: no such file; tickets lie in the folder cells of a run")
-    found, head = load_arrays(file)
+    head = load_header(file)
     if head.get("schema") != SCHEMA or not isinstance(head.get("model"), str):
         raise SparselthError(f"{file}: expected a ticket, {SCHEMA}, found {head.get('schema')!r}")
     model = get_model(head["model"])
+    found, head = load_arrays(file, most=_most(model.params))
     content = _content(file, model.params, found)
     start = content.rewound
     if start is None and (first := _level_0(file, head)).is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from sparselth import tickets
 from sparselth.config import Cell, Recipe
 from sparselth.engine.state import Job, State
+from sparselth.errors import SparselthError
 from sparselth.experiments.base import Finished, Place
 from sparselth.files import Arrays, load_arrays, save_arrays
 from sparselth.models import Model
@@ -21,6 +23,7 @@ from sparselth.runs import cell_path, checkpoint_path
 from sparselth.train import accuracies_on_test, fit
 
 CHECKPOINT_SECONDS = 60.0
+CHECKPOINT_BYTES = 1 << 28  # beside weights: evaluations, a line each
 
 
 def job(
@@ -34,13 +37,12 @@ def job(
     """A cell as it stands: at its checkpoint, or at its start, a mask [M] and weights [P] before the mask."""
     assert place.data is not None
     (mask, weights), device = start, place.data.device
-    checkpoint = checkpoint_path(place.run, cell)
-    if checkpoint.exists():
-        state = _load_state(checkpoint, device)
-    else:
-        weights[: len(mask)] *= mask
-        state = State.start(weights[None].to(device), recipe, start_step)
-    return Job(cell, state, mask.to(device), start_step, keep_step)
+    weights[: len(mask)] *= mask
+    state = State.start(weights[None], recipe, start_step)
+    if (checkpoint := checkpoint_path(place.run, cell)).exists():
+        with suppress(SparselthError):  # what is none is as good as nothing: the cell begins again
+            state = _load_state(checkpoint, state, recipe, keep_step)
+    return Job(cell, _moved(state, device), mask.to(device), start_step, keep_step)
 
 
 def train(
@@ -131,9 +133,26 @@ def _save_state(file: Path, state: State, where: dict[str, Any]) -> None:
     save_arrays(file, arrays, header)
 
 
-def _load_state(file: Path, device: str) -> State:
-    arrays, header = load_arrays(file)
-    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+def _moved(state: State, device: str) -> State:
+    state.weights, state.best_weights = state.weights.to(device), state.best_weights.to(device)
+    state.moments = [moment.to(device) for moment in state.moments]
+    state.kept_weights = None if state.kept_weights is None else state.kept_weights.to(device)
+    return state
+
+
+def _load_state(file: Path, start: State, recipe: Recipe, keep_step: int | None) -> State:
+    """The state in a checkpoint of a cell that begins at `start`; SparselthError where it is none of such."""
+    arrays, header = load_arrays(file, most=32 * start.weights.numel() + CHECKPOINT_BYTES)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    right = _is_state(header, start, recipe)
+    names = {"weights", "best_weights", *(f"moments/{i}" for i in range(len(start.moments)))}
+    if right and keep_step is not None and keep_step < header["step"]:
+        names.add("kept_weights")
+    fitting = {
+        name for name, t in tensors.items() if t.dtype == torch.float32 and t.shape == start.weights.shape
+    }
+    if not right or not names <= fitting or fitting != tensors.keys():
+        raise SparselthError(f"{file}: is no checkpoint of this cell")
     return State(
         header["step"],
         tensors["weights"],
@@ -146,4 +165,17 @@ def _load_state(file: Path, device: str) -> State:
         header["seconds"],
         header["step_seconds"],
         header["pace"],
+    )
+
+
+def _is_state(header: dict[str, Any], start: State, recipe: Recipe) -> bool:
+    """Whether a header holds the numbers of a state between `start` and the end of training."""
+    names = ("step", "best_step", "best_loss", "seconds", "step_seconds", "evaluations", "pace")
+    step, best, loss, seconds, stepping, evaluations, pace = (header.get(name) for name in names)
+    numbers = [loss, seconds, stepping, *(pace if isinstance(pace, list) else [None])]
+    return (
+        all(type(one) is int and start.step <= one <= recipe.steps for one in (step, best))
+        and all(type(number) in (int, float) for number in numbers)
+        and isinstance(evaluations, list)
+        and all(isinstance(one, dict) and type(one.get("step")) is int for one in evaluations)
     )
