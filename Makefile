@@ -12,9 +12,11 @@ TRITON_TESTS := compile sass dry races bitmask block_conv2d block_linear csr_lan
   magnitude_threshold masked_conv2d masked_linear masked_update replica_parts slot_linear
 GPU_PYTHON := build/gpu-env/bin/python
 SECONDS_OF_BUNDLE := 3600
+CASES := 10000
+SEED := 0
 NATIVE_TESTS := native csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows step_parts masked_update
 
-.PHONY: imp test test-oldest test-newest check bench same-bits science soak properties sanitize mutants constraints \
+.PHONY: imp test test-oldest test-newest check bench same-bits science soak properties sanitize mutants fuzz constraints \
   gpu-dry gpu-bundle clean
 .DEFAULT_GOAL := help
 
@@ -30,6 +32,7 @@ help:
 	@echo "make properties  set up, then the kernels' property tests with 2,000 cases each"
 	@echo "make sanitize set up, then the native kernels' tests under the address and undefined-behaviour sanitizers"
 	@echo "make mutants ROOMS=\"config train\"  plant small faults into rooms of pure Python; which no test notices"
+	@echo "make fuzz     set up, then 10,000 mutated tickets, runs, configurations, caches and data files"
 	@echo "make gpu-dry  what can be known of the GPU kernels without a GPU: compile gates, dry launches, races"
 	@echo "make gpu-bundle  compile the kernels for a GPU machine, build/gpu-bundle.tar.xz (needs python3.12; an hour)"
 	@echo "make constraints  renew what is installed: constraints/VERSION.txt of every Python found"
@@ -73,6 +76,10 @@ soak: $(STAMP)
 
 properties: $(STAMP)
 	SPARSELTH_CASES=2000 SPARSELTH_EVERY=1 $(BIN)/python -m pytest -q tests/kernels tests/test_optim.py
+
+# CASES=N and SEED=N: others. What it tried and what it lost is printed; a short form runs in `make test`.
+fuzz: $(STAMP)
+	@PYTHONPATH=.:tests/fuzz $(BIN)/python tests/fuzz/fuzz.py --cases $(CASES) --seed $(SEED)
 
 # All levels, AVX-512 made of AVX2's vectors, in a library of its own.
 sanitize: $(STAMP)
