@@ -115,7 +115,11 @@ class RunRecord:
         spec = next(s for s in get_model(self.config.model).weights if s.name == name)
         cell = Cell(seed, "ticket", level)
         file = cell_path(self.path, cell)
-        if cell in self.files and file.is_file() and file_sum(file) != self.files[cell]:
+        try:
+            right = cell not in self.files or file_sum(file) == self.files[cell]
+        except OSError as error:
+            raise SparselthError(f"{file}: cannot be read ({error.strerror})") from error
+        if not right:
             raise SparselthError(
                 f"{file}: is not what was written; continue the run with `resume`, which computes it again"
             )
@@ -147,15 +151,13 @@ def read(path: Path) -> RunRecord:
 
 @contextmanager
 def reporting(record: RunRecord) -> Iterator[None]:
-    """What a report cannot make of lines that nothing proves, as an error of theirs."""
+    """What a report cannot be made of, as an error of the lines: anybody can write them, checksums too."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        if record.proven:
-            raise
+        whose = "" if record.proven else "written by an older version without checksums, and "
         raise SparselthError(
-            f"{record.path}: written by an older version without checksums, and its lines cannot be reported "
-            f"({type(error).__name__}: {error})"
+            f"{record.path}: {whose}its lines cannot be reported ({type(error).__name__}: {error})"
         ) from error
 
 

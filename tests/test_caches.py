@@ -101,6 +101,8 @@ BAD = {
 
 VALUES: tuple[Any, ...] = (
     *(None, [], "x", True, float("nan"), float("inf"), -1.0, 1e9, {}, {"density": 9.0, "spread": 1}),
+    {"density": 0.25, "spread": 10**400},
+    {"density": 0.25, "spread": "wide"},
     {"seconds": {"a": -1.0, "b": 1.0}, "spread": 1.0},
     {"seconds": [], "spread": 1.0},
 )

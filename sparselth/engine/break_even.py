@@ -74,10 +74,10 @@ def _kept(data: Any) -> Measured | None:
     """One that a cache file has; None where it is none. Before there was a spread it was a number alone."""
     try:
         density, spread = (data, 1.0) if isinstance(data, float) else (data["density"], data["spread"])
-        right = 0 <= density <= ALWAYS and 1 <= spread < float("inf")
-    except (TypeError, KeyError):
+        found = Measured(float(density), float(spread))
+    except (TypeError, KeyError, ValueError, OverflowError):
         return None
-    return Measured(float(density), float(spread)) if right else None
+    return found if 0 <= found.density <= ALWAYS and 1 <= found.spread < float("inf") else None
 
 
 @dataclass(frozen=True)
