@@ -17,7 +17,7 @@ from sparselth.config import Cell, Recipe
 from sparselth.engine.state import Job, State
 from sparselth.errors import SparselthError
 from sparselth.experiments.base import Finished, Place
-from sparselth.files import Arrays, load_arrays, save_arrays
+from sparselth.files import ARRAYS_BYTES, Arrays, load_arrays, save_arrays
 from sparselth.models import Model
 from sparselth.runs import cell_path, checkpoint_path
 from sparselth.train import accuracies_on_test, fit
@@ -38,11 +38,12 @@ def job(
     assert place.data is not None
     (mask, weights), device = start, place.data.device
     weights[: len(mask)] *= mask
-    state = State.start(weights[None], recipe, start_step)
+    state = State.start(weights[None].to(device), recipe, start_step)
     if (checkpoint := checkpoint_path(place.run, cell)).exists():
         with suppress(SparselthError):  # what is none is as good as nothing: the cell begins again
-            state = _load_state(checkpoint, state, recipe, keep_step)
-    return Job(cell, _moved(state, device), mask.to(device), start_step, keep_step)
+            found = _load_state(checkpoint, device, 32 * weights.numel() + CHECKPOINT_BYTES)
+            state = found if _goes_on(found, state, recipe, keep_step) else state
+    return Job(cell, state, mask.to(device), start_step, keep_step)
 
 
 def train(
@@ -133,49 +134,39 @@ def _save_state(file: Path, state: State, where: dict[str, Any]) -> None:
     save_arrays(file, arrays, header)
 
 
-def _moved(state: State, device: str) -> State:
-    state.weights, state.best_weights = state.weights.to(device), state.best_weights.to(device)
-    state.moments = [moment.to(device) for moment in state.moments]
-    state.kept_weights = None if state.kept_weights is None else state.kept_weights.to(device)
-    return state
+def _load_state(file: Path, device: str, most: int = ARRAYS_BYTES) -> State:
+    arrays, header = load_arrays(file, most=most)
+    try:
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        return State(
+            header["step"],
+            tensors["weights"],
+            [tensors[name] for name in sorted(tensors) if name.startswith("moments/")],
+            tensors["best_weights"],
+            header["best_loss"],
+            header["best_step"],
+            tensors.get("kept_weights"),
+            header["evaluations"],
+            header["seconds"],
+            header["step_seconds"],
+            header["pace"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise SparselthError(f"{file}: is no checkpoint ({error})") from error
 
 
-def _load_state(file: Path, start: State, recipe: Recipe, keep_step: int | None) -> State:
-    """The state in a checkpoint of a cell that begins at `start`; SparselthError where it is none of such."""
-    arrays, header = load_arrays(file, most=32 * start.weights.numel() + CHECKPOINT_BYTES)
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    right = _is_state(header, start, recipe)
-    names = {"weights", "best_weights", *(f"moments/{i}" for i in range(len(start.moments)))}
-    if right and keep_step is not None and keep_step < header["step"]:
-        names.add("kept_weights")
-    fitting = {
-        name for name, t in tensors.items() if t.dtype == torch.float32 and t.shape == start.weights.shape
-    }
-    if not right or not names <= fitting or fitting != tensors.keys():
-        raise SparselthError(f"{file}: is no checkpoint of this cell")
-    return State(
-        header["step"],
-        tensors["weights"],
-        [tensors[name] for name in sorted(tensors) if name.startswith("moments/")],
-        tensors["best_weights"],
-        header["best_loss"],
-        header["best_step"],
-        tensors.get("kept_weights"),
-        header["evaluations"],
-        header["seconds"],
-        header["step_seconds"],
-        header["pace"],
-    )
-
-
-def _is_state(header: dict[str, Any], start: State, recipe: Recipe) -> bool:
-    """Whether a header holds the numbers of a state between `start` and the end of training."""
-    names = ("step", "best_step", "best_loss", "seconds", "step_seconds", "evaluations", "pace")
-    step, best, loss, seconds, stepping, evaluations, pace = (header.get(name) for name in names)
-    numbers = [loss, seconds, stepping, *(pace if isinstance(pace, list) else [None])]
+def _goes_on(state: State, start: State, recipe: Recipe, keep_step: int | None) -> bool:
+    """Whether a state that was read is one between `start` and the end of training."""
+    tensors = [state.weights, state.best_weights, *state.moments]
+    tensors += [state.kept_weights] if state.kept_weights is not None else []
+    numbers = [state.best_loss, state.seconds, state.step_seconds]
+    numbers += state.pace if isinstance(state.pace, list) else [None]
     return (
-        all(type(one) is int and start.step <= one <= recipe.steps for one in (step, best))
+        all(type(one) is int and start.step <= one <= recipe.steps for one in (state.step, state.best_step))
         and all(type(number) in (int, float) for number in numbers)
-        and isinstance(evaluations, list)
-        and all(isinstance(one, dict) and type(one.get("step")) is int for one in evaluations)
+        and isinstance(state.evaluations, list)
+        and all(isinstance(one, dict) and type(one.get("step")) is int for one in state.evaluations)
+        and all(t.dtype == torch.float32 and t.shape == start.weights.shape for t in tensors)
+        and len(state.moments) == len(start.moments)
+        and (keep_step is None or keep_step >= state.step or state.kept_weights is not None)
     )

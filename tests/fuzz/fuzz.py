@@ -49,7 +49,7 @@ from sparselth.data import DATASETS, DatasetSpec
 from sparselth.data.batches import Resident
 from sparselth.data.sets import CifarFile, IdxFile
 from sparselth.engine import break_even
-from sparselth.engine.state import State
+from sparselth.engine.state import Job
 from sparselth.errors import SparselthError
 from sparselth.experiments import jobs
 from sparselth.experiments.base import Place
@@ -322,23 +322,32 @@ CELL = Cell(0, "ticket", 0)
 def base_checkpoint() -> Path:
     """Of a cell at its first step."""
     folder = base() / "stopped"
-    (folder / "checkpoints").mkdir(parents=True)
-    state = State.start(torch.ones(1, get_model("fuzz").params.size), config().recipe)
-    jobs._save_state(Place(folder, None, {}), CELL, state, {"config": "x"})
+    trained(folder, Place(folder, images(), {}, should_stop=lambda: True))
     return folder / "checkpoints" / f"{CELL.key}.safetensors"
+
+
+@cache
+def images() -> Resident:
+    return Resident(data.load("fuzz", base()), "cpu", 10)
+
+
+def trained(folder: Path, place: Place) -> Job:
+    """The cell as training leaves it."""
+    for name in ("checkpoints", "cells"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    model, recipe = get_model("fuzz"), config().recipe
+    start = model.params.full_mask(), torch.ones(model.params.size)
+    job = jobs.job(CELL, place, recipe, start, 0, None)
+    jobs.train(model, [job], recipe, "reference", place, {"config": "x", "cell": ""})
+    return job
 
 
 def checkpoints(draw: Random, folder: Path) -> None:
     """A checkpoint that is none is a cell that begins again."""
-    place = Place(folder, Resident(data.load("fuzz", folder), "cpu", 10), {})
-    model, recipe, cell = get_model("fuzz"), config().recipe, CELL
-    for name in ("checkpoints", "cells"):
-        (folder / name).mkdir()
+    (folder / "checkpoints").mkdir()
     array_file(draw, base_checkpoint(), folder / "checkpoints" / base_checkpoint().name)
-    weights = torch.ones(model.params.size)
-    job = jobs.job(cell, place, recipe, (model.params.full_mask(), weights), 0, None)
-    jobs.train(model, [job], recipe, "reference", place, {"config": "x", "cell": ""})
-    assert job.state.step == recipe.steps
+    job = trained(folder, Place(folder, images(), {}))
+    assert job.state.step == config().recipe.steps
 
 
 KNOWN = {"a": 1e-3, "b": 2e-3}
