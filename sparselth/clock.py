@@ -22,7 +22,6 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -36,6 +35,7 @@ FEWEST, SHARE = 5, 0.4  # a slow rival leaves with so many samples once they too
 MOST = 200  # rounds
 SAMPLE = 2e-4  # seconds that the calls of one sample should last at least
 WAIT = 0.1  # of a sample's time: a sample that waited longer for a processor was disturbed by others
+_mark = [0.0, 0.0]  # seconds waited, and the clock's, where the timed part of a sample began
 LONG = 0.02  # seconds of a call that no earlier one makes faster
 
 
@@ -70,16 +70,15 @@ class Race:
     def round(self) -> None:
         """One sample of each; not of those that are slow and have enough, where there is a share of time."""
         self.draw.shuffle(self.order)
-        before = waited() if self.watch else 0.0
         for name in self.order:
             if self.share is None or len(self.seconds[name]) < FEWEST or self.spent[name] < self.share:
+                if self.watch:
+                    mark()
                 began = time.perf_counter()
                 self.seconds[name].append(self.rivals[name]())
-                taken = time.perf_counter() - began
-                after = waited() if self.watch else 0.0
-                self.waits[name].append(after - before > WAIT * taken)
-                self.spent[name] += taken
-                before = after
+                ended = time.perf_counter()
+                self.spent[name] += ended - began
+                self.waits[name].append(self.watch and waited() - _mark[0] > WAIT * (ended - _mark[1]))
 
     def only(self, names: Collection[str], more: float = 0.0) -> Race:
         """The same race between some of the rivals, with `more` seconds for slow ones."""
@@ -112,10 +111,19 @@ def waited() -> float:
     """Seconds that threads of this process were ready to run and had no processor; 0 where nobody counts."""
     total = 0
     with suppress(OSError):
-        for thread in os.scandir("/proc/self/task"):
+        for thread in os.listdir("/proc/self/task"):
             with suppress(OSError, IndexError, ValueError):  # a thread that has ended; a system without them
-                total += int(Path(thread.path, "schedstat").read_bytes().split()[1])
+                file = os.open(f"/proc/self/task/{thread}/schedstat", os.O_RDONLY)
+                try:
+                    total += int(os.read(file, 64).split()[1])
+                finally:
+                    os.close(file)
     return total / 1e9
+
+
+def mark() -> None:
+    """Here begins what is timed of a sample: who waited before was not disturbed."""
+    _mark[:] = waited(), time.perf_counter()
 
 
 def wall(call: Call, calls: int = 1, before: Call | None = None) -> Sample:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparselth import pruning
-from sparselth.clock import SHARE, Race, Sample, Timing, rounds, warm, warm_wall
+from sparselth.clock import SHARE, Race, Sample, Timing, mark, rounds, warm, warm_wall
 from sparselth.config import Cell
 from sparselth.engine.dense import init_weights
 from sparselth.errors import UsageError
@@ -135,6 +135,7 @@ def _rested(call: Call) -> Sample:
     def rested() -> float:
         time.sleep(REST)
         call()
+        mark()
         return sample()
 
     return rested

@@ -51,13 +51,32 @@ def test_samples_that_agree_since_all_waited_for_a_processor_are_noise() -> None
 
 
 def test_a_race_notes_who_waited_for_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    at = iter([0.0, 5.0, 5.0, 5.0, 5.0, 9.0, 9.0, 9.0])  # when a round begins, and behind its sample
+    at = iter([0.0, 5.0, 5.0, 5.0, 5.0, 9.0, 9.0, 9.0])  # before and behind each sample
     monkeypatch.setattr(clock, "waited", lambda: next(at))
     race = clock.Race({"a": lambda: 1.0}, watch=True)
     for _ in range(4):
         race.round()
     assert race.timings()["a"].disturbed == 0.5
     assert race.only(["a"]).timings()["a"].disturbed == 0.5
+
+
+def test_waiting_before_the_timed_part_is_no_disturbance(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(clock, "waited", lambda: now[0])
+
+    def sample(rest: float, timed: float) -> clock.Sample:
+        def run() -> float:
+            now[0] += rest
+            clock.mark()
+            now[0] += timed
+            return 1.0
+
+        return run
+
+    race = clock.Race({"rested": sample(9.0, 0.0), "met": sample(0.0, 9.0)}, watch=True)
+    for _ in range(4):
+        race.round()
+    assert [race.timings()[name].disturbed for name in ("rested", "met")] == [0.0, 1.0]
 
 
 def test_waiting_for_a_processor_is_counted() -> None:
