@@ -135,7 +135,8 @@ def _roofline(rows: Sequence[Row], device: Mapping[str, Any]) -> Figure | None:
         at = np.array([(_intensity(row), _rate(row)) for row in chain])
         axes.plot(*at.T, color="0.75", linewidth=0.6, label="_", zorder=1)
     fig.legend(loc="outside lower center", ncols=2, columnspacing=1.0, handlelength=1.6)
-    _head(fig, device, f"roofline, {dtype}", ["thin line: a layer's fastest sparse one, by batch size"])
+    linked = any(len(chain) > 1 for chain in chains.values())
+    _head(fig, device, f"roofline, {dtype}", ["thin line: a layer's fastest, by batch size"] * linked)
     _name(fig, axes, chains)
     return fig
 
@@ -215,21 +216,20 @@ def _memory(rows: Sequence[Row], device: Mapping[str, Any]) -> Figure | None:
     top.xaxis.set_major_locator(FixedLocator([100 * s for s in sparsities]))
 
     at = max(sparsities, key=lambda s: (len({row["batch"] for row in own if row["sparsity"] == s}), s))
-    dense = {"dense eager": ("black", "_")}
-    for i, (name, (colour, marker)) in enumerate(
-        ({name: look(i) for i, name in enumerate(names)} | dense).items()
-    ):
+    for i, name in enumerate([*names, "dense eager"]):
         peaks = {
             row["batch"]: row["peak_bytes"] / 1e6
             for row in own
             if row["implementation"] == name and row["sparsity"] == at and row["peak_bytes"]
         }
-        style = DASHED if name in dense else "solid"
-        batches = sorted(peaks)
-        bottom.plot(
-            batches, [peaks[b] for b in batches], color=colour, marker=marker, linestyle=style,
-            **_width(i, names),
-        )  # fmt: skip
+        batches, (colour, marker) = sorted(peaks), look(i)
+        values = [peaks[batch] for batch in batches]
+        if name in names:
+            bottom.plot(batches, values, color=colour, marker=marker, **_width(i, names))
+        elif len(values) > 1:
+            bottom.plot(batches, values, color="black", linestyle=DASHED, linewidth=0.9)
+        elif values:
+            bottom.axhline(values[0], color="black", linestyle=DASHED, linewidth=0.9)
     bottom.set_xscale("log")
     ticks = sorted({row["batch"] for row in own if row["sparsity"] == at})
     bottom.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
