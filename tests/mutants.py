@@ -37,7 +37,8 @@ from mutmut.utils.format_utils import orig_function_and_class_names_from_key
 ROOT = Path(__file__).resolve().parents[1]
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 LEAST = 0.95
-# arguments by name: tests/test_defaults.py holds the first two, the last guards against ourselves
+# arguments by name: tests/test_defaults.py holds the first two, the last guards against ourselves; nor is the
+# argument of .to(device), which on a CPU does nothing
 LEFT = ("device", "dtype", "strict")
 NOTICED = ("killed", "timeout", "segfault", "suspicious")
 Fault = tuple[str, ...]  # the room and the function, then the lines that it takes away and adds
@@ -64,11 +65,16 @@ def extend_mutmut() -> None:
         decorators = [*function.decorators, *trampoline.decorators]  # type: ignore[union-attr]
         return before, [trampoline.with_changes(decorators=decorators), *copies], behind, names
 
+    device = matchers.Name("device") | matchers.Attribute(attr=matchers.Name("device"))
+    move = matchers.Call(matchers.Attribute(attr=matchers.Name("to")), [matchers.Arg(device)])
+
     def names(node: cst.BaseString) -> Iterable[cst.BaseString]:
         if isinstance(node, cst.SimpleString) and " " not in node.value:
             yield from [*mutators.operator_string(node)][:1]
 
     def arguments(node: cst.Call) -> Iterable[cst.Call]:
+        if matchers.matches(node, move):
+            return
         for found in mutators.operator_arg_removal(node):
             if [*filter(left, found.args)] == [*filter(left, node.args)]:
                 yield found

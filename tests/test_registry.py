@@ -48,7 +48,10 @@ def test_files_of_a_folder_are_imported_when_the_first_is_asked_for(
 def test_a_plugin_is_loaded_once_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_plugins", {})
     file = tmp_path / "mine.py"
-    file.write_text("import sys\nsys.loads = getattr(sys, 'loads', 0) + 1\n")
+    file.write_text(
+        "import sys\nsys.loads = getattr(sys, 'loads', 0) + 1\n"
+        "assert vars(sys.modules[__name__]) is globals()\n"
+    )
     monkeypatch.setattr(sys, "loads", 0, raising=False)
     monkeypatch.chdir(tmp_path)
     load_plugin(file)
@@ -69,10 +72,16 @@ def test_a_plugin_that_fails_is_named_and_may_be_mended(
     with pytest.raises(SparselthError, match=r"`plugin` .*mine.py: ZeroDivisionError: division by zero"):
         load_plugin(file)
     assert plugins() == ()
+    file.write_text("from sparselth.errors import SparselthError\nraise SparselthError('no wings')\n")
+    with pytest.raises(UsageError, match=r"^`plugin` .*mine.py: no wings$"):
+        load_plugin(file)
+    assert plugins() == ()
     file.write_text("from sparselth import registry\nregistry.known_of_a_test.add('two', 2)\n")
     load_plugin(file)
     assert "two" in known
-    for wrong in (tmp_path / "gone.py", tmp_path, tmp_path / "mine.txt"):
+    (tmp_path / "mine.txt").write_text("")
+    (tmp_path / "mine.pyc").write_bytes(b"")
+    for wrong in (tmp_path / "gone.py", tmp_path, tmp_path / "mine.txt", tmp_path / "mine.pyc"):
         with pytest.raises(UsageError, match=r"`plugin` .*: expected a Python file"):
             load_plugin(wrong)
 
@@ -111,5 +120,7 @@ def test_whoever_asks_first_has_the_folder_read(
     ask(known)
     assert known.things == {"x": 24}
     assert (known.kind, len(known), list(known), "x" in known, known["x"]) == ("letter", 1, ["x"], True, 24)
+    known.folder = "searched_once"
+    assert "y" not in known
     for name in [name for name in sys.modules if name.startswith("letters_of_a_test")]:
         del sys.modules[name]

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from sparselth.config import Cell
 from sparselth.data import Images, get_dataset, load
-from sparselth.data.batches import Batches, Resident
+from sparselth.data.batches import Batches, Done, Orders, Resident
 from sparselth.errors import UsageError
+from sparselth.streams import stream
 
 TICKET = Cell(0, "ticket", 0)
 
@@ -43,6 +44,21 @@ def test_every_epoch_is_a_new_order_of_the_training_images(digits: Resident) -> 
     assert not torch.equal(a, b)
     assert not torch.equal(a, c)
     assert not torch.equal(a, indices(batches, 1)[0])
+
+
+def test_an_order_is_drawn_from_the_stream_of_its_cell_and_epoch(few: Resident) -> None:
+    cell = Cell(2, "reinit", 3, 1)
+    (found,) = indices(Batches(few, [cell], 8), 4)
+    train = few.split(2)[0]
+    drawn = torch.randperm(len(train), generator=stream(2, "reinit", 3, "order/4", 1))
+    assert torch.equal(found, train[drawn])
+
+
+def test_images_of_four_seeds_are_kept_for_validation() -> None:
+    digits = Resident(load("mnist5k", Path()), "cpu", 250)
+    for some in (digits, digits.sample(100)):
+        assert some.validation(0) is some.validation(0)
+        assert some.validation.cache_info().maxsize == 4
 
 
 @given(st.integers(0, 300), st.integers(1, 70))
@@ -116,3 +132,47 @@ def test_an_evaluation_may_look_at_fewer_images() -> None:
         assert torch.equal(tested, torch.from_numpy(images.test_labels)[::10])
     assert sum(x.shape[2] for x, _ in whole.test()) == 1000
     assert sum(x.shape[2] for x, _ in Resident(images, "cpu", 60, 9999).test()) == 1000
+
+
+def test_orders_are_drawn_an_epoch_ahead_into_a_buffer_that_was_copied(few: Resident) -> None:
+    batches, heard = Batches(few, [TICKET, Cell(1, "ticket", 0)], 8), list[str]()
+    draw = batches.draw
+
+    class Noted:
+        def __init__(self) -> None:
+            self.name = len(events)
+            events.append(self)
+
+        def record(self) -> None:
+            heard.append(f"{self.name} copied")
+
+        def synchronize(self) -> None:
+            heard.append(f"{self.name} waited for")
+
+    def noted(epoch: int) -> torch.Tensor:
+        heard.append(f"draw {epoch}")
+        return draw(epoch)
+
+    events: list[Noted] = []
+    batches.draw = noted  # type: ignore[method-assign]
+    orders = Orders(batches, 3, Noted)
+    assert (orders.order.dtype, orders.order.shape) == (torch.int64, (2, 7, 8))
+    first = orders.order
+    for epoch in (0, 0, 1, 2, 2):
+        orders.enter(epoch)
+        assert torch.equal(orders.order, draw(epoch))
+    assert orders.order is first
+    orders.thread.shutdown()
+    assert heard == [
+        *("draw 0", "0 waited for", "0 copied", "draw 1", "1 waited for", "1 copied"),
+        *("draw 2", "0 waited for", "0 copied"),
+    ]
+
+
+def test_orders_begin_at_any_epoch(few: Resident) -> None:
+    batches = Batches(few, [TICKET], 8)
+    orders = Orders(batches, 9, Done)
+    for epoch in (5, 2, 8):
+        orders.enter(epoch)
+        assert torch.equal(orders.order, batches.draw(epoch))
+    orders.thread.shutdown()
