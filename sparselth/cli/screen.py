@@ -129,7 +129,7 @@ def say_plan(plan: Plan, there: There | None = None) -> None:
         if price.busy:
             alone = plan.seconds / price.slowdown(plan.workers)
             rows["busy"] = (
-                f"others use {price.busy:.1f} of {price.cores} cores now; without them {duration(alone)}"
+                f"others ask for {price.busy:.1f} of {price.cores} cores now; without them {duration(alone)}"
             )
     if there:
         name, seconds, bytes_ = _there(plan, there)

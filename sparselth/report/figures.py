@@ -35,7 +35,6 @@ from sparselth.report.drawing import (
 from sparselth.report.mask_figures import first_layer, layers, pixels
 from sparselth.report.stats import (
     FEWEST,
-    TOLERANCE,
     compare,
     controls,
     costs,
@@ -43,6 +42,7 @@ from sparselth.report.stats import (
     mean_interval,
     nearest_level,
     per_seed,
+    tolerance,
     verdict,
     weights_remaining,
 )
@@ -123,7 +123,8 @@ def _differences(record: RunRecord) -> Figure | None:
         return None
     drawn = extremes(axes)
     axes.axhline(0, color="black", linewidth=0.7, zorder=1)
-    axes.axhline(-100 * TOLERANCE, color="black", linewidth=0.7, linestyle=(0, (1, 1)), zorder=1)
+    least = -100 * tolerance(record)
+    axes.axhline(least, color="black", linewidth=0.7, linestyle=(0, (1, 1)), zorder=1)
     level_axis(axes, [100 * share for level, share in remaining.items() if level])
     axes.set_yscale("symlog", linthresh=1, linscale=1)
     axes.set_ylim(1.1 * min(float(drawn.min()), -0.5), 1.1 * max(float(drawn.max()), 0.5))
@@ -136,7 +137,7 @@ def _differences(record: RunRecord) -> Figure | None:
     notes = [
         "test accuracy at early stop, seed by seed",
         *["bars: 95 % interval of the mean"] * (seeds >= FEWEST),
-        f"dotted: {-100 * TOLERANCE:g} pp, to match dense",
+        f"dotted: {least:.2g} pp, to match dense",
     ]
     fig.suptitle(heading(record, notes), fontsize=7)
     fig.legend(handles=lines, loc="outside lower center", ncols=3, columnspacing=1.0, handlelength=1.5)

@@ -20,23 +20,10 @@ from sparselth.data.sets import DATASETS
 from sparselth.models import get_model
 from sparselth.runs import RunRecord
 
-TOLERANCE = 0.002  # accuracy; the 0.2 pp of Frankle et al. 2020, arXiv:1912.05671
+TOLERANCE = 0.002  # at least; the 0.2 pp of Frankle et al. 2020, arXiv:1912.05671
 FEWEST = 3  # seeds of an interval: that of two is 12.7 standard errors wide
 SLACK = 1e-9  # for round-off: a drop of exactly 0.2 pp is no larger
 NO_VERDICT, TOO_FEW, UNCLEAR = "no verdict", "too few seeds", "unclear"
-RULE = (
-    "Verdict on the ticket: differences of test accuracies at early stop, seed by seed, with the 95 % "
-    "interval of their mean (Student's t).\n"
-    "winning = matching, and above reinit (the mean of its draws): that interval lies above 0; and the "
-    "ticket does not stop clearly later than dense. Without the arm reinit no ticket is winning.\n"
-    f"matching = at most {100 * TOLERANCE:g} pp below dense: the interval lies above "
-    f"-{100 * TOLERANCE:g} pp.\n"
-    "below dense = the interval lies below 0 and not above that; and every ticket with an empty layer: it "
-    "computes a constant.\n"
-    "unclear = the interval holds both; more seeds would tell.\n"
-    f"too few seeds = fewer than {FEWEST}, which is too few to tell.\n"
-    "– = seeds are missing, or dense itself guesses (its accuracy is below twice that of chance)."
-)
 
 
 @dataclass(frozen=True)
@@ -197,8 +184,38 @@ def empty_layers(record: RunRecord, level: int, arm: str = "ticket") -> list[str
     return [name.removesuffix(".weight") for name in names]
 
 
+def tolerance(record: RunRecord) -> float:
+    """How far below dense a ticket may be that matches it, as an accuracy.
+
+    Where test images are few it is what they can tell of any network: the standard error of dense's accuracy.
+    """
+    dense = per_seed(record, "ticket", 0, "accuracy_at_early_stop").values()
+    if not dense:
+        return TOLERANCE
+    accuracy, _ = mean_interval(dense)
+    return max(TOLERANCE, sqrt(accuracy * (1 - accuracy) / images_counted(record)))
+
+
+def rule(record: RunRecord) -> str:
+    """The rule of `verdict`, in words."""
+    pp, images = f"{100 * tolerance(record):.2f}", f"{images_counted(record):,}"
+    return (
+        "Verdict on the ticket: differences of test accuracies at early stop, seed by seed, with the 95 % "
+        "interval of their mean (Student's t).\n"
+        "winning = matching, and above reinit (the mean of its draws): that interval lies above 0; and the "
+        "ticket does not stop clearly later than dense. Without the arm reinit no ticket is winning.\n"
+        f"matching = at most {pp} pp below dense: the interval lies above -{pp} pp ({100 * TOLERANCE:g}, or "
+        f"the standard error of dense's accuracy on {images} test images if that is more).\n"
+        "below dense = the interval lies below 0 and not above that; and every ticket with an empty layer: "
+        "it computes a constant.\n"
+        "unclear = the interval holds both; more seeds would tell.\n"
+        f"too few seeds = fewer than {FEWEST}, which is too few to tell.\n"
+        "– = seeds are missing, or dense itself guesses (its accuracy is below twice that of chance)."
+    )
+
+
 def verdict(record: RunRecord, level: int) -> Verdict:
-    """The verdict of `RULE` on the tickets of a level."""
+    """The verdict of `rule` on the tickets of a level."""
     if level == 0:
         return Verdict("dense", "the network that every ticket is compared with")
     config, ticket, dense, reinit = record.config, ("ticket", level), ("ticket", 0), ("reinit", level)
@@ -217,7 +234,7 @@ def verdict(record: RunRecord, level: int) -> Verdict:
     why = f"{signed_pp(gap)} against dense"
     if gap.error is None:
         return Verdict(TOO_FEW, f"{why}, from {gap.seeds} seed{'s' * (gap.seeds > 1)}")
-    if gap.low < -TOLERANCE - SLACK:
+    if gap.low < -tolerance(record) - SLACK:
         return Verdict("below dense" if gap.high < 0 else UNCLEAR, why)
     if "reinit" not in config.arms:
         return Verdict("matching", why + "; reinit was not run")
@@ -254,7 +271,7 @@ def winning_at_once(record: RunRecord) -> set[int]:
             lead = compare(record, ("ticket", level), ("reinit", level))
             assert gap is not None
             assert lead is not None
-            chances[level] = max(gap.chance(-TOLERANCE), lead.chance(0.0))
+            chances[level] = max(gap.chance(-tolerance(record)), lead.chance(0.0))
     return holm(chances)
 
 

@@ -6,7 +6,6 @@ from sparselth.report.page import Group, fill, side_by_side, width
 from sparselth.report.stats import (
     FEWEST,
     NO_VERDICT,
-    RULE,
     SLACK,
     TOO_FEW,
     UNCLEAR,
@@ -20,6 +19,7 @@ from sparselth.report.stats import (
     mean_interval,
     nearest_level,
     per_seed,
+    rule,
     seed_list,
     signed,
     signed_pp,
@@ -34,7 +34,7 @@ MISSING = "–"
 
 def table(record: RunRecord) -> str:
     """The whole report as text, as wide as the terminal, without a newline at its end."""
-    parts = [fill(_title(record)), _rows(record), fill(_legend(record)), fill(RULE)]
+    parts = [fill(_title(record)), _rows(record), fill(_legend(record)), fill(rule(record))]
     if spent := _costs(record):
         parts.append(spent)
     if closing := _closing(record):
@@ -196,7 +196,7 @@ def _counted(record: RunRecord, words: dict[int, str], remaining: dict[int, floa
                 f"{len(words)} at once, by Holm's correction, {_of(still, len(winning))} still win."
             )
     else:
-        said.append("No ticket is winning.")
+        said.append("No ticket is winning" + " yet" * (len(words) < record.config.levels) + ".")
     if matching := of.get("matching"):
         said.append(f"{len(matching)} more" * bool(winning) or f"{len(matching)}")
         said[-1] += f" match dense, the smallest with {smallest('matching')}."

@@ -185,7 +185,7 @@ def test_a_busy_machine_is_known_and_said(
     assert beside.seconds == pytest.approx(2 * alone)
     say_plan(beside)
     err = capsys.readouterr().err
-    assert f"\nbusy     others use 2.0 of 2 cores now; without them {duration(alone)}\n" in err
+    assert f"\nbusy     others ask for 2.0 of 2 cores now; without them {duration(alone)}\n" in err
     assert f"\nprice    about {duration(2 * alone)} (" in err
     assert "58 % of it evaluation" in " ".join(err.split())
     assert max(map(len, err.splitlines())) <= 80
