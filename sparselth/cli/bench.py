@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from sparselth.cli.question import MODEL, Question
 from sparselth.config import MOST
 from sparselth.errors import Interrupted, SparselthError, UsageError, check_number, unknown
 from sparselth.machine import cores
+from sparselth.report.page import width
 
 if TYPE_CHECKING:
     from sparselth.measure.case import Result, Say
@@ -145,13 +145,16 @@ def bench(
             found.append(_measure(question, chosen, data_dir, say, found.append))
     except KeyboardInterrupt:
         raise Interrupted(_stopped(found, show, out)) from None
-    files = show(found[-1], whole=True)
+    try:
+        files = show(found[-1], whole=True)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted behind the last measurement, while it was written or drawn") from None
     if not as_json:
         from sparselth.report.bench_tables import fill
 
         names = [str(file) if file.parent != out else file.name for file in files]
         said = f"{time.perf_counter() - began:.0f} s in all; {out}: {', '.join(names)}"
-        print(f"\n{fill(said, _width())}")
+        print(f"\n{fill(said, width())}")
     return 3 if found[-1].failed else 0
 
 
@@ -201,21 +204,20 @@ def _show(
     """Print and write what was measured; returns the files."""
     from sparselth.measure.race_layers import Outcome
 
-    rows, width = found.rows, _width()
-    more: dict[str, Any] = {}
+    rows, more = found.rows, dict[str, Any]()
     if isinstance(found, Outcome):
         from sparselth.report import bench_tables
 
         facts, more = facts | found.anchors, {"left_out": found.left_out, "notes": found.notes}
         every = every or len(rows) <= FEW
-        text = bench_tables.report(rows, facts, found.left_out, found.notes, every, width)
+        text = bench_tables.report(rows, facts, found.left_out, found.notes, every, width())
         part = f"{found.cells - len(found.left_out):,} of {found.cells:,} cells were measured"
     else:
         from sparselth.measure.case import where
         from sparselth.report import bench_tables, network_tables
 
         place = "\n".join([where(facts["type"]), *bench_tables.busy(facts)])
-        text = network_tables.report(found, place, width)
+        text = network_tables.report(found, place, width())
         part = f"batch {', '.join(str(b) for b in dict.fromkeys(row['batch'] for row in rows))} was measured"
     document = {"schema": "sparselth.bench/1", "device": facts, "rows": rows, "partial": not whole, **more}
     _clear()
@@ -386,13 +388,8 @@ def _write(document: dict[str, Any], out: Path | None, csv_file: Path | None) ->
 def _progress(text: str) -> None:
     """One line on stderr that the next one replaces; nothing where stderr is no terminal."""
     if sys.stderr.isatty():
-        room = _width() - 1
+        room = width() - 1
         print(f"\r\x1b[K{as_flags(text)[:room]}", end="", file=sys.stderr, flush=True)
-
-
-def _width() -> int:
-    """Columns of the terminal, 80 where there is none."""
-    return shutil.get_terminal_size((80, 24)).columns
 
 
 def _clear() -> None:
