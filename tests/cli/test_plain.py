@@ -20,7 +20,7 @@ COMMANDS = {
     "help": "--help",
     "imp help": "imp --help",
     "imp": f"{TINY} --out new",
-    "again": f"{TINY.replace('ticket', 'ticket,reinit')} --seeds 0,1 --out run --resume",
+    "again": f"{TINY.replace('ticket', 'ticket,reinit')} --seeds 0-2 --out run --resume",
     "show": "show run",
     "json": "show run --json",
     "arms": "ls arms",
@@ -75,7 +75,7 @@ def test_every_command_speaks_plainly(
     on: Callable[..., tuple[int, str, str]],
     finished: Callable[..., RunRecord],
 ) -> None:
-    finished("--seeds", "0,1", "--levels", "1", "--arms", "ticket,reinit")
+    finished("--seeds", "0-2", "--levels", "1", "--arms", "ticket,reinit")
     code, out, err = on(encoding, tty, COMMANDS[name])
     assert "fault of sparselth" not in err
     assert "UnicodeEncodeError" not in err
@@ -89,7 +89,7 @@ def test_every_command_speaks_plainly(
 def test_the_table_keeps_its_columns(
     on: Callable[..., tuple[int, str, str]], finished: Callable[..., RunRecord]
 ) -> None:
-    finished("--seeds", "0,1", "--levels", "1", "--arms", "ticket,reinit")
+    finished("--seeds", "0-2", "--levels", "1", "--arms", "ticket,reinit")
     fine, plain = (on(encoding, False, "show run")[1].splitlines() for encoding in ("utf-8", "ascii"))
     assert any("±" in line and "─" not in line for line in fine)
     for line, other in zip(fine, plain, strict=True):
