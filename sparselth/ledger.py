@@ -117,9 +117,10 @@ def examine(path: Path, config: Config, proven: bool, files: bool, before: str =
             ledger.problems.append(f"evaluations.jsonl lacks lines of {cell}, or has others")
         else:
             own = timings.get(cell, [None])[0]
-            if own is None:
-                ledger.problems.append(f"timings.jsonl lacks {cell}, whose times stay unknown")
             ledger.entries[cell] = Entry(data, evaluations.get(cell, []), own, proof)
+    if untimed := [cell for cell, entry in ledger.entries.items() if entry.timing is None]:
+        whose = f"{untimed[0]}" if len(untimed) == 1 else f"{len(untimed)} cells"
+        ledger.problems.append(f"timings.jsonl lacks {whose}, whose times stay unknown")
     if files:
         _examine_files(path, config, before, ledger)
         _examine_checkpoints(path, config, ledger)

@@ -24,7 +24,8 @@ def show(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
 
     record = read(run)
     if record.damage:
-        print(as_flags(f"note: {run}: {record.damage}; `resume` computes it again"), file=sys.stderr)
+        again = "" if record.complete else "; `resume` computes what is missing again"
+        print(as_flags(f"note: {run}: {record.damage}{again}"), file=sys.stderr)
     report(record, as_json)
 
 

@@ -139,10 +139,10 @@ def run(
         try:
             with runs.reporting(record):
                 config.draw(record, path / "figures")
-        except (OSError, SparselthError) as error:
+        except (OSError, SparselthError):
             if not folder.read_only:
                 raise
-            watcher.note(f"note: figures are not drawn: {error}")
+            watcher.note(f"note: {path} cannot be written, so its figures are not drawn")
     return record
 
 

@@ -198,6 +198,26 @@ def test_a_full_disk(cli: Cli, tmp_path: Path) -> None:
         subprocess.run(["umount", str(mounted)], check=True)
 
 
+def test_a_finished_run_on_a_read_only_disk_reports(cli: Cli, finished: Imp) -> None:
+    run = finished("--levels", "1", "--seeds", "0", "--arms", "ticket").path
+    shutil.rmtree(run / "figures")
+    for words in (["--bind", str(run), str(run)], ["-o", "remount,ro,bind", str(run)]):
+        if subprocess.run(["mount", *words], capture_output=True).returncode:
+            pytest.skip("needs the right to mount a folder")
+    try:
+        table = cli("show", str(run))
+        assert table[0] == 0
+        assert "finished" in cli("ls", "runs", "--out", str(run.parent))[1]
+        code, out, err = cli("imp", "--resume", "--quiet", "--out", str(run))
+        assert (code, err) == (0, f"note: {run} cannot be written, so its figures are not drawn\n")
+        assert out.startswith(table[1])
+        code, _, err = cli("imp", "--resume", "--quiet", "--levels", "2", "--out", str(run))
+        assert code == 1
+        assert "Read-only file system" in one_line(err)
+    finally:
+        subprocess.run(["umount", str(run)], check=True)
+
+
 def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "lines.jsonl"
     files.append_lines(file, [b'{"a": 1}'])
