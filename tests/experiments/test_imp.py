@@ -18,7 +18,7 @@ from sparselth.data import load
 from sparselth.data.batches import Resident
 from sparselth.engine.dense import init_weights
 from sparselth.experiments.base import Place
-from sparselth.experiments.imp import find_mask, start_weights
+from sparselth.experiments.imp import ImpConfig, find_mask, start_weights
 from sparselth.files import load_arrays
 from sparselth.models import get_model
 from sparselth.runs import RunRecord, cell_path
@@ -227,6 +227,42 @@ def test_one_missing_cell_is_all_that_is_computed(
     assert run_contents(record.path) == before
     after = {file.name: file.stat().st_mtime_ns for file in (record.path / "cells").iterdir()}
     assert {name for name in after if after[name] != times[name]} == {"seed0-reinit-01.safetensors"}
+
+
+def test_a_run_is_extended_to_the_bits_of_a_larger_one(
+    imp: Imp,
+    cli: Callable[..., tuple[int, str, str]],
+    run_contents: Callable[[Path], dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Levels, seeds, arms and draws; found without --out: a folder's name does not tell which there are."""
+    monkeypatch.setattr(ImpConfig, "draw", lambda *_: None)  # takes longer than all cells
+    words = [
+        "imp",
+        "--model",
+        "lenet-300-100",
+        "--dataset",
+        "mnist5k",
+        "--steps",
+        "20",
+        "--rewind",
+        "5",
+        "--quiet",
+    ]
+    small = ("--levels", "1", "--seeds", "1", "--arms", "ticket,reinit")
+    large = ("--levels", "2", "--seeds", "0-1", "--arms", "ticket,reinit,random-mask", "--reinits", "2")
+    whole = imp("--rewind", "5", *large, out="whole", steps=20)
+    assert cli(*words, *small)[0] == 0
+    (run,) = Path("runs").iterdir()
+    times = {file.name: file.stat().st_mtime_ns for file in (run / "cells").iterdir()}
+    assert len(times) == 3
+    code, _, err = cli(*words, *large)
+    assert code == 1
+    assert "holds a run with fewer seeds ([1] there, [0, 1] here); add --resume to extend it" in err
+    assert cli(*words, *large, "--resume")[0] == 0
+    assert [*Path("runs").iterdir()] == [run]
+    assert run_contents(run) == run_contents(whole.path)
+    assert {name: (run / "cells" / name).stat().st_mtime_ns for name in times} == times
 
 
 def test_torn_lines_and_left_overs_are_dropped(
