@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -99,6 +100,17 @@ def memory_bytes() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return there if soft == resource.RLIM_INFINITY else min(there, soft)
+
+
+def check_torch() -> None:
+    """Raise SparselthError where a limit of the address space keeps torch out: loaded there it may crash."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY or "torch" in sys.modules:
+        return
+    tried = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, text=True)
+    if tried.returncode:
+        said = (tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1]
+        raise SparselthError(f"torch cannot be loaded ({said}): `ulimit -v` allows {limit / 1e9:.1f} GB")
 
 
 def gpu_name() -> str | None:

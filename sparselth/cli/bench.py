@@ -21,7 +21,7 @@ from sparselth.cli.options import PATH, Names, as_flags, data_dir, output
 from sparselth.cli.question import MODEL, Question
 from sparselth.config import MOST
 from sparselth.errors import Interrupted, SparselthError, UsageError, check_number, unknown
-from sparselth.machine import cores
+from sparselth.machine import check_torch, cores
 from sparselth.report.page import width
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def bench(
     _check_numbers(threads, level, seed)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes for a few shapes
 
+    check_torch()
     if shapes:
         from sparselth.measure.layers import parse
 

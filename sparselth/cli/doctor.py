@@ -22,9 +22,11 @@ def doctor(data_dir: Path | None, as_json: bool, quiet: bool, debug: bool) -> in
     from sparselth import machine
 
     facts = machine.environment()
-    checks = [_torch(), _torchvision(), _native(), _training(), *_data(data_dir), _writable(Path("runs"))]
+    torch = _torch()  # where it fails, to import it again may crash
+    checks = [torch, *((_torchvision(), _native(), _training()) if torch["ok"] else ())]
+    checks += [*_data(data_dir), _writable(Path("runs"))]
     good = all(check["ok"] for check in checks)
-    kernels = _kernels()
+    kernels = _kernels() if torch["ok"] else []
     if as_json:
         print(
             json.dumps(
@@ -49,7 +51,8 @@ def doctor(data_dir: Path | None, as_json: bool, quiet: bool, debug: bool) -> in
     print(f"ran on gpus    {machine.ran_on_gpus()}")
     for check in checks:
         print(f"{check['name']:<15}{'ok' if check['ok'] else 'FAILED'}: {check['detail']}")
-    print("\nWhat the ops of a training step take here (--kernels auto):")
+    if kernels:
+        print("\nWhat the ops of a training step take here (--kernels auto):")
     for row in kernels:
         print(f"  {row['op']:<21}{row['takes']:<8}{row['why']}")
     return 0 if good else 3
@@ -63,7 +66,10 @@ def _torch() -> dict[str, Any]:
     from sparselth import machine
 
     try:
+        machine.check_torch()
         device, why = machine.choose_device("auto")
+    except SparselthError as error:
+        return _check("torch", False, str(error))
     except (ImportError, OSError, RuntimeError) as error:
         return _check(
             "torch", False, f"cannot be imported ({error}); reinstall torch and torchvision together"

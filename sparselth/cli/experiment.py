@@ -16,6 +16,7 @@ from sparselth.config import Recipe
 from sparselth.errors import UsageError, unknown
 from sparselth.experiments.base import Experiment
 from sparselth.experiments.training import Training
+from sparselth.machine import check_torch
 from sparselth.models import get_model
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def _option(decorator: Any) -> click.Parameter:
 def _main(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) -> None:
     _inherit(experiment, flags, given)
     config = _configured(experiment, flags)
+    check_torch()
     config.check()  # before torch and data take their seconds
     if flags.get("data_dir"):
         from sparselth import data

@@ -33,11 +33,16 @@ def test_streams(command: str, code: int, says: str, environment: dict[str, str]
     assert not list(tmp_path.iterdir())
 
 
-def test_too_little_memory_for_torch_is_one_line(environment: dict[str, str], tmp_path: Path) -> None:
-    command = f"ulimit -v 1500000; {sys.executable} -m sparselth imp --dataset mnist5k --quiet --dry-run"
-    done = shell(command, environment, tmp_path)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("sparselth: ")
-    assert "`ulimit -v` allows 1.5 GB" in line
-    assert "fault of sparselth" not in line
+@pytest.mark.parametrize("words", ["imp --dataset mnist5k --quiet --dry-run", "bench --shape 8x8", "doctor"])
+def test_too_little_memory_for_torch_is_one_line(
+    words: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Loaded there it fails in one way or another, or ends the process."""
+    done = shell(f"ulimit -v 1500000; {sys.executable} -m sparselth {words}", environment, tmp_path)
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "ulimit -v" in line]
+    assert done.returncode == (3 if words == "doctor" else 1), done.stderr
+    assert len(said) == 1
+    assert "torch cannot be loaded" in said[0]
+    assert "`ulimit -v` allows 1.5 GB" in said[0]
+    if words != "doctor":
+        assert done.stderr == f"{said[0]}\n"
