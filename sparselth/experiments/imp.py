@@ -75,7 +75,7 @@ class ImpConfig(Training):
         extends=True,
     )
     levels: int = option(
-        10,
+        8,
         "Turns of train and prune after the dense network.",
         at_least(1, "level 0 is the dense network and always runs", MOST_LEVELS),
         extends=True,
