@@ -6,6 +6,7 @@
     cells.jsonl        one line per finished cell: what its experiment says of it, and the proof
     evaluations.jsonl  one line per evaluation on the validation set
     timings.jsonl      seconds per cell; the only measurements that differ from run to run
+    diverged/KEY.json  why a cell has no result: its network diverged; what needs it is not computed
     cells/KEY.safetensors        mask bits, the surviving trained weights, biases and batch norms; level 0
                                  adds all of the rewind step, so that every ticket can be rebuilt
     checkpoints/KEY.safetensors  a cell that is under way
@@ -33,9 +34,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparselth import tickets
-from sparselth.config import Cell, Config, config_from_json
-from sparselth.errors import SparselthError, UsageError
+from sparselth import diverged, tickets
+from sparselth.begun import read_config, read_environment, read_written
+from sparselth.config import Cell, Config
+from sparselth.errors import SparselthError
 from sparselth.files import (
     append_lines,
     dump,
@@ -43,10 +45,8 @@ from sparselth.files import (
     file_sum,
     line,
     plain,
-    read_json,
     sealed,
     sealed_line,
-    unsealed,
     write_atomically,
 )
 from sparselth.ledger import (
@@ -77,6 +77,7 @@ __all__ = [
     "reporting",
 ]
 
+FILES = ("cells", "checkpoints")
 # what a beginning writes before config.json and after it
 BEGINNING = {".lock", "environment.json", "config.json", "cells", "checkpoints"}
 
@@ -92,6 +93,7 @@ class RunRecord:
     damage: str = ""  # what lies there and is not believed, in a line
     proven: bool = True  # or of an older version, whose lines have no checksums
     files: dict[Cell, str] = field(default_factory=dict)  # checksums of the files of cells
+    diverged: list[dict[str, Any]] = field(default_factory=list)  # cells without a result, and why
 
     @cached_property
     def by_level(self) -> dict[tuple[str, int], list[dict[str, Any]]]:
@@ -108,7 +110,14 @@ class RunRecord:
 
     @property
     def complete(self) -> bool:
-        return len(self.points) == len(self.config.cells())
+        """Whether every cell is finished, has diverged or needs one that has."""
+        return len(self.points) + len(self.diverged) + len(self.not_computed) == len(self.config.cells())
+
+    @property
+    def not_computed(self) -> list[Cell]:
+        """The cells that need one that diverged."""
+        lost = {Cell.of(one) for one in self.diverged}
+        return diverged.in_need(self.config, {Cell.of(one) for one in self.points}, lost) if lost else []
 
     def mask(self, seed: int, level: int, name: str) -> NDArray[np.bool_]:
         """The ticket's mask of the weight tensor `name`, bool [N, K]."""
@@ -131,13 +140,14 @@ def read(path: Path) -> RunRecord:
 
     Lines are held against their checksums, the files of cells are when they are used.
     """
-    config, written = _read_config(path)
+    config, written = read_written(path)
     proven = "sha256" in written
     ledger = examine(path, config, proven, files=False)
     order = [cell for cell in config.cells() if cell in ledger.entries]
     entries = [ledger.entries[cell] for cell in order]
     untimed = dict.fromkeys(("train_seconds", "step_seconds"))
     timings = [plain(entry.timing.data) if entry.timing else untimed for entry in entries]
+    files = {cell: e.proof["file"] for cell, e in zip(order, entries, strict=True) if e.proof}
     return RunRecord(
         path,
         config,
@@ -145,7 +155,8 @@ def read(path: Path) -> RunRecord:
         [plain(one.data) for entry in entries for one in entry.evaluations],
         ledger.summary(),
         proven,
-        {cell: e.proof["file"] for cell, e in zip(order, entries, strict=True) if e.proof},
+        files,
+        diverged.read(path, config, dict.fromkeys(order, "") | files),
     )
 
 
@@ -161,65 +172,6 @@ def reporting(record: RunRecord) -> Iterator[None]:
         ) from error
 
 
-def read_config(path: Path) -> Any:
-    """The configuration of the run in `path`, of the class of its experiment.
-
-    Where a name in it is not known and a plugin that the run was begun with is not loaded, the error says so.
-    """
-    return _read_config(path)[0]
-
-
-def _read_config(path: Path) -> tuple[Any, dict[str, Any]]:
-    """The configuration, and the JSON object it was read from, with a checksum or, an older one, without."""
-    file = path / "config.json"
-    if not file.is_file():
-        raise SparselthError(f"{path}: not a run folder (no config.json); `sparselth ls runs` lists runs")
-    try:
-        data = read_json(file)
-        config = config_from_json(data)
-        if _plugins_not_loaded(path):
-            config.check()
-        config.cells()
-    except UsageError as error:
-        if without := _plugins_not_loaded(path):
-            needed = " ".join(f"`plugin` {name}" for name in without)
-            raise SparselthError(f"{path}: was begun with {needed}; give it again ({error})") from error
-        raise SparselthError(f"{file}: {error}") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SparselthError(f"{file}: cannot be read as a configuration ({error})") from error
-    try:
-        unsealed(data)
-    except ValueError:
-        raise SparselthError(
-            f"{file}: was altered after it was written; restore it, or choose another `out`"
-        ) from None
-    return config, data
-
-
-def _environment(path: Path, proven: bool = False) -> dict[str, Any]:
-    """What environment.json holds; SparselthError where it cannot be believed."""
-    file = path / "environment.json"
-    try:
-        data = read_json(file)
-        if not isinstance(data, dict):
-            raise ValueError("it is no JSON object")
-        if proven and "sha256" not in data:
-            raise ValueError("it has no checksum")
-        return unsealed(data)
-    except (OSError, ValueError) as error:
-        raise SparselthError(f"{file}: cannot be read ({error}); begin the run in another `out`") from error
-
-
-def _plugins_not_loaded(path: Path) -> list[str]:
-    """The plugins that a run was begun with and that are not there now."""
-    try:
-        theirs = _environment(path).get("plugins")
-    except SparselthError:
-        return []
-    names = theirs if isinstance(theirs, list) else []
-    return [name for name in names if isinstance(name, str) and Path(name) not in plugins()]
-
-
 class RunFolder:
     """A run folder that one process writes to; `open_run` gives it."""
 
@@ -232,6 +184,7 @@ class RunFolder:
         proofs = {cell: entry.proof or {} for cell, entry in ledger.entries.items()}
         self.finished = set(proofs)
         self.files: dict[Cell, str] = {cell: proof.get("file", "") for cell, proof in proofs.items()}
+        self.diverged = {Cell.of(one) for one in diverged.read(self.path, self.config, self.files)}
         # finished cells that were computed from a file that is not there any more, by whom they wait for
         self.waiting: dict[Cell, list[tuple[Cell, str]]] = {}
         for cell, proof in proofs.items():
@@ -242,7 +195,7 @@ class RunFolder:
     def begun_elsewhere(self, environment: dict[str, Any]) -> str | None:
         """What differs from the machine that began the run and may change bits, or None."""
         try:
-            theirs = _environment(self.path)
+            theirs = read_environment(self.path)
             pairs = {
                 "torch": (theirs["packages"]["torch"], environment["packages"]["torch"]),
                 "processor": (theirs["cpu"], environment["cpu"]),
@@ -254,7 +207,7 @@ class RunFolder:
     @property
     def break_even(self) -> dict[str, float]:
         """Below which density which layer is compressed: what the machine that began the run measured."""
-        environment = _environment(self.path)
+        environment = read_environment(self.path)
         try:
             found = {str(name): float(share) for name, share in environment["break_even"].items()}
             if not all(map(math.isfinite, found.values())):
@@ -294,10 +247,26 @@ class RunFolder:
             again = [cell for cell in before if cell not in self.finished]
         return again
 
+    def diverge(self, cell: Cell, why: str) -> None:
+        """Record that a cell has no result."""
+        diverged.write(self.path, self.config, cell, why, self.files)
+        self.diverged.add(cell)
+        checkpoint_path(self.path, cell).unlink(missing_ok=True)
+
+    @property
+    def lost(self) -> list[Cell]:
+        """The cells that have diverged, and those that need one of them."""
+        return [*self.diverged, *diverged.in_need(self.config, self.finished, self.diverged)]
+
+    @property
+    def missing(self) -> int:
+        """Cells that are still to be computed."""
+        return len(self.config.cells()) - len(self.finished) - len(self.lost)
+
     def complete(self) -> None:
         """Sort the lines into the order of `config.cells()`."""
         ledger = examine(self.path, self.config, proven=True, files=False)
-        if len(ledger.entries) < len(self.config.cells()):
+        if len(ledger.entries) + len(self.lost) < len(self.config.cells()):
             raise SparselthError(f"{self.path}: {ledger.summary()}; continue with `resume`")
         self._write(ledger)
 
@@ -378,7 +347,7 @@ def _begun(path: Path) -> bool:
     if not path.is_dir():
         raise SparselthError(f"{path}: expected a folder for the run, found a file; choose another `out`")
     computed = any((path / name).is_file() and (path / name).stat().st_size for name in LINES) or any(
-        file.suffix != ".tmp" for name in ("cells", "checkpoints") for file in (path / name).glob("*")
+        file.suffix != ".tmp" for name in (*FILES, diverged.FOLDER) for file in (path / name).glob("*")
     )
     names = {file.name for file in path.iterdir() if file.suffix != ".tmp"}
     if computed or "config.json" in names or names - BEGINNING:
@@ -416,12 +385,12 @@ def _gone_on(
 ) -> RunFolder:
     """Open a run of which something is computed."""
     theirs, cells = _extends(path, config, resume), config.cells()
-    written = _read_config(path)[1]
+    written = read_written(path)[1]
     proven = "sha256" in written
     ledger = examine(path, theirs, proven, files=True, before=theirs.digest_before(written))
-    missing = len(cells) - len(ledger.entries)
+    missing = RunFolder(path, config, ledger).missing
     try:
-        there = _environment(path, proven)
+        there = read_environment(path, proven)
     except SparselthError:
         if missing:
             raise

@@ -14,15 +14,10 @@ import torch
 from sparselth.config import Recipe
 from sparselth.data.batches import Resident
 from sparselth.engine.choose import Group, groups, steps
-from sparselth.engine.state import Batch, Job
-from sparselth.errors import SparselthError
+from sparselth.engine.state import Batch, Job, Stopped, never
 from sparselth.models import Model
 
 DIVERGED_LOSS = 1e6  # a network that knows nothing loses ln(classes)
-
-
-class Diverged(SparselthError):
-    """A replica's loss is absurd, or its loss, weights or moments are not finite."""
 
 
 def fit(
@@ -34,21 +29,29 @@ def fit(
     kernels: str = "auto",
     break_even: Mapping[str, float] | None = None,
     on_evaluation: Callable[[Sequence[Job]], None] = lambda jobs: None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = never,
+    should_pause: Callable[[], bool] = never,
 ) -> None:
     """Train every job to `recipe.steps`, in place.
 
     `kernels` and `break_even` choose the engines (`engine.choose.groups`). When `should_stop` returns True
-    the states are left as they are, before their last step. Raises Diverged.
+    the states are left as they are, before their next step or evaluation; `should_pause` is asked between
+    steps alone. A job whose loss is absurd, or whose loss, weights or moments are not finite, has diverged:
+    `Job.diverged` says so, and the others go on.
     """
     if not jobs:
         return
     for group in groups(model, jobs, kernels, break_even):
         group.enter(recipe)
         try:
-            _fit(group, data, recipe, on_evaluation, should_stop)
+            _fit(group, data, recipe, on_evaluation, should_stop, lambda: should_stop() or should_pause())
         finally:
             group.leave()
+
+
+def is_done(job: Job, recipe: Recipe) -> bool:
+    """Whether `fit` has nothing left to do for a job."""
+    return job.diverged is not None or (job.state.step >= recipe.steps and not _is_due(job, recipe))
 
 
 def _fit(
@@ -57,15 +60,29 @@ def _fit(
     recipe: Recipe,
     on_evaluation: Callable[[Sequence[Job]], None],
     should_stop: Callable[[], bool],
+    leaves: Callable[[], bool],
 ) -> None:
     """Train jobs that take the same way; those that are behind catch up first, then they go on together."""
-    jobs = group.jobs
-    while (step := min(job.state.step for job in jobs)) < recipe.steps:
-        now = [job for job in jobs if job.state.step == step]
-        until = min((job.state.step for job in jobs if job.state.step > step), default=recipe.steps)
+    while jobs := [job for job in group.jobs if not is_done(job, recipe)]:
+        stands = [(job.state.step, not _is_due(job, recipe)) for job in jobs]
+        first = min(stands)
+        now = [job for job, at in zip(jobs, stands, strict=True) if at == first]
+        until = min((at[0] for at in stands if at > first), default=recipe.steps)
         batch = Batch(group.model, data, now, recipe, group.paths)
-        if not _stretch(batch, until, on_evaluation, should_stop):
+        if not _stretch(batch, until, on_evaluation, should_stop, leaves):
             return
+
+
+def _evaluates(recipe: Recipe, step: int) -> bool:
+    """Whether networks are evaluated after so many steps."""
+    return step % recipe.eval_every == 0 or step == recipe.steps
+
+
+def _is_due(job: Job, recipe: Recipe) -> bool:
+    """Whether a job was stopped between its last step and the evaluation behind it."""
+    state = job.state
+    evaluated = state.evaluations[-1]["step"] if state.evaluations else job.start_step
+    return state.step > evaluated and _evaluates(recipe, state.step)
 
 
 def _stretch(
@@ -73,8 +90,12 @@ def _stretch(
     until: int,
     on_evaluation: Callable[[Sequence[Job]], None],
     should_stop: Callable[[], bool],
+    leaves: Callable[[], bool],
 ) -> bool:
-    """Train a batch to the step `until`; False when stopped before."""
+    """Train a batch to the step `until`, or until one of its jobs diverges; False when stopped before.
+
+    `leaves` is asked between steps, `should_stop` within an evaluation.
+    """
     began = time.perf_counter()
     jobs, recipe, weights = batch.jobs, batch.recipe, batch.weights
     states, r = [job.state for job in jobs], len(jobs)
@@ -84,28 +105,37 @@ def _stretch(
     for state in states:
         state.bytes = sum(4 * t[:1].numel() for t in (weights, *batch.moments)) + engine.state_bytes // r
     step, taken, spent = states[0].step, 0, 0.0
-    keep = {job.keep_step for job in jobs}
-    while step < until:
-        for job in jobs:
-            if job.keep_step == step:
-                job.state.kept_weights = job.state.weights.clone()
-        ends = [until, step - step % recipe.eval_every + recipe.eval_every]
-        end = min([*ends, *(k for k in keep if k is not None and k > step)])
-        start = clock()
-        done = engine.advance(step, end - step, should_stop)
-        if weights.is_cuda:
-            torch.cuda.synchronize()
-        spent, taken, step = spent + clock() - start, taken + done, step + done
-        for state in states:
-            state.step = step
-        stopped = step < end
-        if not stopped and (step % recipe.eval_every == 0 or step == recipe.steps):
-            losses, accuracies = engine.measure()
-            _check_finite(batch, losses)
-            for job, loss, accuracy in zip(jobs, losses, accuracies, strict=True):
-                _evaluated(job, loss, accuracy)
-                job.state.pace.append(spent / (r * taken))
-        if stopped or step == until or step % recipe.eval_every == 0:
+    keep, due = {job.keep_step for job in jobs}, _is_due(jobs[0], recipe)
+    while due or step < until:
+        stopped = False
+        if not due:
+            for job in jobs:
+                if job.keep_step == step:
+                    job.state.kept_weights = job.state.weights.clone()
+            ends = [until, step - step % recipe.eval_every + recipe.eval_every]
+            end = min([*ends, *(k for k in keep if k is not None and k > step)])
+            start = clock()
+            done = engine.advance(step, end - step, leaves)
+            if weights.is_cuda:
+                torch.cuda.synchronize()
+            spent, taken, step = spent + clock() - start, taken + done, step + done
+            for state in states:
+                state.step = step
+            stopped = step < end
+            if due := not stopped and _evaluates(recipe, step):
+                for state in states:
+                    state.pace.append(spent / (r * taken))
+        if due:
+            try:
+                losses, accuracies = engine.measure(should_stop)
+            except Stopped:
+                stopped = True
+            else:
+                _find_diverged(batch, losses)
+                for job, loss, accuracy in zip(jobs, losses, accuracies, strict=True):
+                    if job.diverged is None:
+                        _evaluated(job, loss, accuracy)
+        if stopped or due or step == until:
             now = time.perf_counter()
             for state in states:
                 state.seconds += (now - began) / r
@@ -113,10 +143,26 @@ def _stretch(
             began, taken, spent = now, 0, 0.0
         if stopped:
             return False
-        if step % recipe.eval_every == 0 or step == recipe.steps:
-            on_evaluation(jobs)
+        if due:
+            due, going = False, [job for job in jobs if job.diverged is None]
+            if going:
+                on_evaluation(going)
+            if len(going) < r:
+                return True
             began = time.perf_counter()
     return True
+
+
+def _find_diverged(batch: Batch, losses: list[float]) -> None:
+    """Mark the jobs that have diverged."""
+    finite = torch.stack([t.isfinite().all(1) for t in (batch.weights, *batch.moments)]).all(0).tolist()
+    for job, loss, good in zip(batch.jobs, losses, finite, strict=True):
+        if not (loss < DIVERGED_LOSS and good):
+            job.diverged = (
+                f"training diverged before step {job.state.step} (validation loss {loss:g}, "
+                f"weights up to {job.state.weights.abs().max():g}); use a smaller `lr`"
+            )
+            job.state.part()
 
 
 def _evaluated(job: Job, loss: float, accuracy: float) -> None:
@@ -137,30 +183,26 @@ def _evaluated(job: Job, loss: float, accuracy: float) -> None:
         state.best_weights.copy_(state.weights)
 
 
-def _check_finite(batch: Batch, losses: list[float]) -> None:
-    finite = torch.stack([t.isfinite().all(1) for t in (batch.weights, *batch.moments)]).all(0).tolist()
-    for job, loss, good in zip(batch.jobs, losses, finite, strict=True):
-        if not (loss < DIVERGED_LOSS and good):
-            raise Diverged(
-                f"{job.who}: training diverged before step {job.state.step} (validation loss {loss:g}, "
-                f"weights up to {job.state.weights.abs().max():g}); use a smaller `lr`"
-            )
-
-
 def accuracies_on_test(
     model: Model,
     data: Resident,
     jobs: Sequence[Job],
     kernels: str = "auto",
     break_even: Mapping[str, float] | None = None,
+    should_stop: Callable[[], bool] = never,
 ) -> list[tuple[float, float]]:
-    """Test accuracy of every job at early stop and at the end; the rest as in `fit`."""
+    """Test accuracy of every job at early stop and at the end; the rest as in `fit`.
+
+    Raises Stopped where `should_stop` says so between two chunks of the images.
+    """
+    if not jobs:
+        return []
     chunks, found = data.test(), dict[int, tuple[float, float]]()
     for group in groups(model, jobs, kernels, break_even):
         states = [job.state for job in group.jobs]
-        _, best = group.measure(torch.cat([state.best_weights for state in states]), chunks)
+        _, best = group.measure(torch.cat([state.best_weights for state in states]), chunks, should_stop)
         last = best
         if not all(torch.equal(state.best_weights, state.weights) for state in states):
-            _, last = group.measure(torch.cat([state.weights for state in states]), chunks)
+            _, last = group.measure(torch.cat([state.weights for state in states]), chunks, should_stop)
         found |= {id(job): pair for job, pair in zip(group.jobs, zip(best, last, strict=True), strict=True)}
     return [found[id(job)] for job in jobs]

@@ -17,6 +17,8 @@ from hypothesis import Phase, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of a kernel
 
+import torch._dynamo  # which every forked worker would import with its first op, for a second and more
+
 from sparselth.cli.main import run
 from sparselth.data import load
 from sparselth.data.batches import Resident
@@ -102,6 +104,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     """The files of a run that must not depend on when it was stopped: metrics, masks, weights."""
     names = ("config.json", "cells.jsonl", "evaluations.jsonl")
     files = [folder / name for name in names] + sorted((folder / "cells").iterdir())
+    files += sorted((folder / "diverged").glob("*.json"))
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 

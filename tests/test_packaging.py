@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # kernels and plain data first; what stands to the right may import what stands to the left
 ORDER = [
     "errors",
+    "signals",
     "streams",
     "files",
     "lock",
@@ -37,7 +38,10 @@ ORDER = [
     "train",
     "tickets",
     "ledger",
+    "diverged",
+    "begun",
     "runs",
+    "report.diverged",
     "report.page",
     "report.stats",
     "report.tables",

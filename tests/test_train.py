@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,9 @@ from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Resident
 from sparselth.engine.dense import init_weights
 from sparselth.engine.state import Job, State
-from sparselth.models import get_model
+from sparselth.models import Conv, Linear, MaxPool, Model, ReLU, get_model
 from sparselth.streams import stream
-from sparselth.train import Diverged, _evaluated, accuracies_on_test, fit
+from sparselth.train import _evaluated, accuracies_on_test, fit, is_done
 
 LENET = get_model("lenet-300-100")
 TICKET = Cell(0, "ticket", 0)
@@ -44,8 +45,9 @@ def test_pruned_weights_stay_zero_and_live_ones_move(digits: Resident, recipe: R
 
 
 @pytest.mark.parametrize("recipe", [ADAM, SGD], ids=["adam", "sgd"])
-@pytest.mark.parametrize("stop", [1, 49, 50, 77])
-def test_stopping_anywhere_changes_no_bit(digits: Resident, recipe: Recipe, stop: int) -> None:
+@pytest.mark.parametrize(("stop", "step"), [(1, 1), (49, 49), (50, 50), (51, 50), (77, 75), (125, 120)])
+def test_stopping_anywhere_changes_no_bit(digits: Resident, recipe: Recipe, stop: int, step: int) -> None:
+    """`should_stop` is asked before every step, and before each of two chunks of an evaluation."""
     whole, mask = start(0, recipe, keep=0.5)
     fit(LENET, digits, [Job(TICKET, whole, mask, keep_step=60)], recipe)
     state, _ = start(0, recipe, keep=0.5)
@@ -57,7 +59,8 @@ def test_stopping_anywhere_changes_no_bit(digits: Resident, recipe: Recipe, stop
         recipe,
         should_stop=lambda: next(calls) == stop,
     )
-    assert state.step == stop
+    assert state.step == step
+    assert not is_done(Job(TICKET, state, mask), recipe)
     fit(LENET, digits, [Job(TICKET, state, mask, keep_step=60)], recipe)
     assert torch.equal(state.weights, whole.weights)
     assert torch.equal(state.best_weights, whole.best_weights)
@@ -139,10 +142,51 @@ def test_adam_corrects_its_bias_from_the_rewind_step(digits: Resident) -> None:
     assert moved[moved > 0].median() == pytest.approx(recipe.lr, rel=0.01)
 
 
-def test_divergence_names_the_replica(digits: Resident) -> None:
-    recipe = Recipe(steps=120, lr=1e6, eval_every=50)
-    state, mask = start(3, recipe)
-    with pytest.raises(
-        Diverged, match=r"seed 3 reinit draw 2 level 4: training diverged before step 50 .*`lr`"
-    ):
-        fit(LENET, digits, [Job(Cell(3, "reinit", 4, 2), state, mask)], recipe)
+SMALL = Model("small", (1, 28, 28), (Linear(20), ReLU(), Linear(10)), {}, "")
+TINY = Model("tiny", (1, 28, 28), (MaxPool(7), Linear(4), ReLU(), Linear(10)), {}, "")
+CONVS = Model("convs", (1, 28, 28), (Conv(2, 9), ReLU(), MaxPool(2), Linear(10)), {}, "")
+
+
+ENGINES = [("reference", 0.0), ("torch", 0.0), ("torch", 2.0), ("auto", 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("model", "kernels", "even"),
+    [(model, *engine) for model in (SMALL, CONVS) for engine in ENGINES] + [(TINY, "triton", 0.0)],
+)
+def test_a_replica_that_diverges_is_left_and_the_others_go_on(
+    model: Model, kernels: str, even: float, few: Resident
+) -> None:
+    """Through every engine: the others have the bits they have without it."""
+    recipe, m = replace(ADAM, steps=2, eval_every=1, batch_size=2), model.params.mask_size
+    found: dict[bool, list[Job]] = {}
+    for blown in (True, False):
+        jobs = []
+        for seed in range(3):
+            weights, mask = init_weights(model, stream(seed, "reinit", 4, "init")), model.params.full_mask()
+            mask &= weights[:m].abs() > weights[:m].abs().median()
+            weights[:m] *= mask * (1e25 if seed == 1 else 1.0)
+            if seed != 1 or blown:
+                jobs.append(Job(Cell(seed, "reinit", 4, 2), State.start(weights[None], recipe), mask))
+        heard: list[int] = []
+
+        def told(some: Sequence[Job], heard: list[int] = heard) -> None:
+            heard += [job.who.seed for job in some]
+
+        share = {s.name: even for s in model.weights}
+        fit(model, few, jobs, recipe, kernels=kernels, break_even=share, on_evaluation=told)
+        assert sorted(heard) == [0, 0, 2, 2]
+        assert all(is_done(job, recipe) for job in jobs)
+        found[blown] = jobs
+    first, bad, last = found[True]
+    assert first.diverged is last.diverged is None
+    assert bad.diverged is not None
+    assert bad.diverged.startswith("training diverged before step 1 (validation loss ")
+    assert bad.diverged.endswith("; use a smaller `lr`")
+    assert bad.state.step == 1
+    assert not bad.state.evaluations
+    for ours, theirs in zip((first, last), found[False], strict=True):
+        assert torch.equal(ours.state.weights, theirs.state.weights)
+        assert torch.equal(ours.state.best_weights, theirs.state.best_weights)
+        assert ours.state.evaluations == theirs.state.evaluations
+        assert len(ours.state.evaluations) == 2

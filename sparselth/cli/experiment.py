@@ -13,17 +13,21 @@ import click
 
 from sparselth.cli.options import PATH, as_flags, data_dir, flag, output
 from sparselth.config import Recipe
-from sparselth.errors import UsageError, unknown
+from sparselth.errors import Interrupted, UsageError, unknown
 from sparselth.experiments.base import Experiment
 from sparselth.experiments.training import Training
 from sparselth.machine import check_torch
 from sparselth.models import get_model
+from sparselth.signals import name_of
 
 if TYPE_CHECKING:
+    from sparselth.cli.screen import Screen
     from sparselth.experiments.plan import Plan
     from sparselth.experiments.price import Price
+    from sparselth.runs import RunRecord
 
-EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted after saving."
+DIVERGED = 3
+EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 usage, 3 a network diverged, 130 interrupted after saving."
 MACHINE = ("device", "kernels")  # flags of these fields come after what is trained
 
 
@@ -31,9 +35,9 @@ def command(experiment: type[Experiment]) -> click.Command:
     """The command of an experiment, with a flag for every field that has a help."""
 
     @click.pass_context
-    def call(ctx: click.Context, /, **flags: Any) -> None:
+    def call(ctx: click.Context, /, **flags: Any) -> int:
         source = click.core.ParameterSource.COMMANDLINE
-        _main(experiment, flags, {name for name in flags if ctx.get_parameter_source(name) is source})
+        return _main(experiment, flags, {name for name in flags if ctx.get_parameter_source(name) is source})
 
     text = f"{as_flags(inspect.cleandoc(experiment.__doc__ or ''))}\n\n{EXIT_CODES}"
     return click.Command(experiment.name, callback=call, params=[*_params(experiment)], help=text)
@@ -100,7 +104,37 @@ def _option(decorator: Any) -> click.Parameter:
     return param
 
 
-def _main(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) -> None:
+def _main(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) -> int:
+    try:
+        done = _done(experiment, flags, given)
+    except KeyboardInterrupt as stop:
+        kept = "; a dry run keeps nothing" if flags["dry_run"] else " before anything was computed"
+        raise Interrupted(f"stopped by {name_of(stop)}{kept}") from None
+    if done is None:
+        return 0
+    record, screen = done
+    from sparselth.cli.show import report
+    from sparselth.report.diverged import said
+    from sparselth.report.page import fill
+
+    report(record, flags["as_json"], screen.wall)
+    if not flags["as_json"]:
+        folder = record.path / "figures"
+        figures = ", ".join(file.name for file in sorted(folder.glob("*.png")))
+        print("\n" + fill(f"{folder}: {figures}", " " * 9, "figures  ") if figures else "")
+        if screen.wall:
+            print(screen.compared())
+        print(f"run      {record.path}")
+    if not record.diverged:
+        return 0
+    _say(f"sparselth: {'; '.join(said(record))}")
+    return DIVERGED
+
+
+def _done(
+    experiment: type[Experiment], flags: dict[str, Any], given: set[str]
+) -> tuple[RunRecord, Screen] | None:
+    """What the run found, and who was told of it; None after --dry-run."""
     _inherit(experiment, flags, given)
     config = _configured(experiment, flags)
     check_torch()
@@ -129,20 +163,9 @@ def _main(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) 
             print(json.dumps({"schema": schema} | plan_json(planned, there), indent=2))
         else:
             say_plan(planned, there)
-        return
+        return None
     screen = Screen(flags["quiet"])
-    record = run(config, **arguments, resume=flags["resume"], watcher=screen)
-    from sparselth.cli.show import report
-    from sparselth.report.page import fill
-
-    report(record, flags["as_json"], screen.wall)
-    if not flags["as_json"]:
-        folder = record.path / "figures"
-        figures = ", ".join(file.name for file in sorted(folder.glob("*.png")))
-        print("\n" + fill(f"{folder}: {figures}", " " * 9, "figures  ") if figures else "")
-        if screen.wall:
-            print(screen.compared())
-        print(f"run      {record.path}")
+    return run(config, **arguments, resume=flags["resume"], watcher=screen), screen
 
 
 def _inherit(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) -> None:

@@ -156,9 +156,10 @@ def _runs(out: Path) -> Listing:
             continue
         config, total = record.config, len(record.config.cells())
         state = "finished" if record.complete else f"{len(record.points)} of {total} cells, --resume goes on"
+        state += f"; {len(record.diverged)} diverged" if record.diverged else ""
         state += f"; damaged: {record.damage}" * bool(record.damage)
         of = {name: getattr(config, name) for name in ("model", "dataset") if hasattr(config, name)}
         row = {"run": str(record.path), "experiment": config.name} | of
-        rows.append(row | {"cells": total, "finished": len(record.points)})
+        rows.append(row | {"cells": total, "finished": len(record.points), "diverged": len(record.diverged)})
         lines.append(fill(f"{record.path}  {title}: {state}"))
     return rows, lines or [f"no runs in {out}; `sparselth imp` makes one"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import resource
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from sparselth.cli.options import as_flags, plugin
 from sparselth.cli.plain import open_streams, speak_plainly, stdout_fails
 from sparselth.errors import Interrupted, SparselthError, UsageError, unknown
 from sparselth.registry import load_plugin
+from sparselth.signals import asked_to_stop, interrupt, name_of
 
 COMMANDS = {  # beside those of experiments
     "bench": "Measure what sparsity is worth on this machine, beside dense at its best.",
@@ -78,16 +78,21 @@ def main(args: list[str] | None = None) -> None:
 
 def run(args: list[str]) -> int:
     """Run the command line; the exit code."""
+    with asked_to_stop(interrupt):
+        return _run(args)
+
+
+def _run(args: list[str]) -> int:
     debug = "--debug" in args
-    signal.signal(signal.SIGTERM, _terminate)
     open_streams()
     speak_plainly()
     try:
         code = cli.main(_plugged(args or ["--help"]), prog_name="sparselth", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; what is finished is kept, continue with --resume", 130)
+    except (KeyboardInterrupt, click.Abort) as error:
+        stop = error if isinstance(error, KeyboardInterrupt) else error.__cause__
+        return _fail(f"stopped by {name_of(stop or error)}", 130)
     except BrokenPipeError:
         # The reader of a pipe left (`sparselth show RUN | head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -155,7 +160,3 @@ def _plugged(args: list[str]) -> list[str]:
         else:
             rest.append(word)  # without a file: click says so
     return rest
-
-
-def _terminate(*_: object) -> None:
-    raise KeyboardInterrupt

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from sparselth.cli.options import as_flags
 from sparselth.config import Cell
-from sparselth.experiments.base import Finished
+from sparselth.experiments.base import Diverged, Finished
 from sparselth.experiments.plan import Plan, Watcher
 from sparselth.experiments.training import Training
 
@@ -20,12 +21,19 @@ HEARTBEAT_SECONDS = 20.0
 def progress(plan: Plan, quiet: bool) -> Iterator[Watcher]:
     """The watcher that fits stderr."""
     if quiet:
-        yield Watcher()
+        yield Quiet()
     elif sys.stderr.isatty():
         with Bars(plan) as bars:
             yield bars
     else:
         yield Lines(plan)
+
+
+class Quiet(Watcher):
+    """Says nothing; what diverged is told in the end."""
+
+    def diverged(self, worker: int, done: Diverged, without: Sequence[Cell]) -> None:
+        pass
 
 
 class _Progress(Watcher):
@@ -35,7 +43,7 @@ class _Progress(Watcher):
         config, price, cells = plan.config, plan.price, plan.config.cells()
         self.config = config
         self.steps = config.recipe.steps if isinstance(config, Training) else 1
-        self.cost = {cell: 1.0 for cell in cells if cell not in plan.finished}
+        self.cost = {cell: 1.0 for cell in cells if cell not in plan.finished | plan.lost}
         if price and isinstance(config, Training):
             self.cost = {cell: price.batch_seconds(config, [cell]) for cell in self.cost}
         self.share: dict[Cell, float] = {}  # of the cells under way
@@ -57,6 +65,19 @@ class _Progress(Watcher):
         self.count -= len(cells)
         self.cost |= dict.fromkeys(cells, self.all / max(len(self.cost), 1))
         self.all = sum(self.cost.values())
+
+    def diverged(self, worker: int, done: Diverged, without: Sequence[Cell]) -> None:
+        for cell in (done.cell, *without):
+            self.share.pop(cell, None)
+            self.over += self.cost.pop(cell, 0.0)
+        what = f"; {len(without)} cells that need it are not computed" if without else ""
+        self._say(as_flags(f"{done.cell}: {done.why}{what}"))
+
+    def stopping(self) -> None:
+        self._say("writing checkpoints; another signal ends at once")
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
     @property
     def fraction(self) -> float:
@@ -90,7 +111,7 @@ class Lines(_Progress):
             self._say(f"[{self.count}/{self.total}] {100 * self.fraction:.0f} % done, {self.left} to go")
 
     def _say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        super()._say(text)
         self.said = time.monotonic()
 
 
@@ -146,7 +167,10 @@ class Bars(_Progress):
         self.tick()
 
     def halved(self, cells: int, limit: int) -> None:
-        self.bars.console.print(f"out of memory with {cells} networks at once; going on with {limit}")
+        self._say(f"out of memory with {cells} networks at once; going on with {limit}")
+
+    def _say(self, text: str) -> None:
+        self.bars.console.print(text, markup=False, highlight=False)
 
     def _row(self, worker: int, cells: Sequence[Cell]) -> None:
         """Show what a worker trains in place of what it trained before."""

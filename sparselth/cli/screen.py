@@ -32,7 +32,10 @@ class Screen(Watcher):
 
     def complete(self, plan: Plan) -> None:
         if not self.quiet:
-            self.note(f"{plan.path}: all {len(plan.finished)} cells are finished; nothing to compute")
+            count = f"all {len(plan.finished)} cells are finished"
+            if plan.lost:
+                count = f"{len(plan.finished)} cells are finished, {len(plan.lost)} have no result"
+            self.note(f"{plan.path}: {count}; nothing to compute")
 
     @contextmanager
     def begin(self, plan: Plan) -> Iterator[Watcher]:
@@ -71,7 +74,7 @@ def _usual(plan: Plan) -> dict[str, Any] | None:
         found = usual.sample(config, images)
     except (ImportError, RuntimeError):  # a torchvision that does not fit this torch
         return None
-    cells = [cell for cell in config.cells() if cell not in plan.finished]
+    cells = [cell for cell in config.cells() if cell not in plan.finished | plan.lost]
     training, evaluating = found.run_seconds(config, images, cells)
     return {
         "cells": len(cells),

@@ -31,6 +31,9 @@ def show(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
 
 def report(record: RunRecord, as_json: bool, wall: dict[str, Any] | None = None) -> None:
     """The table, or the document of `NAME --json`; `wall` is what computing it took just now."""
+    from sparselth.ledger import point
+    from sparselth.report.diverged import said
+    from sparselth.report.page import fill
     from sparselth.runs import reporting
 
     config = record.config
@@ -42,9 +45,13 @@ def report(record: RunRecord, as_json: bool, wall: dict[str, Any] | None = None)
                 "config": config.to_json(),
                 "complete": record.complete,
                 "points": record.points,
+                "diverged": record.diverged,
+                "not_computed": [point(cell) for cell in record.not_computed],
                 "summary": config.summary(record),
             } | ({"wall": wall} if wall else {})
             text = json.dumps(document, indent=2)
         else:
             text = config.table(record)
+            if lost := said(record):
+                text += "\n\n" + fill(as_flags("\n".join(lost)))
     print(text)

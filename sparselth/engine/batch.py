@@ -11,7 +11,7 @@ from torch import Tensor
 from sparselth.data.batches import Batches
 from sparselth.engine.dense import Network, cross_entropy, cross_entropy_grad
 from sparselth.engine.memory import Held
-from sparselth.engine.state import Batch, measure
+from sparselth.engine.state import Batch, measure, never
 from sparselth.engine.update import bind_update
 from sparselth.engine.vendor import VendorNetwork
 from sparselth.kernels.masked_update import Step
@@ -81,10 +81,10 @@ class DenseSteps:
                 update(step + i - start + 1, self.recipe.lr_at(step + i))
         return steps
 
-    def measure(self) -> tuple[list[float], list[float]]:
+    def measure(self, should_stop: Callable[[], bool] = never) -> tuple[list[float], list[float]]:
         losses, accuracies = list[float](), list[float]()
         for seed, forward in self.forwards:
-            found = measure(forward, self.batch.data.validation(seed))
+            found = measure(forward, self.batch.data.validation(seed), should_stop)
             losses += found[0]
             accuracies += found[1]
         return losses, accuracies

@@ -7,7 +7,7 @@ job computes does not depend on the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -20,7 +20,7 @@ from sparselth.engine.compressed import CompressedForward, CompressedSteps
 from sparselth.engine.layout import Layout, compressible
 from sparselth.engine.paths import Paths, choose
 from sparselth.engine.replay import Replay
-from sparselth.engine.state import Batch, Job, Steps, measure
+from sparselth.engine.state import Batch, Job, Steps, measure, never
 from sparselth.models import Conv, Model
 
 
@@ -43,13 +43,17 @@ class Group:
         for job in self.jobs:
             job.state.leave()
 
-    def measure(self, weights: Tensor, chunks: Sequence[Chunk]) -> tuple[list[float], list[float]]:
-        """(loss, accuracy) of weights [R, P] under the jobs' masks, each a list of R."""
+    def measure(
+        self, weights: Tensor, chunks: Sequence[Chunk], should_stop: Callable[[], bool] = never
+    ) -> tuple[list[float], list[float]]:
+        """(loss, accuracy) of weights [R, P] under the jobs' masks, each a list of R; may raise Stopped."""
         if not self.compressed:
-            return measure(DenseForward(self.model, weights, _takes_vendor(self.model, self.paths)), chunks)
+            dense = DenseForward(self.model, weights, _takes_vendor(self.model, self.paths))
+            return measure(dense, chunks, should_stop)
         (job,) = self.jobs
         layout, kernels = Layout(self.model, job.mask, self.compressed), self.paths.csr_linear.takes
-        return measure(CompressedForward(self.model, layout, layout.compress(weights), kernels), chunks)
+        compressed = CompressedForward(self.model, layout, layout.compress(weights), kernels)
+        return measure(compressed, chunks, should_stop)
 
 
 def groups(

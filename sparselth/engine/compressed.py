@@ -21,7 +21,7 @@ from sparselth.data.batches import Batches, Resident
 from sparselth.engine.layers import DenseConv, Place
 from sparselth.engine.layout import Layout
 from sparselth.engine.memory import Held
-from sparselth.engine.state import Batch, measure
+from sparselth.engine.state import Batch, measure, never
 from sparselth.engine.update import bind_update
 from sparselth.kernels.csr_linear import (
     CsrIndex,
@@ -129,8 +129,8 @@ class CompressedSteps:
             self.update(step + i - self.job.start_step + 1, self.recipe.lr_at(step + i))
         return steps
 
-    def measure(self) -> tuple[list[float], list[float]]:
-        return measure(self.forward, self.batch.data.validation(self.job.who.seed))
+    def measure(self, should_stop: Callable[[], bool] = never) -> tuple[list[float], list[float]]:
+        return measure(self.forward, self.batch.data.validation(self.job.who.seed), should_stop)
 
     def memory(self) -> Held:
         return self.batch.held(self.grad, (self.batches, self.chain.x))

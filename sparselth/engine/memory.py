@@ -29,7 +29,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     Out of memory within the capture of a graph comes as an error of the capture, with its cause behind it.
     """
-    words = ("out of memory", "can't allocate memory", "alloc_failed")
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")
     chain, seen = [error], list[BaseException]()
     while chain:
         link = chain.pop()

@@ -35,7 +35,7 @@ from sparselth.config import Recipe
 from sparselth.data.batches import Batches, Done, Event, Gather, Orders, Resident
 from sparselth.engine.dense import Network
 from sparselth.engine.memory import Held
-from sparselth.engine.state import Batch
+from sparselth.engine.state import Batch, never
 from sparselth.kernels import bitmask, replica_parts
 from sparselth.kernels._graphs import capture, warm_up
 from sparselth.kernels.linear_grad_update import linear_grad_update
@@ -203,8 +203,8 @@ class Replay:
             self._throttle()
         return done
 
-    def measure(self) -> tuple[list[float], list[float]]:
-        self.evaluate()
+    def measure(self, should_stop: Callable[[], bool] = never) -> tuple[list[float], list[float]]:
+        self.evaluate()  # on a device one launch, which nothing stops
         return self.means()
 
     def memory(self) -> Held:

@@ -59,6 +59,11 @@ class State:
             self._convert(layout.expand, partial(layout.expand, weights=False))
             self.layout = None
 
+    def part(self) -> None:
+        """Leave the tensors of a batch, which then can be let go."""
+        self.weights, self.best_weights = self.weights.clone(), self.best_weights.clone()
+        self.moments = [moment.clone() for moment in self.moments]
+
     def expanded(self) -> State:
         """This state with its tensors [1, P]."""
         found = replace(self)
@@ -78,7 +83,8 @@ class Job:
 
     `mask` is bool [M]; weights it prunes must be 0 in `state` and stay 0. `start_step` is the step the
     optimizer started at (its own count begins there; the learning rate is that of the true step); weights
-    are copied to `state.kept_weights` when `keep_step` is reached.
+    are copied to `state.kept_weights` when `keep_step` is reached. A job that diverges says why, and its
+    state stays where it was noticed.
     """
 
     who: Cell
@@ -86,6 +92,7 @@ class Job:
     mask: Tensor
     start_step: int = 0
     keep_step: int | None = None
+    diverged: str | None = None
 
 
 class Batch:
@@ -115,6 +122,15 @@ class Batch:
         return Held(self.weights, gradients, self.moments, layout, (self.data, images), kept)
 
 
+class Stopped(Exception):
+    """An evaluation was left, because `should_stop` said so."""
+
+
+def never() -> bool:
+    """Do not stop."""
+    return False
+
+
 class Steps(Protocol):
     """An engine: what trains and evaluates the R jobs of a batch."""
 
@@ -124,8 +140,11 @@ class Steps(Protocol):
     def advance(self, step: int, steps: int, should_stop: Callable[[], bool]) -> int:
         """Take `steps` steps from `step` on, and return how many were taken before `should_stop`."""
 
-    def measure(self) -> tuple[list[float], list[float]]:
-        """Mean cross-entropy and accuracy on the validation images, each a list of R."""
+    def measure(self, should_stop: Callable[[], bool] = never) -> tuple[list[float], list[float]]:
+        """Mean cross-entropy and accuracy on the validation images, each a list of R.
+
+        Raises Stopped where `should_stop` says so between two chunks of the images.
+        """
 
     def memory(self) -> Held:
         """What it keeps between two steps; what is left of the last one is let go."""
@@ -141,9 +160,18 @@ class Forward(Protocol):
         """
 
 
-def measure(forward: Forward, chunks: Sequence[Chunk]) -> tuple[list[float], list[float]]:
-    """Mean cross-entropy and accuracy of R networks that all see the same images, each a list of R."""
-    sums = [forward.sums(x, y) for x, y in chunks]
+def measure(
+    forward: Forward, chunks: Sequence[Chunk], should_stop: Callable[[], bool] = never
+) -> tuple[list[float], list[float]]:
+    """Mean cross-entropy and accuracy of R networks that all see the same images, each a list of R.
+
+    Raises Stopped where `should_stop` says so between two chunks.
+    """
+    sums = []
+    for x, y in chunks:
+        if should_stop():
+            raise Stopped
+        sums.append(forward.sums(x, y))
     total = sum(x.shape[2] for x, _ in chunks)
     loss, right = (sum(values[1:], values[0]) / total for values in zip(*sums, strict=True))
     return loss.tolist(), right.tolist()

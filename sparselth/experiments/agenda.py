@@ -21,8 +21,9 @@ class Agenda:
     computed again may have to follow it.
     """
 
-    def __init__(self, config: Experiment, finished: Iterable[Cell]) -> None:
-        self.config, self.held = config, set(finished)
+    def __init__(self, config: Experiment, finished: Iterable[Cell], without: Iterable[Cell] = ()) -> None:
+        """Cells `without` a result are not computed; nor can be those that need one of them."""
+        self.config, self.held, self.without = config, set(finished), set(without)
         self.done: set[Cell] = set()
         self.order = {cell: i for i, cell in enumerate(config.cells())}
         self.missing = {cell: len(set(config.needs(cell))) for cell in self.order}  # of what a cell needs
@@ -40,7 +41,7 @@ class Agenda:
 
     def back(self, cells: Iterable[Cell]) -> None:
         """Cells that were taken and could not be computed."""
-        for cell in cells:
+        for cell in (cell for cell in cells if cell not in self.without):
             heappush(self.ready, (self.config.urgency(cell), self.order[cell], cell))
 
     def finished(self, cells: Iterable[Cell], again: Iterable[Cell] = ()) -> None:

@@ -35,6 +35,14 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Diverged:
+    """A cell without a result, because its network diverged: the step, what was found, what to do."""
+
+    cell: Cell
+    why: str
+
+
+@dataclass(frozen=True)
 class Place:
     """Where cells are computed: the run folder, the data on its device, whom to ask and tell meanwhile."""
 
@@ -60,10 +68,11 @@ class Experiment(Config):
         """What cells that can start are sorted by: the least goes first."""
         return cell.level
 
-    def compute(self, cells: Sequence[Cell], place: Place) -> list[Finished] | None:
+    def compute(self, cells: Sequence[Cell], place: Place) -> Sequence[Finished | Diverged] | None:
         """Compute cells together and write their files; None when stopped, after checkpoints were written.
 
-        Reads only files of finished cells and its own checkpoints, so it can run in any process.
+        Reads only files of finished cells and its own checkpoints, so it can run in any process. Where
+        `place.should_stop` is not asked within a second of a signal, what is under way is lost.
         """
         raise NotImplementedError
 

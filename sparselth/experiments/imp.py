@@ -227,6 +227,8 @@ class ImpConfig(Training):
         return summary(record)
 
     def draw(self, record: RunRecord, folder: Path) -> None:
+        if not record.points:
+            return
         last = folder / "pixels.svg"  # is drawn last
         if last.exists() and last.stat().st_mtime_ns > (record.path / "cells.jsonl").stat().st_mtime_ns:
             return

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from sparselth import tickets
 from sparselth.config import Cell, Recipe
-from sparselth.engine.state import Job, State
+from sparselth.engine.state import Job, State, Stopped
 from sparselth.errors import SparselthError
-from sparselth.experiments.base import Finished, Place
+from sparselth.experiments.base import Diverged, Finished, Place
 from sparselth.files import ARRAYS_BYTES, Arrays, load_arrays, save_arrays
 from sparselth.models import Model
 from sparselth.runs import cell_path, checkpoint_path
-from sparselth.train import accuracies_on_test, fit
+from sparselth.train import accuracies_on_test, fit, is_done
 
-CHECKPOINT_SECONDS = 60.0
+CHECKPOINT_SECONDS = 60.0  # at the next evaluation
+PAUSE_SECONDS = 120.0  # where none comes, because steps are long: between two steps
 CHECKPOINT_BYTES = 1 << 28  # beside weights: evaluations, a line each
 
 
@@ -48,38 +49,62 @@ def job(
 
 def train(
     model: Model, jobs: Sequence[Job], recipe: Recipe, kernels: str, place: Place, where: dict[str, Any]
-) -> list[Finished] | None:
+) -> list[Finished | Diverged] | None:
     """Train cells together and write their files; None when stopped, after checkpoints were written.
 
     `where` they come from is what their files say of it, beside the cell.
     """
     assert place.data is not None
-    saved = time.monotonic()
+    saved, asked = time.monotonic(), 0
+
+    def save(some: Sequence[Job]) -> None:
+        nonlocal saved
+        for job in some:
+            if job.diverged is None:
+                _save_state(checkpoint_path(place.run, job.who), job.state.expanded(), where)
+        saved = time.monotonic()
 
     def evaluated(some: Sequence[Job]) -> None:
-        nonlocal saved
         place.evaluated(some)
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
-            for job in some:
-                _save_state(checkpoint_path(place.run, job.who), job.state.expanded(), where)
-            saved = time.monotonic()
+            save(some)
 
-    fit(
-        model,
-        place.data,
-        jobs,
-        recipe,
-        kernels=kernels,
-        break_even=place.break_even,
-        on_evaluation=evaluated,
-        should_stop=place.should_stop,
-    )
-    if any(job.state.step < recipe.steps for job in jobs):
-        for job in jobs:
-            _save_state(checkpoint_path(place.run, job.who), job.state, where)
+    def overdue() -> bool:
+        """Whether to save before the next step; at least one step is taken in between."""
+        nonlocal asked
+        asked += 1
+        return asked > 1 and time.monotonic() - saved > PAUSE_SECONDS
+
+    while not all(is_done(job, recipe) for job in jobs):
+        asked = 0
+        fit(
+            model,
+            place.data,
+            jobs,
+            recipe,
+            kernels=kernels,
+            break_even=place.break_even,
+            on_evaluation=evaluated,
+            should_stop=place.should_stop,
+            should_pause=overdue,
+        )
+        if not all(is_done(job, recipe) for job in jobs):
+            save(jobs)
+            if place.should_stop():
+                return None
+    going = [job for job in jobs if job.diverged is None]
+    try:
+        accuracies = accuracies_on_test(
+            model, place.data, going, kernels, place.break_even, place.should_stop
+        )
+    except Stopped:
+        save(jobs)
         return None
-    accuracies = accuracies_on_test(model, place.data, jobs, kernels, place.break_even)
-    return [_finished(model, job, place, where, *pair) for job, pair in zip(jobs, accuracies, strict=True)]
+    pairs = zip(going, accuracies, strict=True)
+    return [
+        *(Diverged(job.who, job.diverged) for job in jobs if job.diverged),
+        *(_finished(model, job, place, where, *pair) for job, pair in pairs),
+    ]
 
 
 def _finished(
@@ -130,6 +155,7 @@ def _save_state(file: Path, state: State, where: dict[str, Any]) -> None:
         "seconds": state.seconds,
         "step_seconds": state.step_seconds,
         "pace": state.pace,
+        "bytes": state.bytes,
     }
     save_arrays(file, arrays, header)
 
@@ -150,6 +176,7 @@ def _load_state(file: Path, device: str, most: int = ARRAYS_BYTES) -> State:
             header["seconds"],
             header["step_seconds"],
             header["pace"],
+            header.get("bytes", 0),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise SparselthError(f"{file}: is no checkpoint ({error})") from error
@@ -159,7 +186,7 @@ def _goes_on(state: State, start: State, recipe: Recipe, keep_step: int | None) 
     """Whether a state that was read is one between `start` and the end of training."""
     tensors = [state.weights, state.best_weights, *state.moments]
     tensors += [state.kept_weights] if state.kept_weights is not None else []
-    numbers = [state.best_loss, state.seconds, state.step_seconds]
+    numbers = [state.best_loss, state.seconds, state.step_seconds, state.bytes]
     numbers += state.pace if isinstance(state.pace, list) else [None]
     return (
         all(type(one) is int and start.step <= one <= recipe.steps for one in (state.step, state.best_step))

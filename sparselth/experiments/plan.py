@@ -11,7 +11,7 @@ from typing import Any
 
 from sparselth.config import Cell
 from sparselth.data import Images
-from sparselth.experiments.base import Experiment, Finished
+from sparselth.experiments.base import Diverged, Experiment, Finished
 from sparselth.experiments.price import Price
 from sparselth.experiments.training import Training
 
@@ -28,6 +28,7 @@ class Plan:
     limit: int  # networks in a batch, at most
     environment: dict[str, Any]
     finished: frozenset[Cell] = frozenset()
+    lost: frozenset[Cell] = frozenset()  # that have diverged, or need one that has
     price: Price | None = None  # only what trains has one
 
     @property
@@ -35,7 +36,8 @@ class Plan:
         """When the last missing cell will be finished, beside whoever else is busy here."""
         if self.price is None or not isinstance(self.config, Training):
             return None
-        alone = self.price.run_seconds(self.config, self.finished, self.workers, self.limit)
+        done = self.finished | self.lost
+        alone = self.price.run_seconds(self.config, done, self.workers, self.limit)
         return alone * self.price.slowdown(self.workers)
 
     @property
@@ -75,6 +77,13 @@ class Watcher:
 
     def again(self, cells: Sequence[Cell]) -> None:
         """Finished cells are open again: what they were computed from came out otherwise."""
+
+    def diverged(self, worker: int, done: Diverged, without: Sequence[Cell]) -> None:
+        """A cell has no result; those `without` need it and are not computed."""
+        self.note(f"{done.cell}: {done.why}" + f"; {len(without)} cells need it" * bool(without))
+
+    def stopping(self) -> None:
+        """A signal came, and checkpoints take longer than a second to write."""
 
     def halved(self, cells: int, limit: int) -> None:
         """Memory was short for as many cells at once; now there are `limit` at most."""

@@ -3,19 +3,21 @@
 On a CPU workers are forked, so that the data set is in memory once; on CUDA one spawned worker owns the
 device. A spawned worker knows plugins, and nothing else that its parent has registered. Only the parent
 writes the run's lines; a worker writes the files of its cells, then reports. A batch for which memory is
-short is halved. A worker whose parent is gone ends itself.
+short is halved. A worker ends with its parent. A signal asks workers to save; one that cannot within GRACE,
+because a step is long, is killed: its cells go on from their last checkpoint.
 """
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import pickle
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -23,14 +25,16 @@ from typing import Any
 
 import torch
 
+from sparselth import signals
 from sparselth.config import Cell
 from sparselth.data import Images
 from sparselth.data.batches import Resident
+from sparselth.diverged import in_need
 from sparselth.engine.memory import free_memory, is_out_of_memory
 from sparselth.engine.state import Job
 from sparselth.errors import Interrupted, SparselthError
 from sparselth.experiments.agenda import Agenda
-from sparselth.experiments.base import Experiment, Place
+from sparselth.experiments.base import Diverged, Experiment, Place
 from sparselth.experiments.flag import Flag
 from sparselth.experiments.plan import Watcher
 from sparselth.experiments.price import Price, measured
@@ -39,6 +43,10 @@ from sparselth.machine import cores
 from sparselth.models import get_model
 from sparselth.registry import load_plugin, plugins
 from sparselth.runs import RunFolder
+
+GRACE = 1.2  # seconds from a signal until a worker must have come to an end of a step or of a chunk of images
+PATIENCE = 5.0  # seconds that idle workers have to end
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -92,33 +100,51 @@ class Pool:
         workers: int,
         break_even: Mapping[str, float],
     ) -> None:
-        self.config = config
-        context: Any = multiprocessing.get_context("fork" if _forks(config) else "spawn")
+        self.config, self.workers = config, workers
+        self.work = Work(config, images, run, break_even)
+        self.context: Any = multiprocessing.get_context("fork" if _forks(config) else "spawn")
         self.stop = Flag()
         self.connections: list[Connection] = []
-        self.processes = []
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_work,
-                args=(theirs, self.stop, os.getpid(), Work(config, images, run, break_even)),
-                daemon=True,
-            )
-            process.start()
-            theirs.close()
-            self.connections.append(ours)
-            self.processes.append(process)
+        self.processes: list[Any] = []
 
     def __enter__(self) -> Pool:
+        try:
+            with signals.held_back():
+                for _ in range(self.workers):
+                    self._start()
+        except BaseException:
+            self._end(0.0)
+            raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for the workers, but not where something else ended the run: nothing of theirs is awaited."""
+        self._end(PATIENCE if kind is None or issubclass(kind, SparselthError) else 0.0)
+
+    def _start(self) -> None:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(
+            target=_work, args=(theirs, self.stop, os.getpid(), self.work), daemon=True
+        )
+        try:
+            process.start()
+        except OSError as error:
+            raise SparselthError(
+                f"cannot start worker {len(self.processes)}: {error.strerror}; use fewer `workers`"
+            ) from error
+        finally:
+            theirs.close()
+        self.connections.append(ours)
+        self.processes.append(process)
+
+    def _end(self, patience: float) -> None:
         self.stop.value = True
         for connection in self.connections:
             with suppress(BrokenPipeError, ConnectionResetError):
                 connection.send(None)
+        until = time.monotonic() + patience
         for process in self.processes:
-            process.join(5)
+            process.join(max(0.0, until - time.monotonic()))
             if process.is_alive():
                 process.kill()
                 process.join()
@@ -137,14 +163,22 @@ class Pool:
         return price, fits
 
     def run(self, folder: RunFolder, watcher: Watcher, limit: int = 1) -> None:
-        """Compute every cell that is missing, up to `limit` in a batch.
+        """Compute every cell that is missing, up to `limit` in a batch; cells that diverge are recorded.
 
         Raises Interrupted after a signal, or what a cell raised.
         """
-        agenda = Agenda(self.config, folder.finished)
+        agenda = Agenda(self.config, folder.finished, folder.diverged)
         busy: dict[int, list[Cell]] = {}
+        saving: set[int] = set()  # workers that have come to an end of a step and write checkpoints
+        saved, cut, told = 0, 0, False
         failure: BaseException | None = None
-        with _signals(self.stop) as caught:
+        caught: list[tuple[str, float]] = []
+
+        def ask(name: str) -> None:
+            caught.append((name, time.monotonic()))
+            self.stop.value = True
+
+        with signals.asked_to_stop(ask):
             while True:
                 for worker, connection in enumerate(self.connections):
                     if worker in busy or self.stop.value:
@@ -160,9 +194,17 @@ class Pool:
                 if not busy:
                     break
                 ready = wait(
-                    [self.connections[w] for w in busy] + [p.sentinel for p in self.processes], timeout=0.25
+                    [self.connections[w] for w in busy] + [self.processes[w].sentinel for w in busy],
+                    timeout=0.25,
                 )
                 watcher.tick()
+                if caught and time.monotonic() - caught[0][1] > GRACE:
+                    for worker in busy.keys() - saving:
+                        self.processes[worker].kill()
+                        cut += len(busy.pop(worker))
+                    if busy and not told:
+                        watcher.stopping()
+                        told = True
                 for worker in [
                     w for w in busy if self.connections[w] in ready or not self.processes[w].is_alive()
                 ]:
@@ -170,32 +212,36 @@ class Pool:
                     match kind:
                         case "evaluated":
                             watcher.evaluated(worker, *value)
+                        case "stopping":
+                            saving.add(worker)
                         case "stopped":
-                            del busy[worker]
+                            saved += len(busy.pop(worker))
                         case "memory":
                             cells = busy.pop(worker)
                             limit = max(1, min(limit, len(cells) // 2))
                             agenda.back(cells)
                             watcher.halved(len(cells), limit)
                         case "finished":
-                            again = folder.add(value)
-                            agenda.finished(busy.pop(worker), again)
-                            for done in value:
+                            del busy[worker]
+                            found = [done for done in value if not isinstance(done, Diverged)]
+                            again = folder.add(found)
+                            agenda.finished([done.cell for done in found], again)
+                            for done in found:
                                 watcher.finished(worker, done)
                             if again:
                                 watcher.again(again)
+                            for done in value:
+                                if isinstance(done, Diverged):
+                                    folder.diverge(done.cell, done.why)
+                                    without = in_need(self.config, folder.finished, {done.cell})
+                                    watcher.diverged(worker, done, without)
                         case "failed":
                             del busy[worker]
                             failure, self.stop.value = failure or value, True
         if failure:
             raise failure
-        finished, total = len(folder.finished), len(self.config.cells())
-        if finished < total:
-            who = caught[0] if caught else "its caller"
-            raise Interrupted(
-                f"stopped by {who}; {finished} of {total} cells are finished and those under way are saved "
-                f"in {folder.path}; continue with `resume`"
-            )
+        if folder.missing:
+            raise stopped(folder, caught[0][0] if caught else "its caller", saved, cut)
         folder.complete()
 
     def _receive(self, worker: int) -> tuple[str, Any]:
@@ -213,6 +259,20 @@ class Pool:
         return message
 
 
+def stopped(folder: RunFolder, who: str, saved: int = 0, cut: int = 0) -> Interrupted:
+    """How a run stands that a signal has ended: cells that are finished, `saved`, and `cut` within a step."""
+    total = len(folder.config.cells())
+    if not folder.missing:
+        return Interrupted(
+            f"stopped by {who}; all cells are finished in {folder.path}, figures may be missing; the same "
+            "command draws them"
+        )
+    said = f"{len(folder.finished)} of {total} cells are finished"
+    said += f", {saved} under way are saved" if saved else ""
+    said += f", {cut} under way were cut and go on from their last checkpoint if any" if cut else ""
+    return Interrupted(f"stopped by {who}; {said} in {folder.path}; continue with `resume`")
+
+
 def available_workers(device: str) -> int:
     """One per core this process may use; one for a GPU."""
     return cores() if device == "cpu" else 1
@@ -220,23 +280,29 @@ def available_workers(device: str) -> int:
 
 def _work(connection: Connection, stop: Flag, parent: int, work: Work) -> None:
     """A worker's life: receive cells, compute them, report."""
-    # A signal to the whole group must not end a worker before it has saved.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signals.ignored()
+    _end_with_the_parent()
     torch.set_num_threads(1)
+    asked = False
 
-    def orphaned() -> bool:
-        return os.getppid() != parent
+    def leave_if_orphaned() -> None:
+        if os.getppid() != parent:
+            os._exit(1)
 
     def should_stop() -> bool:
-        return bool(stop.value)
+        """Asked wherever a cell can be left, at every step: so the parent knows that it will be."""
+        nonlocal asked
+        leave_if_orphaned()
+        if stop.value and not asked:
+            asked = True
+            connection.send(("stopping", None))
+        return asked
 
     config = work.config
     data: Resident | None = None
     while True:
         while not connection.poll(1.0):
-            if orphaned():
-                os._exit(1)
+            leave_if_orphaned()
         try:
             task: list[Cell] | int | None = connection.recv()
             if task is None:
@@ -255,8 +321,6 @@ def _work(connection: Connection, stop: Flag, parent: int, work: Work) -> None:
 
             def on_evaluation(jobs: Sequence[Job]) -> None:
                 nonlocal before
-                if orphaned():
-                    os._exit(1)
                 step, cells = jobs[0].state.step, tuple(job.who for job in jobs)
                 now = (time.perf_counter(), step, cells)
                 speed = 0.0
@@ -276,36 +340,30 @@ def _work(connection: Connection, stop: Flag, parent: int, work: Work) -> None:
                 if len(task) == 1:
                     raise SparselthError(
                         f"{task[0]}: out of memory with one network on {config.device}; use a smaller "
-                        "`batch_size`"
+                        "`batch_size`, or fewer `workers`; what is finished is kept, continue with `resume`"
                     ) from error
                 short = True
             if short:  # out here, where the error no longer holds what it could not finish
                 free_memory()
                 connection.send(("memory", None))
             else:
-                connection.send(("finished", result) if result else ("stopped", None))
+                connection.send(("stopped", None) if result is None else ("finished", result))
         except (BrokenPipeError, EOFError, ConnectionResetError):
             os._exit(1)  # the parent is gone
         except SparselthError as error:
             connection.send(("failed", error))
         except Exception as error:
-            report = RuntimeError(f"{task}: {type(error).__name__}: {error}")
+            report: Exception = RuntimeError(f"{task}: {type(error).__name__}: {error}")
             report.add_note(traceback.format_exc())
+            if is_out_of_memory(error):
+                report = SparselthError(
+                    "a worker is out of memory; use fewer `workers`; what is finished is kept, continue with "
+                    "`resume`"
+                )
             connection.send(("failed", report))
 
 
-@contextmanager
-def _signals(stop: Flag) -> Iterator[list[str]]:
-    """Within, SIGINT and SIGTERM set `stop`; their names are collected."""
-    caught: list[str] = []
-
-    def handler(number: int, _: object) -> None:
-        caught.append(signal.Signals(number).name)
-        stop.value = True
-
-    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, previous in old.items():
-            signal.signal(number, previous)
+def _end_with_the_parent() -> None:
+    """Have the system kill this process when its parent ends; where it cannot, the next step notices."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))

@@ -21,11 +21,12 @@ from sparselth.errors import SparselthError, UsageError, check_number
 from sparselth.experiments.agenda import widest
 from sparselth.experiments.base import Experiment
 from sparselth.experiments.plan import Plan, Watcher
-from sparselth.experiments.pool import Pool, available_workers
+from sparselth.experiments.pool import Pool, available_workers, stopped
 from sparselth.experiments.price import replica_bytes
 from sparselth.experiments.training import Training, evaluated_images
 from sparselth.models import get_model
 from sparselth.registry import plugins
+from sparselth.signals import name_of
 
 MOST_REPLICAS = 100_000
 
@@ -104,8 +105,10 @@ def run(
     on, and so does one that asked for fewer levels, seeds, arms or draws. The data set lies in `data_dir`,
     $SPARSELTH_DATA or the user's cache, and is downloaded into it if need be. A CPU has `workers` processes,
     one a core unless given, that train up to `replicas` networks as one batch; `deterministic` chooses the
-    kernels whose bits do not depend on the batch. Raises UsageError for what makes no experiment, Interrupted
-    after a signal, SparselthError for all else that a user can mend; what is finished is kept.
+    kernels whose bits do not depend on the batch. A network that diverges is in the record's `diverged`, and
+    cells that need it are not computed. Raises UsageError for what makes no experiment, Interrupted after a
+    signal (KeyboardInterrupt before the folder is there), SparselthError for all else that a user can mend;
+    what is finished is kept.
     """
     watcher = watcher or Watcher()
     planned = plan(
@@ -120,29 +123,32 @@ def run(
     config, path = planned.config, planned.path
     with runs.open_run(path, config, planned.environment, resume) as folder:
         if folder.damage:
-            again = "; what is missing is computed again" * (len(folder.finished) < len(config.cells()))
+            again = "; what is missing is computed again" * bool(folder.missing)
             watcher.note(f"note: {path}: {folder.damage}{again}")
         if other := folder.begun_elsewhere(planned.environment):
             watcher.note(
                 f"note: {path} was begun on another machine ({other}); new cells may differ in the last bits"
             )
-        planned = replace(planned, finished=frozenset(folder.finished))
-        if len(folder.finished) < len(config.cells()):
-            with Pool(config, planned.images, path, planned.workers, folder.break_even) as pool:
-                if watcher.prices or planned.limit > 1:  # or how many networks fit into memory
-                    planned = _priced(planned, pool)
-                with watcher.begin(planned) as told:
-                    pool.run(folder, told, planned.limit)
-        else:
-            watcher.complete(planned)
-        record = runs.read(path)
+        planned = replace(planned, finished=frozenset(folder.finished), lost=frozenset(folder.lost))
         try:
-            with runs.reporting(record):
-                config.draw(record, path / "figures")
-        except (OSError, SparselthError):
-            if not folder.read_only:
-                raise
-            watcher.note(f"note: {path} cannot be written, so its figures are not drawn")
+            if folder.missing:
+                with Pool(config, planned.images, path, planned.workers, folder.break_even) as pool:
+                    if watcher.prices or planned.limit > 1:  # or how many networks fit into memory
+                        planned = _priced(planned, pool)
+                    with watcher.begin(planned) as told:
+                        pool.run(folder, told, planned.limit)
+            else:
+                watcher.complete(planned)
+            record = runs.read(path)
+            try:
+                with runs.reporting(record):
+                    config.draw(record, path / "figures")
+            except (OSError, SparselthError):
+                if not folder.read_only:
+                    raise
+                watcher.note(f"note: {path} cannot be written, so its figures are not drawn")
+        except KeyboardInterrupt as stop:
+            raise stopped(folder, name_of(stop)) from None
     return record
 
 

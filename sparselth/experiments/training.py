@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparselth.config import KERNELS, Cell, Recipe, option
-from sparselth.experiments.base import Experiment, Finished, Place
+from sparselth.experiments.base import Diverged, Experiment, Finished, Place
 from sparselth.models import MODELS, get_model
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Training(Experiment):
         prunable = get_model(self.model).params.prunable
         return [sum(rung.values()) / prunable for rung in self.rungs()]
 
-    def compute(self, cells: Sequence[Cell], place: Place) -> list[Finished] | None:
+    def compute(self, cells: Sequence[Cell], place: Place) -> Sequence[Finished | Diverged] | None:
         from sparselth.experiments.jobs import job, train
 
         jobs = [

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from sparselth.files import write_atomically
-from sparselth.report.stats import FEWEST, cells, mean_interval, seed_list
+from sparselth.report.diverged import state
+from sparselth.report.stats import FEWEST, mean_interval, seed_list
 from sparselth.report.tables import percent
 from sparselth.runs import RunRecord
 
@@ -78,11 +79,10 @@ def look_of(record: RunRecord, arm: str) -> tuple[str, str]:
 def heading(record: RunRecord, notes: Collection[str] = (), seeds: Sequence[int] = ()) -> str:
     """Model, data set and seeds; how it was pruned; what is special about the figure or the run."""
     config, seeds = record.config, seeds or record.config.seeds
-    done, total = cells(record)
     listed = seed_list(tuple(seeds))
     named = f"seed{'s' * (len(seeds) > 1)} {listed}" if len(listed) <= 9 else f"{len(seeds)} seeds"
     lines = [f"{config.model} on {config.dataset}, {named}", config.method]
-    lines.append("; ".join([*notes, *(["unfinished"] if done < total else [])]))
+    lines.append("; ".join([*notes, *([state(record)] if state(record) else [])]))
     return "\n".join(balanced(line) for line in lines if line)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sparselth.report.diverged import state
 from sparselth.report.page import Group, fill, side_by_side, width
 from sparselth.report.stats import (
     FEWEST,
@@ -121,7 +122,10 @@ def _legend(record: RunRecord) -> str:
         )
     done, total = cells(record)
     if done < total:
-        lines.append(f"Unfinished: {done:,} of {total:,} cells are there; {MISSING} marks what is missing.")
+        lines.append(
+            f"{state(record)}: {done:,} of {total:,} cells are there; {MISSING} marks what is missing."
+        )
+        lines[-1] = lines[-1][0].upper() + lines[-1][1:]
     stops = per_seed(record, "ticket", 0, "early_stop_step").values()
     if late := sum(stop >= record.config.recipe.steps for stop in stops):
         lines.append(

@@ -235,16 +235,6 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_divergence_names_the_replica_and_keeps_the_run(cli: Cli, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    flags = "imp --quiet --model lenet5 --dataset mnist5k --steps 100 --seeds 4 --arms ticket --lr 1e6"
-    code, _, err = cli(*flags.split(), "--out", str(out))
-    assert code == 1
-    assert "seed 4 ticket level 0: training diverged before step 100" in one_line(err)
-    assert "use a smaller --lr" in err
-    assert (out / "config.json").exists()
-
-
 def test_debug_shows_the_traceback(cli: Cli) -> None:
     with pytest.raises(Exception, match="unknown model"):
         cli("imp", "--model", "lenet6", "--debug")

@@ -1,0 +1,73 @@
+"""What the beginning of a run wrote and nothing can compute again: config.json and environment.json.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparselth.config import config_from_json
+from sparselth.errors import SparselthError, UsageError
+from sparselth.files import read_json, unsealed
+from sparselth.registry import plugins
+
+
+def read_config(path: Path) -> Any:
+    """The configuration of the run in `path`, of the class of its experiment.
+
+    Where a name in it is not known and a plugin that the run was begun with is not loaded, the error says so.
+    """
+    return read_written(path)[0]
+
+
+def read_written(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The configuration, and the JSON object it was read from, with a checksum or, an older one, without."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise SparselthError(f"{path}: not a run folder (no config.json); `sparselth ls runs` lists runs")
+    try:
+        data = read_json(file)
+        config = config_from_json(data)
+        if _plugins_not_loaded(path):
+            config.check()
+        config.cells()
+    except UsageError as error:
+        if without := _plugins_not_loaded(path):
+            needed = " ".join(f"`plugin` {name}" for name in without)
+            raise SparselthError(f"{path}: was begun with {needed}; give it again ({error})") from error
+        raise SparselthError(f"{file}: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SparselthError(f"{file}: cannot be read as a configuration ({error})") from error
+    try:
+        unsealed(data)
+    except ValueError:
+        raise SparselthError(
+            f"{file}: was altered after it was written; restore it, or choose another `out`"
+        ) from None
+    return config, data
+
+
+def read_environment(path: Path, proven: bool = False) -> dict[str, Any]:
+    """What environment.json holds; SparselthError where it cannot be believed."""
+    file = path / "environment.json"
+    try:
+        data = read_json(file)
+        if not isinstance(data, dict):
+            raise ValueError("it is no JSON object")
+        if proven and "sha256" not in data:
+            raise ValueError("it has no checksum")
+        return unsealed(data)
+    except (OSError, ValueError) as error:
+        raise SparselthError(f"{file}: cannot be read ({error}); begin the run in another `out`") from error
+
+
+def _plugins_not_loaded(path: Path) -> list[str]:
+    """The plugins that a run was begun with and that are not there now."""
+    try:
+        theirs = read_environment(path).get("plugins")
+    except SparselthError:
+        return []
+    names = theirs if isinstance(theirs, list) else []
+    return [name for name in names if isinstance(name, str) and Path(name) not in plugins()]
