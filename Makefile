@@ -16,7 +16,8 @@ CASES := 10000
 SEED := 0
 NATIVE_TESTS := native csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows step_parts masked_update
 
-.PHONY: imp test test-oldest test-newest check bench same-bits science soak properties sanitize mutants fuzz constraints \
+.PHONY: imp test test-oldest test-newest check bench same-bits science soak properties kill-test sanitize mutants \
+  fuzz constraints \
   gpu-dry gpu-bundle clean
 .DEFAULT_GOAL := help
 
@@ -30,6 +31,7 @@ help:
 	@echo "make science  set up, then the tests that train for minutes"
 	@echo "make soak     set up, then a run of 100,000 cells that cost nothing: stopped, gone on with, damaged"
 	@echo "make properties  set up, then the kernels' property tests with 2,000 cases each"
+	@echo "make kill-test  set up, then kill runs at 200 moments and compare what they come to"
 	@echo "make sanitize set up, then the native kernels' tests under the address and undefined-behaviour sanitizers"
 	@echo "make mutants ROOMS=\"config train\"  plant small faults into rooms of pure Python; which no test notices"
 	@echo "make fuzz     set up, then 10,000 mutated tickets, runs, configurations, caches and data files"
@@ -80,6 +82,10 @@ properties: $(STAMP)
 # CASES=N and SEED=N: others. What it tried and what it lost is printed; a short form runs in `make test`.
 fuzz: $(STAMP)
 	@PYTHONPATH=.:tests/fuzz $(BIN)/python tests/fuzz/fuzz.py --cases $(CASES) --seed $(SEED)
+
+# SPARSELTH_KILLS kills at events, and as many at moments in time.
+kill-test: $(STAMP)
+	SPARSELTH_KILLS=100 $(BIN)/python -m pytest -q -s tests/experiments/test_kill.py tests/cli/test_signals.py
 
 # All levels, AVX-512 made of AVX2's vectors, in a library of its own.
 sanitize: $(STAMP)

@@ -1,144 +1,246 @@
-"""Runs that are killed: whatever the moment, the files in the end are those of a run left alone."""
+"""Runs that are killed: whatever the moment, the files in the end are those of a run left alone.
+
+A few moments of every kind; `make kill-test` tries SPARSELTH_KILLS of them, and as many drawn in time, and
+prints them.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
+import re
+import resource
 import signal
-import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from sparselth.cli.main import main
+from forks import Break, Ended, ask, command, kill_parent, kill_self, small
+from sparselth.experiments import jobs
 from sparselth.files import load_arrays
 
-FLAGS = "imp --model lenet-300-100 --dataset mnist5k --levels 2 --steps 250 --rewind 50 --quiet --resume"
-SEEDS = "0-1"  # SIGKILL comes at two workers of two seeds, signals to save come at one seed: half the cells
+KILLS = int(os.environ.get("SPARSELTH_KILLS", "0"))
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text()
+FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))
+COLOURS = '''
+"""A few coloured squares of noise, for networks that take 3 x 32 x 32."""
+import numpy as np
+from sparselth.data import DatasetSpec, register
+
+def read(folder):
+    draw = np.random.default_rng(0)
+    labels = draw.integers(10, size=140)
+    images = draw.integers(128, size=(140, 3, 32, 32)) + 12 * labels[:, None, None, None]
+    images = images.astype(np.uint8)
+    return images[:120], labels[:120], images[120:], labels[120:]
+
+register(DatasetSpec(name="colours", title="coloured noise", shape=(3, 32, 32), classes=10,
+    mean=(0.4,) * 3, std=(0.2,) * 3, n_train=120, n_test=20, read=read))
+'''
 Contents = Callable[[Path], dict[str, bytes]]
 
 
-def launch(folder: Path, seeds: str = SEEDS) -> BaseProcess:
-    """The command in a process of its own, forked from a server that has torch loaded."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sparselth.experiments.pool", "sparselth.report.figures"])
-    words = [*FLAGS.split(), "--seeds", seeds, "--out", str(folder)]
-    process = context.Process(target=main, args=(words,))
-    process.start()
-    return process
+@dataclass(frozen=True)
+class Kind:
+    """A run to kill, how many kills of a test and of `make kill-test` are its own, and its files."""
+
+    flags: str
+    kills: int
+    share: float
+    every: int = 10
 
 
-def complete(folder: Path, seeds: str = SEEDS) -> None:
-    process = launch(folder, seeds)
-    process.join(120)
-    assert process.exitcode == 0
+KINDS = {
+    "chains": Kind(
+        "imp --model narrow-16 --plugin narrow.py --dataset stripes --plugin stripes.py --levels 2 --seeds 0 "
+        "--arms ticket,reinit --steps 30 --rewind 5 --batch-size 20 --workers 2",
+        *(10, 0.5),
+    ),
+    "plug-in": Kind(
+        "at-init --plugin at_init.py --plugin stripes.py --plugin narrow.py --model narrow-16 "
+        "--dataset stripes --seeds 0 --workers 2 --steps 30 --batch-size 20",
+        *(4, 0.25),
+    ),
+    "resnet20": Kind(
+        "imp --plugin colours.py --model resnet20 --dataset colours --levels 1 --seeds 0 --workers 1 "
+        "--arms ticket --steps 4 --batch-size 4",
+        *(2, 0.25, 2),
+    ),
+}
 
 
-def finished_cells(folder: Path) -> int:
+@pytest.fixture
+def start(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Ended]:
+    """`start("run", at=...)`: the run of the test's kind, begun or resumed in a folder."""
+    kind = KINDS[getattr(request, "param", "chains")]
+    monkeypatch.chdir(tmp_path)
+    for name, text in (FILES | {"colours.py": COLOURS}).items():
+        Path(name).write_text(text)
+
+    def call(out: str, at: Break | None = None, **more: object) -> Ended:
+        words = [*kind.flags.split(), "--quiet", "--resume", "--out", str(tmp_path / out)]
+        prepare = more.pop("prepare", partial(small, kind.every))
+        return command(words, at, prepare=prepare, **more)  # type: ignore[arg-type]
+
+    return call
+
+
+def whole(ended: Ended) -> bool:
+    assert "Traceback" not in ended.err, ended.err
+    return ended.code == 0
+
+
+@pytest.mark.parametrize(("start", "kind"), [(name, name) for name in KINDS], indirect=["start"])
+def test_whatever_is_killed_at_whatever_event_nothing_is_lost(
+    start: Callable[..., Ended], kind: str, tmp_path: Path, run_contents: Contents
+) -> None:
+    """The command at an event of its own or of a worker's, or a worker at one of its own."""
+    counted = start("alone", count=True)
+    assert whole(counted), counted.err
+    expected = run_contents(tmp_path / "alone")
+    found = dict.fromkeys(("parent", "worker"), 0)
+    for role in found:
+        processes = {pid for of, _, pid in counted.events if of == role}
+        each = [
+            sum(n for (_, _, pid), n in counted.events.items() if pid == process) for process in processes
+        ]
+        found[role] = max(each)
+    draw, ways = random.Random(kind), (("parent", kill_self), ("worker", kill_self), ("worker", kill_parent))
+    kills = max(KINDS[kind].kills, round(KILLS * KINDS[kind].share))
+    tried, runs = [], 0
+    while len(tried) < kills:
+        role, act = ways[len(tried) % 3]
+        number = draw.randint(1, found[role])
+        ended = start(f"run{runs}", Break(role, number, act))
+        if ended.code == 0:  # it came through: this run had less to do
+            assert run_contents(tmp_path / f"run{runs}") == expected
+            runs += 1
+            continue
+        tried.append(f"{act.__name__} at event {number} of the {role}")
+        if act is kill_self and role == "worker":
+            assert ended.code == 1
+            assert "killed by signal 9" in one_line(ended)
+        else:
+            assert ended.code == -signal.SIGKILL
+    assert whole(start(f"run{runs}"))
+    assert run_contents(tmp_path / f"run{runs}") == expected
+    assert not list((tmp_path / f"run{runs}" / "checkpoints").iterdir())
+    say(f"{kind}: {kills} kills over {runs + 1} runs, of {found} events; 0 lost", tried)
+
+
+@pytest.mark.skipif(not KILLS, reason="make kill-test")
+@pytest.mark.parametrize(("start", "kind"), [(name, name) for name in KINDS], indirect=["start"])
+def test_whenever_a_run_is_killed_nothing_is_lost(
+    start: Callable[..., Ended], kind: str, tmp_path: Path, run_contents: Contents
+) -> None:
+    """SIGKILL at random moments, as the machine has them."""
+    drawn = partial(small, KINDS[kind].every, draws=True)
+    seconds = start("alone", Break("parent", 1, lambda _: None), prepare=drawn).after
+    expected = run_contents(tmp_path / "alone")
+    draw, tried, runs = random.Random(kind), [], 0
+    while len(tried) < round(KILLS * KINDS[kind].share):
+        moment = draw.uniform(0.02, seconds)
+        ended = start(f"run{runs}", kill_after=moment, prepare=drawn)
+        if ended.code == 0:
+            assert run_contents(tmp_path / f"run{runs}") == expected
+            runs += 1
+        else:
+            assert ended.code == -signal.SIGKILL
+            tried.append(f"{moment:.3f} s")
+    assert whole(start(f"run{runs}"))
+    assert run_contents(tmp_path / f"run{runs}") == expected
+    say(
+        f"{kind}: SIGKILL at {len(tried)} moments of up to {seconds:.2f} s over {runs + 1} runs; 0 lost",
+        tried,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_130(
+    number: signal.Signals, start: Callable[..., Ended], tmp_path: Path, run_contents: Contents
+) -> None:
+    assert whole(start("alone"))
+    cut = 0
+    events = [("step", 1 + 10 * (number % 3)), ("step", 27), ("images", 2), ("images", 9), ("message", 3)]
+    for kind, place in events:  # also between the last step and its evaluation, and on the test images
+        ended = start("run", Break("worker", place, ask(number), kind))
+        assert ended.code in (130, 0)
+        if ended.code == 130:
+            said = one_line(ended)
+            assert f"stopped by {number.name}; {finished(tmp_path / 'run')} of 5 cells are finished" in said
+            assert "continue with --resume" in said
+            saved = [*(tmp_path / "run" / "checkpoints").iterdir()]
+            assert (f"{len(saved)} under way are saved" in said) == bool(saved)
+            cut += any(load_arrays(file)[1]["evaluations"] for file in saved)
+    assert cut
+    assert whole(start("run"))
+    assert run_contents(tmp_path / "run") == run_contents(tmp_path / "alone")
+
+
+def test_steps_that_are_long_save_in_between(
+    start: Callable[..., Ended], tmp_path: Path, run_contents: Contents
+) -> None:
+    def prepare() -> None:
+        small(100)
+        jobs.PAUSE_SECONDS = 0.0  # before every step
+
+    assert whole(start("alone", prepare=partial(small, 100)))
+    ended = start("run", Break("worker", 7, kill_self, "step"), prepare=prepare)
+    assert ended.code == 1
+    saved = [
+        load_arrays(file)[1]["step"] for file in (tmp_path / "run" / "checkpoints").glob("*.safetensors")
+    ]
+    assert 6 in saved
+    assert whole(start("run", prepare=prepare))
+    assert run_contents(tmp_path / "run") == run_contents(tmp_path / "alone")
+
+
+def small_memory(_: int) -> None:
+    """In a worker: not a page more than it has, and one batch that takes many."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
+    bytearray(1 << 26)
+
+
+def test_a_worker_without_memory_is_one_line_and_the_run_goes_on_later(
+    start: Callable[..., Ended], tmp_path: Path, run_contents: Contents
+) -> None:
+    assert whole(start("alone"))
+    for number in (1, 15, 5):
+        ended = start("run", Break("worker", number, small_memory, "step"))
+        assert ended.code == 1
+        assert "out of memory" in one_line(ended)
+        assert "--resume" in ended.err
+    assert whole(start("run"))
+    assert run_contents(tmp_path / "run") == run_contents(tmp_path / "alone")
+
+
+def test_a_run_under_way_is_not_run_twice(start: Callable[..., Ended], tmp_path: Path) -> None:
+    def second(_: int) -> None:
+        ended = start("run")
+        (tmp_path / "second").write_text(f"{ended.code} {ended.err}")
+
+    assert whole(start("run", Break("parent", 3, second, "message")))
+    assert (tmp_path / "second").read_text().startswith("1 sparselth: ")
+
+
+def finished(folder: Path) -> int:
     file = folder / "cells.jsonl"
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A finished run, and the seconds it took."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    complete(folder.with_name("warm-up"))
-    began = time.monotonic()
-    complete(folder)
-    return folder, time.monotonic() - began
+def one_line(ended: Ended) -> str:
+    lines = ended.err.strip().splitlines()
+    assert len(lines) == 1, ended.err
+    assert lines[0].startswith("sparselth: ")
+    return lines[0]
 
 
-@pytest.fixture(scope="module")
-def of_one_seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("one-seed") / "run"
-    complete(folder, "0")
-    return folder
-
-
-def test_sigkill_at_twenty_random_moments(
-    undisturbed: tuple[Path, float], tmp_path: Path, run_contents: Contents
-) -> None:
-    expected, seconds = run_contents(undisturbed[0]), undisturbed[1]
-    moments, kills, number = random.Random(0), 0, 0
-    folder = tmp_path / "0"
-    while kills < 20:
-        process = launch(folder)
-        process.join(moments.uniform(0.05, 0.7 * seconds))
-        if process.is_alive():
-            assert process.pid is not None
-            os.kill(process.pid, signal.SIGKILL)
-            process.join(10)
-            assert process.exitcode == -signal.SIGKILL
-            kills += 1
-        else:  # it came through: check it, and go on killing another one
-            assert process.exitcode == 0
-            assert run_contents(folder) == expected
-            number += 1
-            folder = tmp_path / str(number)
-    complete(folder)
-    assert run_contents(folder) == expected
-    assert not list((folder / "checkpoints").iterdir())
-
-
-def interrupted(folder: Path, number: int, moments: random.Random) -> bool:
-    """Signal a run again and again until it is through; whether a cell was cut that had evaluated."""
-    cut = False
-    while True:
-        before, process = finished_cells(folder), launch(folder, "0")
-        while process.is_alive() and finished_cells(folder) < before + 2:
-            time.sleep(0.01)
-        process.join(moments.uniform(0, 0.4))  # of the third of a second that a cell takes
-        if not process.is_alive():
-            assert process.exitcode == 0
-            return cut
-        assert process.pid is not None
-        os.kill(process.pid, number)
-        process.join(30)
-        assert process.exitcode in (130, 0)
-        saved = [load_arrays(file)[1] for file in (folder / "checkpoints").glob("*.safetensors")]
-        cut |= any(header["evaluations"] for header in saved)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_exits_130(
-    number: signal.Signals, of_one_seed: Path, tmp_path: Path, run_contents: Contents
-) -> None:
-    moments = random.Random(number)
-    for run in range(20):  # when a cell is cut is chance: as many runs as it takes to cut one late
-        folder = tmp_path / f"run-{run}"
-        cut = interrupted(folder, number, moments)
-        assert run_contents(folder) == run_contents(of_one_seed)
-        if cut:
-            return
-    pytest.fail("no cell was cut after its first evaluation")
-
-
-def test_a_dead_worker_is_named_and_the_run_goes_on_later(
-    of_one_seed: Path, tmp_path: Path, run_contents: Contents
-) -> None:
-    folder = tmp_path / "run"
-    process = launch(folder, "0")
-    while not (folder / "cells.jsonl").exists():
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGKILL)
-    process.join(30)
-    assert process.exitcode == 1
-    complete(folder, "0")
-    assert run_contents(folder) == run_contents(of_one_seed)
-
-
-def test_a_run_under_way_is_not_run_twice(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    first = launch(folder, "0")
-    while not (folder / "cells.jsonl").exists():
-        time.sleep(0.01)
-    second = launch(folder, "0")
-    second.join(60)
-    assert second.exitcode == 1
-    first.join(60)
-    assert first.exitcode == 0
+def say(what: str, tried: list[str]) -> None:
+    if KILLS:
+        print(f"\n{what}\n  " + "; ".join(tried))
