@@ -206,9 +206,9 @@ def rule(record: RunRecord) -> str:
         "ticket does not stop clearly later than dense. Without the arm reinit no ticket is winning.\n"
         f"matching = at most {pp} pp below dense: the interval lies above -{pp} pp ({100 * TOLERANCE:g}, or "
         f"the standard error of dense's accuracy on {images} test images if that is more).\n"
-        "below dense = the interval lies below 0 and not above that; and every ticket with an empty layer: "
-        "it computes a constant.\n"
-        "unclear = the interval holds both; more seeds would tell.\n"
+        f"below dense = the interval lies below 0 and reaches below -{pp} pp; and every ticket with an empty "
+        "layer: it computes a constant.\n"
+        f"unclear = the interval reaches from below -{pp} pp to above 0; more seeds would tell.\n"
         f"too few seeds = fewer than {FEWEST}, which is too few to tell.\n"
         "– = seeds are missing, or dense itself guesses (its accuracy is below twice that of chance)."
     )

@@ -191,7 +191,10 @@ def _counted(record: RunRecord, words: dict[int, str], remaining: dict[int, floa
 
     said = []
     if winning := of.get("winning"):
-        text = f"{len(winning)} of {len(words)} tickets are winning, the smallest with {smallest('winning')}"
+        are = "are" if len(winning) > 1 else "is"
+        text = (
+            f"{len(winning)} of {len(words)} tickets {are} winning, the smallest with {smallest('winning')}"
+        )
         said.append(f"{text} of the weights.")
         if len(words) > 1:
             still = len(winning_at_once(record))
@@ -202,8 +205,8 @@ def _counted(record: RunRecord, words: dict[int, str], remaining: dict[int, floa
     else:
         said.append("No ticket is winning" + " yet" * (len(words) < record.config.levels) + ".")
     if matching := of.get("matching"):
-        said.append(f"{len(matching)} more" * bool(winning) or f"{len(matching)}")
-        said[-1] += f" match dense, the smallest with {smallest('matching')}."
+        more, match = " more" if winning else "", "match" if len(matching) > 1 else "matches"
+        said.append(f"{len(matching)}{more} {match} dense, the smallest with {smallest('matching')}.")
     said += [
         f"{len(of[word])} {'is' if len(of[word]) == 1 else 'are'} {word}."
         for word in (UNCLEAR, "below dense")
