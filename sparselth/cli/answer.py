@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+from sparselth.signals import CODE, STOPS
+
 PATIENCE = 1.2  # seconds
-CODE = 130
 _stopped = threading.Event()
 
 
@@ -27,7 +28,7 @@ def leave(code: int) -> NoReturn:
 
 @contextmanager
 def answered(finish: Callable[[], None]) -> Iterator[None]:
-    """Within, SIGINT and SIGTERM do what they do; where that takes longer than PATIENCE, `finish` is called.
+    """Within, a signal to stop does what it does; where that takes longer than PATIENCE, `finish` is called.
 
     A handler of Python's waits until the main thread returns from a library's call, which may take minutes.
     The interpreter itself notes a signal at once, in a pipe that another thread reads: that thread then calls
@@ -42,7 +43,7 @@ def answered(finish: Callable[[], None]) -> Iterator[None]:
 
     def watch() -> None:
         while number := os.read(read, 1):
-            if number[0] in (signal.SIGINT, signal.SIGTERM) and not left.wait(PATIENCE):
+            if number[0] in STOPS and not left.wait(PATIENCE):
                 with turn:
                     if not left.is_set():
                         try:

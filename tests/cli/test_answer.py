@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from sparselth.cli.answer import CODE, PATIENCE, answered
+from sparselth.cli.answer import PATIENCE, answered
+from sparselth.signals import CODE
 
 # Python's handlers do not run within this call, some seconds of one function in C.
 BUSY = """
@@ -23,7 +24,7 @@ print("not reached")
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_call_that_does_not_return(number: int, environment: dict[str, str]) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", f"import signal\nsignal.signal({int(number)}, lambda *_: None)\n{BUSY}"],
