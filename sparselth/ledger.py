@@ -10,6 +10,7 @@ proofs: then headers of files tell what they are, and its lines are believed. Im
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,17 @@ from typing import Any, Protocol
 from sparselth import tickets
 from sparselth.config import Cell, Config
 from sparselth.errors import SparselthError
-from sparselth.files import Line, checksum, file_sum, joined, line, load_arrays, read_lines, sealed_line
+from sparselth.files import (
+    Line,
+    checksum,
+    file_sum,
+    joined,
+    line,
+    load_arrays,
+    plain,
+    read_lines,
+    sealed_line,
+)
 
 LINES = ("evaluations.jsonl", "timings.jsonl", "cells.jsonl")  # in the order they are appended
 
@@ -101,23 +112,23 @@ def examine(path: Path, config: Config, proven: bool, files: bool, before: str =
     lines = {name: read_lines(path / name) for name in reversed(LINES)}
     for name in LINES:
         ledger.problems += lines[name][1]
-    evaluations = _by_cell("evaluations.jsonl", lines, planned, ledger, sealed=False)
-    timings = _by_cell("timings.jsonl", lines, planned, ledger, sealed=proven)
+    known: dict[bytes, Cell | None] = {}
+    evaluations = _by_cell("evaluations.jsonl", lines, planned, known, ledger, proven)
+    timings = _by_cell("timings.jsonl", lines, planned, known, ledger, proven)
     for one in lines["cells.jsonl"][0]:
-        where, data = f"cells.jsonl, line {one.number},", dict(one.data)
-        data.pop("sha256", None)
-        cell, proof = _cell(data), data.pop("proof", None)
-        if cell is None or not _is_proof(proof) or (proven and not (one.sealed and proof)):
+        where, data = f"cells.jsonl, line {one.number},", plain(one.data)
+        cell, proof = _whom(one, known), data.pop("proof", None)
+        if cell is None or not one.right or not _is_proof(proof) or (proven and not (one.sealed and proof)):
             ledger.problems.append(f"{where} is not what was written")
         elif cell not in planned or (proof and proof["config"] != digest):
             ledger.problems.append(f"{where} is of another run ({cell})")
         elif cell in ledger.entries:
             ledger.problems.append(f"{where} is a second one of {cell}")
-        elif proof and proof["evaluations"] != checksum(*(e.raw for e in evaluations.get(cell, ()))):
+        elif (own := _evaluations(evaluations.get(cell, {}).values(), proof)) is None:
             ledger.problems.append(f"evaluations.jsonl lacks lines of {cell}, or has others")
         else:
-            own = timings.get(cell, [None])[0]
-            ledger.entries[cell] = Entry(data, evaluations.get(cell, []), own, proof)
+            timing = next(iter(timings.get(cell, {}).values()), None)
+            ledger.entries[cell] = Entry(data, own, timing, proof)
     if untimed := [cell for cell, entry in ledger.entries.items() if entry.timing is None]:
         whose = f"{untimed[0]}" if len(untimed) == 1 else f"{len(untimed)} cells"
         ledger.problems.append(f"timings.jsonl lacks {whose}, whose times stay unknown")
@@ -161,40 +172,72 @@ def _is_proof(proof: Any) -> bool:
     )
 
 
+def _whom(one: Line, known: dict[bytes, Cell | None]) -> Cell | None:
+    """Whom a line is about, by how it begins, since all lines of a cell begin alike; `known` so far."""
+    at = one.raw.find(b'"draw": ')
+    head = one.raw[: one.raw.find(b",", at)] if at >= 0 else b""
+    if head not in known:
+        try:
+            data = json.loads(head.decode() + "}")
+        except (ValueError, RecursionError):
+            data = one.data
+        if data.keys() != {"seed", "arm", "level", "draw"}:  # in another order, or of an older version's
+            return _cell(one.data)
+        known[head] = _cell(data)
+    return known[head]
+
+
 def _by_cell(
     name: str,
     lines: Mapping[str, tuple[list[Line], list[str]]],
     planned: set[Cell],
+    known: dict[bytes, Cell | None],
     ledger: Ledger,
-    sealed: bool,
-) -> dict[Cell, list[Line]]:
-    """The lines of a file by whom they are about, without second ones; also of cells that never finished."""
-    found: dict[Cell, list[Line]] = {}
-    steps = name == "evaluations.jsonl"
+    proven: bool,
+) -> dict[Cell, dict[bytes, Line]]:
+    """The lines of a file by whom they are about, without second ones; also of cells that never finished.
+
+    Evaluations that a proof is going to tell right or wrong are not read for it.
+    """
+    found: dict[Cell, dict[bytes, Line]] = {}
+    times = name == "timings.jsonl"
     for one in lines[name][0]:
-        where, cell = f"{name}, line {one.number},", _cell(one.data)
-        if cell is None or one.sealed < sealed or not _measured(one.data, steps):
-            ledger.problems.append(f"{where} is not what was written")
-        elif cell not in planned:
-            ledger.problems.append(f"{where} is of another run ({cell})")
-        elif cell in found and (not steps or any(one.raw == other.raw for other in found[cell])):
-            ledger.problems.append(f"{where} is a second one of {cell}")
+        cell = _whom(one, known)
+        if times:
+            right = one.sealed >= proven and _finite(one.data)
         else:
-            found.setdefault(cell, []).append(one)
-    if steps:
-        for own in found.values():
-            own.sort(key=lambda one: one.data["step"])
+            right = proven or type(one.data.get("step")) is int
+        if cell is None or not one.right or not right:
+            ledger.problems.append(f"{name}, line {one.number}, is not what was written")
+        elif cell not in planned:
+            ledger.problems.append(f"{name}, line {one.number}, is of another run ({cell})")
+        elif cell in found and (times or one.raw in found[cell]):
+            ledger.problems.append(f"{name}, line {one.number}, is a second one of {cell}")
+        else:
+            found.setdefault(cell, {})[one.raw] = one
     return found
 
 
-def _measured(data: Mapping[str, Any], steps: bool) -> bool:
-    """Whether a line holds what its file has: evaluations at a step, or finite times and by which clock."""
-    if steps:
-        return type(data.get("step")) is int
-    times = [value for name, value in data.items() if name not in ("seed", "arm", "level", "draw", "sha256")]
+def _finite(data: Mapping[str, Any]) -> bool:
+    """Whether the numbers of a line are finite; times have words beside them, such as by which clock."""
+    who = ("seed", "arm", "level", "draw")
     return all(
-        isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value)) for value in times
+        isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value))
+        for name, value in data.items()
+        if name not in who
     )
+
+
+def _evaluations(lines: Iterable[Line], proof: dict[str, Any] | None) -> list[Line] | None:
+    """The evaluations of a cell by step; None where they are not those of its proof."""
+    found = [*lines]
+    if proof and proof["evaluations"] == checksum(*(one.raw for one in found)):
+        return found
+    steps = [(one.data.get("step"), one) for one in found]
+    if not all(type(step) is int for step, _ in steps):
+        return None
+    found = [one for _, one in sorted(steps, key=lambda pair: pair[0] or 0)]
+    return found if not proof or proof["evaluations"] == checksum(*(one.raw for one in found)) else None
 
 
 def _examine_files(path: Path, config: Config, before: str, ledger: Ledger) -> None:

@@ -39,6 +39,7 @@ from sparselth.begun import read_config, read_environment, read_written
 from sparselth.config import Cell, Config
 from sparselth.errors import SparselthError
 from sparselth.files import (
+    Line,
     append_lines,
     dump,
     errors_named,
@@ -89,7 +90,7 @@ class RunRecord:
     path: Path
     config: Any  # of the class of its experiment, whose report reads more of it than `Config` has
     points: list[dict[str, Any]]  # finished cells with their timings, in the order of config.cells()
-    evaluations: list[dict[str, Any]]  # of those cells, by step within a cell
+    lines: list[Line]  # evaluations of those cells, by step within a cell
     damage: str = ""  # what lies there and is not believed, in a line
     proven: bool = True  # or of an older version, whose lines have no checksums
     files: dict[Cell, str] = field(default_factory=dict)  # checksums of the files of cells
@@ -102,6 +103,11 @@ class RunRecord:
         for one in self.points:
             found.setdefault((one["arm"], one["level"]), []).append(one)
         return found
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """A line each."""
+        return [plain(one.data) for one in self.lines]
 
     @cached_property
     def planned(self) -> Counter[tuple[str, int]]:
@@ -152,7 +158,7 @@ def read(path: Path) -> RunRecord:
         path,
         config,
         [entry.point | timing for entry, timing in zip(entries, timings, strict=True)],
-        [plain(one.data) for entry in entries for one in entry.evaluations],
+        [one for entry in entries for one in entry.evaluations],
         ledger.summary(),
         proven,
         files,
