@@ -18,7 +18,7 @@ from sparselth.cli.options import Numbers, as_flags, shown
 from sparselth.config import (
     MOST,
     Cell,
-    Check,
+    Config,
     Options,
     Recipe,
     at_least,
@@ -187,27 +187,52 @@ def test_options_of_any_dataclass() -> None:
         Mine(way="dwn").check()
 
 
-@pytest.mark.parametrize(
-    ("check", "right", "wrong"),
-    [
-        (at_least(3), (3, MOST), {2: "expected 3 or more", MOST + 1: "expected at most 1,000,000,000"}),
-        (at_least(3, "a why", 5), (3, 5), {2: "expected 3 or more (a why)", 6: "expected at most 5"}),
-        (below_one, (0, 0.999), dict.fromkeys((-1e-9, 1.0), "expected a number from 0 to below 1")),
-        (
-            positive,
-            (1e-300, 0.5, MOST),
-            dict.fromkeys((0, MOST + 1), "expected a positive number, at most 1e+09"),
-        ),
-        (
-            not_negative,
-            (0, 0.5, MOST),
-            dict.fromkeys((-1e-9, MOST + 1), "expected 0 or a positive number, at most 1e+09"),
-        ),
-    ],
-)
-def test_ranges_hold_their_ends(check: Check, right: tuple[float, ...], wrong: dict[float, str]) -> None:
-    assert [check(value) for value in right] == [None] * len(right)
-    assert {value: check(value) for value in wrong} == wrong
+def test_ranges_hold_their_ends() -> None:
+    some, few = at_least(3), at_least(3, "a why", 5)
+    assert [some(value) for value in (3, MOST)] == [few(value) for value in (3, 5)] == [None, None]
+    assert (some(2), some(MOST + 1)) == ("expected 3 or more", "expected at most 1,000,000,000")
+    assert (few(2), few(6)) == ("expected 3 or more (a why)", "expected at most 5")
+    assert [below_one(value) for value in (0, 0.999)] == [None, None]
+    assert {below_one(value) for value in (-1e-9, 1.0)} == {"expected a number from 0 to below 1"}
+    assert [positive(value) for value in (1e-300, 0.5, MOST)] == [None] * 3
+    assert {positive(value) for value in (0, MOST + 1)} == {"expected a positive number, at most 1e+09"}
+    assert [not_negative(value) for value in (0, 0.5, MOST)] == [None] * 3
+    wrong = "expected 0 or a positive number, at most 1e+09"
+    assert {not_negative(value) for value in (-1e-9, MOST + 1)} == {wrong}
+
+
+def test_what_a_field_knows() -> None:
+    bare = {"help": "", "check": None, "choices": None, "added": False, "ordered": True, "extends": False}
+    assert dict(option(3).metadata) == bare | {"before": 3}
+    whole = {"help": "How.", "check": positive, "choices": ("a",), "added": True, "ordered": False}
+    more = {"before": 2, "extends": True}
+    made = option(3, **whole, **more)
+    assert (made.default, dict(made.metadata)) == (3, whole | more)
+
+
+def test_the_learning_rate_of_a_step() -> None:
+    plain, warm = Recipe(steps=9, lr=0.5), Recipe(steps=9, lr=0.5, warmup=4, lr_drops=(6, 8))
+    assert [plain.lr_at(step) for step in (0, 8)] == [0.5, 0.5]
+    rates = [0.125, 0.25, 0.375, 0.5, 0.5, 0.5, 0.05, 0.05, 0.005]
+    assert [warm.lr_at(step) for step in range(9)] == pytest.approx(rates)
+
+
+def test_what_is_no_configuration_is_shown_up_to_its_fortieth_character() -> None:
+    long = ["0123456789"] * 9
+    for read in (config_from_json, ImpConfig.from_json):
+        with pytest.raises(UsageError) as raised:
+            read(long)  # type: ignore[arg-type]
+        assert str(raised.value) == f"expected a JSON object, found {json.dumps(long)[:40]}"
+    with pytest.raises(UsageError) as raised:
+        config_from_json(json.loads(BEFORE) | {"experiment": long})
+    assert str(raised.value) == f"`experiment` {json.dumps(long)[:40]}: expected a name"
+
+
+def test_names_that_a_plugin_may_know_are_read_and_not_run() -> None:
+    found = config_from_json(json.loads(BEFORE) | {"score": "mine", "sha256": "of the file"})
+    assert found == replace(EQUAL, score="mine")
+    with pytest.raises(UsageError, match="unknown score 'mine'"):
+        found.check()
 
 
 @pytest.mark.parametrize(
@@ -282,6 +307,13 @@ def test_what_two_configurations_differ_in() -> None:
     assert list(EQUAL.difference(other)) == [("levels", 2, 3), ("lr", 1.2e-3, 0.5)]
     assert list(other.difference(EQUAL)) == [("levels", 3, 2), ("lr", 0.5, 1.2e-3)]
     assert list(EQUAL.difference(replace(EQUAL))) == []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Plain(Config):
+        name = "plain"
+        n: int = option(1)
+
+    assert list(Plain().difference(Plain(n=2))) == [("n", 1, 2)]
 
 
 def test_a_cell_has_a_line_a_name_and_a_key() -> None:

@@ -32,6 +32,19 @@ def tensors(state: State) -> list[Tensor]:
     return [state.weights, state.best_weights, *state.moments, *kept]
 
 
+@pytest.mark.parametrize(("optimizer", "moments"), [("adam", 2), ("sgd", 1)])
+def test_a_state_starts_fresh_and_on_its_own(optimizer: str, moments: int) -> None:
+    weights = torch.ones(1, 4)
+    state = State.start(weights, Recipe(steps=9, lr=1.0, optimizer=optimizer), 7)  # type: ignore[arg-type]
+    weights += 1
+    assert (state.step, state.best_step, state.best_loss) == (7, 7, float("inf"))
+    assert [moment.tolist() for moment in state.moments] == [[[0.0] * 4]] * moments
+    for t in (state.weights, state.best_weights):
+        assert t.tolist() == [[1.0] * 4]
+    state.weights += 1
+    assert state.best_weights.tolist() == [[1.0] * 4]
+
+
 @pytest.mark.parametrize("keeps", [False, True])
 def test_a_state_leaves_a_layout_as_it_entered(keeps: bool) -> None:
     one = job(0)
@@ -54,17 +67,20 @@ def test_a_state_leaves_a_layout_as_it_entered(keeps: bool) -> None:
     assert all(map(torch.equal, tensors(state), before))
 
 
-def test_the_states_of_a_batch_are_rows_of_its_tensors(digits: Resident) -> None:
-    jobs = [job(*who) for who in ((2, 0), (1, 3), (1, 0), (2, 0), (0, 3))]
-    before = {id(one): [t.clone() for t in tensors(one.state)] for one in jobs}
-    batch = Batch(LENET, digits, jobs, ADAM, choose("auto", "cpu"))
-    assert [(one.start_step, one.who.seed) for one in batch.jobs] == [(0, 1), (0, 2), (0, 2), (3, 0), (3, 1)]
+@pytest.mark.parametrize("jobs", [1, 2, 5])
+def test_the_states_of_a_batch_are_rows_of_its_tensors(jobs: int, digits: Resident) -> None:
+    every = [job(*who) for who in ((2, 0), (1, 3), (1, 0), (2, 0), (0, 3))]
+    some = every[:jobs]
+    before = {id(one): [t.clone() for t in tensors(one.state)] for one in some}
+    batch = Batch(LENET, digits, some, ADAM, choose("auto", "cpu"))
+    starts = [(one.start_step, one.who.seed) for one in some]
+    assert [(one.start_step, one.who.seed) for one in batch.jobs] == sorted(starts)
     assert batch.who == [one.who for one in batch.jobs]
     assert torch.equal(batch.mask, torch.stack([one.mask for one in batch.jobs]))
-    for one in jobs:
+    for one in some:
         assert all(map(torch.equal, tensors(one.state), before[id(one)]))
     for t in (batch.weights, *batch.moments):
-        t += torch.arange(5.0)[:, None] + 1
+        t += torch.arange(float(jobs))[:, None] + 1
     for r, one in enumerate(batch.jobs):
         weights, best, *moments = before[id(one)]
         assert torch.equal(one.state.weights, weights + (r + 1))
@@ -72,6 +88,22 @@ def test_the_states_of_a_batch_are_rows_of_its_tensors(digits: Resident) -> None
         assert all(
             torch.equal(now, old + (r + 1)) for now, old in zip(one.state.moments, moments, strict=True)
         )
+
+
+def test_what_a_batch_holds(digits: Resident) -> None:
+    jobs = [job(0), job(1)]
+    jobs[0].state.kept_weights = jobs[0].state.weights.clone()
+    batch = Batch(LENET, digits, jobs, ADAM, choose("auto", "cpu"))
+    held = batch.held("gradients", "images")
+    assert held.weights is batch.weights
+    assert held.moments is batch.moments
+    assert (held.gradients, held.layout, held.images) == ("gradients", [None, None], (digits, "images"))
+    (first, second), masks = held.kept  # type: ignore[misc]
+    assert first[0] is jobs[0].state.best_weights
+    assert first[1] is jobs[0].state.kept_weights
+    assert second[0] is jobs[1].state.best_weights
+    assert second[1] is None
+    assert [mask is one.mask for mask, one in zip(masks, jobs, strict=True)] == [True, True]
 
 
 def test_a_mean_counts_images_not_batches() -> None:
@@ -82,5 +114,5 @@ def test_a_mean_counts_images_not_batches() -> None:
                 [1.0, n], dtype=torch.float64
             )
 
-    chunks = [(torch.zeros(1, 4, n), torch.zeros(1, 1, n, dtype=torch.int64)) for n in (5, 5, 2)]
+    chunks = [(torch.zeros(1, 4, n), torch.zeros(1, 1, n, dtype=torch.int64)) for n in (5, 4, 3)]
     assert measure(Known(), chunks) == ([2.0, 9 / 12], [3 / 12, 1.0])
