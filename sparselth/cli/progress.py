@@ -103,6 +103,10 @@ class Lines(_Progress):
         said = self.config.said(done.line)
         self._say(f"[{self.count}/{self.total}] {done.cell}{', ' * bool(said)}{said}; {self.left} to go")
 
+    def again(self, cells: Sequence[Cell]) -> None:
+        super().again(cells)
+        self._say(_again(cells))
+
     def halved(self, cells: int, limit: int) -> None:
         self._say(f"out of memory with {cells} networks at once; going on with {limit}")
 
@@ -166,6 +170,10 @@ class Bars(_Progress):
         self.bars.update(self.rows[worker], completed=step, note=note)
         self.tick()
 
+    def again(self, cells: Sequence[Cell]) -> None:
+        super().again(cells)
+        self.bars.console.print(_again(cells))
+
     def halved(self, cells: int, limit: int) -> None:
         self._say(f"out of memory with {cells} networks at once; going on with {limit}")
 
@@ -188,6 +196,11 @@ class Bars(_Progress):
         self.bars.update(
             self.whole, completed=self.fraction, note=f"{self.count}/{self.total} cells, {self.left} to go"
         )
+
+
+def _again(cells: Sequence[Cell]) -> str:
+    rest = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
+    return f"computed again, because what they were computed from came out otherwise: {cells[0]}{rest}"
 
 
 def duration(seconds: float) -> str:

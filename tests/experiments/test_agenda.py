@@ -56,3 +56,21 @@ def test_one_cell_at_a_time_unless_more_are_asked_for(config: Configs) -> None:
 def test_the_widest_batch_has_no_limit(config: Configs) -> None:
     assert widest(config(seeds=tuple(range(500)), levels=2)) == 500 * 3
     assert widest(config(seeds=())) == 0
+
+
+def test_what_is_finished_counts_when_what_it_needs_does(config: Configs) -> None:
+    """Level 0 is damaged: what was computed from it waits for it, and so does what needs that."""
+    plan = config(seeds=(0,), arms=("ticket",), levels=3)
+    dense, first, second, third = plan.cells()
+    for again in (False, True):
+        agenda = Agenda(plan, [first, second])
+        assert agenda.next(9) == [dense]
+        agenda.finished([dense], [first] * again)  # whose bits came out the same, or otherwise
+        if again:
+            assert agenda.next(9) == [first]
+            agenda.finished([first], [second])
+            assert agenda.next(9) == [second]
+            agenda.finished([second])
+        assert agenda.next(9) == [third]
+        agenda.finished([third])
+        assert agenda.next(9) == []

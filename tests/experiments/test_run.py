@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from simulated import Simulated
 
 from sparselth import data, machine
+from sparselth.cli.progress import Lines
 from sparselth.config import EXPERIMENTS, Cell, Recipe, at_least, option
 from sparselth.errors import Interrupted, SparselthError, UsageError
 from sparselth.experiments.base import Experiment, Finished, Place, register
@@ -245,3 +247,46 @@ def test_on_cuda_one_worker_trains_all_that_can_start_and_deterministic_by_our_k
     assert (planned.config.device, planned.config.kernels) == ("cuda", kernels)  # type: ignore[attr-defined]
     assert (planned.workers, planned.limit, planned.why) == (1, 6, "it is said to be there")
     assert planned.environment["break_even"] == {}
+
+
+def test_what_came_out_otherwise_is_told_and_takes_along_what_came_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EXPERIMENTS, "things", dict(EXPERIMENTS.items()) | {"simulated": Simulated})
+    path, config = tmp_path / "run", Simulated(chains=(0, 1), levels=2)
+    run(config, out=path, workers=1)
+    cell_path(path, Cell(0, "number", 0)).unlink()
+    told = Listener()
+    monkeypatch.setattr(told, "again", lambda cells: told.heard.append(f"again {cells[0]}"))
+    monkeypatch.setattr(Simulated, "machine", 1)
+    record = run(config, out=path, workers=1, resume=True, watcher=told)
+    assert told.heard == [
+        f"note {NOTE}".replace("PATH", str(path)),
+        "begin 5",
+        "finished seed 0 number level 0",
+        "again seed 0 number level 1",
+        "finished seed 0 number level 1",
+        "again seed 0 number level 2",
+        "finished seed 0 number level 2",
+        "end",
+    ]
+    assert (record.complete, record.damage) == (True, "")
+
+
+NOTE = "note: PATH: cells/seed0-number-00.safetensors is missing; what is missing is computed again"
+
+
+def test_progress_counts_what_is_computed_again(capsys: pytest.CaptureFixture[str]) -> None:
+    config = Simulated(chains=(0,), levels=3)
+    cells = config.cells()
+    planned = Plan(config, None, Path("run"), "", 1, 1, {}, frozenset(cells[1:]))
+    shown = Lines(planned)
+    assert (shown.count, shown.total, shown.fraction) == (3, 4, 0.0)
+    shown.finished(0, Finished(cells[0], {}, [], {}))
+    assert (shown.count, shown.fraction) == (4, 1.0)
+    shown.again(cells[1:3])
+    assert capsys.readouterr().err.endswith("came out otherwise: seed 0 number level 1 and 1 more\n")
+    assert (shown.count, round(shown.fraction, 6)) == (2, round(1 / 3, 6))
+    for cell in cells[1:3]:
+        shown.finished(0, Finished(cell, {}, [], {}))
+    assert (shown.count, shown.fraction) == (4, 1.0)
