@@ -211,7 +211,7 @@ def _show(
 
         facts, more = facts | found.anchors, {"left_out": found.left_out, "notes": found.notes}
         every = every or len(rows) <= FEW
-        text = bench_tables.report(rows, facts, found.left_out, found.notes, every, width())
+        text = bench_tables.report(rows, facts, found.left_out, found.notes, every, width(), whole)
         part = f"{found.cells - len(found.left_out):,} of {found.cells:,} cells were measured"
     else:
         from sparselth.measure.case import where

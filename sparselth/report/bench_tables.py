@@ -45,11 +45,12 @@ def report(
     notes: Mapping[str, str],
     every: bool,
     width: int = WIDTH,
+    whole: bool = True,
 ) -> str:
-    """All of it: where, the table, its legend, the words."""
+    """All of it: where, the table, its legend, the words; not `whole`: it was interrupted."""
     parts = [fill(header(device), width), table(rows, every, width)]
     parts += [fill(legend(device["type"], every, width), width), fill(summary(rows), width)]
-    if closing := _left_out(left_out, notes):
+    if closing := _left_out(left_out, notes, whole):
         parts.append(fill(closing, width))
     return "\n\n".join(parts)
 
@@ -87,16 +88,17 @@ def fill(text: str, width: int) -> str:
     )
 
 
-def _left_out(cells: Sequence[str], notes: Mapping[str, str]) -> str:
+def _left_out(cells: Sequence[str], notes: Mapping[str, str], whole: bool) -> str:
     """What was not measured, and why."""
     said = []
     if cells:
         shown = "; ".join(cells[:4])
-        more = f"; and {len(cells) - 4:,} more, all in bench.json" if len(cells) > 4 else ""
-        said.append(
-            f"Not measured, too large for the default table or out of time: {shown}{more}. Name them with "
-            "`shape` and `batch`."
-        )
+        more = f"; and {len(cells) - 4:,} more, all under left_out in the JSON" if len(cells) > 4 else ""
+        if whole:
+            said.append(f"Not measured, too large for the default table or out of time: {shown}{more}.")
+            said[-1] += " Name them with `shape` and `batch`."
+        else:
+            said.append(f"Not measured when it was interrupted: {shown}{more}.")
     said += [f"Not measured, {name}: {why}" for name, why in notes.items()]
     return "\n".join(said)
 

@@ -364,7 +364,9 @@ def test_what_was_measured_before_an_interrupt_is_kept(
     assert code == 130
     assert "bench-partial.json" in one_line(err)
     assert out.startswith("PARTIAL, since it was interrupted: 2 of 3 cells were measured.\n")
-    assert "32x48, batch 3" in " ".join(out.split())  # among what was not measured
+    said = " ".join(out.split())
+    assert "Not measured when it was interrupted: 32x48, batch 3, fp32, random 90 %." in said
+    assert "out of time" not in said
     document = json.loads((tmp_path / "here" / "bench-partial.json").read_text())
     assert document["partial"] is True
     assert {row["batch"] for row in document["rows"]} == {1, 2}
