@@ -72,6 +72,13 @@ def content(file: Path, most: int) -> bytes:
     return file.read_bytes()
 
 
+def holds(file: Path, text: bytes) -> bool:
+    """Whether a file has this content, or is none where that is empty; one of another size is not read."""
+    if not file.is_file():
+        return not text
+    return file.stat().st_size == len(text) and file.read_bytes() == text
+
+
 def read_json(file: Path, most: int = 1 << 24) -> Any:
     """What a file of JSON says; OSError as of `content`, ValueError where it is no JSON."""
     try:

@@ -44,6 +44,7 @@ from sparselth.files import (
     dump,
     errors_named,
     file_sum,
+    holds,
     line,
     plain,
     sealed,
@@ -280,7 +281,7 @@ class RunFolder:
         """Only the lines of finished cells, in the order of `config.cells()`."""
         for name, text in ledger.content(self.config.cells()).items():
             file = self.path / name
-            if text != (file.read_bytes() if file.is_file() else b""):
+            if not holds(file, text):
                 write_atomically(file, text)
 
     def mend(self, ledger: Ledger) -> None:
@@ -297,7 +298,7 @@ class RunFolder:
         self._write(ledger)
         self._take(ledger)
         text = dump(sealed(self.config.to_json()))
-        if (self.path / "config.json").read_bytes() != text:
+        if not holds(self.path / "config.json", text):
             write_atomically(self.path / "config.json", text)
 
     def _prove(self, ledger: Ledger) -> None:

@@ -698,6 +698,7 @@ def _child(
         raise Hang
 
     signal.signal(signal.SIGALRM, hang)
+    os.fsync = lambda _: None  # nothing here has to outlive the machine
     faulthandler.disable()  # pytest's would print where a planted crash is
     _limit_memory()
     devnull = os.open(os.devnull, os.O_RDWR)
