@@ -30,6 +30,8 @@ def test_split_is_by_seed_and_complete(digits: Resident) -> None:
     assert len(validation) == digits.n_validation == 500
     assert torch.equal(torch.cat([train, validation]).sort().values, torch.arange(4000))
     assert torch.equal(digits.split(0)[0], train)
+    order = torch.randperm(4000, generator=stream(0, "data", 0, "split"))  # the same in every version
+    assert torch.equal(torch.cat([validation, train]), order)
     assert not torch.equal(digits.split(1)[0], train)
 
 
@@ -161,7 +163,10 @@ def test_orders_are_drawn_an_epoch_ahead_into_a_buffer_that_was_copied(few: Resi
     for epoch in (0, 0, 1, 2, 2):
         orders.enter(epoch)
         assert torch.equal(orders.order, draw(epoch))
+        orders.next[1].result()
+        assert f"draw {min(epoch + 1, 2)}" in heard  # before it is entered
     assert orders.order is first
+    assert len(orders.host) == len(orders.copied) == 2
     orders.thread.shutdown()
     assert heard == [
         *("draw 0", "0 waited for", "0 copied", "draw 1", "1 waited for", "1 copied"),
@@ -169,10 +174,11 @@ def test_orders_are_drawn_an_epoch_ahead_into_a_buffer_that_was_copied(few: Resi
     ]
 
 
-def test_orders_begin_at_any_epoch(few: Resident) -> None:
+@pytest.mark.parametrize("epochs", [(0, 1), (1, 2), (5, 2, 8)])
+def test_orders_begin_at_any_epoch(epochs: tuple[int, ...], few: Resident) -> None:
     batches = Batches(few, [TICKET], 8)
     orders = Orders(batches, 9, Done)
-    for epoch in (5, 2, 8):
+    for epoch in epochs:
         orders.enter(epoch)
         assert torch.equal(orders.order, batches.draw(epoch))
     orders.thread.shutdown()
