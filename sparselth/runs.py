@@ -337,11 +337,22 @@ def open_run(path: Path, config: Config, environment: dict[str, Any], resume: bo
         else:
             for name in LINES:
                 (path / name).unlink(missing_ok=True)
-            write_atomically(path / "environment.json", dump(sealed(environment)))
-            write_atomically(path / "config.json", dump(sealed(config.to_json())))
             folder = RunFolder(path, config, Ledger())
+            if not _stands(folder, environment):
+                write_atomically(path / "environment.json", dump(sealed(environment)))
+                write_atomically(path / "config.json", dump(sealed(config.to_json())))
             folder.mend(Ledger())
             yield folder
+
+
+def _stands(folder: RunFolder, environment: dict[str, Any]) -> bool:
+    """Whether a beginning that ended here was of this configuration, machine and data: its times hold."""
+    try:
+        same = read_config(folder.path) == folder.config and not folder.begun_elsewhere(environment)
+        data = environment.get("data_sha256")
+        return same and read_environment(folder.path).get("data_sha256") == data
+    except SparselthError:
+        return False
 
 
 def _begun(path: Path) -> bool:

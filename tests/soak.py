@@ -162,7 +162,7 @@ def soak(folder: Path, cells: int, seconds: float = inf) -> list[str]:
         content = bytearray(cell_path(one.path, cell).read_bytes())
         content[len(content) // 2] ^= 1
         cell_path(one.path, cell).write_bytes(content)
-    with one.tried("seven files damaged, resume"):
+    with one.tried("seven files damaged, resume", computes=True):
         heard = one.go_on()
     one.must(heard.count == 7, f"{heard.count} cells computed for 7 damaged files")
     one.must(len(heard.notes) == 1, f"{len(heard.notes)} notes of damage")

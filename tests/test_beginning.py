@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from simulated import Simulated, compute
 
 from sparselth.config import EXPERIMENTS
 from sparselth.errors import SparselthError
-from sparselth.runs import read
+from sparselth.files import plain
+from sparselth.runs import open_run, read
 
 Contents = Callable[[Path], dict[str, bytes]]
 CONFIG = Simulated()
@@ -80,6 +82,23 @@ def test_an_extension_that_is_killed_goes_on(tmp_path: Path, run_contents: Conte
         assert run_contents(path) == whole
         call += 1 if call < 12 else 6  # what is rewritten first, then cells
     assert call > 50
+
+
+def test_what_a_beginning_measured_holds_for_the_same_run_alone(tmp_path: Path) -> None:
+    def begun(config: Simulated, environment: dict[str, Any]) -> dict[str, Any]:
+        with open_run(tmp_path, config, environment, resume=True):
+            found: dict[str, Any] = plain(json.loads((tmp_path / "environment.json").read_text()))
+            return found
+
+    first = {"packages": {"torch": "2"}, "cpu": "mine", "data_sha256": "0", "break_even": {"fc1": 0.5}}
+    again = first | {"break_even": {"fc1": 0.25}}
+    assert begun(CONFIG, first) == begun(CONFIG, again) == first
+    for other in ({"cpu": "yours"}, {"data_sha256": "1"}):
+        assert begun(CONFIG, again | other) == again | other
+    assert begun(CONFIG, first) == first
+    assert begun(replace(CONFIG, levels=2), again) == again
+    (tmp_path / "environment.json").write_text("{")
+    assert begun(replace(CONFIG, levels=2), first) == first
 
 
 def test_a_full_disk_while_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
