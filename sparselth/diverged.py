@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselth.config import Cell, Config
+from sparselth.errors import one_line
 from sparselth.files import dump, read_json, sealed, unsealed, write_atomically
 from sparselth.ledger import point
 
@@ -34,7 +35,7 @@ def read(path: Path, config: Config, files: Mapping[Cell, str]) -> list[dict[str
             with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 data = unsealed(read_json(there[cell.key]))
                 if data == point(cell, why=str(data["why"])) | _facts(config, cell, files):
-                    found.append(point(cell, why=data["why"]))
+                    found.append(point(cell, why=one_line(data["why"])))
     return found
 
 

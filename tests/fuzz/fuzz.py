@@ -42,7 +42,7 @@ import torch
 
 import rot
 from rot import ELSEWHERE
-from sparselth import data, machine, tickets
+from sparselth import data, diverged, machine, tickets
 from sparselth.cli import main as command_line
 from sparselth.config import Cell, Recipe, config_from_json
 from sparselth.data import DATASETS, DatasetSpec
@@ -60,7 +60,7 @@ from sparselth.experiments.run import run
 from sparselth.files import array_bytes, load_arrays, sealed, sealed_line
 from sparselth.machine import ran_on_gpus
 from sparselth.models import MODELS, Linear, Model, ReLU, get_model
-from sparselth.runs import open_run, read, read_config, reporting
+from sparselth.runs import cell_path, open_run, read, read_config, reporting
 from sparselth.sparse import times
 
 SECONDS = 5.0  # of a case
@@ -219,6 +219,17 @@ def base_run() -> Path:
     return path
 
 
+@cache
+def diverged_run() -> Path:
+    """The same, of which a cell has diverged."""
+    path, cell = base() / "diverged", Cell(1, "random-mask", 2)
+    shutil.copytree(base_run(), path)
+    files = {other: text for other, text in read(path).files.items() if other != cell}
+    cell_path(path, cell).unlink()
+    diverged.write(path, config(), cell, "it was \x1b[2J too much", files)
+    return path
+
+
 def lines_file(draw: Random, file: Path) -> None:
     """Lines gone, doubled, in another order, torn, or with another content and a checksum that fits it."""
     lines = file.read_bytes().splitlines()
@@ -273,7 +284,7 @@ def runs_(draw: Random, folder: Path) -> None:
     """A run whose files rot is read, listed and opened; what is well beside it is shown."""
     rotten = folder / "runs" / "rotten"
     environment = (base_run() / "environment.json").read_text()
-    shutil.copytree(base_run(), rotten)
+    shutil.copytree(draw.choice((base_run(), diverged_run())), rotten)
     shutil.copytree(base_run(), folder / "runs" / "well", copy_function=os.link)
     for _ in range(draw.choice((1, 1, 1, 2, 4))):
         with suppress(json.JSONDecodeError, AttributeError, UnicodeDecodeError, RecursionError, OSError):
@@ -633,7 +644,7 @@ class Hang(BaseException):
 def campaign(kind: str, numbers: Iterable[int], seed: int, place: Path, seconds: float = SECONDS) -> Tried:
     """Cases of a kind in child processes, of which another goes on where one crashed."""
     case = KINDS.get(kind) or _PLANTED[kind]
-    base(), ticket_files(), data_files(), base_run(), base_checkpoint()
+    base(), ticket_files(), data_files(), diverged_run(), base_checkpoint()
     place.mkdir(parents=True, exist_ok=True)
     elsewhere = place / ELSEWHERE
     if not elsewhere.exists():
