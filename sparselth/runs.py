@@ -220,7 +220,7 @@ class RunFolder:
             if not all(map(math.isfinite, found.values())):
                 raise ValueError("a break-even is no number")
             return found
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise SparselthError(
                 f"{self.path / 'environment.json'}: cannot be read ({error}); begin the run in another `out`"
             ) from error

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save
 from simulated import STEPS, Simulated, compute
 
-from sparselth import files
+from sparselth import files, ledger
 from sparselth.config import EXPERIMENTS
 from sparselth.errors import SparselthError
 from sparselth.files import checksum, joined, load_arrays, plain, save_arrays, sealed, sealed_line
@@ -304,3 +304,9 @@ def test_an_older_run_whose_config_was_altered_is_refused(run: Path) -> None:
     with pytest.raises(SparselthError, match="of another configuration, so it was altered"):
         compute(run, replace(CONFIG, rate=0.25))
     assert bits(run) == before
+
+
+def test_a_time_too_large_to_be_one_is_not_what_was_written() -> None:
+    assert ledger._measured({"seed": 0, "train_seconds": 1}, steps=False)
+    for value in (10**400, float("nan"), float("inf"), -(10**400)):
+        assert not ledger._measured({"seed": 0, "train_seconds": value}, steps=False)
