@@ -307,6 +307,6 @@ def test_an_older_run_whose_config_was_altered_is_refused(run: Path) -> None:
 
 
 def test_a_time_too_large_to_be_one_is_not_what_was_written() -> None:
-    assert ledger._measured({"seed": 0, "train_seconds": 1}, steps=False)
+    assert ledger._finite({"seed": 0, "train_seconds": 1})
     for value in (10**400, float("nan"), float("inf"), -(10**400)):
-        assert not ledger._measured({"seed": 0, "train_seconds": value}, steps=False)
+        assert not ledger._finite({"seed": 0, "train_seconds": value})
