@@ -150,6 +150,8 @@ def _say_whose(args: list[str]) -> None:
 
 def _plugged(args: list[str]) -> list[str]:
     """Load the file behind every --plugin, wherever it stands: commands and flags may be its own."""
+    if wrong := next((word for word in args if "\0" in word), None):
+        raise UsageError(f"{wrong!r}: a null character is part of no name")
     rest, words = [], iter(args)
     for word in words:
         name, equals, value = word.partition("=")
