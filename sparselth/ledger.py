@@ -254,10 +254,10 @@ def _examine_files(path: Path, config: Config, before: str, ledger: Ledger) -> N
         else:
             if head.get("cell", cell.key) != cell.key:
                 wrong = f"is the file of {head['cell']}"
-            elif head.get("config", config.digest) not in digests:
-                wrong, other = "is of another configuration", other + 1
             elif entry.proof:
                 wrong = "is not what was written"
+            elif head.get("config", config.digest) not in digests:
+                wrong, other = "is of another configuration", other + 1
         if wrong:
             ledger.problems.append(f"cells/{file.name} {wrong}")
             del ledger.entries[cell]

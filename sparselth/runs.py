@@ -46,7 +46,9 @@ from sparselth.files import (
     file_sum,
     holds,
     line,
+    load_arrays,
     plain,
+    save_arrays,
     sealed,
     sealed_line,
     write_atomically,
@@ -302,8 +304,13 @@ class RunFolder:
             write_atomically(self.path / "config.json", text)
 
     def _prove(self, ledger: Ledger) -> None:
-        """Give proofs to cells that an older version wrote."""
+        """Give proofs to cells that an older version wrote, and their files this version's headers: what is
+        computed again has these, too, and came out otherwise only where its arrays did.
+        """
         old = {cell: entry for cell, entry in ledger.entries.items() if entry.proof is None}
+        for file in (cell_path(self.path, cell) for cell in old):
+            arrays, header = load_arrays(file)
+            save_arrays(file, arrays, header | {"config": self.digest} if "config" in header else header)
         files = {cell: file_sum(cell_path(self.path, cell)) for cell in old}
         files = self.files | files
         for cell, entry in old.items():
