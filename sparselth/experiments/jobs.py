@@ -55,7 +55,7 @@ def train(
     `where` they come from is what their files say of it, beside the cell.
     """
     assert place.data is not None
-    saved, asked = time.monotonic(), 0
+    saved, asked, paused = time.monotonic(), 0, False
 
     def save(some: Sequence[Job]) -> None:
         nonlocal saved
@@ -71,12 +71,13 @@ def train(
 
     def overdue() -> bool:
         """Whether to save before the next step; at least one step is taken in between."""
-        nonlocal asked
+        nonlocal asked, paused
         asked += 1
-        return asked > 1 and time.monotonic() - saved > PAUSE_SECONDS
+        paused = asked > 1 and time.monotonic() - saved > PAUSE_SECONDS
+        return paused
 
     while not all(is_done(job, recipe) for job in jobs):
-        asked = 0
+        asked, paused = 0, False
         fit(
             model,
             place.data,
@@ -90,7 +91,7 @@ def train(
         )
         if not all(is_done(job, recipe) for job in jobs):
             save(jobs)
-            if place.should_stop():
+            if not paused or place.should_stop():
                 return None
     going = [job for job in jobs if job.diverged is None]
     try:

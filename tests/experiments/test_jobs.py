@@ -147,7 +147,7 @@ def test_a_finished_cell_says_what_training_found(
     monkeypatch.setattr(jobs, "accuracies_on_test", accuracies)
     done = asked.compute([DENSE], place)
     assert done is not None
-    assert tested == [LENET, place.data, "torch", {"fc1.weight": 0.25}]
+    assert tested == [LENET, place.data, "torch", {"fc1.weight": 0.25}, place.should_stop]
     (found,) = done
     assert found.cell == DENSE
     assert found.line == {
