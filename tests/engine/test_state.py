@@ -36,6 +36,7 @@ def tensors(state: State) -> list[Tensor]:
 def test_a_state_starts_fresh_and_on_its_own(optimizer: str, moments: int) -> None:
     weights = torch.ones(1, 4)
     state = State.start(weights, Recipe(steps=9, lr=1.0, optimizer=optimizer), 7)  # type: ignore[arg-type]
+    assert State.start(weights, Recipe(steps=9, lr=1.0)).step == 0
     weights += 1
     assert (state.step, state.best_step, state.best_loss) == (7, 7, float("inf"))
     assert [moment.tolist() for moment in state.moments] == [[[0.0] * 4]] * moments
