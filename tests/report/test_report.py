@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from sparselth.data import load
 from sparselth.experiments.imp import ImpConfig
+from sparselth.files import Line
 from sparselth.models import get_model
 from sparselth.report import drawing, figures, mask_figures, stats, tables
 from sparselth.runs import RunRecord
@@ -94,7 +95,8 @@ def fake(
                             "validation_loss": 0.07 + abs(step - stop) / steps * 0.02,
                         })  # fmt: skip
     points.sort(key=lambda p: (p["seed"], p["arm"], p["level"], p["draw"]))
-    return FakeRecord(Path("run"), config, points, evaluations)
+    lines = [Line(i, json.dumps(one).encode(), False, True) for i, one in enumerate(evaluations)]
+    return FakeRecord(Path("run"), config, points, lines)
 
 
 def edit(record: FakeRecord, change, **where) -> FakeRecord:
@@ -466,7 +468,7 @@ def records():
         "full": full,
         "one": fake(seeds=(0,), arms=("ticket",), levels=2),
         "unfinished": replace(full, points=part),
-        "none": replace(full, points=[], evaluations=[]),
+        "none": replace(full, points=[], lines=[]),
         "dense": replace(full, points=[p for p in full.points if p["level"] == 0]),
         "draws": fake(
             "lenet5", arms=("ticket", "reinit", "random-mask", "random-reinit"), reinits=3, levels=4
