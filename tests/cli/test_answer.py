@@ -48,6 +48,7 @@ def test_who_was_stopped_leaves_at_once(environment: dict[str, str]) -> None:
 import atexit, signal
 from sparselth.cli.answer import answered, leave
 atexit.register(print, "tidied up")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
 try:
     with answered(lambda: None):
         if {stopped}:
@@ -69,6 +70,7 @@ leave(7)
 def test_who_answers_in_time_is_left_alone() -> None:
     called: list[str] = []
     threads = threading.active_count()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), answered(lambda: called.append("finish")):
         signal.raise_signal(signal.SIGINT)
     with answered(lambda: called.append("finish")):
@@ -76,3 +78,4 @@ def test_who_answers_in_time_is_left_alone() -> None:
     assert not called
     assert threading.active_count() == threads
     assert signal.set_wakeup_fd(-1) == -1
+    signal.signal(signal.SIGINT, before)

@@ -120,9 +120,10 @@ def test_random_networks_and_mixes_of_layers(
     assert close(found[0].moments[0], expected[0].moments[0], 1e-4)
 
 
-@pytest.mark.parametrize("stop", [1, 6, 7])
+@pytest.mark.parametrize(("stop", "step"), [(1, 1), (6, 6), (7, 6), (9, 7)])
 @pytest.mark.skipif(not _native.LIB, reason=_native.WHY)
-def test_stopping_anywhere_changes_no_bit(stop: int, digits: Resident) -> None:
+def test_stopping_anywhere_changes_no_bit(stop: int, step: int, digits: Resident) -> None:
+    """`should_stop` is asked before every step, and before each of two chunks of an evaluation."""
     share = every(LENET, 0.2)  # the output layer, with more, stays dense
     whole, mask = start(LENET, ADAM, 0.1)
     fit(LENET, digits, [Job(TICKET, whole, mask)], ADAM, break_even=share)
@@ -136,7 +137,7 @@ def test_stopping_anywhere_changes_no_bit(stop: int, digits: Resident) -> None:
         break_even=share,
         should_stop=lambda: next(calls) == stop,
     )
-    assert state.step == stop
+    assert state.step == step
     fit(LENET, digits, [Job(TICKET, state, mask)], ADAM, break_even=share)
     assert torch.equal(state.weights, whole.weights)
     assert all(map(torch.equal, state.moments, whole.moments))

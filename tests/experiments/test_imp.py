@@ -300,7 +300,7 @@ def test_environment_is_recorded(small: RunRecord) -> None:
 
 
 def test_figures_are_drawn(small: RunRecord) -> None:
-    names = {"accuracy", "early_stop", "curves", "first_layer", "cost", "pixels"}
+    names = {"accuracy", "early_stop", "curves", "first_layer", "cost", "pixels", "layers", "differences"}
     found = {file.name for file in (small.path / "figures").iterdir()}
     assert found == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
 

@@ -211,13 +211,14 @@ def test_a_worker_without_memory_is_one_line_and_the_run_goes_on_later(
     start: Callable[..., Ended], tmp_path: Path, run_contents: Contents
 ) -> None:
     assert whole(start("alone"))
-    for number in (1, 15, 5):
-        ended = start("run", Break("worker", number, small_memory, "step"))
+    for number in (1, 5, 15):
+        folder = f"run{number}"
+        ended = start(folder, Break("worker", number, small_memory, "step"))
         assert ended.code == 1
         assert "out of memory" in one_line(ended)
         assert "--resume" in ended.err
-    assert whole(start("run"))
-    assert run_contents(tmp_path / "run") == run_contents(tmp_path / "alone")
+        assert whole(start(folder))
+        assert run_contents(tmp_path / folder) == run_contents(tmp_path / "alone")
 
 
 def test_a_run_under_way_is_not_run_twice(start: Callable[..., Ended], tmp_path: Path) -> None:
