@@ -201,10 +201,10 @@ def test_steps_that_are_long_save_in_between(
 
 
 def small_memory(_: int) -> None:
-    """In a worker: not a page more than it has, and one batch that takes many."""
+    """In a worker: hardly a page more than it has, and one batch that takes more than can lie free in it."""
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
-    bytearray(1 << 26)
+    bytearray(1 << 36)
 
 
 def test_a_worker_without_memory_is_one_line_and_the_run_goes_on_later(
