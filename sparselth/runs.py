@@ -282,9 +282,7 @@ class RunFolder:
     def _write(self, ledger: Ledger) -> None:
         """Only the lines of finished cells, in the order of `config.cells()`."""
         for name, text in ledger.content(self.config.cells()).items():
-            file = self.path / name
-            if not holds(file, text):
-                write_atomically(file, text)
+            _put(self.path / name, text)
 
     def mend(self, ledger: Ledger) -> None:
         """Drop what is not believed, prove what an older version wrote, say what is run now."""
@@ -299,9 +297,7 @@ class RunFolder:
         self._prove(ledger)
         self._write(ledger)
         self._take(ledger)
-        text = dump(sealed(self.config.to_json()))
-        if not holds(self.path / "config.json", text):
-            write_atomically(self.path / "config.json", text)
+        _put(self.path / "config.json", dump(sealed(self.config.to_json())))
 
     def _prove(self, ledger: Ledger) -> None:
         """Give proofs to cells that an older version wrote, and their files this version's headers: what is
@@ -318,6 +314,12 @@ class RunFolder:
             timing = entry.timing and replace(entry.timing, raw=sealed_line(plain(entry.timing.data)))
             proof = prove(self.path, self.digest, cell, needs, [e.raw for e in entry.evaluations])
             ledger.entries[cell] = replace(entry, timing=timing, proof=proof)
+
+
+def _put(file: Path, text: bytes) -> None:
+    """Write what does not stand there already."""
+    if not holds(file, text):
+        write_atomically(file, text)
 
 
 @contextmanager
@@ -345,8 +347,10 @@ def open_run(path: Path, config: Config, environment: dict[str, Any], resume: bo
             for name in LINES:
                 (path / name).unlink(missing_ok=True)
             folder = RunFolder(path, config, Ledger())
-            if not _stands(folder, environment):
-                write_atomically(path / "environment.json", dump(sealed(environment)))
+            stands = _stands(folder, environment)
+            # its checksum before that of config.json, with which it is asked for
+            _put(path / "environment.json", dump(sealed(read_environment(path) if stands else environment)))
+            if not stands:
                 write_atomically(path / "config.json", dump(sealed(config.to_json())))
             folder.mend(Ledger())
             yield folder
@@ -440,7 +444,7 @@ def _gone_on(
         loaded = [str(file) for file in plugins()]
         if needed := [*dict.fromkeys([*there.get("plugins", []), *loaded])]:
             there["plugins"] = needed
-        if missing:
-            write_atomically(path / "environment.json", dump(sealed(there)))
+        if there:
+            _put(path / "environment.json", dump(sealed(there)))
         folder.mend(ledger)
     return folder

@@ -16,7 +16,9 @@ from simulated import Simulated, compute
 
 from sparselth.config import EXPERIMENTS
 from sparselth.errors import SparselthError
-from sparselth.files import plain
+from sparselth.experiments.agenda import Agenda
+from sparselth.experiments.base import Place
+from sparselth.files import dump, plain
 from sparselth.runs import open_run, read
 
 Contents = Callable[[Path], dict[str, bytes]]
@@ -99,6 +101,20 @@ def test_what_a_beginning_measured_holds_for_the_same_run_alone(tmp_path: Path) 
     assert begun(replace(CONFIG, levels=2), again) == again
     (tmp_path / "environment.json").write_text("{")
     assert begun(replace(CONFIG, levels=2), first) == first
+
+
+def test_a_run_that_an_older_version_began_is_stopped_and_goes_on_more_than_once(tmp_path: Path) -> None:
+    environment = {"packages": {"torch": "2"}, "cpu": "mine", "data_sha256": "0", "break_even": {}}
+    (tmp_path / "config.json").write_bytes(dump(CONFIG.to_json()))  # without checksums
+    (tmp_path / "environment.json").write_bytes(dump(environment))
+    for count in range(3):
+        with open_run(tmp_path, CONFIG, environment, resume=True) as folder:
+            assert (len(folder.finished), folder.damage) == (count, "")
+            cells = Agenda(CONFIG, folder.finished).next()[:1]
+            folder.add(CONFIG.compute(cells, Place(tmp_path, None, {})) or [])
+    compute(tmp_path, CONFIG)
+    assert read(tmp_path).complete
+    compute(tmp_path, replace(CONFIG, levels=4))
 
 
 def test_a_full_disk_while_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
