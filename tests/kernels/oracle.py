@@ -10,6 +10,7 @@ from __future__ import annotations
 import unittest
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -164,8 +165,11 @@ def near(
 
     `scale` is the formula on absolute values, of sums that may cancel; `dtype` what `check` calls it.
     """
-    if fault := check(found, right, dtype or FLOATS[found.dtype], terms=terms, scale=scale).fault:
-        raise Wrong(f"{what}: {fault}" if what else fault)
+    result = check(found, right, dtype or FLOATS[found.dtype], terms=terms, scale=scale)
+    if DEVICE == "cpu" and found.dtype == torch.bfloat16:  # Triton's interpreter cuts off, a device rounds
+        result = replace(result, allowed=max(result.allowed, 2**-7))
+    if result.fault:
+        raise Wrong(f"{what}: {result.fault}" if what else result.fault)
 
 
 def must_be_zero(t: Tensor, where: Tensor, what: str) -> None:
