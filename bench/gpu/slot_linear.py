@@ -74,7 +74,11 @@ def many_weights(here: Here, part: str) -> None:
     for at in (0, blocks - 1):
         block = Slots((128, k), values[at : at + 1], places[at : at + 1], *none, starts[: -(-k // 512) + 1])
         near(
-            y[:, 128 * at : 128 * (at + 1)], x.double() @ block.to_dense().double().t(), k, dtype=PARTS[part]
+            y[:, 128 * at : 128 * (at + 1)],
+            x.double() @ block.to_dense().double().t(),
+            k,
+            dtype=PARTS[part],
+            capped=False,
         )
 
 
@@ -88,7 +92,7 @@ def far_rows(here: Here, part: str) -> None:
         x.uniform_(-1, 1, generator=here.generator(1))
         y = slot_linear(Slots.from_dense(p.w), x, p.bias, kernels="triton")
         ends = torch.tensor([0, b // 2, b - 1], device=here.device)
-        near(y[ends], formula(p._replace(x=x[ends]), torch.double)["y"], k, dtype=PARTS[part])
+        near(y[ends], formula(p._replace(x=x[ends]), torch.double)["y"], k, dtype=PARTS[part], capped=False)
 
 
 def large(here: Here) -> Iterator[Case]:

@@ -30,6 +30,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, 
 PARTS = {"bf16": "bf16", "fp16": "fp16", "tf32": "tf32", "ieee": "fp32"}  # as `check` calls them
 UNIT = {part: ROUNDING[dtype] for part, dtype in PARTS.items()}
 FLOATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+MOST = {"fp32": 1e-6, "tf32": 2e-3}
 NAN, INF = float("nan"), float("inf")
 T = TypeVar("T")
 
@@ -160,14 +161,21 @@ def near(
     scale: Tensor | None = None,
     dtype: str | None = None,
     what: str = "",
+    capped: bool = True,
 ) -> None:
     """Against float64 where torch's own result is not at hand; Wrong beyond what `sparselth.check` allows.
 
     `scale` is the formula on absolute values, of sums that may cancel; `dtype` what `check` calls it.
+    `capped`: at most MOST, however long the sums.
     """
-    result = check(found, right, dtype or FLOATS[found.dtype], terms=terms, scale=scale)
+    dtype = dtype or FLOATS[found.dtype]
+    result = check(found, right, dtype, terms=terms, scale=scale)
+    if capped:
+        result = replace(result, allowed=min(result.allowed, MOST.get(dtype, result.allowed)))
     if DEVICE == "cpu" and found.dtype == torch.bfloat16:  # Triton's interpreter cuts off, a device rounds
         result = replace(result, allowed=max(result.allowed, 2**-7))
+    if not (right if scale is None else scale).any() and found.any():
+        raise Wrong(f"{what or 'it'}: not 0, where nothing is added")
     if result.fault:
         raise Wrong(f"{what}: {result.fault}" if what else result.fault)
 
