@@ -36,8 +36,9 @@ def option(
     ordered: bool = True,
     before: Any = MISSING,
     extends: bool = False,
+    argument: bool = False,
 ) -> Any:
-    """A field of a configuration; without `help` it has no flag.
+    """A field of a configuration; without `help` it has no flag, and an `argument` stands without one.
 
     `choices` are the names it may hold, or a function that imports them. `added` fields came after runs had
     been written, with `before`, their default unless given: with it they leave a configuration's digest as it
@@ -47,6 +48,7 @@ def option(
     """
     metadata = {"help": help, "check": check, "choices": choices, "added": added, "ordered": ordered}
     metadata |= {"before": default if before is MISSING else before, "extends": extends}
+    metadata |= {"argument": argument}
     return field(default=default, metadata=metadata)
 
 
@@ -128,6 +130,9 @@ class Options:
             value, kind = getattr(self, f.name), _kinds(type(self))[f.name]
             if kind is float and type(value) is int and not _too_large(value):
                 object.__setattr__(self, f.name, float(value))
+            if kind == tuple[float, ...] and not _not_a(kind, value) and not _too_large(value):
+                value = tuple(map(float, value))
+                object.__setattr__(self, f.name, value)
             if not f.metadata.get("ordered", True) and not _not_a(kind, value):
                 place = {name: i for i, name in enumerate(choices_of(f) or sorted(value))}
                 value = tuple(sorted(value, key=lambda one: place.get(one, len(place))))
@@ -157,7 +162,7 @@ class Options:
         """The error of a field that holds something else than what was expected."""
         value = getattr(self, name)
         if isinstance(value, tuple):
-            value = ",".join(map(str, value))
+            value = ",".join(f"{one:g}" if isinstance(one, float) else str(one) for one in value)
         elif isinstance(value, float):
             value = f"{value:g}"
         return UsageError(f"`{name}` {value!s:.100}: {expected}")

@@ -27,6 +27,7 @@ ORDER = [
     "clock",
     "machine",
     "masks",
+    "entropy",
     "params",
     "config",
     "models",

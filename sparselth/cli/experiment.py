@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import click
 
-from sparselth.cli.options import PATH, as_flags, data_dir, flag, output
+from sparselth.cli.options import PATH, argument, as_flags, data_dir, flag, output
 from sparselth.config import Recipe
 from sparselth.errors import Interrupted, UsageError, unknown
 from sparselth.experiments.base import Experiment
 from sparselth.experiments.training import Training
 from sparselth.machine import check_torch
-from sparselth.models import get_model
 from sparselth.signals import name_of
 
 if TYPE_CHECKING:
@@ -45,7 +44,9 @@ def command(experiment: type[Experiment]) -> click.Command:
 
 def _params(experiment: type[Experiment]) -> Iterator[click.Parameter]:
     kinds, trains = get_type_hints(experiment), issubclass(experiment, Training)
-    own = [f for f in fields(experiment) if f.metadata.get("help")]
+    named = [f for f in fields(experiment) if f.metadata.get("help")]
+    yield from (argument(f) for f in named if f.metadata["argument"])
+    own = [f for f in named if not f.metadata["argument"]]
     for f in own:
         if f.name not in MACHINE:
             yield flag(f, kinds[f.name])
@@ -78,9 +79,9 @@ def _params(experiment: type[Experiment]) -> Iterator[click.Parameter]:
             help="The same bits whoever trains beside a network: on CUDA our kernels alone; "
             "on a CPU always so.",
         )
-    where = "MODEL-DATASET-HASH" if trains else "HASH"
-    named = where if experiment.name == "imp" else f"{experiment.name.upper()}-{where}"
-    yield click.Option(["--out"], type=PATH, help=f"Folder of the run.  [default: runs/{named}]")
+    place = "MODEL-DATASET-HASH" if trains else "HASH"
+    folder = place if experiment.name == "imp" else f"{experiment.name.upper()}-{place}"
+    yield click.Option(["--out"], type=PATH, help=f"Folder of the run.  [default: runs/{folder}]")
     yield click.Option(
         ["--resume"],
         is_flag=True,
@@ -188,7 +189,7 @@ def _inherit(experiment: type[Experiment], flags: dict[str, Any], given: set[str
 def _configured(experiment: type[Experiment], flags: dict[str, Any]) -> Experiment:
     values = {f.name: flags[f.name] for f in fields(experiment) if f.metadata.get("help")}
     if issubclass(experiment, Training):
-        recipes, name = get_model(flags["model"]).recipes, flags["recipe"]
+        recipes, name = experiment.recipes(values), flags["recipe"]
         if name not in recipes:
             raise unknown("recipe", name, recipes)
         own = [f.name for f in fields(Recipe) if f.metadata["help"] and flags[f.name] is not None]

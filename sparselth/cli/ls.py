@@ -136,7 +136,8 @@ def _experiments() -> Listing:
         row: dict[str, Any] = {"name": name, "meaning": meaning, "options": []}
         for f in options:
             row["options"].append({"name": f.name, "default": f.default, "help": f.metadata["help"]})
-            lines.append(f"  --{f.name.replace('_', '-'):<14}{as_flags(f.metadata['help'])}")
+            shown = f.name.upper() if f.metadata["argument"] else f"--{f.name.replace('_', '-')}"
+            lines.append(f"  {shown:<16}{as_flags(f.metadata['help'])}")
         rows.append(row)
     return rows, lines
 

@@ -39,6 +39,22 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
         return tuple(found)
 
 
+class Floats(click.ParamType):  # type: ignore[type-arg]
+    """`0.1,0.3,0.5` as a tuple of floats."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r:.60}: expected numbers such as 0.5 or 0.1,0.3,0.5", param, ctx)
+
+
 class Names(click.ParamType):  # type: ignore[type-arg]
     """`a,b,c` as a tuple of names."""
 
@@ -96,8 +112,7 @@ def flag(of: Field[Any], kind: Any, recipes: bool = False) -> click.Option:
     if kind is bool:
         words |= {"is_flag": True, "show_default": False}
     elif get_origin(kind) is tuple:
-        numbers = get_args(kind)[0] is int
-        words["type"] = Numbers() if numbers else Names()
+        words["type"] = {int: Numbers(), float: Floats()}.get(get_args(kind)[0], Names())
         words["default"] = shown(default) if isinstance(default, tuple) else None
     elif isinstance(choices, tuple):
         words["type"] = click.Choice(choices)
@@ -106,9 +121,14 @@ def flag(of: Field[Any], kind: Any, recipes: bool = False) -> click.Option:
     return click.Option([f"--{of.name.replace('_', '-')}"], **words)
 
 
+def argument(of: Field[Any]) -> click.Argument:
+    """The word of a field that stands without a flag, and may be left out."""
+    return click.Argument([of.name], required=False, default=of.default, metavar=of.name.upper())
+
+
 def shown(values: tuple[Any, ...]) -> str:
     """Values as their flag takes them: numbers in a row as 0-4."""
     numbers = [value for value in values if isinstance(value, int)]
     if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[0] + len(values))):
         return f"{numbers[0]}-{numbers[-1]}"
-    return ",".join(map(str, values))
+    return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)

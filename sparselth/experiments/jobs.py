@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,56 @@ def job(
     return Job(cell, state, mask.to(device), start_step, keep_step)
 
 
+Finish = Callable[[Model, Job, Place, dict[str, Any], float, float], Finished]
+
+
+def finished(
+    model: Model, job: Job, place: Place, where: dict[str, Any], at_early_stop: float, final: float
+) -> Finished:
+    """Write the ticket file of a trained network, and say what was found; accuracies are on the test."""
+    state, mask, params = job.state, job.mask.cpu(), model.params
+    rewound = None if state.kept_weights is None else state.kept_weights[0].cpu().numpy()
+    content = tickets.Content(mask.numpy(), state.weights[0].cpu().numpy(), rewound)
+    tickets.save(cell_path(place.run, job.who), params, content, **where | {"cell": job.who.key})
+    return told(model, job, params.kept(mask), at_early_stop, final)
+
+
+def told(model: Model, job: Job, kept: dict[str, int], at_early_stop: float, final: float) -> Finished:
+    """What a trained network found, with `kept` weights of every tensor."""
+    state, params = job.state, model.params
+    return Finished(
+        job.who,
+        {
+            "weights_remaining": sum(kept.values()) / params.prunable,
+            "kept": kept,
+            "early_stop_step": state.best_step,
+            "validation_loss_at_early_stop": state.best_loss,
+            "accuracy_at_early_stop": at_early_stop,
+            "final_accuracy": final,
+            "state_bytes": state.bytes,
+            "dense_state_bytes": 4 * params.size * (2 + len(state.moments)),
+        },
+        state.evaluations,
+        {
+            "train_seconds": state.seconds,
+            "step_seconds": statistics.median(state.pace),
+            "clock": "wall" if state.weights.is_cuda else "processor",
+        },
+    )
+
+
 def train(
-    model: Model, jobs: Sequence[Job], recipe: Recipe, kernels: str, place: Place, where: dict[str, Any]
+    model: Model,
+    jobs: Sequence[Job],
+    recipe: Recipe,
+    kernels: str,
+    place: Place,
+    where: dict[str, Any],
+    finish: Finish = finished,
 ) -> list[Finished | Diverged] | None:
     """Train cells together and write their files; None when stopped, after checkpoints were written.
 
-    `where` they come from is what their files say of it, beside the cell.
+    `where` they come from is what their files say of it, beside the cell; `finish` writes one and reports.
     """
     assert place.data is not None
     saved, asked, paused = time.monotonic(), 0, False
@@ -104,37 +148,8 @@ def train(
     pairs = zip(going, accuracies, strict=True)
     return [
         *(Diverged(job.who, job.diverged) for job in jobs if job.diverged),
-        *(_finished(model, job, place, where, *pair) for job, pair in pairs),
+        *(finish(model, job, place, where, *pair) for job, pair in pairs),
     ]
-
-
-def _finished(
-    model: Model, job: Job, place: Place, where: dict[str, Any], at_early_stop: float, final: float
-) -> Finished:
-    state, mask, params = job.state, job.mask.cpu(), model.params
-    rewound = None if state.kept_weights is None else state.kept_weights[0].cpu().numpy()
-    content = tickets.Content(mask.numpy(), state.weights[0].cpu().numpy(), rewound)
-    tickets.save(cell_path(place.run, job.who), params, content, **where | {"cell": job.who.key})
-    kept = params.kept(mask)
-    return Finished(
-        job.who,
-        {
-            "weights_remaining": sum(kept.values()) / params.prunable,
-            "kept": kept,
-            "early_stop_step": state.best_step,
-            "validation_loss_at_early_stop": state.best_loss,
-            "accuracy_at_early_stop": at_early_stop,
-            "final_accuracy": final,
-            "state_bytes": state.bytes,
-            "dense_state_bytes": 4 * params.size * (2 + len(state.moments)),
-        },
-        state.evaluations,
-        {
-            "train_seconds": state.seconds,
-            "step_seconds": statistics.median(state.pace),
-            "clock": "wall" if state.weights.is_cuda else "processor",
-        },
-    )
 
 
 def _save_state(file: Path, state: State, where: dict[str, Any]) -> None:

@@ -23,18 +23,14 @@ from sparselth import machine
 from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Resident
 from sparselth.engine.choose import prepare, trains_alone
-from sparselth.engine.dense import init_weights
 from sparselth.engine.memory import free_memory, is_out_of_memory, resident_bytes
 from sparselth.engine.paths import choose
-from sparselth.engine.state import Job, State
 from sparselth.errors import SparselthError
 from sparselth.experiments.agenda import Agenda, widest
 from sparselth.experiments.training import Training
 from sparselth.files import read_json
 from sparselth.machine import RESULTS
 from sparselth.models import Model, get_model
-from sparselth.pruning import prune
-from sparselth.streams import stream
 
 STRETCH = 5  # least steps between looks at the clock
 CONTEXT = 5 * 10**8  # device memory that CUDA and its libraries take
@@ -65,7 +61,7 @@ class Price:
     def _parts(self, config: Training, cells: list[Cell]) -> tuple[float, float]:
         """Seconds of the steps of a batch, and of its evaluations."""
         recipe = config.recipe
-        share = sum(self.levels[cell.level] for cell in cells) / len(cells)
+        share = sum(self.levels[config.rung(cell)] for cell in cells) / len(cells)
         steps = recipe.steps - min(config.start_step(cell) for cell in cells)
         evaluations = -(-steps // recipe.eval_every) + 2 * self.test_share
         trained, looked = steps * _line(self.batches, len(cells)), _line(self.validation, len(cells))
@@ -181,34 +177,21 @@ def measured(
     of sparse ones; and a batch of an evaluation. Nothing of it is kept. Also how many replicas fit into
     memory.
     """
-    model = get_model(config.model)
-    each = replica_bytes(model, config.recipe)
+    each = replica_bytes(config.widest, config.recipe)
     limit = min(limit, widest(config))
     if data.device == "cuda":
         limit = max(1, min(limit, int(0.9 * torch.cuda.mem_get_info()[0] / each)))
-    seed = config.seeds[0]
-    weights = init_weights(model, stream(seed, "price", 0, "init"))
     recipe = replace(config.recipe, steps=20_000, eval_every=20_000, lr_drops=(), warmup=0)
-    rungs, shares = config.rungs(), config.remaining()
-    overhead, last = 0.0, len(rungs) - 1
+    overhead = 0.0
     some, cuda = data.sample(data.chunk), data.device == "cuda"
     clock = time.perf_counter if cuda else time.process_time
     neighbours = machine.Neighbours()
 
-    def timed(level: int, replicas: int) -> tuple[float, float]:
+    def timed(rung: int, replicas: int) -> tuple[float, float]:
         """Seconds of a step of all, over 0.3 s, and of an evaluation."""
         nonlocal overhead
-        mask = prune(model.params, weights[: model.params.mask_size], model.params.full_mask(), rungs[level])
-        start = weights.clone()
-        start[: model.params.mask_size] *= mask
-        jobs = [
-            Job(
-                Cell(seed, "price", 0, draw),
-                State.start(start[None].to(data.device), recipe),
-                mask.to(data.device),
-            )
-            for draw in range(replicas)
-        ]
+        sampled = [config.sample(rung, draw, recipe, data.device) for draw in range(replicas)]
+        model, jobs = sampled[0][0], [job for _, job in sampled]
         began = clock()
         steps = prepare(model, some, jobs, recipe, config.kernels, break_even)
         steps.advance(0, 1, lambda: False)
@@ -237,13 +220,14 @@ def measured(
         free_memory()
         limit //= 2
     dense_overhead = overhead if cuda else 0.0
-    levels = sorted({0, last // 2, last} if break_even else {0})
-    share_of_dense = [1.0, *(timed(level, 1)[0] / batches[1] for level in levels[1:])]
-    # from sparse to dense, as np.interp wants its points
-    by_level = np.interp(shares, [shares[level] for level in levels[::-1]], share_of_dense[::-1])
+    timed_rungs, shares = config.timed_rungs(bool(break_even)), config.remaining()
+    of_first = [1.0, *(timed(rung, 1)[0] / batches[1] for rung in timed_rungs[1:])]
+    if len(timed_rungs) < len(shares):
+        # from sparse to dense, as np.interp wants its points
+        of_first = np.interp(shares, [shares[rung] for rung in timed_rungs[::-1]], of_first[::-1]).tolist()
     fixed = data.images.nbytes + CONTEXT if cuda else resident_bytes()
     test_share = data.n_tested / data.n_validated
-    price = Price(batches, tuple(by_level.tolist()), validation, test_share, fixed, each, dense_overhead)
+    price = Price(batches, tuple(of_first), validation, test_share, fixed, each, dense_overhead)
     if not cuda:
         price = replace(price, busy=neighbours.cores_taken(), cores=machine.cores())
     return price, limit

@@ -175,7 +175,7 @@ def _place(config: Experiment) -> Path:
 def _check_fit(config: Training, dataset: DatasetSpec) -> None:
     """Raise UsageError where network, data set, batch and memory do not fit each other."""
     name, recipe = config.model, config.recipe
-    model = get_model(name)
+    model = config.widest
     check_batch(recipe.batch_size, dataset.n_train)
     needed, there = replica_bytes(model, recipe), machine.memory_bytes()
     if config.device != "cuda" and needed > there:

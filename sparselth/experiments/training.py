@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparselth.config import KERNELS, Cell, Recipe, option
 from sparselth.experiments.base import Diverged, Experiment, Finished, Place
-from sparselth.models import MODELS, get_model
+from sparselth.models import MODELS, Model, get_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sparselth.data import DatasetSpec, Images
+    from sparselth.engine.state import Job
 
 
 MOST_SEEDS = 10_000
@@ -82,15 +83,20 @@ class Training(Experiment):
 
     def __post_init__(self) -> None:
         if self.recipe is None:
-            object.__setattr__(self, "recipe", next(iter(get_model(self.model).recipes.values())))
+            object.__setattr__(self, "recipe", next(iter(self.recipes(vars(self)).values())))
         super().__post_init__()
+
+    @classmethod
+    def recipes(cls, values: Mapping[str, Any]) -> Mapping[str, Recipe]:
+        """How networks may be trained, by name, with these values of the fields; the first is the default."""
+        return get_model(values["model"]).recipes
 
     def check(self) -> None:
         """Beside ranges: what would have no effect. A recipe of the model may be cut short as it stands."""
         super().check()
         from sparselth.data.sets import check_batch, get_dataset
 
-        recipe, known = self.recipe, get_model(self.model).recipes.values()
+        recipe, known = self.recipe, self.recipes(vars(self)).values()
         check_batch(recipe.batch_size, get_dataset(self.dataset or get_model(self.model).dataset).n_train)
         if recipe.warmup > recipe.steps and recipe.warmup not in {one.warmup for one in known}:
             raise recipe.wrong("warmup", f"expected at most the {recipe.steps} `steps` of training")
@@ -99,6 +105,11 @@ class Training(Experiment):
             raise recipe.wrong("lr_drops", f"expected steps below {recipe.steps}, where training ends")
         if recipe.optimizer != "sgd" and recipe.momentum not in {0.9, *(one.momentum for one in known)}:
             raise recipe.wrong("momentum", f"has no effect with {recipe.optimizer}; use `optimizer` sgd")
+
+    @property
+    def widest(self) -> Model:
+        """The largest network of the run."""
+        return get_model(self.model)
 
     def start(self, cell: Cell, place: Place) -> tuple[Tensor, Tensor]:
         """The mask [M] of a cell, and the weights [P] it starts from, before the mask."""
@@ -118,6 +129,30 @@ class Training(Experiment):
 
         levels = max(cell.level for cell in self.cells())
         return ladder(get_model(self.model).params, levels, 0.0, "layer")
+
+    def rung(self, cell: Cell) -> int:
+        """Which of the `rungs` foretells what the steps of a cell cost."""
+        return cell.level
+
+    def timed_rungs(self, sparse: bool) -> list[int]:
+        """The rungs whose steps are timed, 0 among them; `sparse`: where fewer weights take less time."""
+        last = len(self.rungs()) - 1
+        return sorted({0, last // 2, last} if sparse else {0})
+
+    def sample(self, rung: int, draw: int, recipe: Recipe, device: str) -> tuple[Model, Job]:
+        """A network of a rung, of several a `draw`, whose steps are timed; nobody keeps it."""
+        from sparselth.engine.dense import init_weights
+        from sparselth.engine.state import Job, State
+        from sparselth.pruning import prune
+        from sparselth.streams import stream
+
+        model, seed = get_model(self.model), self.seeds[0]
+        weights = init_weights(model, stream(seed, "price", 0, "init"))
+        front = weights[: model.params.mask_size]
+        mask = prune(model.params, front, model.params.full_mask(), self.rungs()[rung])
+        front *= mask
+        state = State.start(weights[None].to(device), recipe)
+        return model, Job(Cell(seed, "price", 0, draw), state, mask.to(device))
 
     def remaining(self) -> list[float]:
         """The share of the weights that is left at every level."""

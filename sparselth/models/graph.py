@@ -7,9 +7,9 @@ Nothing here computes; `sparselth.engine` trains a model. Only `torch` of this f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
+from math import floor, prod
 
 from sparselth.config import Recipe
 from sparselth.errors import UsageError
@@ -70,6 +70,7 @@ class Add:
 
 
 Layer = Conv | MaxPool | AvgPool | ReLU | BatchNorm | Linear | Add
+MOST_UNITS = 1_000_000  # of a layer that is widened
 INPUT = -1  # the place of the image among what layers read
 
 
@@ -102,6 +103,10 @@ class Model:
     conv_rate_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        if not any(isinstance(node.op, Conv | Linear) for node in self.nodes):
+            raise UsageError(
+                f"model {self.name}: has no weights; expected a Conv or a Linear among its layers"
+            )
         for i, node in enumerate(self.nodes):
             if not node.inputs or any(not INPUT <= j < i for j in node.inputs):
                 raise UsageError(
@@ -167,6 +172,28 @@ class Model:
                     pass
             found.append(shape)
         return tuple(found)
+
+    def widened(self, factor: float) -> Model:
+        """The model with every hidden layer `factor` times as wide, rounded; "NAME@0.25" is its name.
+
+        The output layer stays, and so do the rates at which layers are pruned. UsageError where a layer would
+        have no unit left.
+        """
+        last = max(i for i, node in enumerate(self.nodes) if isinstance(node.op, Conv | Linear))
+        layers: list[Layer | Node] = []
+        for i, (layer, node) in enumerate(zip(self.layers, self.nodes, strict=True)):
+            if i != last and isinstance(node.op, Conv | Linear):
+                out = floor(node.op.out * factor + 0.5)
+                if not 1 <= out <= MOST_UNITS:
+                    said = "no unit" if out < 1 else f"{out:,}"
+                    raise UsageError(
+                        f"model {self.name}: {factor:g} of the {node.op.out} units of layer {i} is {said}; "
+                        f"expected 1 to {MOST_UNITS:,}"
+                    )
+                wide = replace(node.op, out=out)
+                layer = Node(wide, node.inputs) if isinstance(layer, Node) else wide
+            layers.append(layer)
+        return replace(self, name=f"{self.name}@{factor:g}", layers=tuple(layers))
 
     @property
     def evaluation_batch(self) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from sparselth.data import DATASETS
-from sparselth.models import MODELS, Conv, get_model
+from sparselth.errors import UsageError
+from sparselth.models import MODELS, Conv, Linear, Model, ReLU, get_model, register
 
 # Frankle & Carbin 2019, Figure 2: convolutional weights, all weights, steps, learning rate, the rate
 # a level prunes convolutions at. The paper has 1.7M for all weights of Conv-6; its layers have 2.3M.
@@ -71,3 +72,55 @@ def test_ls_models_names_the_images(document: Callable[..., dict[str, Any]]) -> 
     assert found["conv6"]["prunable"] == 2_261_184
     assert (found["conv6"]["input"], found["conv6"]["dataset"]) == ([3, 32, 32], "cifar10")
     assert (found["lenet5"]["input"], found["lenet5"]["dataset"]) == ([1, 28, 28], "mnist")
+
+
+WIDE = {
+    # 784 x 75 + 75 x 25 + 25 x 10; 16 and 32 filters and so on, of images 3 x 32 x 32
+    "lenet-300-100@0.25": 60_925,
+    "lenet-300-100@2": 784 * 600 + 600 * 200 + 200 * 10,
+    "conv2@0.125": 9 * (3 * 8 + 8 * 8) + 16 * 16 * 8 * 32 + 32 * 32 + 32 * 10,
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_hidden_layers_of_another_width(name: str) -> None:
+    base, _, factor = name.partition("@")
+    model, plain = get_model(name), get_model(base)
+    assert (model.name, model.params.prunable) == (name, WIDE[name])
+    assert (model.classes, model.shapes[-1]) == (plain.classes, plain.shapes[-1])
+    for narrow, full in zip(model.weights[:-1], plain.weights[:-1], strict=True):
+        assert narrow.shape[0] == float(factor) * full.shape[0]
+    assert [s.rate_scale for s in model.weights] == [s.rate_scale for s in plain.weights]
+    assert get_model(name) is model
+    assert name in MODELS
+    assert name not in [*MODELS]
+
+
+def test_a_residual_network_of_another_width_still_adds_up() -> None:
+    model = get_model("resnet20@0.5")
+    assert model.weights[0].shape == (8, 3, 3, 3)
+    assert model.params.prunable == 67_992
+    assert get_model("resnet20@1.0") is get_model("resnet20")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lenet-300-100@0.001", "0.001 of the 300 units of layer 0 is no unit; expected 1 to"),
+        ("lenet-300-100@1e9", "expected 1 to 1,000,000"),
+        ("lenet-300-100@0", "expected a positive number behind the @"),
+        ("lenet-300-100@nan", "expected a positive number behind the @"),
+        ("lenet-300-100@wide", "expected a positive number behind the @"),
+        ("lenet-300@0.5", "unknown model 'lenet-300'"),
+    ],
+)
+def test_a_width_that_makes_no_network_is_a_line(name: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        get_model(name)
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with pytest.raises(UsageError, match="model none: has no weights; expected a Conv or a Linear"):
+        Model(name="none", input=(1, 2, 5), layers=(ReLU(),), recipes={}, source="")
+    with pytest.raises(UsageError, match="expected a name without @"):
+        register(Model(name="a@2", input=(1, 2, 5), layers=(Linear(10),), recipes={}, source=""))
