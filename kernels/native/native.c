@@ -18,7 +18,8 @@
     X(max_pool) \
     X(max_pool_backward) \
     X(transpose) \
-    X(sequence)
+    X(sequence) \
+    X(hash_weights)
 
 #define FIRST_LEVEL
 #define LEVEL plain
@@ -30,6 +31,7 @@
 #include "sparse_conv2d_rows.inc"
 #include "step_parts.inc"
 #include "masked_update.inc"
+#include "hash_weights.inc"
 #undef VEC
 #undef LEVEL
 #undef FIRST_LEVEL
@@ -52,6 +54,7 @@
 #include "sparse_conv2d_rows.inc"
 #include "step_parts.inc"
 #include "masked_update.inc"
+#include "hash_weights.inc"
 #undef VEC
 #undef BELOW
 #undef LEVEL
@@ -81,6 +84,7 @@
 #include "sparse_conv2d_rows.inc"
 #include "step_parts.inc"
 #include "masked_update.inc"
+#include "hash_weights.inc"
 #undef VEC
 #undef BELOW
 #undef LEVEL

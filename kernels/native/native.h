@@ -70,8 +70,10 @@ static _Thread_local float scratch[SCRATCH] __attribute__((aligned(64), unused))
 
 #define vec NAME(vec)     /* VEC floats; `vec * float` and `vec + float` broadcast */
 #define ivec NAME(ivec)   /* VEC int32, the result of comparing two vec: -1 or 0 */
+#define uvec NAME(uvec)   /* VEC uint32 */
 typedef float vec __attribute__((vector_size(4 * VEC)));
 typedef int32_t ivec __attribute__((vector_size(4 * VEC)));
+typedef uint32_t uvec __attribute__((vector_size(4 * VEC)));
 typedef float NAME(loose) __attribute__((vector_size(4 * VEC), aligned(4), may_alias));
 
 #define load NAME(load)

@@ -45,6 +45,8 @@ from sparselth.kernels.bitmask import launch_count, launch_pack, launch_unpack
 from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d
 from sparselth.kernels.block_linear import BlockWeight, block_linear
 from sparselth.kernels.csr_lanes import LanedCsr, csr_lanes
+from sparselth.kernels.hash_weights import LAWS, Keys
+from sparselth.kernels.hash_weights import launch as hash_launch
 from sparselth.kernels.linear_grad_update import linear_grad_update
 from sparselth.kernels.magnitude_threshold import launch as magnitude_launch
 from sparselth.kernels.masked_conv2d import masked_conv2d
@@ -413,6 +415,14 @@ def _replica_parts() -> None:
             replica_parts.cross_entropy_grad(single(r, 10, b), labels, bias, "triton")
 
 
+def _hash_weights() -> None:
+    for n, k in ((4096, 4096), (300, 784), (64, 27), (3, 1), (65537, 65537), (3 * 10**8, 3)):
+        for law in LAWS:
+            keys = Keys.of(2**64 - 1, 3, law)
+            for generation in (0, 7, torch.empty(n, k, dtype=torch.int32, device="meta")):
+                hash_launch(keys, law, 0.1, 2**31, n, k, generation, torch.device("meta"))
+
+
 OPS: dict[str, Callable[[], None]] = {
     "bitmask": _bitmask,
     "masked_linear": _masked_linear,
@@ -425,6 +435,7 @@ OPS: dict[str, Callable[[], None]] = {
     "block_linear": _block_linear,
     "block_conv2d": _block_conv2d,
     "replica_parts": _replica_parts,
+    "hash_weights": _hash_weights,
 }
 
 
