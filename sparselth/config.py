@@ -230,11 +230,17 @@ class Recipe(Options):
         (), "Steps at which the learning rate is divided by ten, e.g. 20000,25000.", _drops, ordered=False
     )
     eval_every: int = option(100, "Steps between evaluations.", at_least(1))
+    cosine: bool = option(
+        False, "Let the learning rate fall to 0 along half a cosine, behind the warm-up.", added=True
+    )
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update that takes `step` to `step + 1`."""
         warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        return self.lr * warm * 0.1 ** sum(step >= drop for drop in self.lr_drops)
+        rate = self.lr * warm * 0.1 ** sum(step >= drop for drop in self.lr_drops)
+        if not self.cosine or step < self.warmup:
+            return rate
+        return rate * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup))) / 2
 
 
 @dataclass(frozen=True)

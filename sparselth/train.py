@@ -179,8 +179,7 @@ def _evaluated(job: Job, loss: float, accuracy: float) -> None:
         }
     )
     if loss < state.best_loss:
-        state.best_loss, state.best_step = loss, state.step
-        state.best_weights.copy_(state.weights)
+        state.keep_best(loss)
 
 
 def accuracies_on_test(
@@ -199,10 +198,9 @@ def accuracies_on_test(
         return []
     chunks, found = data.test(), dict[int, tuple[float, float]]()
     for group in groups(model, jobs, kernels, break_even):
-        states = [job.state for job in group.jobs]
-        _, best = group.measure(torch.cat([state.best_weights for state in states]), chunks, should_stop)
+        _, best = group.measure(group.networks(best=True), chunks, should_stop)
         last = best
-        if not all(torch.equal(state.best_weights, state.weights) for state in states):
-            _, last = group.measure(torch.cat([state.weights for state in states]), chunks, should_stop)
+        if not all(job.state.is_best for job in group.jobs):
+            _, last = group.measure(group.networks(), chunks, should_stop)
         found |= {id(job): pair for job, pair in zip(group.jobs, zip(best, last, strict=True), strict=True)}
     return [found[id(job)] for job in jobs]

@@ -96,7 +96,9 @@ def test_config_json_gives_an_equal_configuration_and_only_adds_fields() -> None
     before = json.loads(BEFORE)
     assert set(data) - set(before) == {"experiment", "score", "eval_images"}
     assert data["experiment"] == "imp"
-    assert {name: value for name, value in EQUAL.to_json().items() if name in before} == before
+    now = EQUAL.to_json()
+    assert now["recipe"].pop("cosine") is False
+    assert {name: value for name, value in now.items() if name in before} == before
 
 
 def test_every_setting_tells_digests_apart_but_what_was_added_and_what_says_which_cells_there_are() -> None:
@@ -216,6 +218,22 @@ def test_the_learning_rate_of_a_step() -> None:
     assert [plain.lr_at(step) for step in (0, 8)] == [0.5, 0.5]
     rates = [0.125, 0.25, 0.375, 0.5, 0.5, 0.5, 0.05, 0.05, 0.005]
     assert [warm.lr_at(step) for step in range(9)] == pytest.approx(rates)
+
+
+def test_a_cosine_takes_the_learning_rate_to_0_behind_the_warm_up() -> None:
+    whole, warm = Recipe(steps=4, lr=2.0, cosine=True), Recipe(steps=6, lr=2.0, warmup=2, cosine=True)
+    rates = [2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5]
+    assert [whole.lr_at(step) for step in range(5)] == pytest.approx([*rates, 0.0])
+    assert [warm.lr_at(step) for step in range(6)] == pytest.approx([1.0, 2.0, *rates])
+    assert Recipe(steps=2, lr=2.0, warmup=2, cosine=True).lr_at(1) == 2.0
+    assert Recipe(steps=9, lr=2.0, lr_drops=(3,), cosine=True).lr_at(3) == pytest.approx(0.15)
+
+
+def test_a_schedule_that_was_added_leaves_the_digests_of_others_as_they_were() -> None:
+    recipe = replace(EQUAL.recipe, cosine=True)
+    assert "cosine" not in EQUAL.recipe.identity()
+    assert replace(EQUAL, recipe=recipe).digest != EQUAL.digest
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
 
 
 def test_what_is_no_configuration_is_shown_up_to_its_fortieth_character() -> None:

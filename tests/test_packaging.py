@@ -31,6 +31,7 @@ ORDER = [
     "params",
     "config",
     "models",
+    "frozen",
     "data",
     "scores",
     "pruning",

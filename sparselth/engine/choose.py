@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+import torch
 from torch import Tensor
 
 from sparselth.config import Recipe
@@ -19,6 +20,7 @@ from sparselth.engine.batch import DenseForward, DenseSteps
 from sparselth.engine.compressed import CompressedForward, CompressedSteps
 from sparselth.engine.layout import Layout, compressible
 from sparselth.engine.paths import Paths, choose
+from sparselth.engine.popup import PopupSteps
 from sparselth.engine.replay import Replay
 from sparselth.engine.state import Batch, Job, Steps, measure, never
 from sparselth.models import Conv, Model
@@ -43,6 +45,10 @@ class Group:
         for job in self.jobs:
             job.state.leave()
 
+    def networks(self, best: bool = False) -> Tensor:
+        """The weights [R, P] that the jobs' networks compute with now, or at the least validation loss."""
+        return torch.cat([job.network(self.model, best) for job in self.jobs])
+
     def measure(
         self, weights: Tensor, chunks: Sequence[Chunk], should_stop: Callable[[], bool] = never
     ) -> tuple[list[float], list[float]]:
@@ -64,20 +70,25 @@ def groups(
     On a CPU layers with a smaller share of survivors than `break_even`, by name, are compressed where there
     are kernels for it.
     """
-    together = []
+    together: tuple[list[Job], list[Job]] = [], []  # trained, frozen
     paths = choose(kernels, jobs[0].state.weights.device.type)
     for job in jobs:
-        compressed = compressed_layers(model, job.mask, break_even or {}, paths)
+        compressed = frozenset[str]()
+        if job.frozen is None:
+            compressed = compressed_layers(model, job.mask, break_even or {}, paths)
         if compressed or trains_alone(paths):
             yield Group(model, [job], paths, compressed)
         else:
-            together.append(job)
-    if together:
-        yield Group(model, together, paths, frozenset())
+            together[job.frozen is not None].append(job)
+    for some in together:
+        if some:
+            yield Group(model, some, paths, frozenset())
 
 
 def steps(batch: Batch) -> Steps:
     """The engine of jobs that are in the form in which they train."""
+    if batch.jobs[0].frozen is not None:
+        return PopupSteps(batch, _takes_vendor(batch.model, batch.paths))
     if batch.jobs[0].state.layout is not None:
         return CompressedSteps(batch)
     if batch.paths.masked_update.takes == "triton":

@@ -15,6 +15,7 @@ from sparselth.data.batches import Chunk, Resident
 from sparselth.engine.layout import Layout
 from sparselth.engine.memory import Held
 from sparselth.engine.paths import Paths
+from sparselth.frozen import Frozen, effective
 from sparselth.models import Model
 
 
@@ -25,6 +26,8 @@ class State:
     P = `model.params.size`, running statistics of batch norms among the weights. While `layout` is set,
     training goes on in the compressed domain and the tensors are [1, layout.size]; in a batch they are rows
     of the batch's tensors.
+
+    Of a job whose weights are frozen, `weights` holds scores in their place (`sparselth.frozen`).
     """
 
     step: int
@@ -40,12 +43,31 @@ class State:
     pace: list[float] = field(default_factory=list)  # of these a step, between one evaluation and the next
     bytes: int = 0  # weights, gradients, optimizer state, masks and indices while training
     layout: Layout | None = None
+    # of frozen weights that change between steps, int32 [1, M]: how often each was redrawn, or whose it is
+    generations: Tensor | None = None
+    best_generations: Tensor | None = None
 
     @staticmethod
-    def start(weights: Tensor, recipe: Recipe, step: int = 0) -> State:
+    def start(weights: Tensor, recipe: Recipe, step: int = 0, generations: Tensor | None = None) -> State:
         """The state before the first update, from weights [1, P]; the optimizer starts fresh."""
         moments = [torch.zeros_like(weights) for _ in range(2 if recipe.optimizer == "adam" else 1)]
-        return State(step, weights.clone(), moments, weights.clone(), float("inf"), step)
+        found = State(step, weights.clone(), moments, weights.clone(), float("inf"), step)
+        if generations is not None:
+            found.generations, found.best_generations = generations.clone(), generations.clone()
+        return found
+
+    def keep_best(self, loss: float) -> None:
+        """Copy what the evaluation of minimum loss looked at."""
+        self.best_loss, self.best_step = loss, self.step
+        self.best_weights.copy_(self.weights)
+        if self.generations is not None and self.best_generations is not None:
+            self.best_generations.copy_(self.generations)
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the network is that of the evaluation of minimum loss."""
+        pairs = (self.best_weights, self.weights), (self.best_generations, self.generations)
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
     def enter(self, layout: Layout) -> None:
         """Compress every tensor, in place."""
@@ -84,7 +106,7 @@ class Job:
     `mask` is bool [M]; weights it prunes must be 0 in `state` and stay 0. `start_step` is the step the
     optimizer started at (its own count begins there; the learning rate is that of the true step); weights
     are copied to `state.kept_weights` when `keep_step` is reached. A job that diverges says why, and its
-    state stays where it was noticed.
+    state stays where it was noticed. With `frozen` scores are trained, and no weights; then the mask is full.
     """
 
     who: Cell
@@ -93,6 +115,17 @@ class Job:
     start_step: int = 0
     keep_step: int | None = None
     diverged: str | None = None
+    frozen: Frozen | None = None
+
+    def network(self, model: Model, best: bool = False) -> Tensor:
+        """The weights [1, P] that its network computes with now, or at the evaluation of minimum loss."""
+        state = self.state
+        weights = state.best_weights if best else state.weights
+        if self.frozen is None:
+            return weights
+        generations = state.best_generations if best else state.generations
+        some = None if generations is None else generations[0]
+        return effective(self.frozen, model.params, weights[0], some)[None]
 
 
 class Batch:

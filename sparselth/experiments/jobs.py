@@ -18,6 +18,7 @@ from sparselth.engine.state import Job, State, Stopped
 from sparselth.errors import SparselthError
 from sparselth.experiments.base import Diverged, Finished, Place
 from sparselth.files import ARRAYS_BYTES, Arrays, load_arrays, save_arrays
+from sparselth.frozen import METHODS, Frozen
 from sparselth.models import Model
 from sparselth.runs import cell_path, checkpoint_path
 from sparselth.train import accuracies_on_test, fit, is_done
@@ -34,17 +35,24 @@ def job(
     start: tuple[Tensor, Tensor],
     start_step: int,
     keep_step: int | None,
+    frozen: Frozen | None = None,
 ) -> Job:
-    """A cell as it stands: at its checkpoint, or at its start, a mask [M] and weights [P] before the mask."""
+    """A cell as it stands: at its checkpoint, or at its start, a mask [M] and weights [P] before the mask.
+
+    With `frozen` the weights are scores, and the mask is full.
+    """
     assert place.data is not None
     (mask, weights), device = start, place.data.device
     weights[: len(mask)] *= mask
-    state = State.start(weights[None].to(device), recipe, start_step)
+    generations = None
+    if frozen is not None and METHODS[frozen.method].has_generations:
+        generations = torch.zeros(1, len(mask), dtype=torch.int32, device=device)
+    state = State.start(weights[None].to(device), recipe, start_step, generations)
     if (checkpoint := checkpoint_path(place.run, cell)).exists():
         with suppress(SparselthError):  # what is none is as good as nothing: the cell begins again
             found = _load_state(checkpoint, device, 32 * weights.numel() + CHECKPOINT_BYTES)
             state = found if _goes_on(found, state, recipe, keep_step) else state
-    return Job(cell, state, mask.to(device), start_step, keep_step)
+    return Job(cell, state, mask.to(device), start_step, keep_step, frozen=frozen)
 
 
 Finish = Callable[[Model, Job, Place, dict[str, Any], float, float], Finished]
@@ -160,6 +168,9 @@ def _save_state(file: Path, state: State, where: dict[str, Any]) -> None:
     arrays |= {f"moments/{i}": moment.cpu().numpy() for i, moment in enumerate(state.moments)}
     if state.kept_weights is not None:
         arrays["kept_weights"] = state.kept_weights.cpu().numpy()
+    if state.generations is not None and state.best_generations is not None:
+        arrays["generations"] = state.generations.cpu().numpy()
+        arrays["best_generations"] = state.best_generations.cpu().numpy()
     header = {
         "schema": "sparselth.checkpoint/1",
         "cell": file.stem,
@@ -193,6 +204,8 @@ def _load_state(file: Path, device: str, most: int = ARRAYS_BYTES) -> State:
             header["step_seconds"],
             header["pace"],
             header.get("bytes", 0),
+            generations=tensors.get("generations"),
+            best_generations=tensors.get("best_generations"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise SparselthError(f"{file}: is no checkpoint ({error})") from error
@@ -211,5 +224,13 @@ def _goes_on(state: State, start: State, recipe: Recipe, keep_step: int | None) 
         and all(isinstance(one, dict) and type(one.get("step")) is int for one in state.evaluations)
         and all(t.dtype == torch.float32 and t.shape == start.weights.shape for t in tensors)
         and len(state.moments) == len(start.moments)
+        and _alike(state.generations, start.generations)
+        and _alike(state.best_generations, start.best_generations)
         and (keep_step is None or keep_step >= state.step or state.kept_weights is not None)
     )
+
+
+def _alike(found: Tensor | None, expected: Tensor | None) -> bool:
+    if found is None or expected is None:
+        return found is expected
+    return found.dtype == expected.dtype and found.shape == expected.shape

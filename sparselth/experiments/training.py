@@ -198,6 +198,7 @@ class Training(Experiment):
         assert images is not None
         model, recipe = get_model(self.model), self.recipe
         rate = f"lr {recipe.lr:g}" + (f", warm-up {recipe.warmup:,}" if recipe.warmup else "")
+        rate += ", along a cosine" if recipe.cosine else ""
         rate += f", a tenth from {', '.join(f'{s:,}' for s in recipe.lr_drops)}" if recipe.lr_drops else ""
         return {
             "model": f"{model.name}, {model.params.prunable:,} prunable weights",

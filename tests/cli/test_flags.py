@@ -97,6 +97,7 @@ FIELDS: dict[str, tuple[str, Any]] = {
     "warmup": ("9", 9),
     "lr_drops": ("10,20", (10, 20)),
     "eval_every": ("40", 40),
+    "cosine": ("", True),
     "eval_images": ("200", 200),
 }
 IMP = "imp --dataset mnist5k"
