@@ -466,7 +466,7 @@ def bench(before: Revision, after: Revision) -> list[Result]:
     return [
         _same_rows(*({_key(row): row for row in side} for side in rows)),
         _same_table(*documents),
-        _same_choices(*takes),
+        _same_choices(*takes, *seconds),
         _row_times(*seconds, {_key(row): row.get("kind", row["implementation"]) for row in rows[0]}),
     ]
 
@@ -523,11 +523,20 @@ def _same_table(a: dict[str, Any], b: dict[str, Any]) -> Result:
     return Result("bench", "default table", shown, *_verdict(off), _first(off))
 
 
-def _same_choices(a: dict[Any, set[str]], b: dict[Any, set[str]]) -> Result:
-    """What `auto` takes; it differs where no round of one took what a round of the other took."""
+def _same_choices(
+    a: dict[Any, set[str]],
+    b: dict[Any, set[str]],
+    before: dict[Any, list[float]],
+    after: dict[Any, list[float]],
+) -> Result:
+    """What `auto` takes; it differs where no round of one took what a round of the other took, unless the times
+    of these forms overlap in both."""
     shared = a.keys() & b.keys()
+    apart = [key for key in shared if not a[key] & b[key]]
     off = [
-        f"{_shown(key)}: took {_list(a[key])}, takes {_list(b[key])}" for key in shared if not a[key] & b[key]
+        f"{_shown(key)}: took {_list(a[key])}, takes {_list(b[key])}"
+        for key in apart
+        if not all(_close(key, a[key] | b[key], times) for times in (before, after))
     ]
     near = [
         f"note: {_shown(key)}: {_list(a[key] | b[key])} are close"
@@ -537,6 +546,12 @@ def _same_choices(a: dict[Any, set[str]], b: dict[Any, set[str]]) -> Result:
     if not shared:
         off.append("no row says what auto takes")
     return Result("bench", "what auto takes", f"{len(shared)} choices", *_verdict(off), _first(off) + near)
+
+
+def _close(key: tuple[Any, ...], names: set[str], times: dict[Any, list[float]]) -> bool:
+    """Whether the times of these implementations in the place of `key` overlap."""
+    rounds = [times.get((name, *key[1:]), []) for name in names]
+    return all(rounds) and max(map(min, rounds)) <= min(map(max, rounds))
 
 
 def _row_times(a: dict[Any, list[float]], b: dict[Any, list[float]], kinds: dict[Any, str]) -> Result:

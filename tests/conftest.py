@@ -22,6 +22,7 @@ import torch._dynamo  # which every forked worker would import with its first op
 from sparselth.cli.main import run
 from sparselth.data import load
 from sparselth.data.batches import Resident
+from sparselth.experiments.imp import ImpConfig
 from sparselth.runs import RunRecord, read
 
 torch.set_num_threads(1)  # and so no thread pool that a forked worker would inherit
@@ -49,6 +50,21 @@ def few() -> Resident:
 
 
 @pytest.fixture
+def figures() -> bool:
+    """For tests in which runs of `imp` draw their figures; these take longer than a tiny run."""
+    return True
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether runs of `imp` go without their figures, because the test does not ask for `figures`."""
+    if "figures" in request.fixturenames:
+        return False
+    monkeypatch.setattr(ImpConfig, "draw", lambda self, record, folder: None)
+    return True
+
+
+@pytest.fixture
 def imp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunRecord]:
     """`imp("--levels", "2")`: a tiny run by the command line, read back; asserts exit code 0."""
     monkeypatch.chdir(tmp_path)
@@ -62,26 +78,27 @@ def imp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunRec
 
 
 @pytest.fixture(scope="session")
-def made_before() -> dict[tuple[str, ...], Path]:
+def made_before() -> dict[tuple[bool, *tuple[str, ...]], Path]:
     return {}
 
 
 @pytest.fixture
 def finished(
     imp: Callable[..., RunRecord],
-    made_before: dict[tuple[str, ...], Path],
+    made_before: dict[tuple[bool, *tuple[str, ...]], Path],
+    undrawn: bool,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., RunRecord]:
     """`finished("--levels", "2")`: the run of `imp`, to read or damage; computed once for all tests."""
 
     def call(*flags: str) -> RunRecord:
-        if flags not in made_before:
+        if (key := (undrawn, *flags)) not in made_before:
             record = imp(*flags)
-            made_before[flags] = tmp_path_factory.mktemp("finished") / "run"
-            shutil.copytree(record.path, made_before[flags])
+            made_before[key] = tmp_path_factory.mktemp("finished") / "run"
+            shutil.copytree(record.path, made_before[key])
             return record
-        shutil.copytree(made_before[flags], tmp_path / "run")
+        shutil.copytree(made_before[key], tmp_path / "run")
         return read(Path("run"))
 
     return call

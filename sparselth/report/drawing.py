@@ -60,6 +60,7 @@ def save(fig: Figure, folder: Path, name: str) -> list[Path]:
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         content = BytesIO()
         fig.savefig(content, format=kind, dpi=DPI, metadata=metadata)
+        fig.set_layout_engine("none")  # it stays as it was laid out
         paths.append(folder / f"{name}.{kind}")
         write_atomically(paths[-1], content.getvalue())
     return paths

@@ -175,9 +175,19 @@ def test_the_default_table_is_what_was_measured_and_what_was_left_out() -> None:
 def test_choices_differ_when_no_round_agrees() -> None:
     x, y = same_bits._key(row()), same_bits._key(row(batch=2))
     a, b = {x: {"dense", "csr"}, y: {"dense"}}, {x: {"csr"}, y: {"dense"}}
-    assert same_bits._same_choices(a, b).verdict == "equal"
-    assert same_bits._same_choices(a, {**b, y: {"csr"}}).bad
-    assert same_bits._same_choices({}, {}).bad
+    assert same_bits._same_choices(a, b, {}, {}).verdict == "equal"
+    assert same_bits._same_choices(a, {**b, y: {"csr"}}, {}, {}).bad
+    assert same_bits._same_choices({}, {}, {}, {}).bad
+
+
+def test_choices_between_forms_that_take_as_long_do_not_differ() -> None:
+    dense, csr = (same_bits._key(row(implementation=name)) for name in ("dense", "csr"))
+    key = same_bits._key(row(implementation="auto"))
+    a, b = {key: {"dense"}}, {key: {"csr"}}
+    close, apart = {dense: [1.0, 1.3], csr: [1.1, 1.2]}, {dense: [1.0, 1.1], csr: [1.2, 1.3]}
+    assert same_bits._same_choices(a, b, close, close).verdict == "equal"
+    assert same_bits._same_choices(a, b, close, apart).bad
+    assert same_bits._same_choices(a, b, apart, close).bad
 
 
 def test_a_form_that_was_renamed_is_the_same_form(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def blow_up(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("more", ["", "--replicas 8 --workers 1 --kernels reference"], ids=["alone", "batch"])
 def test_the_others_go_on_and_reports_say_what_is_missing(
     more: str,
+    figures: bool,
     cli: Cli,
     run_contents: Callable[[Path], dict[str, bytes]],
     monkeypatch: pytest.MonkeyPatch,

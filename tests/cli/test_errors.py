@@ -198,7 +198,7 @@ def test_a_full_disk(cli: Cli, tmp_path: Path) -> None:
         subprocess.run(["umount", str(mounted)], check=True)
 
 
-def test_a_finished_run_on_a_read_only_disk_reports(cli: Cli, finished: Imp) -> None:
+def test_a_finished_run_on_a_read_only_disk_reports(cli: Cli, finished: Imp, figures: bool) -> None:
     run = finished("--levels", "1", "--seeds", "0", "--arms", "ticket").path
     shutil.rmtree(run / "figures")
     for words in (["--bind", str(run), str(run)], ["-o", "remount,ro,bind", str(run)]):

@@ -61,7 +61,10 @@ def test_who_does_not_ask_for_the_price_does_not_wait_for_it(
 
 
 def test_a_run_by_the_library_is_that_of_the_command_line(
-    config: Configs, imp: Callable[..., RunRecord], run_contents: Callable[[Path], dict[str, bytes]]
+    config: Configs,
+    imp: Callable[..., RunRecord],
+    run_contents: Callable[[Path], dict[str, bytes]],
+    figures: bool,
 ) -> None:
     flags = "--levels 1 --seeds 0 --arms ticket,reinit --workers 1 --lr 0.001"
     ours = imp(*flags.split(), steps=20)
