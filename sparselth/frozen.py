@@ -81,7 +81,7 @@ class Method:
     scaled: bool = False
     every: int = 0
     share: float = 0.0
-    signed: ClassVar[bool] = False  # ranks by the score itself, not by its magnitude
+    rule: ClassVar[str] = "magnitude"  # of kernels/score_update.py, "" where none is the method's step
     draws: ClassVar[bool] = False  # a training step computes with a random mask
     has_generations: ClassVar[bool] = False  # weights change between steps
     start_bound: ClassVar[float] = 1.0  # scores begin uniform in +- sqrt(this / fan_in)
@@ -134,10 +134,12 @@ class Method:
         """Which weights are kept, bool [M], from scores [M]."""
         import torch
 
+        from sparselth.kernels.score_update import top
+
         mask = torch.zeros_like(scores, dtype=torch.bool)
         for specs in frozen.groups(params):
             ranked = torch.cat([scores[spec.span] for spec in specs])
-            kept = top(ranked, frozen.kept(len(ranked)), self.signed)
+            kept = top(ranked, frozen.kept(len(ranked)), self.rule == "score")
             parts = torch.split(kept, [spec.numel for spec in specs])
             for spec, part in zip(specs, parts, strict=True):
                 mask[spec.span] = part
@@ -169,7 +171,7 @@ class Method:
     def slope(self, params: Params, scores: Tensor, mask: Tensor, weights: Tensor, grad: Tensor) -> None:
         """Turn the gradient of what the network computes with into that of the scores, in place; each [M]."""
         grad.mul_(weights)
-        if not self.signed:
+        if self.rule != "score":
             grad.mul_(scores.sign())
 
     def after(
@@ -185,7 +187,7 @@ class Method:
 class IteRand(Method):
     """Scores are ranked with their sign; every `every` steps pruned weights are redrawn by chance."""
 
-    signed, has_generations, start_bound = True, True, 6.0
+    rule, has_generations, start_bound = "score", True, 6.0
 
     def layer_weights(
         self, frozen: Frozen, layer: int, spec: TensorSpec, generations: Tensor | None, device: str
@@ -229,14 +231,16 @@ class Recycle(Method):
     ) -> bool:
         if not frozen.every or step % frozen.every:
             return False
+        from sparselth.kernels.score_update import top
+
         assert generations is not None
         mask = self.mask(frozen, params, scores)
         for spec in params.weights:
             ranked, kept = scores[spec.span], int(mask[spec.span].sum())
             n = min(floor(frozen.share * spec.numel + 0.5), spec.numel - kept, kept)
             if n:
-                low = (~top(ranked, spec.numel - n, self.signed)).nonzero()[:, 0]
-                high = top(ranked, n, self.signed).nonzero()[:, 0]
+                low = (~top(ranked, spec.numel - n)).nonzero()[:, 0]
+                high = top(ranked, n).nonzero()[:, 0]
                 there = generations[spec.span]
                 there[low] = (high + there[high] - low).to(there.dtype)
         return True
@@ -244,6 +248,8 @@ class Recycle(Method):
 
 class Biprop(Method):
     """The signs of the kept weights, times their mean magnitude: one scale a layer."""
+
+    rule = ""
 
     def network(self, params: Params, mask: Tensor, weights: Tensor) -> Tensor:
         found = weights.sign() * mask
@@ -259,7 +265,7 @@ class Supermask(Method):
     Weights are rescaled by the share that is kept, layer by layer. ds = dL/dw_eff w rescaling sigmoid'(s).
     """
 
-    signed, draws = True, True
+    rule, draws = "", True
 
     def begin(self, frozen: Frozen, spec: TensorSpec, draw: Tensor) -> Tensor:
         odds = min(max(frozen.keep, 1e-3), 1 - 1e-3)
@@ -303,6 +309,8 @@ class Supermask(Method):
 class Signed(Method):
     """The mask is -1, 0 or 1: the score's sign where its magnitude is among the largest. ds = dL/dw_eff w."""
 
+    rule = "ternary"
+
     def mask(self, frozen: Frozen, params: Params, scores: Tensor) -> Tensor:
         import torch
 
@@ -332,38 +340,6 @@ def chance(frozen: Frozen, layer: int, spec: TensorSpec, step: int, device: str)
     gain = sqrt(spec.matrix[1] / 6)
     drawn: Tensor = hash_weights(frozen.seed, place, spec.shape, "uniform", step, gain=gain, device=device)
     return drawn.flatten().add_(1).mul_(0.5)
-
-
-def top(scores: Tensor, keep: int, signed: bool) -> Tensor:
-    """Which of scores [n] are the `keep` largest, or of largest magnitude, bool [n].
-
-    The exact threshold of kernels/magnitude_threshold.py: equal ones go by lowest index, NaN is largest.
-    """
-    if not signed:
-        return _largest(scores, None, keep)
-    above = ~(scores < 0)
-    n = int(above.sum())
-    if keep <= n:
-        return _largest(scores, above, keep)
-    # all of these, and of the negative ones those nearest to 0: the largest magnitudes go, lowest index first
-    below = ~above
-    far = _largest(scores.flip(0), below.flip(0), len(scores) - keep)
-    return above | (below & ~far.flip(0)) if keep < len(scores) else above | below
-
-
-def _largest(scores: Tensor, among: Tensor | None, keep: int) -> Tensor:
-    """The `keep` largest magnitudes among some, those of lowest index go first."""
-    import torch
-
-    from sparselth.kernels import bitmask
-    from sparselth.kernels.magnitude_threshold import launch
-
-    n = len(scores)
-    masks = [] if among is None else [bitmask.pack(among.view(1, 1, n))]
-    alive = n if among is None else int(among.sum())
-    bits, _ = launch([scores.view(1, 1, n)], torch.tensor([[alive - keep]], device="cpu"), masks)
-    found: Tensor = bitmask.unpack(bits[0, : -(-n // 8)], n)
-    return found
 
 
 METHODS: Registry[Method] = Registry("method")

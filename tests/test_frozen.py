@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from sparselth.engine.dense import Network, cross_entropy_grad
 from sparselth.errors import UsageError
-from sparselth.frozen import LAWS, METHODS, Frozen, Method, chance, effective, mask_of, top, weights_of
+from sparselth.frozen import LAWS, METHODS, Frozen, Method, chance, effective, mask_of, weights_of
 from sparselth.models import AvgPool, BatchNorm, Conv, Layer, Linear, Model, ReLU
 from sparselth.streams import stream
 
@@ -24,7 +22,6 @@ MODEL = Model("tiny", (1, 9, 9), LAYERS, {}, "")
 PARAMS, M = MODEL.params, MODEL.params.mask_size
 FULL = PARAMS.full_mask()
 RANKED = [name for name in METHODS if name != "supermask"]
-SCORES = st.sampled_from([-2.0, -1.0, -0.5, -0.0, 0.0, 0.25, 1.0, 2.0, float("inf"), float("nan")])
 
 
 def started(name: str, seed: int = 3, **given: Any) -> tuple[Method, Frozen, Tensor]:
@@ -38,19 +35,6 @@ def started(name: str, seed: int = 3, **given: Any) -> tuple[Method, Frozen, Ten
 
 def counted(mask: Tensor) -> dict[str, int]:
     return {spec.name: int((mask[spec.span] != 0).sum()) for spec in PARAMS.weights}
-
-
-@given(st.lists(SCORES, min_size=1, max_size=20), st.data(), st.booleans())
-def test_the_largest_stay_and_of_equal_ones_the_last(values: list[float], data: Any, signed: bool) -> None:
-    keep = data.draw(st.integers(0, len(values)))
-
-    def rank(i: int) -> tuple[bool, float, int]:
-        value = values[i] if signed else abs(values[i])
-        return value != value, 0.0 if value != value else value, i
-
-    order = sorted(range(len(values)), key=rank)
-    found = top(torch.tensor(values), keep, signed)
-    assert set(found.nonzero()[:, 0].tolist()) == set(order[len(values) - keep :])
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])

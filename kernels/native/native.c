@@ -19,7 +19,8 @@
     X(max_pool_backward) \
     X(transpose) \
     X(sequence) \
-    X(hash_weights)
+    X(hash_weights) \
+    X(score_update)
 
 #define FIRST_LEVEL
 #define LEVEL plain
@@ -31,6 +32,7 @@
 #include "sparse_conv2d_rows.inc"
 #include "step_parts.inc"
 #include "masked_update.inc"
+#include "score_update.inc"
 #include "hash_weights.inc"
 #undef VEC
 #undef LEVEL
@@ -54,6 +56,7 @@
 #include "sparse_conv2d_rows.inc"
 #include "step_parts.inc"
 #include "masked_update.inc"
+#include "score_update.inc"
 #include "hash_weights.inc"
 #undef VEC
 #undef BELOW
@@ -84,6 +87,7 @@
 #include "sparse_conv2d_rows.inc"
 #include "step_parts.inc"
 #include "masked_update.inc"
+#include "score_update.inc"
 #include "hash_weights.inc"
 #undef VEC
 #undef BELOW

@@ -22,6 +22,7 @@ from sparselth.engine.state import Batch, Job, measure, never
 from sparselth.engine.update import bind_update
 from sparselth.engine.vendor import VendorNetwork
 from sparselth.frozen import METHODS, weights_of
+from sparselth.kernels.score_update import bind_score_update
 from sparselth.models import Model
 
 
@@ -44,12 +45,29 @@ class Popup:
         self.job, self.frozen, self.method = job, job.frozen, METHODS[job.frozen.method]
         self.params, n = model.params, model.params.mask_size
         self.scores, self.grad, self.flat = scores[0, :n], grad[0, :n], flat[0, :n]
-        self.update, _ = bind_update(
-            scores[:, :n], grad[:, :n], [moment[:, :n] for moment in moments], None, recipe, paths
-        )
+        self.weights = torch.empty_like(self.scores)
         self.draw_weights()
         flat.copy_(scores)  # biases, batch norms, running statistics
         self.write()
+        self.whole: Callable[[float], None] | None = None  # a step up to the effective weights
+        if paths.masked_update.takes == "native" and recipe.optimizer == "sgd" and self.method.rule:
+            groups = [*self.frozen.groups(self.params)]
+            self.whole = bind_score_update(
+                self.scores,
+                self.grad,
+                moments[0][0, :n] if recipe.momentum else None,
+                self.weights,
+                self.flat,
+                [[(spec.offset, spec.numel) for spec in specs] for specs in groups],
+                [self.frozen.kept(sum(spec.numel for spec in specs)) for specs in groups],
+                rule=self.method.rule,
+                momentum=recipe.momentum,
+                weight_decay=recipe.weight_decay,
+            )
+        else:
+            self.update, _ = bind_update(
+                scores[:, :n], grad[:, :n], [moment[:, :n] for moment in moments], None, recipe, paths
+            )
 
     @property
     def generations(self) -> Tensor | None:
@@ -57,8 +75,9 @@ class Popup:
         return None if found is None else found[0]
 
     def draw_weights(self) -> None:
-        """Make the frozen weights."""
-        self.weights = weights_of(self.frozen, self.params, self.generations, str(self.scores.device))
+        """Make the frozen weights, in place."""
+        device = str(self.scores.device)
+        self.weights.copy_(weights_of(self.frozen, self.params, self.generations, device))
 
     def write(self, step: int | None = None) -> None:
         """Write the effective weights: of the network that is evaluated, or that takes a random step."""
@@ -70,11 +89,15 @@ class Popup:
 
     def take(self, step: int, lr: float) -> None:
         """The update that takes `step` to `step + 1`, behind the gradient of the effective weights."""
-        self.method.slope(self.params, self.scores, self.mask, self.weights, self.grad)
-        self.update(step - self.job.start_step + 1, lr)
-        if self.method.after(self.frozen, self.params, step + 1, self.scores, self.generations):
+        if self.whole is not None:
+            self.whole(lr)
+        else:
+            self.method.slope(self.params, self.scores, self.mask, self.weights, self.grad)
+            self.update(step - self.job.start_step + 1, lr)
+        changed = self.method.after(self.frozen, self.params, step + 1, self.scores, self.generations)
+        if changed:
             self.draw_weights()
-        if not self.method.draws:
+        if changed or (self.whole is None and not self.method.draws):
             self.write()
 
 
