@@ -327,7 +327,10 @@ def _digest(data: dict[str, Any]) -> str:
 EXPERIMENTS: Registry[type[Config]] = Registry(
     "experiment",
     "sparselth.experiments",
-    but=("agenda", "arms", "base", "flag", "jobs", "memory", "plan", "pool", "price", "run", "training"),
+    but=(
+        *("agenda", "arms", "base", "flag", "jobs", "memory", "plan", "pool", "price", "run", "strong_jobs"),
+        "training",
+    ),
 )
 
 

@@ -6,6 +6,8 @@
     rewind/NAME  every tensor at the rewind step, in the shape a user knows it by; in the file of level 0
                  alone, since all levels of a seed go back to the same weights
 
+A strong ticket, whose weights were never trained, is written by `strong_tickets` and read here, too.
+
 Safetensors with a JSON header under "sparselth": schema, model, dataset, config (the digest of what a cell
 computes), cell, rewind_step, shapes, and `sha256`, a checksum of arrays and header. One reader, one writer;
 nothing is unpickled, and an array of another type or shape than the network's is none of a ticket.
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparselth import masks
+from sparselth import masks, strong_tickets
 from sparselth.errors import SparselthError
 from sparselth.files import Arrays, load_arrays, load_header, save_arrays
 from sparselth.models import Model, get_model
@@ -124,7 +126,7 @@ def read_mask(file: Path, spec: TensorSpec) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True, eq=False)
 class Ticket:
-    """A ticket that was found, with its network."""
+    """A ticket that was found, with its network; of a strong one all networks are the one it is."""
 
     model: Model
     header: dict[str, Any]
@@ -176,22 +178,34 @@ class Ticket:
 def load(file: str | Path) -> Ticket:
     """The ticket in a file of a run, cells/seed0-ticket-05.safetensors, of this version or an older one.
 
-    A control arm's file is read too. SparselthError when the file is none or cannot be read, UsageError
-    when nobody knows its model.
+    A control arm's file is read too, and a strong ticket's. SparselthError when the file is none or cannot be
+    read, UsageError when nobody knows its model.
     """
     file = Path(file)
     if not file.is_file():
         raise SparselthError(f"{file}: no such file; tickets lie in the folder cells of a run")
     head = load_header(file)
-    if head.get("schema") != SCHEMA or not isinstance(head.get("model"), str):
+    strong = head.get("schema") == strong_tickets.SCHEMA
+    if not (strong or head.get("schema") == SCHEMA) or not isinstance(head.get("model"), str):
         raise SparselthError(f"{file}: expected a ticket, {SCHEMA}, found {head.get('schema')!r}")
     model = get_model(head["model"])
+    if strong:
+        return _strong(file, model)
     found, head = load_arrays(file, most=_most(model.params))
     content = _content(file, model.params, found)
     start = content.rewound
-    if start is None and (first := _level_0(file, head)).is_file():
+    first = _level_0(file, head)
+    if start is None and first.is_file() and load_header(first).get("schema") == SCHEMA:
         start = read(first, model.params)[0].rewound
     return Ticket(model, head, content, start)
+
+
+def _strong(file: Path, model: Model) -> Ticket:
+    """A strong ticket, its weights drawn again."""
+    found, head = load_arrays(file, most=strong_tickets.most(model.params))
+    strong = strong_tickets.content_of(file, model.params, found, head)
+    weights = strong.weights(model.params).numpy()
+    return Ticket(model, head, Content(strong.mask != 0, weights), weights)
 
 
 def _level_0(file: Path, head: dict[str, Any]) -> Path:

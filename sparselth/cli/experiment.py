@@ -52,13 +52,13 @@ def _params(experiment: type[Experiment]) -> Iterator[click.Parameter]:
             yield flag(f, kinds[f.name])
         if f.name == "dataset":
             yield _option(data_dir)
-    if trains:
+    if issubclass(experiment, Training):
         yield click.Option(
             ["--recipe"],
             type=click.Choice(["short", "paper"]),
             default="short",
             show_default=True,
-            help="How each network is trained: within minutes, or as in the 2019 paper.",
+            help=experiment.recipe_help,
         )
         kinds |= get_type_hints(Recipe)
         yield from (flag(f, kinds[f.name], recipes=True) for f in fields(Recipe) if f.metadata["help"])

@@ -20,19 +20,20 @@ Listing = tuple[list[dict[str, Any]], list[str]]  # rows for JSON, lines for peo
 
 
 @click.command()
-@click.argument("what", metavar="models|datasets|arms|scores|forms|experiments|runs")
+@click.argument("what", metavar="models|datasets|arms|scores|methods|forms|experiments|runs")
 @data_dir
 @click.option(
     "--out", type=PATH, default=Path("runs"), show_default=True, help="Folder whose runs are listed."
 )
 @output
 def ls(what: str, data_dir: Path | None, out: Path, as_json: bool, quiet: bool, debug: bool) -> None:
-    """List models (with the weights of each layer), datasets, arms, scores, forms, experiments or runs."""
+    """List models (with weights by layer), datasets, arms, scores, methods, forms, experiments or runs."""
     listings: dict[str, Callable[[], Listing]] = {
         "models": _models,
         "datasets": lambda: _datasets(data_dir),
         "arms": _arms,
         "scores": _scores,
+        "methods": _methods,
         "forms": _forms,
         "experiments": _experiments,
         "runs": lambda: _runs(out),
@@ -111,6 +112,12 @@ def _scores() -> Listing:
     from sparselth.scores import SCORES
 
     return _meanings({name: scored.meaning for name, scored in SCORES.items()})
+
+
+def _methods() -> Listing:
+    from sparselth.frozen import METHODS
+
+    return _meanings({name: method.meaning for name, method in METHODS.items()})
 
 
 def _forms() -> Listing:

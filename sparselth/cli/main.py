@@ -22,7 +22,7 @@ from sparselth.signals import asked_to_stop, interrupt, name_of
 COMMANDS = {  # beside those of experiments
     "bench": "Measure what sparsity is worth on this machine, beside dense at its best.",
     "show": "Print the table of a run again, or its JSON.",
-    "ls": "List models, datasets, arms, scores, forms, experiments or runs.",
+    "ls": "List models, datasets, arms, scores, methods, forms, experiments or runs.",
     "doctor": "Say what this machine has and what will be used.",
 }
 

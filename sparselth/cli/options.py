@@ -50,7 +50,7 @@ class Floats(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(float(part) for part in str(value).split(","))
+            return tuple(float(part) for part in str(value).split(",") if part)
         except ValueError:
             self.fail(f"{value!r:.60}: expected numbers such as 0.5 or 0.1,0.3,0.5", param, ctx)
 
@@ -108,7 +108,7 @@ def flag(of: Field[Any], kind: Any, recipes: bool = False) -> click.Option:
     if recipes:
         known = "" if default in (MISSING, ()) else f", {default}"
         text, default = f"{text}  [default: the recipe's{known}]", None
-    words: dict[str, Any] = {"default": default, "help": text, "show_default": default not in ("", None)}
+    words: dict[str, Any] = {"default": default, "help": text, "show_default": default not in ("", None, ())}
     if kind is bool:
         words |= {"is_flag": True, "show_default": False}
     elif get_origin(kind) is tuple:
@@ -118,7 +118,9 @@ def flag(of: Field[Any], kind: Any, recipes: bool = False) -> click.Option:
         words["type"] = click.Choice(choices)
     else:
         words["type"] = kind
-    return click.Option([f"--{of.name.replace('_', '-')}"], **words)
+    name = of.name.replace("_", "-")
+    switch = f"--{name}/--no-{name}" if kind is bool and recipes else f"--{name}"  # which may have it on
+    return click.Option([switch], **words)
 
 
 def argument(of: Field[Any]) -> click.Argument:

@@ -66,7 +66,7 @@ class Screen(Watcher):
 def _usual(plan: Plan) -> dict[str, Any] | None:
     """What the cells that were missing would have taken the usual way, from a sample of two seconds."""
     config, images = plan.config, plan.images
-    if images is None or not isinstance(config, Training):
+    if images is None or not isinstance(config, Training) or not config.has_usual:
         return None
     try:
         from sparselth.measure import usual

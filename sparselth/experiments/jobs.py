@@ -87,7 +87,7 @@ def told(model: Model, job: Job, kept: dict[str, int], at_early_stop: float, fin
         state.evaluations,
         {
             "train_seconds": state.seconds,
-            "step_seconds": statistics.median(state.pace),
+            "step_seconds": statistics.median(state.pace) if state.pace else 0.0,
             "clock": "wall" if state.weights.is_cuda else "processor",
         },
     )

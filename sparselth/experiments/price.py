@@ -32,6 +32,7 @@ from sparselth.files import read_json
 from sparselth.machine import RESULTS
 from sparselth.models import Model, get_model
 
+LONG: dict[str, Any] = {"steps": 20_000, "eval_every": 20_000, "lr_drops": (), "warmup": 0}
 STRETCH = 5  # least steps between looks at the clock
 CONTEXT = 5 * 10**8  # device memory that CUDA and its libraries take
 
@@ -181,7 +182,6 @@ def measured(
     limit = min(limit, widest(config))
     if data.device == "cuda":
         limit = max(1, min(limit, int(0.9 * torch.cuda.mem_get_info()[0] / each)))
-    recipe = replace(config.recipe, steps=20_000, eval_every=20_000, lr_drops=(), warmup=0)
     overhead = 0.0
     some, cuda = data.sample(data.chunk), data.device == "cuda"
     clock = time.perf_counter if cuda else time.process_time
@@ -190,8 +190,9 @@ def measured(
     def timed(rung: int, replicas: int) -> tuple[float, float]:
         """Seconds of a step of all, over 0.3 s, and of an evaluation."""
         nonlocal overhead
-        sampled = [config.sample(rung, draw, recipe, data.device) for draw in range(replicas)]
-        model, jobs = sampled[0][0], [job for _, job in sampled]
+        sampled = [config.sample(rung, draw, data.device) for draw in range(replicas)]
+        model, _, recipe = sampled[0]
+        jobs, recipe = [job for _, job, _ in sampled], replace(recipe, **LONG)
         began = clock()
         steps = prepare(model, some, jobs, recipe, config.kernels, break_even)
         steps.advance(0, 1, lambda: False)

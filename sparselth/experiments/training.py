@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sparselth.config import KERNELS, Cell, Recipe, option
 from sparselth.experiments.base import Diverged, Experiment, Finished, Place
@@ -79,6 +79,8 @@ class Training(Experiment):
         before=0,
     )  # a number once the data set is known
     recipe: Recipe = field(default=None)  # type: ignore[assignment]  # the model's first unless given
+    recipe_help: ClassVar[str] = "How each network is trained: within minutes, or as in the 2019 paper."
+    has_usual: ClassVar[bool] = True  # a loop that users write is what a run is compared with
     rewind = 0  # the step that tickets go back to; an option where there is a choice
 
     def __post_init__(self) -> None:
@@ -139,8 +141,8 @@ class Training(Experiment):
         last = len(self.rungs()) - 1
         return sorted({0, last // 2, last} if sparse else {0})
 
-    def sample(self, rung: int, draw: int, recipe: Recipe, device: str) -> tuple[Model, Job]:
-        """A network of a rung, of several a `draw`, whose steps are timed; nobody keeps it."""
+    def sample(self, rung: int, draw: int, device: str) -> tuple[Model, Job, Recipe]:
+        """A network of a rung, of several a `draw`, whose steps by a recipe are timed; nobody keeps it."""
         from sparselth.engine.dense import init_weights
         from sparselth.engine.state import Job, State
         from sparselth.pruning import prune
@@ -151,8 +153,8 @@ class Training(Experiment):
         front = weights[: model.params.mask_size]
         mask = prune(model.params, front, model.params.full_mask(), self.rungs()[rung])
         front *= mask
-        state = State.start(weights[None].to(device), recipe)
-        return model, Job(Cell(seed, "price", 0, draw), state, mask.to(device))
+        state = State.start(weights[None].to(device), self.recipe)
+        return model, Job(Cell(seed, "price", 0, draw), state, mask.to(device)), self.recipe
 
     def remaining(self) -> list[float]:
         """The share of the weights that is left at every level."""

@@ -77,12 +77,14 @@ def look_of(record: RunRecord, arm: str) -> tuple[str, str]:
     return look(ARMS.index(arm) if arm in ARMS else len(ARMS) + others.index(arm))
 
 
-def heading(record: RunRecord, notes: Collection[str] = (), seeds: Sequence[int] = ()) -> str:
+def heading(
+    record: RunRecord, notes: Collection[str] = (), seeds: Sequence[int] = (), how: str | None = None
+) -> str:
     """Model, data set and seeds; how it was pruned; what is special about the figure or the run."""
     config, seeds = record.config, seeds or record.config.seeds
     listed = seed_list(tuple(seeds))
     named = f"seed{'s' * (len(seeds) > 1)} {listed}" if len(listed) <= 9 else f"{len(seeds)} seeds"
-    lines = [f"{config.model} on {config.dataset}, {named}", config.method]
+    lines = [f"{config.model} on {config.dataset}, {named}", config.method if how is None else how]
     lines.append("; ".join([*notes, *([state(record)] if state(record) else [])]))
     return "\n".join(balanced(line) for line in lines if line)
 
@@ -102,6 +104,8 @@ def head(fig: Figure, axes: Axes, title: str) -> None:
     fig.suptitle(title, fontsize=7)
     lines = sorted(axes.lines, key=lambda line: line.get_label() == "dense")
     columns = len(lines) if len(lines) <= 4 else 3
+    if columns == 4 and sum(len(str(line.get_label())) for line in lines) > 40:
+        columns = 2
     fig.legend(handles=lines, loc="outside lower center", ncols=columns, columnspacing=1.2, handlelength=1.8)
 
 

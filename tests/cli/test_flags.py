@@ -100,11 +100,30 @@ FIELDS: dict[str, tuple[str, Any]] = {
     "cosine": ("", True),
     "eval_images": ("200", 200),
 }
+# of strong: its own, and those it shares with imp
+SHARED = ("seeds", "device", "kernels", "steps", "lr", "batch_size", "weight_decay", "warmup", "lr_drops")
+SHARED += ("eval_every", "eval_images")
+OF_STRONG: dict[str, tuple[str, Any]] = {name: FIELDS[name] for name in SHARED} | {
+    "model": ("lenet5", "lenet5"),
+    "arms": ("ticket,dense", ("ticket", "dense")),
+    "keep": ("0.3,0.1", (0.1, 0.3)),
+    "width": ("0.5", (0.5,)),
+    "law": ("normal", "normal"),
+    "scope": ("global", "global"),
+    "every": ("7", 7),
+    "redraw": ("0.5", 0.5),
+    "optimizer": ("adam", "adam"),
+}
+STRONG = "strong iterand --dataset mnist5k"
 IMP = "imp --dataset mnist5k"
 CASES: dict[tuple[str, str], Case] = (
     {
         ("imp", name): Case(IMP, f"--{name.replace('_', '-')} {word}", setting(name), value)
         for name, (word, value) in FIELDS.items()
+    }
+    | {
+        ("strong", name): Case(STRONG, f"--{name.replace('_', '-')} {word}", setting(name), value)
+        for name, (word, value) in OF_STRONG.items()
     }
     | {
         ("imp", "dataset"): Case("imp", "--dataset mnist5k", setting("dataset"), "mnist5k"),
@@ -123,6 +142,25 @@ CASES: dict[tuple[str, str], Case] = (
         ("imp", "as_json"): Case(IMP, "--json", lambda seen: seen.is_json),
         ("imp", "quiet"): Case(IMP, "--quiet", lambda seen: seen.err, ""),
         ("imp", "debug"): Case(f"{IMP} --levels 0", "--debug", lambda seen: type(seen.raised), UsageError),
+        ("strong", "cosine"): Case(STRONG, "--no-cosine", setting("cosine"), False),
+        ("strong", "dataset"): Case("strong iterand", "--dataset mnist5k", setting("dataset"), "mnist5k"),
+        ("strong", "momentum"): Case(STRONG, "--momentum 0.5", setting("momentum"), 0.5),
+        ("strong", "recipe"): Case(STRONG, "--recipe paper", setting("steps"), 100 * 3500 // 128),
+        ("strong", "data_dir"): Case(STRONG, "--data-dir there", of("run", "data_dir"), Path("there")),
+        ("strong", "workers"): Case(STRONG, "--workers 3", of("run", "workers"), 3),
+        ("strong", "replicas"): Case(STRONG, "--replicas 4", of("run", "replicas"), 4),
+        ("strong", "deterministic"): Case(STRONG, "--deterministic", of("run", "deterministic")),
+        ("strong", "out"): Case(STRONG, "--out there", of("run", "out"), Path("there")),
+        ("strong", "resume"): Case(STRONG, "--resume", of("run", "resume")),
+        ("strong", "dry_run"): Case(STRONG, "--dry-run --json", lambda seen: "run" not in seen.asked),
+        ("strong", "price_on"): Case(
+            f"{STRONG} --dry-run", "--price-on h200", of("recorded", "device"), "h200"
+        ),
+        ("strong", "as_json"): Case(STRONG, "--json", lambda seen: seen.is_json),
+        ("strong", "quiet"): Case(STRONG, "--quiet", lambda seen: seen.err, ""),
+        ("strong", "debug"): Case(
+            f"{STRONG} --keep 0", "--debug", lambda seen: type(seen.raised), UsageError
+        ),
         ("bench", "sparsity"): Case("bench", "--sparsity 0.5,0.8", of("Asked", "sparsities"), (0.5, 0.8)),
         ("bench", "shapes"): Case("bench", "--shape 4x8 --shape 8x4", of("Asked", "shapes"), ("4x8", "8x4")),
         ("bench", "batch"): Case("bench", "--batch 2,3", of("Asked", "batches"), (2, 3)),
@@ -159,7 +197,7 @@ CASES: dict[tuple[str, str], Case] = (
     }
     | {
         (base.partition(" ")[0], "plugin"): Case(base, "--plugin mine.py", loaded)
-        for base in (IMP, "bench", "show run", "ls arms", "doctor")
+        for base in (IMP, STRONG, "bench", "show run", "ls arms", "doctor")
     }
 )
 SILENT = ("show", "ls", "doctor")  # say nothing but what was asked for, so that --quiet changes nothing

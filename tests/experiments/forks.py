@@ -29,6 +29,7 @@ from sparselth.engine.batch import DenseForward
 from sparselth.engine.compressed import CompressedForward
 from sparselth.experiments import jobs
 from sparselth.experiments.imp import ImpConfig
+from sparselth.experiments.strong import StrongConfig
 from sparselth.models import MODELS, Model, get_model
 from sparselth.registry import load_plugin
 
@@ -92,7 +93,8 @@ def small(every: int = 10, compressed: bool = True, draws: bool = False) -> None
         recipes |= {key: replace(recipe, eval_every=every) for key, recipe in recipes.items()}
     jobs.CHECKPOINT_SECONDS = 0.0
     if not draws:
-        ImpConfig.draw = lambda *_: None  # type: ignore[method-assign]
+        for experiment in (ImpConfig, StrongConfig):
+            experiment.draw = lambda *_: None  # type: ignore[method-assign]
 
     def measured(model: Model, *_: object) -> dict[str, float]:
         return {s.name: 2.0 * compressed for s in model.weights}

@@ -57,7 +57,12 @@ KINDS = {
     "chains": Kind(
         "imp --model narrow-16 --plugin narrow.py --dataset stripes --plugin stripes.py --levels 2 --seeds 0 "
         "--arms ticket,reinit --steps 30 --rewind 5 --batch-size 20 --workers 2",
-        *(10, 0.5),
+        *(10, 0.25),
+    ),
+    "strong": Kind(
+        "strong iterand --model narrow-16 --plugin narrow.py --dataset stripes --plugin stripes.py --seeds 0 "
+        "--keep 0.3 --width 0.5,1 --steps 30 --every 7 --eval-every 10 --batch-size 20 --workers 2",
+        *(4, 0.25),
     ),
     "plug-in": Kind(
         "at-init --plugin at_init.py --plugin stripes.py --plugin narrow.py --model narrow-16 "

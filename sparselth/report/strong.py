@@ -1,0 +1,244 @@
+"""A run of `strong` as text and JSON: accuracies over the sweep, differences seed by seed, honest bytes.
+
+Accuracies are those at the end of training, of the network that the file holds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparselth.report.diverged import state
+from sparselth.report.page import Group, fill, side_by_side, width
+from sparselth.report.stats import (
+    FEWEST,
+    Gap,
+    cells,
+    images_counted,
+    mean_interval,
+    paired,
+    seed_list,
+    signed,
+    signed_pp,
+)
+from sparselth.report.tables import MISSING, percent
+from sparselth.runs import RunRecord
+
+FINAL = "final_accuracy"
+TOO_NEAR = 0.0005  # accuracies that differ by less are called equal in sentences
+
+
+def values(record: RunRecord, arm: str, level: int, field: str = FINAL) -> dict[int, float]:
+    """Seed → a field of an arm at a point of the sweep; of dense, of its width."""
+    if arm == "dense":
+        level -= level % len(record.config.keep)
+    points = record.by_level.get((arm, level), ())
+    found = {p["seed"]: p[field] for p in points if not p["draw"] and p.get(field) is not None}
+    return {seed: found[seed] for seed in sorted(found)}
+
+
+def mean(record: RunRecord, arm: str, level: int, field: str = FINAL) -> float | None:
+    """Its mean over the seeds, None before there is one."""
+    found = values(record, arm, level, field)
+    return mean_interval(found.values())[0] if found else None
+
+
+def gap(record: RunRecord, level: int, arm: str, other: tuple[str, int] | None = None) -> Gap | None:
+    """The strong ticket minus an arm at the same point, seed by seed."""
+    left = values(record, "ticket", level)
+    right = values(record, arm, level) if other is None else values(record, *other)
+    both = [left[seed] - right[seed] for seed in left if seed in right]
+    return paired(both, images_counted(record)) if both else None
+
+
+def levels(record: RunRecord) -> range:
+    """The points of the sweep."""
+    return range(len(record.config.width) * len(record.config.keep))
+
+
+def table(record: RunRecord) -> str:
+    """The whole report as text, as wide as the terminal."""
+    parts = [fill(_title(record)), _rows(record), fill(_legend(record))]
+    if said := _closing(record):
+        parts.append(fill(said, indent=""))
+    return "\n\n".join(parts)
+
+
+def _title(record: RunRecord) -> str:
+    config, recipe = record.config, record.config.recipe
+    seeds = f"seed{'s' * (len(config.seeds) > 1)} {seed_list(config.seeds)}"
+    return (
+        f"{config.model} on {config.dataset}, {seeds}, {recipe.steps:,} steps of {recipe.optimizer} "
+        f"(lr {recipe.lr:g}, batch {recipe.batch_size})\n{config.how}"
+    )
+
+
+def _rows(record: RunRecord) -> str:
+    config, points = record.config, levels(record)
+    lead = [["width", *(f"{config.width[level // len(config.keep)]:g}" for level in points)]]
+    lead.append(["keep %", *(percent(config.keep[level % len(config.keep)]) for level in points)])
+    left = (mean(record, "ticket", level, "weights_remaining") for level in points)
+    lead.append(["left %", *(MISSING if share is None else percent(share) for share in left)])
+    groups = []
+    for arm in config.arms:
+        columns = [["accuracy %", *(_accuracy(record, arm, level) for level in points)]]
+        if arm in ("ticket", "imp"):
+            sizes = (mean(record, arm, level, "coded_bytes") for level in points)
+            columns.append(["KB", *(MISSING if size is None else f"{size / 1e3:,.1f}" for size in sizes)])
+        groups.append(Group(columns, arm))
+    for arm in (arm for arm in config.arms if arm != "ticket"):
+        gaps = (gap(record, level, arm) for level in points)
+        groups.append(Group([[f"vs {arm}", *(signed(one) if one else MISSING for one in gaps)]]))
+    return side_by_side(Group(lead), groups, width())
+
+
+def _accuracy(record: RunRecord, arm: str, level: int) -> str:
+    found = values(record, arm, level).values()
+    if not found:
+        return MISSING
+    centre, half = mean_interval(found)
+    return f"{100 * centre:.2f}" + ("" if half is None or len(found) < FEWEST else f" ± {100 * half:.2f}")
+
+
+def _legend(record: RunRecord) -> str:
+    seeds = len(record.config.seeds)
+    lines = [
+        "keep %: weights that scores are to keep; left %: what they keep. ticket: weights that were never "
+        "trained. KB: what a file must hold, of the ticket its seed, mask and redraws by entropy, of imp its "
+        "weights and biases in fp32 and its mask by entropy."
+    ]
+    if seeds >= FEWEST:
+        lines.append(
+            "accuracy %: on the test set at the end of training, mean over the seeds ± 95 % interval. vs: "
+            "the ticket minus it in pp, seed by seed, ± 95 % interval of the mean."
+        )
+    else:
+        lines.append(
+            "accuracy %: on the test set at the end of training. vs: the ticket minus it in pp. "
+            f"{seeds} seed{'s' * (seeds > 1)}: no interval, and luck is not excluded; five tell more."
+        )
+    done, total = cells(record)
+    if done < total:
+        said = state(record)
+        lines.append(
+            f"{said[:1].upper()}{said[1:]}: {done:,} of {total:,} cells are there; {MISSING} marks what is "
+            "missing."
+        )
+    return "\n".join(lines)
+
+
+def _closing(record: RunRecord) -> str:
+    """Sentences from finished points alone."""
+    found = {level: one for level in levels(record) if (one := mean(record, "ticket", level)) is not None}
+    if not found:
+        return ""
+    best = max(found, key=lambda level: found[level])
+    said = [_best(record, best, found[best]), _hump(record, found), *_widths(record), _honest(record, best)]
+    return " ".join(one for one in said if one)
+
+
+def _best(record: RunRecord, level: int, accuracy: float) -> str:
+    which = (
+        "The strong ticket"
+        if len(levels(record)) == 1
+        else f"The best strong ticket, {_where(record, level)},"
+    )
+    text = f"{which} is right on {100 * accuracy:.2f} % of the test images without a trained weight"
+    against = []
+    for arm in ("dense", "random-mask", "imp"):
+        if one := gap(record, level, arm) if arm in record.config.arms else None:
+            names = {
+                "dense": "the trained network",
+                "random-mask": "a random mask",
+                "imp": "the trained ticket",
+            }
+            against.append(f"{signed_pp(one)} against {names[arm]}")
+    return f"{text}{': ' if against else ''}{', '.join(against)}."
+
+
+def _where(record: RunRecord, level: int) -> str:
+    config, number = record.config, len(record.config.keep)
+    parts = [f"width {config.width[level // number]:g}"] if len(config.width) > 1 else []
+    parts += [f"{percent(config.keep[level % number])} % kept"] if number > 1 else []
+    return " and ".join(parts)
+
+
+def _hump(record: RunRecord, found: dict[int, float]) -> str:
+    """Whether accuracy over the share kept has its top inside, at the largest width."""
+    keep, last = record.config.keep, len(levels(record)) - len(record.config.keep)
+    here = {share: found[last + i] for i, share in enumerate(keep) if last + i in found}
+    if len(here) < 3:
+        return ""
+    top = max(here, key=lambda share: here[share])
+    if top in (min(here), max(here)):
+        return f"Accuracy is highest at the end of the sweep, {percent(top)} % kept: its top may lie beyond."
+    ends = " and ".join(f"{100 * here[end]:.2f} % at {percent(end)}" for end in (min(here), max(here)))
+    return f"Over the share kept it rises and falls: {100 * here[top]:.2f} % at {percent(top)}, {ends}."
+
+
+def _widths(record: RunRecord) -> list[str]:
+    """How the distance to dense goes with width, each at its best share."""
+    config, number, shown = record.config, len(record.config.keep), []
+    for i, factor in enumerate(config.width):
+        here = [level for level in range(i * number, i * number + number) if values(record, "ticket", level)]
+        if here and (one := gap(record, max(here, key=lambda at: mean(record, "ticket", at) or 0), "dense")):
+            shown.append(f"{signed_pp(one)} at {factor:g}")
+    return [f"Against the trained network of the same width: {', '.join(shown)}."] if len(shown) > 1 else []
+
+
+def _honest(record: RunRecord, level: int) -> str:
+    """Bytes of the best strong ticket beside those of the smallest trained ticket that is as accurate."""
+    size, accuracy = mean(record, "ticket", level, "coded_bytes"), mean(record, "ticket", level)
+    trained = {
+        at: (mean(record, "imp", at), mean(record, "imp", at, "coded_bytes"))
+        for at in levels(record)
+        if values(record, "imp", at)
+    }
+    if size is None or accuracy is None or not trained:
+        return ""
+    text = f"Seed and mask take {size / 1e3:,.1f} KB"
+    equal = {
+        at: b
+        for at, (a, b) in trained.items()
+        if a is not None and b is not None and a >= accuracy - TOO_NEAR
+    }
+    if not equal:
+        return f"{text}; no trained ticket of this run is as accurate."
+    at = min(equal, key=lambda one: equal[one])
+    smaller = (
+        "smallest trained ticket of this run that is"
+        if len(trained) > 1
+        else "trained ticket of as many weights is"
+    )
+    times = equal[at] / size
+    kept = mean(record, "imp", at, "weights_remaining") or 0
+    return (
+        f"{text}; the {smaller} at least as accurate ({100 * (trained[at][0] or 0):.2f} %, {percent(kept)} % "
+        f"of the weights) takes {equal[at] / 1e3:,.1f} KB, {times:.2g} times as much."
+    )
+
+
+def summary(record: RunRecord) -> list[dict[str, Any]]:
+    """A JSON object a point of the sweep: each arm's mean and half-width, the ticket minus each arm."""
+    rows, config = [], record.config
+    for level in levels(record):
+        row: dict[str, Any] = {
+            "level": level,
+            "width": config.width[level // len(config.keep)],
+            "keep": config.keep[level % len(config.keep)],
+            "weights_remaining": mean(record, "ticket", level, "weights_remaining"),
+            "arms": {},
+        }
+        for arm in config.arms:
+            if found := values(record, arm, level).values():
+                centre, half = mean_interval(found)
+                one = gap(record, level, arm) if arm != "ticket" else None
+                row["arms"][arm] = {
+                    "seeds": len(found),
+                    "accuracy": centre,
+                    "half_width": half,
+                    "file_bytes": mean(record, arm, level, "file_bytes"),
+                    "coded_bytes": mean(record, arm, level, "coded_bytes"),
+                    "ticket_minus": one and {"mean": one.mean, "half_width": one.half},
+                }
+        rows.append(row)
+    return rows
