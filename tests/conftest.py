@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,12 @@ def figures() -> bool:
 
 
 @pytest.fixture(autouse=True)
-def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def undrawn(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Whether runs of `imp` go without their figures, because the test does not ask for `figures`."""
-    if "figures" in request.fixturenames:
-        return False
-    monkeypatch.setattr(ImpConfig, "draw", lambda self, record, folder: None)
-    return True
+    with pytest.MonkeyPatch.context() as patch:  # its own, so that a test's is undone in the test's order
+        if without := "figures" not in request.fixturenames:
+            patch.setattr(ImpConfig, "draw", lambda self, record, folder: None)
+        yield without
 
 
 @pytest.fixture
