@@ -19,8 +19,8 @@ weight: what is kept is a count.
 The same bits everywhere: integers of 32 bits (of 64 for a product in Q), one conversion to fp32 and one
 product with s, each rounded once. Q, the normal's quantile, is a table of 24 octaves x 64 steps in units of
 2^-28, linear in between: the bits of an odd integer as fp32 are the place in the table. It is off by 2e-5 at
-most, and the largest |w| is 5.4 s. The table is made by arithmetic that rounds correctly on every machine; the
-logarithm of libm has no part in it.
+most, and the largest |w| is 5.4 s. The table is made by arithmetic that rounds correctly on every machine;
+the logarithm of libm has no part in it.
 
 Why this hash: M was found by search (hash-prospector; bias 0.11 where murmur3's finalizer has 0.26), and its
 32-bit products are what AVX2 and GPUs multiply in hardware, unlike the 64-bit ones of Philox and Squares. One
@@ -180,7 +180,7 @@ def reference(
                 counter = torch.arange(-(-columns // 32), device=device)
             u = words(keys, row, counter, g)
             u = u if isinstance(generation, Tensor) else u[:, column >> 5]
-            out[some] = torch.where((u >> (column & 31) & 1).bool(), -s, s)
+            out[some] = (1 - 2 * (u >> (column & 31) & 1)).float() * s
             continue
         u = words(keys, row, column, g)
         if law == "uniform":

@@ -20,7 +20,8 @@
     X(transpose) \
     X(sequence) \
     X(hash_weights) \
-    X(score_update)
+    X(score_update) \
+    X(seed_linear)
 
 #define FIRST_LEVEL
 #define LEVEL plain
@@ -34,6 +35,7 @@
 #include "masked_update.inc"
 #include "score_update.inc"
 #include "hash_weights.inc"
+#include "seed_linear.inc"
 #undef VEC
 #undef LEVEL
 #undef FIRST_LEVEL
@@ -58,6 +60,7 @@
 #include "masked_update.inc"
 #include "score_update.inc"
 #include "hash_weights.inc"
+#include "seed_linear.inc"
 #undef VEC
 #undef BELOW
 #undef LEVEL
@@ -89,6 +92,7 @@
 #include "masked_update.inc"
 #include "score_update.inc"
 #include "hash_weights.inc"
+#include "seed_linear.inc"
 #undef VEC
 #undef BELOW
 #undef LEVEL

@@ -52,6 +52,7 @@ from sparselth.kernels.magnitude_threshold import launch as magnitude_launch
 from sparselth.kernels.masked_conv2d import masked_conv2d
 from sparselth.kernels.masked_linear import masked_linear
 from sparselth.kernels.masked_update import masked_adam_many, masked_sgd_many
+from sparselth.kernels.seed_linear import SeedWeight, seed_linear
 from sparselth.kernels.slot_linear import Slots, slot_linear
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -423,6 +424,18 @@ def _hash_weights() -> None:
                 hash_launch(keys, law, 0.1, 2**31, n, k, generation, torch.device("meta"))
 
 
+def _seed_linear() -> None:
+    for b, n, k in (
+        *((1, 8192, 8192), (16, 8192, 8192), (60, 300, 784), (33, 65, 130)),
+        *((200000, 64, 64), (3, 9000000, 9), (3, 9, 9000000)),
+    ):
+        w = SeedWeight((n, k), octets(n, -(-k // 8)), 1, 2)
+        for make in (half, single):
+            x, bias = make(b, k).requires_grad_(), make(n).requires_grad_()
+            scores = single(n, k).requires_grad_()
+            seed_linear(x, w, bias, scores, "triton").sum().backward()
+
+
 OPS: dict[str, Callable[[], None]] = {
     "bitmask": _bitmask,
     "masked_linear": _masked_linear,
@@ -436,6 +449,7 @@ OPS: dict[str, Callable[[], None]] = {
     "block_conv2d": _block_conv2d,
     "replica_parts": _replica_parts,
     "hash_weights": _hash_weights,
+    "seed_linear": _seed_linear,
 }
 
 

@@ -18,6 +18,7 @@ from sparselth.kernels.block_linear import BlockWeight, block_linear
 from sparselth.kernels.csr_lanes import LanedCsr, csr_lanes
 from sparselth.kernels.csr_linear import CsrIndex, csr_input_grad, csr_linear, csr_weight_grad
 from sparselth.kernels.csr_tiled import TiledCsr, csr_tiled
+from sparselth.kernels.seed_linear import SeedWeight, seed_linear
 from sparselth.kernels.slot_linear import Slots, slot_linear
 from sparselth.kernels.sparse_conv2d import (
     Conv2dIndex,
@@ -47,6 +48,7 @@ LINEAR_MASK, CONV_MASK = pack(torch.ones(1, 16, 32)), pack(torch.ones(1, 3, 36))
 TILED, LANED = TiledCsr.from_dense(MATRIX, 4), LanedCsr.from_dense(MATRIX, MATRIX != 0)
 SLOTS = Slots.from_dense(WIDE)
 ROWS = ConvRows.from_dense(FILTERS, (6, 6))
+SEEDED = SeedWeight.of(torch.ones(16, 32), 1, 2)
 GEOMETRY = conv.geometry((3, 3), 1, 1, 1)
 
 # name: (the op, its tensors by name)
@@ -128,6 +130,10 @@ OPS: dict[str, Op] = {
             PIXELS, torch.arange(5, device="cpu"), LABELS, scale, shift, **k
         )[0],
         {"scale": some(9), "shift": some(9)},
+    ),
+    "seed_linear": (
+        lambda x, bias, scores, **k: seed_linear(x, SEEDED, bias, scores, **k),
+        {"x": some(4, 32), "bias": some(16), "scores": some(16, 32)},
     ),
     "masked_linear": (
         lambda x, w, bias, **k: linear.masked_linear(x, w, LINEAR_MASK, bias, **k),
