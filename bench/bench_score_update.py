@@ -1,7 +1,7 @@
 """The update of scores over frozen weights alone, half kept: ours beside torch's operations, and dense SGD.
 
 (a) torch's operations with the exact threshold of magnitude_threshold; (b) ours; (c) the native SGD step of
-    as many trained weights, which has neither frozen nor effective weights to look at. The floor counts bytes.
+    as many trained weights, which has neither frozen nor effective weights. The floor counts bytes.
     Before anything is timed, (a) and (b) must agree.
 """
 

@@ -41,35 +41,35 @@ Groups = Sequence[Sequence[Span]]
 def top(scores: Tensor, keep: int, signed: bool = False, *, kernels: str = "auto") -> Tensor:
     """Which of scores [n] are the `keep` largest, or of largest magnitude unless `signed`: bool [n].
 
-    `kernels` is "native" (C, on a CPU), "reference" (magnitude_threshold, on any device) or "auto".
+    `kernels` is "native" (C, on a CPU), "triton" or "reference" (those of magnitude_threshold), or "auto".
     """
     if not 0 <= keep <= len(scores):
         raise ValueError(f"keep: expected 0 to {len(scores)}, got {keep}")
-    if choose(kernels, _backends(scores), scores) == "native":
+    if (kernels := _choose(kernels, scores)) == "native":
         kept = torch.empty(len(scores), dtype=torch.bool, device="cpu")
         flat = scores.contiguous()
         rule = "score" if signed else "magnitude"
         _bind(flat, None, None, None, None, kept, [[(0, len(flat))]], [keep], rule)[0]()
         return kept
     if not signed:
-        return _largest(scores, None, keep)
+        return _largest(scores, None, keep, kernels)
     above = ~(scores < 0)
     n = int(above.sum())
     if keep <= n:
-        return _largest(scores, above, keep)
+        return _largest(scores, above, keep, kernels)
     # all of these, and of the negative ones those nearest to 0: the largest magnitudes go, lowest index first
     below = ~above
-    far = _largest(scores.flip(0), below.flip(0), len(scores) - keep)
+    far = _largest(scores.flip(0), below.flip(0), len(scores) - keep, kernels)
     return above | (below & ~far.flip(0))
 
 
-def _largest(scores: Tensor, among: Tensor | None, keep: int) -> Tensor:
+def _largest(scores: Tensor, among: Tensor | None, keep: int, kernels: str) -> Tensor:
     """The `keep` largest magnitudes among some; equal ones go by lowest index."""
     n = len(scores)
     masks = [] if among is None else [bitmask.pack(among.view(1, 1, n))]
     alive = n if among is None else int(among.sum())
     going = torch.tensor([[alive - keep]], device="cpu")
-    bits, _ = launch([scores.contiguous().view(1, 1, n)], going, masks)
+    bits, _ = launch([scores.contiguous().view(1, 1, n)], going, masks, kernels=kernels)
     found: Tensor = bitmask.unpack(bits[0, : -(-n // 8)], n)
     return found
 
@@ -91,7 +91,7 @@ def bind_score_update(
     """A function that takes one step at a learning rate, in place; each tensor is fp32 [M], `grad` stays.
 
     The momentum starts at 0; without any its buffer is None. `keep` has a number of each group. `weights` may
-    change between calls. `kernels` as in `top`.
+    change between calls. `kernels` as in `top`; but for the native ones, steps are torch's.
     """
     if (momentum_buffer is None) != (momentum == 0):
         raise ValueError(
@@ -106,7 +106,7 @@ def bind_score_update(
             raise ValueError(f"keep: expected 0 to {most}, got {n}")
         if any(first < 0 or count < 0 or first + count > len(scores) for first, count in group):
             raise ValueError(f"groups: expected spans within {len(scores)} weights, got {list(group)}")
-    if choose(kernels, _backends(scores), scores) == "native":
+    if (kernels := _choose(kernels, scores)) == "native":
         call, u = _bind(scores, grad, momentum_buffer, weights, effective, None, groups, keep, rule)
         u.momentum, u.decay = momentum, weight_decay
 
@@ -129,6 +129,7 @@ def bind_score_update(
             momentum=momentum,
             weight_decay=weight_decay,
             lr=lr,
+            kernels=kernels,
         )
 
     return run_torch
@@ -147,6 +148,7 @@ def reference(
     momentum: float,
     weight_decay: float,
     lr: float,
+    kernels: str = "reference",
 ) -> None:
     """The step by torch's operations, on any device."""
     for group, n in zip(groups, keep, strict=True):
@@ -161,14 +163,15 @@ def reference(
             if momentum_buffer is not None:
                 g = momentum_buffer[place].mul_(momentum).add_(g)
             s.sub_(g, alpha=lr)
-        kept = top(torch.cat([scores[p] for p in places]), n, rule == "score", kernels="reference")
+        kept = top(torch.cat([scores[p] for p in places]), n, rule == "score", kernels=kernels)
         for place, mask in zip(places, torch.split(kept, [count for _, count in group]), strict=True):
             found = weights[place] * scores[place].sign() if rule == "ternary" else weights[place]
             effective[place] = torch.where(mask, found, 0.0)
 
 
-def _backends(t: Tensor) -> tuple[str, ...]:
-    return ("native", "reference") if t.is_cpu and t.dtype == torch.float32 else ("reference",)
+def _choose(kernels: str, t: Tensor) -> str:
+    has = ("native", "triton", "reference") if t.is_cpu else ("triton", "reference")
+    return choose(kernels, has, t)
 
 
 class _Update(ctypes.Structure):  # struct score_update

@@ -357,7 +357,7 @@ def _sgd(steps: int, lr: float, weight_decay: float = 1e-4) -> Recipe:
 
 
 def _recipes(lr: float, weight_decay: float = 1e-4) -> dict[str, Recipe]:
-    return {"linear": _sgd(6000, lr, weight_decay), "convolve": _sgd(3000, lr, weight_decay)}
+    return {"linear": _sgd(4000, lr, weight_decay), "convolve": _sgd(3000, lr, weight_decay)}
 
 
 for _method in (
@@ -369,16 +369,16 @@ for _method in (
     IteRand(
         name="iterand",
         meaning="edge-popup that redraws pruned weights every so many steps (Chijiwa et al. 2021)",
-        recipes=_recipes(0.5),
-        every=300,
-        share=0.1,
+        recipes=_recipes(3.0),
+        every=100,
+        share=0.3,
     ),
     Recycle(
         name="recycle",
         meaning="edge-popup, lowest-score weights overwritten by highest (Gorbett & Whitley 2023)",
         recipes=_recipes(0.5),
-        every=300,
-        share=0.1,
+        every=100,
+        share=0.3,
     ),
     Biprop(
         name="biprop",

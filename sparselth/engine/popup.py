@@ -8,6 +8,7 @@ the scores (`sparselth.frozen`), the optimizer takes these on, and the exact thr
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from sparselth.data.batches import Batches
 from sparselth.engine.batch import DenseForward
 from sparselth.engine.dense import Network, cross_entropy_grad
 from sparselth.engine.memory import Held
-from sparselth.engine.paths import Paths
+from sparselth.engine.paths import Path, Paths
 from sparselth.engine.state import Batch, Job, measure, never
 from sparselth.engine.update import bind_update
 from sparselth.engine.vendor import VendorNetwork
@@ -50,7 +51,8 @@ class Popup:
         flat.copy_(scores)  # biases, batch norms, running statistics
         self.write()
         self.whole: Callable[[float], None] | None = None  # a step up to the effective weights
-        if paths.masked_update.takes == "native" and recipe.optimizer == "sgd" and self.method.rule:
+        takes = paths.masked_update.takes
+        if recipe.optimizer == "sgd" and self.method.rule:
             groups = [*self.frozen.groups(self.params)]
             self.whole = bind_score_update(
                 self.scores,
@@ -63,8 +65,11 @@ class Popup:
                 rule=self.method.rule,
                 momentum=recipe.momentum,
                 weight_decay=recipe.weight_decay,
+                kernels={"torch": "reference"}.get(takes, takes),
             )
         else:
+            if takes == "triton":  # which has no step for one row of a batch
+                paths = replace(paths, masked_update=Path("torch", paths.masked_update.why))
             self.update, _ = bind_update(
                 scores[:, :n], grad[:, :n], [moment[:, :n] for moment in moments], None, recipe, paths
             )

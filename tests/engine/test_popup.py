@@ -19,6 +19,7 @@ from sparselth.engine.state import Job, State
 from sparselth.experiments.jobs import _goes_on, _load_state, _save_state
 from sparselth.frozen import METHODS, effective, mask_of, weights_of
 from sparselth.kernels import _native
+from sparselth.kernels._triton import INTERPRET
 from sparselth.models import AvgPool, BatchNorm, Conv, Layer, Linear, Model, ReLU
 from sparselth.streams import stream
 from sparselth.train import accuracies_on_test, fit
@@ -30,6 +31,7 @@ RECIPE = Recipe(
     steps=12, lr=0.5, batch_size=20, optimizer="sgd", weight_decay=1e-3, eval_every=4, cosine=True
 )
 native = pytest.mark.skipif(not _native.LIB, reason=_native.WHY)
+interpreted = pytest.mark.skipif(not INTERPRET, reason="Triton's interpreter is off")
 KERNELS = ["reference", pytest.param("native", marks=native)]
 
 
@@ -78,6 +80,28 @@ def test_a_replica_does_not_depend_on_those_beside_it(model: Model, kernels: str
         fit(model, digits, [alone], RECIPE, kernels=kernels)
         assert alone.diverged is None
         assert_equal(alone.state, one.state)
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "kernels"),
+    [
+        *((name, optimizer, "torch") for name in METHODS for optimizer in ("sgd", "adam")),
+        pytest.param("iterand", "sgd", "triton", marks=interpreted),
+        pytest.param("biprop", "adam", "triton", marks=interpreted),
+    ],
+)
+def test_every_path_takes_the_same_steps(name: str, optimizer: str, kernels: str, few: Resident) -> None:
+    """As dense torch does, up to rounding; thresholds in Triton's interpreter are those of a device."""
+    recipe = Recipe(steps=2, lr=0.05, batch_size=20, optimizer=optimizer, eval_every=2)  # type: ignore[arg-type]
+    found = []
+    for way in ("reference", kernels):
+        one = job(FC, name, recipe=recipe, every=1, share=0.1)
+        fit(FC, few, [one], recipe, kernels=way)
+        found.append(one)
+    right, other = found
+    torch.testing.assert_close(other.state.weights, right.state.weights, rtol=1e-4, atol=1e-5)
+    same = (other.network(FC) == right.network(FC)).float().mean()
+    assert same > 0.99 or name == "biprop"
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

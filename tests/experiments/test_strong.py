@@ -102,8 +102,8 @@ def test_a_run_goes_on_with_more_seeds_and_arms_and_no_other_sweep(tmp_path: Pat
 
 
 def test_settings_of_the_method_are_filled_in() -> None:
-    some = config(method="iterand")
-    assert (some.keep, some.law, some.every, some.redraw) == ((0.5,), "signed-constant", 300, 0.1)
+    some, its = config(method="iterand"), METHODS["iterand"]
+    assert (some.keep, some.law, some.every, some.redraw) == ((0.5,), "signed-constant", its.every, its.share)
     assert config(method="signed").keep == (METHODS["signed"].keep,)
     assert some.recipe == METHODS["iterand"].recipe(get_model("lenet-300-100"))
     assert config_from_json(some.to_json()) == some

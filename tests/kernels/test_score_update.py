@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparselth.kernels import _native
+from sparselth.kernels._triton import INTERPRET
 from sparselth.kernels.score_update import RULES, bind_score_update, floor, top
 
 CASES = int(os.environ.get("SPARSELTH_CASES", "40"))
@@ -76,6 +77,15 @@ def test_a_selection_among_many_is_that_of_a_sort(way: str, scale: float) -> Non
             kept = top(values, keep, signed, kernels=kernels_of(way))
             order = (values if signed else values.abs()).argsort(stable=True)
             assert set(kept.nonzero()[:, 0].tolist()) == set(order[-keep:].tolist())
+
+
+@pytest.mark.skipif(not INTERPRET, reason="Triton's interpreter is off")
+@pytest.mark.parametrize(("signed", "keep"), [(False, 5), (True, 3), (True, 9)])
+def test_a_device_s_threshold_is_the_same(signed: bool, keep: int) -> None:
+    """Of positive scores alone, and of negative ones too, whose ties go by lowest index."""
+    values = torch.tensor([0.5, -2.0, -2.0, 1.0, -0.5, -2.0, -0.5, 0.0, -2.0, 1.0, 3.0])
+    found = top(values, keep, signed, kernels="triton")
+    assert set(found.nonzero()[:, 0].tolist()) == largest(values, keep, signed)
 
 
 def inside(groups: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
