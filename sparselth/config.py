@@ -328,8 +328,19 @@ EXPERIMENTS: Registry[type[Config]] = Registry(
     "experiment",
     "sparselth.experiments",
     but=(
-        *("agenda", "arms", "base", "flag", "jobs", "memory", "plan", "pool", "price", "run", "strong_jobs"),
-        "training",
+        *(
+            "agenda",
+            "arms",
+            "base",
+            "flag",
+            "jobs",
+            "memory",
+            "neuron_scores",
+            "neurons_jobs",
+            "plan",
+            "pool",
+        ),
+        *("price", "run", "single_relu", "strong_jobs", "training"),
     ),
 )
 

@@ -23,6 +23,8 @@ from sparselth.cli.main import run
 from sparselth.data import load
 from sparselth.data.batches import Resident
 from sparselth.experiments.imp import ImpConfig
+from sparselth.experiments.neurons import NeuronsConfig
+from sparselth.experiments.strong import StrongConfig
 from sparselth.runs import RunRecord, read
 
 torch.set_num_threads(1)  # and so no thread pool that a forked worker would inherit
@@ -60,7 +62,8 @@ def undrawn(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Whether runs of `imp` go without their figures, because the test does not ask for `figures`."""
     with pytest.MonkeyPatch.context() as patch:  # its own, so that a test's is undone in the test's order
         if without := "figures" not in request.fixturenames:
-            patch.setattr(ImpConfig, "draw", lambda self, record, folder: None)
+            for experiment in (ImpConfig, StrongConfig, NeuronsConfig):
+                patch.setattr(experiment, "draw", lambda self, record, folder: None)
         yield without
 
 

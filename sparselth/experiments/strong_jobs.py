@@ -102,7 +102,7 @@ def measured(config: Sweep, model: Model, cells: Sequence[Cell], place: Place) -
         mask = pruning.shuffle(
             params, torch.from_numpy(found.mask), stream(cell.seed, cell.arm, cell.level, "mask")
         )
-        first = None if found.redraws is None else torch.zeros(len(mask), dtype=torch.int32)
+        first = None if found.redraws is None else torch.zeros(len(mask), dtype=torch.int32, device="cpu")
         bare = strong_tickets.Content.of(params, found.frozen, mask, first, _unit_statistics(model))
         weights = _calibrated(model, bare.weights(params), place, cell.seed)
         contents.append(strong_tickets.Content.of(params, found.frozen, mask, first, weights))
@@ -126,7 +126,7 @@ def measured(config: Sweep, model: Model, cells: Sequence[Cell], place: Place) -
 
 def _unit_statistics(model: Model) -> Tensor:
     """A buffer [P] whose running means are 0 and variances 1."""
-    flat = torch.zeros(model.params.size)
+    flat = torch.zeros(model.params.size, dtype=torch.float32, device="cpu")
     for spec in model.params.statistics:
         flat[spec.span] = float(spec.name.endswith(".var"))
     return flat

@@ -116,8 +116,47 @@ OF_STRONG: dict[str, tuple[str, Any]] = {name: FIELDS[name] for name in SHARED} 
 }
 STRONG = "strong iterand --dataset mnist5k"
 IMP = "imp --dataset mnist5k"
+OF_NEURONS = {name: OF_STRONG[name] for name in (*SHARED, "width", "optimizer")} | {
+    "model": ("lenet-300-100@0.5", "lenet-300-100@0.5"),
+    "arms": ("neurons", ("neurons",)),
+    "keep": ("0.3", 0.3),
+    "units": ("4,2", (2, 4)),
+    "inputs": ("7", 7),
+    "law": ("uniform", "uniform"),
+}
+NEURONS = "neurons --dataset mnist5k"
+
+
+def of_scores(name: str, base: str) -> dict[tuple[str, str], Case]:
+    """The flags of an experiment that trains scores, but those of its own."""
+    bare = base.removesuffix(" --dataset mnist5k")
+    return {
+        (name, "cosine"): Case(base, "--no-cosine", setting("cosine"), False),
+        (name, "dataset"): Case(bare, "--dataset mnist5k", setting("dataset"), "mnist5k"),
+        (name, "momentum"): Case(base, "--momentum 0.5", setting("momentum"), 0.5),
+        (name, "recipe"): Case(base, "--recipe paper", setting("steps"), 100 * 3500 // 128),
+        (name, "data_dir"): Case(base, "--data-dir there", of("run", "data_dir"), Path("there")),
+        (name, "workers"): Case(base, "--workers 3", of("run", "workers"), 3),
+        (name, "replicas"): Case(base, "--replicas 4", of("run", "replicas"), 4),
+        (name, "deterministic"): Case(base, "--deterministic", of("run", "deterministic")),
+        (name, "out"): Case(base, "--out there", of("run", "out"), Path("there")),
+        (name, "resume"): Case(base, "--resume", of("run", "resume")),
+        (name, "dry_run"): Case(base, "--dry-run --json", lambda seen: "run" not in seen.asked),
+        (name, "price_on"): Case(f"{base} --dry-run", "--price-on h200", of("recorded", "device"), "h200"),
+        (name, "as_json"): Case(base, "--json", lambda seen: seen.is_json),
+        (name, "quiet"): Case(base, "--quiet", lambda seen: seen.err, ""),
+        (name, "debug"): Case(f"{base} --keep 0", "--debug", lambda seen: type(seen.raised), UsageError),
+    }
+
+
 CASES: dict[tuple[str, str], Case] = (
-    {
+    of_scores("strong", STRONG)
+    | of_scores("neurons", NEURONS)
+    | {
+        ("neurons", name): Case(NEURONS, f"--{name.replace('_', '-')} {word}", setting(name), value)
+        for name, (word, value) in OF_NEURONS.items()
+    }
+    | {
         ("imp", name): Case(IMP, f"--{name.replace('_', '-')} {word}", setting(name), value)
         for name, (word, value) in FIELDS.items()
     }
@@ -142,25 +181,6 @@ CASES: dict[tuple[str, str], Case] = (
         ("imp", "as_json"): Case(IMP, "--json", lambda seen: seen.is_json),
         ("imp", "quiet"): Case(IMP, "--quiet", lambda seen: seen.err, ""),
         ("imp", "debug"): Case(f"{IMP} --levels 0", "--debug", lambda seen: type(seen.raised), UsageError),
-        ("strong", "cosine"): Case(STRONG, "--no-cosine", setting("cosine"), False),
-        ("strong", "dataset"): Case("strong iterand", "--dataset mnist5k", setting("dataset"), "mnist5k"),
-        ("strong", "momentum"): Case(STRONG, "--momentum 0.5", setting("momentum"), 0.5),
-        ("strong", "recipe"): Case(STRONG, "--recipe paper", setting("steps"), 100 * 3500 // 128),
-        ("strong", "data_dir"): Case(STRONG, "--data-dir there", of("run", "data_dir"), Path("there")),
-        ("strong", "workers"): Case(STRONG, "--workers 3", of("run", "workers"), 3),
-        ("strong", "replicas"): Case(STRONG, "--replicas 4", of("run", "replicas"), 4),
-        ("strong", "deterministic"): Case(STRONG, "--deterministic", of("run", "deterministic")),
-        ("strong", "out"): Case(STRONG, "--out there", of("run", "out"), Path("there")),
-        ("strong", "resume"): Case(STRONG, "--resume", of("run", "resume")),
-        ("strong", "dry_run"): Case(STRONG, "--dry-run --json", lambda seen: "run" not in seen.asked),
-        ("strong", "price_on"): Case(
-            f"{STRONG} --dry-run", "--price-on h200", of("recorded", "device"), "h200"
-        ),
-        ("strong", "as_json"): Case(STRONG, "--json", lambda seen: seen.is_json),
-        ("strong", "quiet"): Case(STRONG, "--quiet", lambda seen: seen.err, ""),
-        ("strong", "debug"): Case(
-            f"{STRONG} --keep 0", "--debug", lambda seen: type(seen.raised), UsageError
-        ),
         ("bench", "sparsity"): Case("bench", "--sparsity 0.5,0.8", of("Asked", "sparsities"), (0.5, 0.8)),
         ("bench", "shapes"): Case("bench", "--shape 4x8 --shape 8x4", of("Asked", "shapes"), ("4x8", "8x4")),
         ("bench", "batch"): Case("bench", "--batch 2,3", of("Asked", "batches"), (2, 3)),
@@ -197,7 +217,7 @@ CASES: dict[tuple[str, str], Case] = (
     }
     | {
         (base.partition(" ")[0], "plugin"): Case(base, "--plugin mine.py", loaded)
-        for base in (IMP, STRONG, "bench", "show run", "ls arms", "doctor")
+        for base in (IMP, STRONG, NEURONS, "bench", "show run", "ls arms", "doctor")
     }
 )
 SILENT = ("show", "ls", "doctor")  # say nothing but what was asked for, so that --quiet changes nothing
