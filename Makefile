@@ -14,7 +14,8 @@ GPU_PYTHON := build/gpu-env/bin/python
 SECONDS_OF_BUNDLE := 3600
 CASES := 10000
 SEED := 0
-NATIVE_TESTS := native csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows step_parts masked_update hash_weights score_update seed_linear
+NATIVE_TESTS := native csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows step_parts masked_update hash_weights score_update seed_linear \
+  subset_sum
 
 .PHONY: imp test test-oldest test-newest check bench same-bits science soak properties kill-test sanitize mutants \
   fuzz constraints \

@@ -58,7 +58,7 @@ def commands() -> list[str]:
     found = []
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
-        found += re.findall(r"^    (sparselth (?:imp|bench|show) [^#\n|]*)", text, re.MULTILINE)
+        found += re.findall(r"^    (sparselth (?:imp|bench|show|subset-sum) [^#\n|]*)", text, re.MULTILINE)
     return sorted({" ".join(line.split()) for line in found})
 
 

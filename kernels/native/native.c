@@ -21,7 +21,8 @@
     X(sequence) \
     X(hash_weights) \
     X(score_update) \
-    X(seed_linear)
+    X(seed_linear) \
+    X(subset_sum)
 
 #define FIRST_LEVEL
 #define LEVEL plain
@@ -36,6 +37,7 @@
 #include "score_update.inc"
 #include "hash_weights.inc"
 #include "seed_linear.inc"
+#include "subset_sum.inc"
 #undef VEC
 #undef LEVEL
 #undef FIRST_LEVEL
@@ -61,6 +63,7 @@
 #include "score_update.inc"
 #include "hash_weights.inc"
 #include "seed_linear.inc"
+#include "subset_sum.inc"
 #undef VEC
 #undef BELOW
 #undef LEVEL
@@ -93,6 +96,7 @@
 #include "score_update.inc"
 #include "hash_weights.inc"
 #include "seed_linear.inc"
+#include "subset_sum.inc"
 #undef VEC
 #undef BELOW
 #undef LEVEL

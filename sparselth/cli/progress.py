@@ -46,18 +46,27 @@ class _Progress(Watcher):
         self.cost = {cell: 1.0 for cell in cells if cell not in plan.finished | plan.lost}
         if price and isinstance(config, Training):
             self.cost = {cell: price.batch_seconds(config, [cell]) for cell in self.cost}
+        elif not isinstance(config, Training):
+            self.cost = {cell: config.seconds(cell) or 1.0 for cell in self.cost}
         self.share: dict[Cell, float] = {}  # of the cells under way
+        self.since: dict[Cell, float] = {}  # of those that do not say how far they are
         self.all, self.over = sum(self.cost.values()), 0.0  # cost of all cells, of those done
         self.total, self.count = len(cells), len(plan.finished)
         self.began = time.monotonic()
 
+    def started(self, worker: int, cells: Sequence[Cell]) -> None:
+        if not isinstance(self.config, Training):
+            self.since |= dict.fromkeys(cells, time.monotonic())
+
     def evaluated(
         self, worker: int, cells: Sequence[Cell], step: int, accuracy: float, steps_per_second: float
     ) -> None:
-        self.share |= dict.fromkeys(cells, min(1.0, step / self.steps))
+        if isinstance(self.config, Training):
+            self.share |= dict.fromkeys(cells, min(1.0, step / self.steps))
 
     def finished(self, worker: int, done: Finished) -> None:
         self.share.pop(done.cell, None)
+        self.since.pop(done.cell, None)
         self.over += self.cost.get(done.cell, 0.0)
         self.count += 1
 
@@ -82,6 +91,8 @@ class _Progress(Watcher):
     @property
     def fraction(self) -> float:
         under_way = sum(self.cost.get(cell, 0.0) * share for cell, share in self.share.items())
+        now = time.monotonic()
+        under_way += sum(min(0.9 * self.cost.get(cell, 0.0), now - at) for cell, at in self.since.items())
         return (self.over + under_way) / max(self.all, 1e-9)
 
     @property
@@ -156,6 +167,7 @@ class Bars(_Progress):
         self.bars.stop()
 
     def started(self, worker: int, cells: Sequence[Cell]) -> None:
+        super().started(worker, cells)
         self._row(worker, cells)
         self.tick()
 

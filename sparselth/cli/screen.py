@@ -134,6 +134,8 @@ def say_plan(plan: Plan, there: There | None = None) -> None:
             rows["busy"] = (
                 f"others ask for {price.busy:.1f} of {price.cores} cores now; without them {duration(alone)}"
             )
+    elif plan.seconds is not None:
+        rows["price"] = f"about {duration(plan.seconds)}"
     if there:
         name, seconds, bytes_ = _there(plan, there)
         rows["there"] = (

@@ -47,7 +47,7 @@ class Place:
     """Where cells are computed: the run folder, the data on its device, whom to ask and tell meanwhile."""
 
     run: Path
-    data: Resident | None  # of experiments that train
+    data: Resident | None  # of experiments that read one
     break_even: Mapping[str, float]
     evaluated: Callable[[Sequence[Job]], None] = lambda jobs: None
     should_stop: Callable[[], bool] = lambda: False
@@ -64,9 +64,23 @@ class Experiment(Config):
         """Whether cells may take gradients by torch's autograd; engines have their own."""
         return False
 
+    @property
+    def reads(self) -> str:
+        """The data set that cells read unless the field `dataset` names another; none unless there is one."""
+        return ""
+
+    @property
+    def evaluation(self) -> tuple[int, int]:
+        """Images of an evaluation batch, and of an evaluation at most; 0 is all."""
+        return 500, 0
+
     def urgency(self, cell: Cell) -> Any:
         """What cells that can start are sorted by: the least goes first."""
         return cell.level
+
+    def seconds(self, cell: Cell) -> float | None:
+        """About what a cell takes on a core, of experiments that are not priced by their training steps."""
+        return None
 
     def compute(self, cells: Sequence[Cell], place: Place) -> Sequence[Finished | Diverged] | None:
         """Compute cells together and write their files; None when stopped, after checkpoints were written.

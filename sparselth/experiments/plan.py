@@ -29,14 +29,19 @@ class Plan:
     environment: dict[str, Any]
     finished: frozenset[Cell] = frozenset()
     lost: frozenset[Cell] = frozenset()  # that have diverged, or need one that has
-    price: Price | None = None  # only what trains has one
+    price: Price | None = None  # of experiments that train
 
     @property
     def seconds(self) -> float | None:
         """When the last missing cell will be finished, beside whoever else is busy here."""
-        if self.price is None or not isinstance(self.config, Training):
-            return None
         done = self.finished | self.lost
+        if not isinstance(self.config, Training):
+            costs = [self.config.seconds(cell) for cell in self.config.cells() if cell not in done]
+            known = [cost for cost in costs if cost is not None]
+            unknown = len(known) < len(costs)
+            return None if unknown or not known else max(*known, sum(known) / self.workers)
+        if self.price is None:
+            return None
         alone = self.price.run_seconds(self.config, done, self.workers, self.limit)
         return alone * self.price.slowdown(self.workers)
 

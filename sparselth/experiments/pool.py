@@ -40,7 +40,6 @@ from sparselth.experiments.plan import Watcher
 from sparselth.experiments.price import Price, measured
 from sparselth.experiments.training import Training
 from sparselth.machine import cores
-from sparselth.models import get_model
 from sparselth.registry import load_plugin, plugins
 from sparselth.runs import RunFolder
 
@@ -307,10 +306,8 @@ def _work(connection: Connection, stop: Flag, parent: int, work: Work) -> None:
             task: list[Cell] | int | None = connection.recv()
             if task is None:
                 return
-            if data is None and isinstance(config, Training):
-                assert work.images is not None
-                chunk = get_model(config.model).evaluation_batch
-                data = Resident(work.images, config.device, chunk, config.eval_images or 0)
+            if data is None and work.images is not None:
+                data = Resident(work.images, config.device, *config.evaluation)
             if isinstance(task, int):
                 assert data is not None
                 assert isinstance(config, Training)

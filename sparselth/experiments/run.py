@@ -68,6 +68,12 @@ def plan(
             from sparselth.engine.break_even import break_even
 
             even = break_even(model, config.recipe.batch_size, paths.csr_linear.takes)
+    elif config.reads:
+        named = getattr(config, "dataset", None) or None
+        images = data.resolve(named, Path(data_dir) if data_dir else None, note, config.reads)
+        found = {"dataset": images.spec.name}
+        config = replace(config, **found)
+        environment |= found | {"data_sha256": images.digest}
     environment["break_even"] = even
     if plugins():
         environment["plugins"] = [str(file) for file in plugins()]

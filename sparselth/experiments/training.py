@@ -113,6 +113,14 @@ class Training(Experiment):
         """The largest network of the run."""
         return get_model(self.model)
 
+    @property
+    def reads(self) -> str:
+        return get_model(self.model).dataset
+
+    @property
+    def evaluation(self) -> tuple[int, int]:
+        return get_model(self.model).evaluation_batch, self.eval_images or 0
+
     def start(self, cell: Cell, place: Place) -> tuple[Tensor, Tensor]:
         """The mask [M] of a cell, and the weights [P] it starts from, before the mask."""
         raise NotImplementedError

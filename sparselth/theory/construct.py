@@ -1,0 +1,249 @@
+"""A random network, pruned until it computes what a trained one does: each weight is a subset sum.
+
+    features   a layer with one kept weight a neuron: it computes relu(a x_j), which is a x_j where a and x_j
+               have the same sign and 0 elsewhere, so inputs of both signs take n neurons of each; n more
+               keep nothing but their bias and are a constant
+    sums       the layer behind it: w_ij is the sum of a_h b_ih over the kept h among the n of (j, sign)
+
+Twice the depth (Malach et al. 2020; Pensia et al. 2020): features and sums for every layer of the target. One
+layer more (Burkholz 2022): features in front alone; sums make n copies of every neuron, each with an error of
+its own, and the layer behind chooses among the copies, whose weights are b alone.
+
+All weights and biases of the source are U[-1, 1]. Which neuron serves which input is the mask's choice, so
+each has n that fit in a layer of 2 n neurons an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparselth.errors import SparselthError
+from sparselth.models import Model
+from sparselth.theory.pools import closest
+
+CHUNK = 1 << 22  # numbers of subset sums that are solved together
+Weights = list[tuple[Tensor, Tensor]]  # weight [N, K] and bias [N] of every layer
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the random network and what is kept of it."""
+
+    weight: Tensor  # [N, K]
+    bias: Tensor  # [N]
+    keep: Tensor  # bool [N, K]
+    keep_bias: Tensor  # bool [N]
+
+    @property
+    def kept(self) -> int:
+        return int(self.keep.sum()) + int(self.keep_bias.sum())
+
+    @property
+    def numbers(self) -> int:
+        return self.weight.numel() + self.bias.numel()
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The random network; by layers of the target how far each weight is off, [N, K + 1], biases last."""
+
+    layers: list[Layer]
+    errors: list[Tensor]  # of the worse sign, and of the worst copy
+
+    def module(self) -> nn.Sequential:
+        """The pruned network as plain torch: fully connected layers under their masks, ReLU between them."""
+        found: list[nn.Module] = []
+        for layer in self.layers:
+            n, k = layer.weight.shape
+            linear = nn.Linear(k, n, dtype=layer.weight.dtype, device="cpu")
+            with torch.no_grad():
+                linear.weight.copy_(layer.weight * layer.keep)
+                linear.bias.copy_(layer.bias * layer.keep_bias)
+            found += [linear, nn.ReLU()]
+        return nn.Sequential(*found[:-1]).eval()
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a layer can be made of: for each input and sign, and for the constant, n neurons and what each of
+    them multiplies that with.
+    """
+
+    neurons: Tensor  # int64 [G, n]
+    gains: Tensor  # float64 [G, n]
+    of: Tensor  # int64 [G]: the input, or their number for the constant
+
+
+def weights_of(model: Model, flat: Tensor) -> Weights:
+    """Weights and biases of a flat buffer [P]."""
+    pairs = zip(model.weights, model.biases, strict=True)
+    return [(flat[w.span].view(w.shape), flat[b.span]) for w, b in pairs]
+
+
+def twice(
+    target: Weights,
+    n: int,
+    stream: Callable[[str], torch.Generator],
+    size: int | None = None,
+    bits: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Pruned | None:
+    """A random network of twice the depth; `size`: so many of n are kept for a weight, else any number.
+
+    With `bits`, the weights of the source are multiples of 2^-bits. None where it was stopped.
+    """
+    layers, errors = list[Layer](), list[Tensor]()
+    for i, (weight, bias) in enumerate(target):
+        first, features = _features(weight.shape[1], n, i == 0, stream(f"features/{i}"), bits)
+        made = _sums(
+            *(weight, bias, features, len(first.weight)), 1, 0, stream(f"sums/{i}"), size, bits, should_stop
+        )
+        if made is None:
+            return None
+        second, error, _ = made
+        layers += [_without_readers(first, second), second]
+        errors.append(error)
+    return Pruned(layers, errors)
+
+
+def one_more(
+    target: Weights,
+    n: int,
+    stream: Callable[[str], torch.Generator],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Pruned | None:
+    """A random network of one layer more than the target; None where it was stopped."""
+    first, features = _features(target[0][0].shape[1], n, True, stream("features/0"), None)
+    layers, errors = [first], list[Tensor]()
+    for i, (weight, bias) in enumerate(target):
+        copies, constants = (n, n) if i + 1 < len(target) else (1, 0)
+        width = len(layers[-1].weight)
+        made = _sums(
+            *(weight, bias, features, width, copies, constants), stream(f"sums/{i}"), None, None, should_stop
+        )
+        if made is None:
+            return None
+        layer, error, features = made
+        layers[-1] = _without_readers(layers[-1], layer)
+        layers.append(layer)
+        errors.append(error)
+    return Pruned(layers, errors)
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator, bits: int | None) -> Tensor:
+    if bits is not None:
+        top = 1 << bits
+        return torch.randint(-top, top + 1, shape, generator=generator, device="cpu").float() / top
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
+
+
+def _features(
+    inputs: int, n: int, signed: bool, generator: torch.Generator, bits: int | None
+) -> tuple[Layer, Features]:
+    """A layer of neurons that keep one weight each, or none; of `signed` inputs n for either sign."""
+    groups = [j for j in range(inputs) for _ in range(1 + signed)] + [inputs]
+    of = torch.tensor(groups, device="cpu")
+    positive = torch.ones(len(of), dtype=torch.bool, device="cpu")
+    if signed:
+        positive[1:-1:2] = False
+    numbers = _uniform((2 * n * (inputs + 1), inputs + 1), generator, bits)  # the bias behind the weights
+    column, sign = of.repeat_interleave(n), positive.repeat_interleave(n)
+    neurons = _assign(numbers, column, sign, generator)
+    keep = torch.zeros(numbers.shape, dtype=torch.bool, device="cpu")
+    keep[neurons, column] = True
+    gains = numbers[neurons, column].double().view(-1, n)
+    weight, bias = numbers[:, :-1].contiguous(), numbers[:, -1].clone()
+    layer = Layer(weight, bias, keep[:, :-1].contiguous(), keep[:, -1].clone())
+    return layer, Features(neurons.view(-1, n), gains, of)
+
+
+def _assign(numbers: Tensor, column: Tensor, sign: Tensor, generator: torch.Generator) -> Tensor:
+    """A neuron for every place, int64 [places]: its number of the place's column has the place's sign.
+
+    Begins anywhere; wrong places exchange neurons with others, or with those that have none, while more fit.
+    """
+    places = len(column)
+
+    def fits(neurons: Tensor, at: Tensor) -> Tensor:
+        inside = at.clamp(max=places - 1)
+        found = numbers[neurons, column[inside]]
+        return (at >= places) | ((found != 0) & ((found > 0) == sign[inside]))
+
+    every = torch.arange(len(numbers), device="cpu")
+    order = every.clone()
+    for _ in range(1000):
+        wrong = (~fits(order, every)).nonzero()[:, 0]
+        if not len(wrong):
+            return order[:places]
+        q = torch.randperm(len(every), generator=generator, device="cpu")
+        p = torch.cat([wrong, q[~torch.isin(q, wrong)]])[: len(every) // 2]  # a partner each
+        q = q[~torch.isin(q, p)][: len(p)]
+        now = fits(order[p], p).int() + fits(order[q], q).int()
+        then = fits(order[q], p).int() + fits(order[p], q).int()
+        p, q = p[then >= now], q[then >= now]
+        order[p], order[q] = order[q], order[p]
+    raise SparselthError(f"{places} neurons of which each fits its input: not found; use a larger `n`")
+
+
+def _sums(
+    weight: Tensor,
+    bias: Tensor,
+    features: Features,
+    inputs: int,
+    copies: int,
+    constants: int,
+    generator: torch.Generator,
+    size: int | None,
+    bits: int | None,
+    should_stop: Callable[[], bool],
+) -> tuple[Layer, Tensor, Features] | None:
+    """A layer that reads `inputs` neurons and computes W x + b, `copies` times over, and what it offers the
+    next; as many neurons as `constants` keep their bias alone.
+    """
+    rows, n = len(weight), features.neurons.shape[1]
+    total = rows * copies + constants
+    source = _uniform((total, inputs), generator, bits)
+    source_bias = _uniform((total,), generator, bits)
+    keep_bias = torch.zeros(total, dtype=torch.bool, device="cpu")
+    alone = (source_bias > 0).nonzero()[:constants, 0]
+    if len(alone) < constants:
+        raise SparselthError(
+            f"{total} neurons: {len(alone)} have a positive bias, {constants} must; use more"
+        )
+    keep_bias[alone] = True
+    places = (~keep_bias).nonzero()[:, 0]  # of copy c of neuron i: c + i * copies
+    wanted = torch.cat([weight, bias[:, None]], 1).double()
+    columns = features.neurons.flatten()
+    keep = torch.zeros(total, inputs, dtype=torch.bool, device="cpu")
+    error = torch.zeros(rows * copies, len(features.of), dtype=torch.float64, device="cpu")
+    step = max(1, CHUNK // max(1, len(columns)))
+    for start in range(0, rows * copies, step):
+        if should_stop():
+            return None
+        here = places[start : start + step]
+        values = source[here][:, columns].double().view(-1, *features.gains.shape) * features.gains
+        targets = wanted[torch.arange(start, start + len(here), device="cpu") // copies][:, features.of]
+        chosen, off = closest(values.view(-1, n), targets.flatten(), size)
+        keep[here[:, None], columns] = chosen.view(len(here), -1)
+        error[start : start + step] = off.view(len(here), -1)
+    worst = error.new_zeros(rows * copies, weight.shape[1] + 1)
+    worst.scatter_reduce_(1, features.of.expand_as(error), error, "amax")
+    layer = Layer(source, source_bias, keep, keep_bias)
+    groups = places.view(rows, copies)
+    if constants:
+        groups = torch.cat([groups, alone[None]])
+    gains = torch.ones(groups.shape, dtype=torch.float64, device="cpu")
+    if constants:
+        gains[-1] = source_bias[alone].double()
+    offered = Features(groups, gains, torch.arange(len(groups), device="cpu"))
+    return layer, worst.view(rows, copies, -1).amax(1), offered
+
+
+def _without_readers(layer: Layer, reader: Layer) -> Layer:
+    """The layer without the neurons that nothing behind it keeps."""
+    read = reader.keep.any(0)
+    return Layer(layer.weight, layer.bias, layer.keep & read[:, None], layer.keep_bias & read)
