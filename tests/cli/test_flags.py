@@ -116,6 +116,7 @@ OF_STRONG: dict[str, tuple[str, Any]] = {name: FIELDS[name] for name in SHARED} 
 }
 STRONG = "strong iterand --dataset mnist5k"
 IMP = "imp --dataset mnist5k"
+SUMS = "subset-sum --dataset mnist5k"
 OF_NEURONS = {name: OF_STRONG[name] for name in (*SHARED, "width", "optimizer")} | {
     "model": ("lenet-300-100@0.5", "lenet-300-100@0.5"),
     "arms": ("neurons", ("neurons",)),
@@ -181,6 +182,28 @@ CASES: dict[tuple[str, str], Case] = (
         ("imp", "as_json"): Case(IMP, "--json", lambda seen: seen.is_json),
         ("imp", "quiet"): Case(IMP, "--quiet", lambda seen: seen.err, ""),
         ("imp", "debug"): Case(f"{IMP} --levels 0", "--debug", lambda seen: type(seen.raised), UsageError),
+        ("subset-sum", "cases"): Case(SUMS, "--cases covering", setting("cases"), ("covering",)),
+        ("subset-sum", "model"): Case(SUMS, "--model lenet-300-100", setting("model"), "lenet-300-100"),
+        ("subset-sum", "narrow"): Case(SUMS, "--narrow lenet-300-100", setting("narrow"), "lenet-300-100"),
+        ("subset-sum", "dataset"): Case(SUMS, "--dataset mnist", setting("dataset"), "mnist"),
+        ("subset-sum", "data_dir"): Case(SUMS, "--data-dir .", of("run", "data_dir"), Path(".")),
+        ("subset-sum", "seeds"): Case(SUMS, "--seeds 2,5", setting("seeds"), (2, 5)),
+        ("subset-sum", "epsilon"): Case(SUMS, "--epsilon 0.02", setting("epsilon"), 0.02),
+        ("subset-sum", "draws"): Case(SUMS, "--draws 70", setting("draws"), 70),
+        ("subset-sum", "n"): Case(SUMS, "--n 12", setting("n"), 12),
+        ("subset-sum", "wide"): Case(SUMS, "--wide 13", setting("wide"), 13),
+        ("subset-sum", "size"): Case(SUMS, "--size 3", setting("size"), 3),
+        ("subset-sum", "bits"): Case(SUMS, "--bits 3", setting("bits"), 3),
+        ("subset-sum", "copies"): Case(SUMS, "--copies 9", setting("copies"), 9),
+        ("subset-sum", "workers"): Case(SUMS, "--workers 3", of("run", "workers"), 3),
+        ("subset-sum", "out"): Case(SUMS, "--out there", of("run", "out"), Path("there")),
+        ("subset-sum", "resume"): Case(SUMS, "--resume", of("run", "resume")),
+        ("subset-sum", "dry_run"): Case(SUMS, "--dry-run --json", lambda seen: "run" not in seen.asked),
+        ("subset-sum", "as_json"): Case(SUMS, "--json", lambda seen: seen.is_json),
+        ("subset-sum", "quiet"): Case(SUMS, "--quiet", lambda seen: seen.err, ""),
+        ("subset-sum", "debug"): Case(
+            f"{SUMS} --epsilon 0", "--debug", lambda seen: type(seen.raised), UsageError
+        ),
         ("bench", "sparsity"): Case("bench", "--sparsity 0.5,0.8", of("Asked", "sparsities"), (0.5, 0.8)),
         ("bench", "shapes"): Case("bench", "--shape 4x8 --shape 8x4", of("Asked", "shapes"), ("4x8", "8x4")),
         ("bench", "batch"): Case("bench", "--batch 2,3", of("Asked", "batches"), (2, 3)),
@@ -217,7 +240,7 @@ CASES: dict[tuple[str, str], Case] = (
     }
     | {
         (base.partition(" ")[0], "plugin"): Case(base, "--plugin mine.py", loaded)
-        for base in (IMP, STRONG, NEURONS, "bench", "show run", "ls arms", "doctor")
+        for base in (IMP, STRONG, NEURONS, SUMS, "bench", "show run", "ls arms", "doctor")
     }
 )
 SILENT = ("show", "ls", "doctor")  # say nothing but what was asked for, so that --quiet changes nothing
