@@ -16,10 +16,10 @@ class Models(Registry[Model]):
     """Every model at any width, too; iteration gives those that were registered."""
 
     def __getitem__(self, name: str) -> Model:
-        base, at, factor = name.partition("@")
-        model = super().__getitem__(base)
+        base, at, factor = name.rpartition("@")
         if not at:
-            return model
+            return super().__getitem__(name)
+        model = self[base]
         found = _widened.get(name)
         if found is None or found[0] is not model:
             found = _widened[name] = model, _wide(model, factor)

@@ -101,6 +101,7 @@ def test_a_residual_network_of_another_width_still_adds_up() -> None:
     assert model.weights[0].shape == (8, 3, 3, 3)
     assert model.params.prunable == 67_992
     assert get_model("resnet20@1.0") is get_model("resnet20")
+    assert get_model("lenet-300-100@0.5@0.5").weights == get_model("lenet-300-100@0.25").weights
 
 
 @pytest.mark.parametrize(
