@@ -9,13 +9,13 @@ PYTHON := python3 python3.13 python3.12 python3.11
 PINS   := constraints/$$version.txt
 PARTS := kernels engine+experiments+bench
 TRITON_TESTS := compile sass dry races bitmask block_conv2d block_linear csr_lanes linear_grad_update \
-  magnitude_threshold masked_conv2d masked_linear masked_update replica_parts slot_linear hash_weights seed_linear
+  magnitude_threshold masked_conv2d masked_linear masked_update replica_parts slot_linear hash_weights seed_linear seed_conv2d
 GPU_PYTHON := build/gpu-env/bin/python
 SECONDS_OF_BUNDLE := 3600
 CASES := 10000
 SEED := 0
-NATIVE_TESTS := native csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows step_parts masked_update hash_weights score_update seed_linear \
-  subset_sum
+NATIVE_TESTS := native csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows step_parts masked_update \
+  hash_weights score_update seed_linear seed_conv2d subset_sum
 
 .PHONY: imp test test-oldest test-newest check bench same-bits science soak properties kill-test sanitize mutants \
   fuzz constraints \

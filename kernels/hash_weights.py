@@ -408,7 +408,7 @@ def hash_weights(
     if wrong := [g for g in ends if not 0 <= g < 1 << 31]:
         raise ValueError(f"generation: expected 0 to 2**31 - 1, got {wrong[0]}")
     s = scale(law, columns, gain)
-    like = torch.empty(0, device=device)
+    like = torch.empty(0, dtype=torch.float32, device=device)
     has = ("triton", "native", "reference") if device.type == "cpu" else ("triton", "reference")
     backend = choose(kernels, has, like)
     if not size:

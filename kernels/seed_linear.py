@@ -50,7 +50,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ from torch import Tensor, library
 
 from sparselth.kernels import _native, hash_weights
 from sparselth.kernels._choose import choose
-from sparselth.kernels._tiles import _sum_kernel, kind, precision
+from sparselth.kernels._tiles import Tile, _sum_kernel, kind, precision
 from sparselth.kernels._triton import INTERPRET, tl, triton
 from sparselth.kernels.bitmask import pack, reference_unpack
 from sparselth.kernels.hash_weights import Keys, row_keys, word
@@ -198,13 +198,13 @@ class _Linear(ctypes.Structure):  # struct seed_linear
     ]
 
 
-def _tiles(n: int, k: int) -> list[tuple[int, int]]:
+def tiles(n: int, k: int) -> list[tuple[int, int]]:
     """Rows that are made at a time."""
     step = max(1, MADE // k)
     return [(first, min(first + step, n)) for first in range(0, n, step)]
 
 
-def native(x: Tensor, bits: Tensor, bias: Tensor | None, keys: list[int], s: float) -> Tensor:
+def native_linear(x: Tensor, bits: Tensor, bias: Tensor | None, keys: list[int], s: float) -> Tensor:
     (batch, k), n, bits = x.shape, len(bits), bits.contiguous()
     y = torch.empty(batch, n, dtype=torch.float32, device="cpu")
     x, bias = x.detach().contiguous(), None if bias is None else bias.detach().contiguous()
@@ -212,7 +212,7 @@ def native(x: Tensor, bits: Tensor, bias: Tensor | None, keys: list[int], s: flo
         _bind(bits, x, bias, y, Keys(*keys), s)()
         return y
     some = torch.empty(min(n, max(1, MADE // k)), k, dtype=torch.float32, device="cpu")
-    for first, end in _tiles(n, k):
+    for first, end in tiles(n, k):
         w = some[: end - first]
         hash_weights.fill(w, Keys(*keys), LAW, s, first, bits=bits[first:end])
         y[:, first:end] = F.linear(x, w, None if bias is None else bias[first:end])
@@ -223,7 +223,7 @@ def native_dx(dy: Tensor, bits: Tensor, k: int, keys: list[int], s: float) -> Te
     n, bits, dy = len(bits), bits.contiguous(), dy.detach()
     dx = torch.zeros(len(dy), k, dtype=torch.float32, device="cpu")
     some = torch.empty(min(n, max(1, MADE // k)), k, dtype=torch.float32, device="cpu")
-    for first, end in _tiles(n, k):
+    for first, end in tiles(n, k):
         w = some[: end - first]
         hash_weights.fill(w, Keys(*keys), LAW, s, first, bits=bits[first:end])
         dx.addmm_(dy[:, first:end], w)
@@ -233,7 +233,7 @@ def native_dx(dy: Tensor, bits: Tensor, k: int, keys: list[int], s: float) -> Te
 def native_ds(dy: Tensor, x: Tensor, keys: list[int], s: float) -> Tensor:
     n, k = dy.shape[1], x.shape[1]
     ds = torch.empty(n, k, dtype=torch.float32, device="cpu")
-    for first, end in _tiles(n, k):
+    for first, end in tiles(n, k):
         torch.mm(dy.detach()[:, first:end].t(), x.detach(), out=ds[first:end])
         hash_weights.fill(ds[first:end], Keys(*keys), LAW, s, first, multiply=True)
     return ds
@@ -245,16 +245,7 @@ ROWS, DEPTH, WARPS = 128, 512, 8  # of W that a program of the fast kernel has, 
 FILLED, PARTS = 264, 16  # programs: two on each multiprocessor of an H200; most parts of K
 
 
-class Tile(NamedTuple):
-    """Of the general kernels: rows of the result's matrix, columns, and steps along the sum."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
+# Of the general kernels: rows of the result's matrix, columns, and steps along the sum
 TILES = {
     "half": Tile(64, 64, 64, 4, 3),
     "tf32": Tile(64, 64, 32, 4, 3),
@@ -587,12 +578,19 @@ def launch(x: Tensor, bits: Tensor, bias: Tensor | None, keys: list[int], s: flo
 
 
 def launch_product(
-    v: Tensor, bits: Tensor, bias: Tensor | None, m: int, keys: list[int], s: float, transposed: bool
+    v: Tensor,
+    bits: Tensor,
+    bias: Tensor | None,
+    m: int,
+    keys: list[int],
+    s: float,
+    transposed: bool,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """v W^T + bias, or v W if transposed: [B, m]."""
+    """v W^T + bias, or v W if transposed: [B, m] in `dtype`, by default that of v."""
     v, (batch, c) = _rows(v), v.shape
     words, bias = _words(bits), None if bias is None else bias.contiguous()
-    out, name = v.new_empty(batch, m), kind(v.dtype)
+    out, name = v.new_empty(batch, m, dtype=dtype or v.dtype), kind(v.dtype)
     tile = TILES[name]
     with torch.cuda.device_of(v):
         _product_kernel[(-(-m // tile.rows) * -(-batch // tile.columns),)](
@@ -704,7 +702,7 @@ def _forward(
     s: float,
     kernels: str,
 ) -> Tensor:
-    return {"triton": launch, "native": native, "reference": reference}[_backend(kernels, x)](
+    return {"triton": launch, "native": native_linear, "reference": reference}[_backend(kernels, x)](
         x, bits, bias, keys, s
     )
 

@@ -52,6 +52,7 @@ from sparselth.kernels.magnitude_threshold import launch as magnitude_launch
 from sparselth.kernels.masked_conv2d import masked_conv2d
 from sparselth.kernels.masked_linear import masked_linear
 from sparselth.kernels.masked_update import masked_adam_many, masked_sgd_many
+from sparselth.kernels.seed_conv2d import seed_conv2d
 from sparselth.kernels.seed_linear import SeedWeight, seed_linear
 from sparselth.kernels.slot_linear import Slots, slot_linear
 
@@ -436,6 +437,18 @@ def _seed_linear() -> None:
             seed_linear(x, w, bias, scores, "triton").sum().backward()
 
 
+def _seed_conv2d() -> None:
+    for b, c, h, n, k, stride in (
+        *((60, 64, 32, 64, 3, 1), (1, 512, 4, 512, 3, 1), (2, 3, 7, 5, 3, 2)),
+        *((60000, 3, 8, 8, 3, 1), (1, 3, 8, 70000, 1, 1), (1, 70000, 4, 8, 1, 1)),
+    ):
+        w = SeedWeight((n, c, k, k), octets(n, -(-c * k * k // 8)), 1, 2)
+        for make in (half, single):
+            x, bias = make(b, c, h, h).requires_grad_(), make(n).requires_grad_()
+            scores = single(n, c, k, k).requires_grad_()
+            seed_conv2d(x, w, bias, scores, stride, k // 2, "triton").sum().backward()
+
+
 OPS: dict[str, Callable[[], None]] = {
     "bitmask": _bitmask,
     "masked_linear": _masked_linear,
@@ -450,6 +463,7 @@ OPS: dict[str, Callable[[], None]] = {
     "replica_parts": _replica_parts,
     "hash_weights": _hash_weights,
     "seed_linear": _seed_linear,
+    "seed_conv2d": _seed_conv2d,
 }
 
 

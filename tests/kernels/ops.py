@@ -18,6 +18,7 @@ from sparselth.kernels.block_linear import BlockWeight, block_linear
 from sparselth.kernels.csr_lanes import LanedCsr, csr_lanes
 from sparselth.kernels.csr_linear import CsrIndex, csr_input_grad, csr_linear, csr_weight_grad
 from sparselth.kernels.csr_tiled import TiledCsr, csr_tiled
+from sparselth.kernels.seed_conv2d import seed_conv2d
 from sparselth.kernels.seed_linear import SeedWeight, seed_linear
 from sparselth.kernels.slot_linear import Slots, slot_linear
 from sparselth.kernels.sparse_conv2d import (
@@ -49,6 +50,7 @@ TILED, LANED = TiledCsr.from_dense(MATRIX, 4), LanedCsr.from_dense(MATRIX, MATRI
 SLOTS = Slots.from_dense(WIDE)
 ROWS = ConvRows.from_dense(FILTERS, (6, 6))
 SEEDED = SeedWeight.of(torch.ones(16, 32), 1, 2)
+SEEDED_FILTERS = SeedWeight.of(torch.ones(3, 4, 3, 3), 1, 2)
 GEOMETRY = conv.geometry((3, 3), 1, 1, 1)
 
 # name: (the op, its tensors by name)
@@ -134,6 +136,10 @@ OPS: dict[str, Op] = {
     "seed_linear": (
         lambda x, bias, scores, **k: seed_linear(x, SEEDED, bias, scores, **k),
         {"x": some(4, 32), "bias": some(16), "scores": some(16, 32)},
+    ),
+    "seed_conv2d": (
+        lambda x, bias, scores, **k: seed_conv2d(x, SEEDED_FILTERS, bias, scores, padding=1, **k),
+        {"x": some(2, 4, 6, 6), "bias": some(3), "scores": some(3, 4, 3, 3)},
     ),
     "masked_linear": (
         lambda x, w, bias, **k: linear.masked_linear(x, w, LINEAR_MASK, bias, **k),

@@ -10,7 +10,7 @@ from ops import OPS
 from sparselth.kernels._triton import INTERPRET
 
 ON_TRITON = {"csr_lanes", "slot_linear", "block_linear", "block_conv2d", "masked_linear", "masked_conv2d"}
-ON_TRITON |= {"masked_conv2d forward", "seed_linear"}
+ON_TRITON |= {"masked_conv2d forward", "seed_linear", "seed_conv2d"}
 BACKENDS = ("auto", "reference", *(["triton"] if INTERPRET else []))
 CALLS = [
     (op, name, kernels)
