@@ -184,6 +184,9 @@ class NeuronsConfig(Training):
         generator = stream(cell.seed, "weights", 0, "scores")
         return METHODS[self.method].start(self.frozen(cell), self.models[cell.level].params, generator)
 
+    def method_of(self, cell: Cell) -> str:
+        return self.method
+
     def where(self, model: Model) -> dict[str, Any]:
         """What a file says of where it is from, beside its cell."""
         where = {"model": model.name, "dataset": self.dataset, "config": self.digest}

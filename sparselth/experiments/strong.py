@@ -7,6 +7,7 @@ A level is a point of the sweep, a width of the network and a share of its weigh
     dense        the weights are trained, all of them; once a width
     imp          as many weights as the strong ticket has in each layer, those of largest magnitude in the
                  trained network, rewound and trained, by rounds that keep half or more (Frankle & Carbin)
+    NAME         a ticket by another method, on the same weights and for as many steps
 
 Trained arms take the model's own recipe for as many steps as the scores are trained.
 """
@@ -39,6 +40,8 @@ ARMS.add("ticket", "what the trained scores keep of frozen weights")
 ARMS.add("random-mask", "as many of the same frozen weights at random")
 ARMS.add("dense", "all weights, trained")
 ARMS.add("imp", "as many weights as the ticket, found by magnitude, rewound and trained")
+for _name in METHODS:
+    ARMS.add(_name, "a ticket by that method")
 TRAINED = ("dense", "imp")
 MOST_CELLS, MOST_POINTS = 100_000, 1000
 
@@ -107,7 +110,7 @@ class StrongConfig(Training):
     )
     arms: tuple[str, ...] = option(
         ("ticket", "random-mask", "dense", "imp"),
-        "ticket, and what it is compared with: random-mask, dense, imp (a trained ticket).",
+        "ticket, and what it is compared with: random-mask, dense, imp (a trained ticket), other methods.",
         _arms,
         ARMS,
         ordered=False,
@@ -156,10 +159,12 @@ class StrongConfig(Training):
             if getattr(self, name) and not method.has_generations:
                 others = " or ".join(other.name for other in METHODS.values() if other.has_generations)
                 raise self.wrong(name, f"has no effect with {self.method}; use {others}")
+        if self.method in self.arms:
+            raise self.wrong("arms", f"{self.method} is what the ticket is found by")
         for model in self.models:  # a width that leaves no unit is told here
             assert model.weights
         for keep in self.keep:
-            self._frozen(self.seeds[0], keep)
+            self._frozen(self.method, self.seeds[0], keep)
         self.cells()
 
     # ---- cells
@@ -218,7 +223,7 @@ class StrongConfig(Training):
 
     def urgency(self, cell: Cell) -> tuple[bool, int]:
         """What others wait for first, wide networks before narrow ones."""
-        return cell.arm not in ("ticket", "dense"), -(cell.level // len(self.keep))
+        return cell.arm in ("random-mask", "imp"), -(cell.level // len(self.keep))
 
     def start_step(self, cell: Cell) -> int:
         return self.recipe.steps if cell.arm == "random-mask" else 0
@@ -262,13 +267,28 @@ class StrongConfig(Training):
         own, scores = next(iter(get_model(self.model).recipes.values())), self.recipe
         return replace(own, steps=scores.steps, batch_size=scores.batch_size, eval_every=scores.eval_every)
 
+    def method_of(self, cell: Cell) -> str:
+        """What a ticket is found by."""
+        return cell.arm if cell.arm in METHODS else self.method
+
+    def recipe_of(self, cell: Cell) -> Recipe:
+        """How a cell is trained: every arm for as many steps, of as many images."""
+        if cell.arm in TRAINED:
+            return self.trained
+        if cell.arm not in METHODS:
+            return self.recipe
+        own, scores = METHODS[cell.arm].recipe(get_model(self.model)), self.recipe
+        return replace(own, steps=scores.steps, batch_size=scores.batch_size, eval_every=scores.eval_every)
+
     def frozen(self, cell: Cell) -> Frozen:
         """How a cell's frozen weights are drawn and masked."""
-        return self._frozen(cell.seed, self.keep[cell.level % len(self.keep)])
+        return self._frozen(self.method_of(cell), cell.seed, self.keep[cell.level % len(self.keep)])
 
-    def _frozen(self, seed: int, keep: float) -> Frozen:
-        return METHODS[self.method].frozen(
-            seed, keep=keep, law=self.law, scope=self.scope, every=self.every, share=self.redraw
+    def _frozen(self, method: str, seed: int, keep: float) -> Frozen:
+        own = method == self.method  # another method redraws as it does by itself
+        every, share = (self.every, self.redraw) if own else (None, None)
+        return METHODS[method].frozen(
+            seed, keep=keep, law=self.law, scope=self.scope, every=every, share=share
         )
 
     def _first(self, cell: Cell) -> Tensor:
@@ -280,7 +300,7 @@ class StrongConfig(Training):
         if cell.arm in TRAINED:  # imp goes back to what dense began with
             return init_weights(model, stream(cell.seed, "dense", 0, "init"))
         generator = stream(cell.seed, "ticket", 0, "scores")
-        return METHODS[self.method].start(self.frozen(cell), model.params, generator)
+        return METHODS[self.method_of(cell)].start(self.frozen(cell), model.params, generator)
 
     def start(self, cell: Cell, place: Place) -> tuple[Tensor, Tensor]:
         mask = self._pruned(cell, place) if cell.arm == "imp" else self.model_of(cell).params.full_mask()
@@ -326,15 +346,15 @@ class StrongConfig(Training):
 
         if kind == "random-mask":
             return measured(self, model, cells, place)
-        recipe = self.recipe if kind == "ticket" else self.trained
+        recipe, scored = self.recipe_of(cells[0]), kind != "trained"
         jobs = [
             job(
                 *(cell, place, recipe, self.start(cell, place), 0, None),
-                self.frozen(cell) if kind == "ticket" else None,
+                self.frozen(cell) if scored else None,
             )
             for cell in cells
         ]
-        finish = strong(self) if kind == "ticket" else weak(self)
+        finish = strong(self) if scored else weak(self)
         return train(model, jobs, recipe, self.kernels, place, self.where(model), finish)
 
     def where(self, model: Model) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparselth.frozen import METHODS
 from sparselth.report.diverged import state
 from sparselth.report.page import Group, fill, side_by_side, width
 from sparselth.report.stats import (
@@ -50,6 +51,11 @@ def gap(record: RunRecord, level: int, arm: str, other: tuple[str, int] | None =
     return paired(both, images_counted(record)) if both else None
 
 
+def others(record: RunRecord) -> list[str]:
+    """The arms that are other methods."""
+    return [arm for arm in record.config.arms if arm in METHODS]
+
+
 def levels(record: RunRecord) -> range:
     """The points of the sweep."""
     return range(len(record.config.width) * len(record.config.keep))
@@ -81,10 +87,10 @@ def _rows(record: RunRecord) -> str:
     groups = []
     for arm in config.arms:
         columns = [["accuracy %", *(_accuracy(record, arm, level) for level in points)]]
-        if arm in ("ticket", "imp"):
+        if arm not in ("random-mask", "dense"):
             sizes = (mean(record, arm, level, "coded_bytes") for level in points)
             columns.append(["KB", *(MISSING if size is None else f"{size / 1e3:,.1f}" for size in sizes)])
-        groups.append(Group(columns, arm))
+        groups.append(Group(columns, arm if arm != "ticket" or not others(record) else config.method))
     for arm in (arm for arm in config.arms if arm != "ticket"):
         gaps = (gap(record, level, arm) for level in points)
         groups.append(Group([[f"vs {arm}", *(signed(one) if one else MISSING for one in gaps)]]))
@@ -144,14 +150,14 @@ def _best(record: RunRecord, level: int, accuracy: float) -> str:
     )
     text = f"{which} is right on {100 * accuracy:.2f} % of the test images without a trained weight"
     against = []
-    for arm in ("dense", "random-mask", "imp"):
+    for arm in ("dense", "random-mask", "imp", *others(record)):
         if one := gap(record, level, arm) if arm in record.config.arms else None:
             names = {
                 "dense": "the trained network",
                 "random-mask": "a random mask",
                 "imp": "the trained ticket",
             }
-            against.append(f"{signed_pp(one)} against {names[arm]}")
+            against.append(f"{signed_pp(one)} against {names.get(arm, arm)}")
     return f"{text}{': ' if against else ''}{', '.join(against)}."
 
 
@@ -176,13 +182,17 @@ def _hump(record: RunRecord, found: dict[int, float]) -> str:
 
 
 def _widths(record: RunRecord) -> list[str]:
-    """How the distance to dense goes with width, each at its best share."""
-    config, number, shown = record.config, len(record.config.keep), []
-    for i, factor in enumerate(config.width):
-        here = [level for level in range(i * number, i * number + number) if values(record, "ticket", level)]
-        if here and (one := gap(record, max(here, key=lambda at: mean(record, "ticket", at) or 0), "dense")):
-            shown.append(f"{signed_pp(one)} at {factor:g}")
-    return [f"Against the trained network of the same width: {', '.join(shown)}."] if len(shown) > 1 else []
+    """How the distance to dense and to other methods goes with width, each at the ticket's best share."""
+    config, number, said = record.config, len(record.config.keep), list[str]()
+    for arm in ("dense", *others(record)):
+        shown = []
+        for i, factor in enumerate(config.width):
+            here = [at for at in range(i * number, i * number + number) if values(record, "ticket", at)]
+            if here and (one := gap(record, max(here, key=lambda at: mean(record, "ticket", at) or 0), arm)):
+                shown.append(f"{signed_pp(one)} at {factor:g}")
+        name = "the trained network" if arm == "dense" else arm
+        said += [f"Against {name} of the same width: {', '.join(shown)}."] if len(shown) > 1 else []
+    return said
 
 
 def _honest(record: RunRecord, level: int) -> str:

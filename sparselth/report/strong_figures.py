@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from sparselth.frozen import METHODS
 from sparselth.report.drawing import (
     DASHED,
     STYLE,
@@ -24,10 +25,10 @@ from sparselth.report.drawing import (
     save,
     spread,
 )
-from sparselth.report.strong import levels, mean, values
+from sparselth.report.strong import levels, mean, others, values
 from sparselth.runs import RunRecord
 
-LOOKS = {arm: look(i) for i, arm in enumerate(("ticket", "imp", "random-mask"))}
+LOOKS = {arm: look(i) for i, arm in enumerate(("ticket", "imp", "random-mask", *METHODS))}
 LABELS = {"ticket": "strong ticket", "imp": "trained ticket", "random-mask": "random mask", "dense": "dense"}
 END = "test accuracy (%)"
 
@@ -66,7 +67,8 @@ def _kept(record: RunRecord) -> Figure | None:
         return None
     fig, axes = _axes()
     points = [level for level in levels(record) if level >= len(levels(record)) - number]
-    _lines(record, axes, points, lambda level: 100 * config.keep[level % number])
+    arms = ("ticket", *others(record), "imp", "random-mask")
+    _lines(record, axes, points, lambda level: 100 * config.keep[level % number], arms)
     _dense(record, axes, points[-1])
     axes.set_xlim(0, 100)
     axes.set_xlabel("weights kept (%)")
@@ -90,7 +92,7 @@ def _width(record: RunRecord) -> Figure | None:
         axes,
         best,
         lambda level: config.width[level // number],
-        ("ticket", "imp", "random-mask", "dense"),
+        ("ticket", *others(record), "imp", "random-mask", "dense"),
     )
     axes.set_xscale("log")
     shown = list(config.width)
@@ -105,7 +107,7 @@ def _bytes(record: RunRecord) -> Figure | None:
     """Accuracy against what a file must hold."""
     fig, axes = _axes()
     drawn = 0
-    for arm in ("ticket", "imp", "dense"):
+    for arm in ("ticket", *others(record), "imp", "dense"):
         rows = []
         for level in (
             levels(record) if arm != "dense" else range(0, len(levels(record)), len(record.config.keep))
@@ -117,7 +119,7 @@ def _bytes(record: RunRecord) -> Figure | None:
             x, centre, low, high = np.array(sorted(rows)).T
             colour, marker = LOOKS.get(arm, ("black", "P"))
             axes.errorbar(x, centre, (centre - low, high - centre), fmt="none", ecolor=colour, elinewidth=0.7)
-            axes.plot(x, centre, color=colour, marker=marker, linestyle="none", label=LABELS[arm])
+            axes.plot(x, centre, color=colour, marker=marker, linestyle="none", label=_label(record, arm))
             drawn += 1
     if drawn < 2:
         return None
@@ -133,7 +135,7 @@ def _learning(record: RunRecord) -> Figure | None:
     found = [level for level in levels(record) if values(record, "ticket", level)]
     best, number = max(found, key=lambda at: mean(record, "ticket", at) or 0.0), len(record.config.keep)
     fig, axes = _axes()
-    for arm in ("ticket", "imp", "dense"):
+    for arm in ("ticket", *others(record), "imp", "dense"):
         level = best - best % number if arm == "dense" else best
         steps = dict[int, list[float]]()
         for one in record.evaluations:
@@ -145,7 +147,7 @@ def _learning(record: RunRecord) -> Figure | None:
             colour, marker = LOOKS.get(arm, ("black", "P"))
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
             every = max(1, len(x) // 12)
-            axes.plot(x, centre, color=colour, marker=marker, markevery=every, label=LABELS[arm])
+            axes.plot(x, centre, color=colour, marker=marker, markevery=every, label=_label(record, arm))
     axes.set_xlim(left=0)
     axes.set_xlabel("step")
     axes.set_ylabel("validation accuracy (%)")
@@ -158,12 +160,17 @@ def _learning(record: RunRecord) -> Figure | None:
 # ---- what they share
 
 
+def _label(record: RunRecord, arm: str) -> str:
+    """An arm in a legend; beside other methods the ticket goes by the name of its own."""
+    return str(record.config.method) if arm == "ticket" and others(record) else LABELS.get(arm, arm)
+
+
 def _lines(
     record: RunRecord,
     axes: Axes,
     points: Sequence[int],
     place: Callable[[int], float],
-    arms: Sequence[str] = ("ticket", "imp", "random-mask"),
+    arms: Sequence[str],
 ) -> None:
     """A line and a band over the seeds of each arm."""
     for arm in arms:
@@ -176,7 +183,7 @@ def _lines(
             colour, marker = LOOKS.get(arm, ("black", "P"))
             style = DASHED if arm == "dense" else "-"
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(x, centre, color=colour, marker=marker, label=LABELS[arm], linestyle=style)
+            axes.plot(x, centre, color=colour, marker=marker, label=_label(record, arm), linestyle=style)
 
 
 def _dense(record: RunRecord, axes: Axes, level: int) -> None:
@@ -189,7 +196,9 @@ def _ended(record: RunRecord, fig: Figure, axes: Axes, notes: Sequence[str], ban
     """The scale of y, which shows what lies near dense at full size, the heading and the legend."""
     axes.set_ylabel(END)
     tickets = [
-        np.asarray(line.get_ydata(), float) for line in axes.lines if line.get_label() == LABELS["ticket"]
+        np.asarray(line.get_ydata(), float)
+        for line in axes.lines
+        if line.get_label() == _label(record, "ticket")
     ]
     shown = np.concatenate(tickets)
     low = float(np.quantile(shown, 0.2))

@@ -254,6 +254,38 @@ def test_a_dry_run_has_a_price(document: Callable[..., dict[str, Any]]) -> None:
     assert plan["config"]["method"] == "recycle"
 
 
+# ---- other methods, and other commands
+
+
+def test_other_methods_stand_beside_the_ticket(tmp_path: Path, cli: Cli) -> None:
+    words = (
+        f"strong edge-popup {WORDS} --width 0.05,0.1 --arms ticket,recycle,signed --out {tmp_path / 'run'}"
+    )
+    code, out, err = cli(*words.split())
+    assert code == 0, err
+    found = read(tmp_path / "run")
+    assert {(p["arm"], p["method"]) for p in found.points} == {
+        *(("ticket", "edge-popup"), ("recycle", "recycle"), ("signed", "signed"))
+    }
+    some = found.config
+    recipes = [some.recipe_of(Cell(0, arm, 0)) for arm in ("ticket", "recycle", "signed")]
+    assert {(recipe.steps, recipe.batch_size) for recipe in recipes} == {(60, recipes[0].batch_size)}
+    assert recipes[1].lr == METHODS["recycle"].recipe(get_model("lenet-300-100")).lr
+    first, other = (some.frozen(Cell(0, arm, 0)) for arm in ("ticket", "recycle"))
+    assert (other.method, other.every, other.keep) == ("recycle", METHODS["recycle"].every, first.keep)
+    params = some.models[0].params
+    assert torch.equal(weights_of(first, params), weights_of(other, params))
+    text = " ".join(out.split())
+    assert "vs recycle" in text
+    assert "Against recycle of the same width:" in text
+
+
+def test_a_benchmark_of_levels_says_that_there_are_none(record: RunRecord, cli: Cli) -> None:
+    code, _, err = cli("bench", "--run", str(record.path), "--device", "cpu")
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "is a run of strong; expected one of imp, by levels" in err
+
+
 # ---- what goes wrong
 
 
@@ -271,6 +303,7 @@ def test_a_dry_run_has_a_price(document: Callable[..., dict[str, Any]]) -> None:
         ("edge-popup --width inf", "--width inf: expected"),
         ("edge-popup --arms dense", "'ticket' is missing"),
         ("edge-popup --arms ticket,imp", "'dense' is missing"),
+        ("recycle --arms ticket,recycle", "recycle is what the ticket is found by"),
         ("edge-popup --arms ticket,reinit", "unknown arm 'reinit'"),
         ("edge-popup --every 10", "--every 10: has no effect with edge-popup; use iterand or recycle"),
         ("iterand --redraw 1.5", "--redraw 1.5: expected a share from 0 to 1"),
