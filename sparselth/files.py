@@ -211,6 +211,9 @@ def save_arrays(file: Path, arrays: Arrays, header: Mapping[str, Any]) -> None:
 def array_bytes(arrays: Arrays, header: Mapping[str, Any]) -> bytes:
     """The content of such a file; its header bears a checksum of arrays and header."""
     head = json.loads(json.dumps(header))
+    arrays = {
+        name: np.asarray(array, order="C") for name, array in arrays.items()
+    }  # safetensors wants them so
     return save(arrays, metadata={"sparselth": json.dumps(head | {"sha256": _arrays_sum(arrays, head)})})
 
 

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from sparselth import pruning
+from sparselth import pruning, train
 from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Resident
 from sparselth.engine.dense import init_weights
-from sparselth.engine.state import Job, State
+from sparselth.engine.paths import choose
+from sparselth.engine.state import Batch, Job, State, Stopped, never
 from sparselth.models import Conv, Linear, MaxPool, Model, ReLU, get_model
 from sparselth.streams import stream
 from sparselth.train import _evaluated, accuracies_on_test, fit, is_done
@@ -190,3 +193,239 @@ def test_a_replica_that_diverges_is_left_and_the_others_go_on(
         assert torch.equal(ours.state.best_weights, theirs.state.best_weights)
         assert ours.state.evaluations == theirs.state.evaluations
         assert len(ours.state.evaluations) == 2
+
+
+# ---- the loop around an engine that costs nothing and says what it is asked
+
+
+class Asked:
+    """An engine: what it was asked, and how its steps and evaluations move two clocks."""
+
+    state_bytes, many = 101, 1
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.wall, self.processor, self.calls = 100.0, 7.0, list[tuple[int, ...]]()
+        self.losses, self.costs = [[2.0, 3.0]] * 9, iter((2.0, 3.0, 5.0, 7.0, 11.0, 13.0))
+        self.batches: list[Batch] = []
+        monkeypatch.setattr(train.time, "perf_counter", lambda: self.wall)
+        monkeypatch.setattr(train.time, "process_time", lambda: self.processor)
+        monkeypatch.setattr(train, "steps", lambda batch: self.batches.append(batch) or self)
+
+    def advance(self, step: int, steps: int, should_stop: Callable[[], bool]) -> int:
+        self.calls.append((step, step + steps))
+        cost = next(self.costs)
+        for i in range(steps):
+            if should_stop():
+                return i
+            self.processor += cost
+            self.wall += 4 * cost
+            for job in self.batches[-1].jobs:
+                job.state.weights += 1
+        return steps
+
+    def measure(self, should_stop: Callable[[], bool]) -> tuple[list[float], list[float]]:
+        if should_stop():
+            raise Stopped
+        self.wall += 10
+        self.calls.append(())
+        found, *self.losses = self.losses
+        n = len(self.batches[-1].jobs)
+        return found[:n], [0.5, 0.25][:n]
+
+
+TOGETHER = "reference"  # kernels that take the jobs as one batch
+PLAN = Recipe(steps=10, lr=1.0, optimizer="sgd", eval_every=4)
+
+
+def pair(*keep: int | None, recipe: Recipe = PLAN) -> list[Job]:
+    """Two jobs of a seed each."""
+    cells = [Cell(4, "reinit", 2, 1), Cell(5, "ticket", 3)]
+    return [
+        Job(who, start(who.seed, recipe)[0], LENET.params.full_mask(), 0, at)
+        for who, at in zip(cells, keep or (None, None), strict=True)
+    ]
+
+
+def test_steps_evaluations_and_their_times(digits: Resident, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: two networks share 2, 3, 5, 7 and 11 processor seconds a step, four times that by the wall."""
+    engine, jobs, heard = Asked(monkeypatch), pair(3, 6), []
+    first = [job.state.weights.clone() for job in jobs]
+
+    def told(some: Sequence[Job]) -> None:
+        heard.append([(job.who.seed, job.state.step) for job in some])
+        engine.wall += 1000  # whoever listens is not training
+
+    fit(LENET, digits, jobs, PLAN, kernels=TOGETHER, on_evaluation=told)
+    assert engine.calls == [(0, 3), (3, 4), (), (4, 6), (6, 8), (), (8, 10), ()]
+    assert heard == [[(4, step), (5, step)] for step in (4, 8, 10)]
+    ((batch,),) = [engine.batches]
+    assert (batch.model, batch.data, batch.recipe) == (LENET, digits, PLAN)
+    for job, begun, after in zip(jobs, first, (3, 6), strict=True):
+        state = job.state
+        assert state.kept_weights is not None
+        torch.testing.assert_close(state.kept_weights, begun + after)
+        assert state.step == 10
+        assert state.pace == [9 / 8, 24 / 8, 22 / 4]
+        assert state.step_seconds == 55 / 2
+        assert state.seconds == (4 * 55 + 30) / 2
+        assert state.bytes == 4 * LENET.params.size * 2 + 50  # weights, momentum, half of the engine's
+        assert state.best_step == 4  # of equal losses the first
+        torch.testing.assert_close(state.best_weights, begun + 4)
+        lines = [line["step"] for line in state.evaluations]
+        assert lines == [4, 8, 10]
+    assert jobs[0].state.evaluations[1] == {
+        "seed": 4, "arm": "reinit", "level": 2, "draw": 1, "step": 8,
+        "validation_loss": 2.0, "validation_accuracy": 0.5,
+    }  # fmt: skip
+    assert jobs[1].state.evaluations[1]["validation_loss"] == 3.0
+
+
+@pytest.mark.parametrize("kind", ["steps", "evaluation", "pause"])
+def test_stopped_training_keeps_its_times_and_goes_on(
+    kind: str, digits: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, jobs, asked = Asked(monkeypatch), pair(), iter(range(99))
+    at = {"steps": 2, "evaluation": 4, "pause": 2}[kind]
+    if kind == "pause":  # it is asked between steps alone
+        fit(LENET, digits, jobs, PLAN, kernels=TOGETHER, should_pause=lambda: next(asked) == at)
+    else:
+        fit(LENET, digits, jobs, PLAN, kernels=TOGETHER, should_stop=lambda: next(asked) >= at)
+    state = jobs[0].state
+    assert (state.step, state.seconds, state.step_seconds) == (at, 4 * at, at)
+    assert (state.evaluations, state.pace) == ([], [1.0] * (at == 4))
+    assert next(asked) == at + 1  # asked once after it said so, and nothing was done
+    engine.calls.clear()
+    assert not any(is_done(job, PLAN) for job in jobs)
+    fit(LENET, digits, jobs, PLAN, kernels=TOGETHER)
+    assert engine.calls[0] == ((at, 4) if at < 4 else ())
+    assert all(is_done(job, PLAN) for job in jobs)
+    assert [line["step"] for line in state.evaluations] == [4, 8, 10]
+
+
+def test_who_is_behind_catches_up(digits: Resident, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, jobs = Asked(monkeypatch), pair()
+    jobs[1].state.step = jobs[1].start_step = 3
+    fit(LENET, digits, jobs, PLAN, kernels=TOGETHER)
+    assert [len(batch.jobs) for batch in engine.batches] == [1, 2]
+    assert engine.calls[:3] == [(0, 3), (3, 4), ()]
+    engine, jobs = Asked(monkeypatch), pair()
+    for job, evaluated in zip(jobs, (False, True), strict=True):
+        job.state.step = 4
+        job.state.evaluations = [{"step": 4}] * evaluated
+    fit(LENET, digits, jobs, PLAN, kernels=TOGETHER)  # whose evaluation is due, too
+    assert [[job.who.seed for job in batch.jobs] for batch in engine.batches] == [[4], [4, 5]]
+    assert engine.calls[:2] == [(), (4, 8)]
+
+
+def test_what_is_done_and_what_is_due() -> None:
+    job = pair()[0]
+    for step, lines, due, done in [
+        *((0, [], False, False), (3, [], False, False), (4, [], True, False), (4, [4], False, False)),
+        *((8, [4], True, False), (9, [8], False, False), (10, [8], True, False), (10, [10], False, True)),
+        (12, [12], False, True),
+    ]:
+        job.state.step, job.state.evaluations = step, [{"step": line} for line in (0, *lines)[-len(lines) :]]
+        job.state.evaluations *= bool(lines)
+        assert (train._is_due(job, PLAN), is_done(job, PLAN)) == (due, done), (step, lines)
+    job.start_step, job.state.step, job.state.evaluations = 4, 4, []
+    assert not train._is_due(job, PLAN)  # a ticket begins behind the evaluation of its step
+    job.diverged = "so it did"
+    assert is_done(job, PLAN)
+
+
+def test_training_enters_and_leaves_its_groups(digits: Resident, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, given, seen = pair(), list[Any](), list[Any]()
+
+    def groups(*some: Any) -> Any:
+        given.append(some)
+        return [SimpleNamespace(enter=seen.append, leave=lambda: seen.append("left"))]
+
+    def fails(*some: Any) -> None:
+        seen.append(some[1:5])
+        raise MemoryError
+
+    monkeypatch.setattr(train, "groups", groups)
+    monkeypatch.setattr(train, "_fit", fails)
+    never_ = lambda: False  # noqa: E731
+    even = {"fc1.weight": 0.5}
+    with pytest.raises(MemoryError):
+        fit(
+            LENET,
+            digits,
+            jobs,
+            PLAN,
+            kernels="torch",
+            break_even=even,
+            on_evaluation=print,
+            should_stop=never_,
+        )
+    assert given == [(LENET, jobs, "torch", even)]
+    assert seen == [PLAN, (digits, PLAN, print, never_), "left"]
+    fit(LENET, digits, [], PLAN)
+    assert len(given) == 1
+
+
+@pytest.mark.parametrize(
+    ("loss", "spoilt", "bad"),
+    [
+        (999_999.0, None, False), (1e6, None, True), (float("nan"), None, True), (float("inf"), None, True),
+        (0.5, "weights", True), (0.5, "moments", True),
+    ],
+)  # fmt: skip
+def test_what_has_diverged_says_why_and_leaves_the_batch(
+    loss: float, spoilt: str | None, bad: bool, digits: Resident
+) -> None:
+    jobs = pair()
+    batch = Batch(LENET, digits, jobs, PLAN, choose("reference", "cpu"))
+    state = batch.jobs[1].state
+    state.step = 8
+    state.weights[0, 0] = -7.0
+    if spoilt == "weights":
+        state.weights[0, 5] = float("nan")
+    elif spoilt == "moments":
+        state.moments[0][0, 5] = float("inf")
+    train._find_diverged(batch, [0.25, loss])
+    assert batch.jobs[0].diverged is None
+    most = "nan" if spoilt == "weights" else "7"
+    said = f"training diverged before step 8 (validation loss {loss:g}, weights up to {most}); "
+    said += "use a smaller `lr`"
+    assert batch.jobs[1].diverged == (said if bad else None)
+    shares = state.weights.untyped_storage().data_ptr() == batch.weights.untyped_storage().data_ptr()
+    assert shares != bad
+
+
+def test_test_accuracies_are_of_each_job_at_early_stop_and_at_the_end(
+    digits: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups need not be in the order of the jobs; what did not move behind early stop is tested once."""
+    jobs, given, looked = [*pair(), *pair()], list[Any](), list[Any]()
+    jobs[0].state.weights = jobs[0].state.weights + 1
+    order = [id(job) for job in jobs]
+
+    class Told:
+        def __init__(self, *some: Job) -> None:
+            self.jobs = some
+
+        def networks(self, best: bool = False) -> Any:
+            return [(order.index(id(job)), best) for job in self.jobs]
+
+        def measure(self, *asked: Any) -> Any:
+            looked.append(asked)
+            return None, [i + 0.5 * best for i, best in asked[0]]
+
+    def groups(*some: Any) -> Any:
+        given.append(some)
+        return [Told(*jobs[2:]), Told(*jobs[:2])]
+
+    monkeypatch.setattr(train, "groups", groups)
+    chunks: Any = object()
+    monkeypatch.setattr(Resident, "test", lambda self: chunks)
+    asked: Any = (lambda: True,)
+    found = accuracies_on_test(LENET, digits, jobs, "torch", {"fc1.weight": 0.5}, *asked)
+    assert found == [(0.5, 0), (1.5, 1), (2.5, 2.5), (3.5, 3.5)]
+    assert given == [(LENET, jobs, "torch", {"fc1.weight": 0.5})]
+    assert [rest for _, *rest in looked] == [[chunks, *asked]] * 3
+    assert accuracies_on_test(LENET, digits, []) == []
+    accuracies_on_test(LENET, digits, jobs)
+    assert given[1:] == [(LENET, jobs, "auto", None)]
+    assert looked[-1][2] is never

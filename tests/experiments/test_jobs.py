@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,12 +16,14 @@ from sparselth import pruning, tickets
 from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Resident
 from sparselth.engine.dense import init_weights
-from sparselth.engine.state import Job, State
+from sparselth.engine.state import Job, State, Stopped
+from sparselth.errors import SparselthError
 from sparselth.experiments import jobs
 from sparselth.experiments.arms import ARMS
-from sparselth.experiments.base import Place
+from sparselth.experiments.base import Finished, Place
 from sparselth.experiments.imp import ImpConfig
-from sparselth.files import load_arrays
+from sparselth.files import load_arrays, save_arrays
+from sparselth.frozen import METHODS, Frozen
 from sparselth.models import get_model
 from sparselth.runs import cell_path, checkpoint_path
 from sparselth.streams import stream
@@ -238,3 +241,233 @@ def test_a_checkpoint_is_written_when_the_last_one_is_a_minute_old(
     even = dict.fromkeys((spec.name for spec in PARAMS.weights), 2.0)
     assert asked.compute([DENSE], replace(place, break_even=even, evaluated=evaluated)) is not None
     assert saved == [(6, PARAMS.size), (12, PARAMS.size)]
+
+
+# ---- checkpoints: what is written, and what is gone on from
+
+
+def state_of(steps: int = 3, optimizer: str = "adam", **more: Any) -> State:
+    """A state between the start and the end of RECIPE, every field another."""
+    recipe = replace(RECIPE, optimizer=optimizer)
+    state = State.start(drawn(DENSE)[None], recipe, steps, more.pop("generations", None))
+    state.best_step, state.best_loss, state.seconds, state.step_seconds = 2, 0.5, 7.0, 6.0
+    state.pace, state.evaluations, state.bytes = [0.25, 1], [{"step": 3, "validation_loss": 0.5}], 78
+    for name, value in more.items():
+        setattr(state, name, value)
+    return state
+
+
+def test_a_checkpoint_says_whose_it_is_and_holds_generations(tmp_path: Path) -> None:
+    file, draws = tmp_path / "seed1-ticket-00.safetensors", torch.arange(PARAMS.mask_size).int()[None]
+    state = state_of(generations=draws)
+    state.best_generations = draws + 1
+    state.kept_weights = state.weights + 2
+    jobs._save_state(file, state, {"config": "abc", "cell": "of somebody else"})
+    arrays, header = load_arrays(file)
+    assert header == {
+        "schema": "sparselth.checkpoint/1", "cell": "seed1-ticket-00", "config": "abc", "step": 3,
+        "best_loss": 0.5, "best_step": 2, "evaluations": state.evaluations, "seconds": 7.0,
+        "step_seconds": 6.0, "pace": [0.25, 1], "bytes": 78,
+    }  # fmt: skip
+    assert set(arrays) == {
+        *("weights", "best_weights", "moments/0", "moments/1", "kept_weights"),
+        *("generations", "best_generations"),
+    }
+    found = jobs._load_state(file, "cpu")
+    assert found.bytes == 78
+    assert found.generations is not None
+    assert found.best_generations is not None
+    assert torch.equal(found.generations, draws)
+    assert torch.equal(found.best_generations, draws + 1)
+    with pytest.raises(SparselthError, match=r"larger than 1,000 bytes"):
+        jobs._load_state(file, "cpu", 1000)
+    save_arrays(file, arrays, {name: value for name, value in header.items() if name != "bytes"})
+    assert jobs._load_state(file, "cpu").bytes == 0  # as older versions wrote it
+    for name in ("step", "best_loss", "pace"):
+        save_arrays(file, arrays, {key: value for key, value in header.items() if key != name})
+        with pytest.raises(SparselthError, match=rf"{file.name}: is no checkpoint \('{name}'\)"):
+            jobs._load_state(file, "cpu")
+
+
+NONE: dict[str, dict[str, Any]] = {
+    "before its start": {"step": 1},
+    "behind the end": {"step": 7},
+    "a step that is none": {"step": True},
+    "a best step before its start": {"best_step": 1},
+    "a best step behind the end": {"best_step": 7},
+    "a best step that is none": {"best_step": 2.0},
+    "a loss that is none": {"best_loss": None},
+    "seconds that are none": {"seconds": "7"},
+    "step seconds that are none": {"step_seconds": True},
+    "bytes that are none": {"bytes": None},
+    "a pace that is none": {"pace": 0.25},
+    "a pace of something else": {"pace": [0.25, None]},
+    "evaluations that are none": {"evaluations": {}},
+    "an evaluation that is none": {"evaluations": [{"step": 3}, []]},
+    "an evaluation of no step": {"evaluations": [{"step": 3.0}]},
+    "an evaluation without a step": {"evaluations": [{"steps": 3}]},
+    "another network": {"weights": torch.zeros(1, 9)},
+    "doubles": {"weights": drawn(DENSE)[None].double()},
+    "best weights of another": {"best_weights": torch.zeros(9)},
+    "kept weights of another": {"kept_weights": torch.zeros(9)},
+    "a moment of another": {"moments": [torch.zeros(1, PARAMS.size), torch.zeros(9)]},
+    "another optimizer": {"moments": [torch.zeros(1, PARAMS.size)]},
+    "generations of nothing": {"generations": torch.zeros(1, PARAMS.mask_size).int()},
+    "best generations of nothing": {"best_generations": torch.zeros(1, PARAMS.mask_size).int()},
+}
+
+
+@pytest.mark.parametrize("change", NONE.values(), ids=NONE)
+def test_what_is_no_state_of_the_cell_is_not_gone_on_from(change: dict[str, Any]) -> None:
+    begin = state_of(2)
+    assert jobs._goes_on(state_of(), begin, RECIPE, None)
+    assert not jobs._goes_on(state_of(**change), begin, RECIPE, None)
+
+
+def test_what_a_state_of_the_cell_may_be() -> None:
+    begin, whole = state_of(2), RECIPE.steps
+    for change in ({"step": 2}, {"step": whole, "best_step": whole}, {"pace": []}, {"evaluations": []}):
+        assert jobs._goes_on(state_of(**change), begin, RECIPE, None), change
+    kept = {"kept_weights": begin.weights}
+    for keep, change, goes_on in [(3, {}, True), (4, {}, True), (2, {}, False), (2, kept, True)]:
+        assert jobs._goes_on(state_of(**change), begin, RECIPE, keep) == goes_on
+    draws = torch.zeros(1, PARAMS.mask_size).int()
+    strong = state_of(2, generations=draws)
+    assert jobs._goes_on(state_of(generations=draws + 1), strong, RECIPE, None)
+    for name in ("generations", "best_generations"):
+        for other in (None, draws.long(), draws[0]):
+            assert not jobs._goes_on(state_of(**{"generations": draws} | {name: other}), strong, RECIPE, None)
+
+
+def test_a_cell_begins_at_its_mask_and_goes_on_from_a_checkpoint_that_fits(place: Place) -> None:
+    mask = PARAMS.full_mask() & (torch.arange(PARAMS.mask_size) % 3 > 0)
+    cut = drawn(DENSE)
+    cut[: len(mask)] *= mask
+    frozen = METHODS["iterand"].frozen(1)
+
+    def begun(frozen: Frozen | None = None) -> Job:
+        return jobs.job(DENSE, place, RECIPE, (mask.clone(), drawn(DENSE)), 2, 4, frozen)
+
+    found = begun()
+    assert torch.equal(found.state.weights, cut[None])
+    assert (found.state.step, found.start_step, found.keep_step, found.frozen) == (2, 2, 4, None)
+    assert (found.who, found.state.generations) == (DENSE, None)
+    assert len(found.state.moments) == 1
+    assert torch.equal(found.mask, mask)
+    assert begun(METHODS["edge-popup"].frozen(1)).state.generations is None
+    strong = begun(frozen)
+    assert strong.frozen is frozen
+    for draws in (strong.state.generations, strong.state.best_generations):
+        assert draws is not None
+        assert (draws.dtype, draws.shape, int(draws.count_nonzero())) == (torch.int32, (1, len(mask)), 0)
+    file = checkpoint_path(place.run, DENSE)
+    jobs._save_state(file, state_of(5, "sgd", kept_weights=cut[None]), {"config": "0"})
+    assert begun().state.step == 5
+    assert begun(frozen).state.step == 2
+    jobs._save_state(file, state_of(5, "sgd"), {"config": "0"})
+    assert begun().state.step == 2  # the weights of step 4 are not there
+    jobs._save_state(file, state_of(5, "sgd", kept_weights=cut[None]), {"config": "0"})
+    most = 32 * PARAMS.size + jobs.CHECKPOINT_BYTES
+    assert most > file.stat().st_size
+    with file.open("r+b") as out:
+        out.truncate(most + 1)  # a hole, which takes no room
+    with pytest.MonkeyPatch.context() as patch:
+        asked: list[Any] = []
+        patch.setattr(jobs, "_load_state", lambda *some: asked.append(some) or state_of(5, "sgd"))
+        begun()
+        assert asked == [(file, "cpu", most)]
+    file.write_bytes(b"torn")
+    assert begun().state.step == 2
+
+
+def test_between_long_steps_a_checkpoint_is_two_minutes_old_at_most(
+    plan: Configs, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked before every step, and not before the first of a stretch: a step is taken in between."""
+    now, said, saved, stops = [1000.0], list[bool](), list[tuple[int, float]](), [False]
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
+
+    def steps(model: Any, data: Any, some: Sequence[Job], recipe: Recipe, **how: Any) -> None:
+        assert (how["kernels"], how["break_even"]) == ("torch", {"fc1.weight": 0.25})
+        while some[0].state.step < recipe.steps:
+            said.append(how["should_pause"]())
+            if said[-1] or how["should_stop"]():
+                return
+            now[0] += 60.0
+            some[0].state.step += 1
+
+    def save(file: Path, state: State, where: dict[str, Any]) -> None:
+        saved.append((state.step, now[0]))
+
+    monkeypatch.setattr(jobs, "fit", steps)
+    monkeypatch.setattr(jobs, "_save_state", save)
+    monkeypatch.setattr(jobs, "is_done", lambda job, recipe: job.state.step == recipe.steps)
+    monkeypatch.setattr(jobs, "accuracies_on_test", lambda *_: [(0.5, 0.5)])
+    asked = plan(kernels="torch")
+    place = replace(place, break_even={"fc1.weight": 0.25}, should_stop=lambda: stops[0])
+    assert asked.compute([DENSE], place) is not None
+    assert said == [False, False, False, True, False, False, False]
+    assert saved == [(3, 1180.0)]
+    now[0], said[:], saved[:] = 0.0, [], []
+    stops[0] = True
+    assert asked.compute([DENSE], place) is None
+    assert (said, [step for step, _ in saved]) == ([False], [0])
+
+
+def test_what_diverges_has_no_checkpoint_and_no_file_and_the_others_have(
+    plan: Configs, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is stopped while images are tested."""
+    some = [Cell(1, arm, 0, draw) for draw, arm in enumerate(("a", "b", "c"))]
+    ours = [Job(cell, state_of(6, "sgd"), PARAMS.full_mask()) for cell in some]
+    ours[1].diverged = "training diverged"
+    written: list[Cell] = []
+
+    def finish(model: Any, job: Job, place: Any, where: Any, early: float, final: float) -> Any:
+        assert (model, where) == (LENET, {"config": "0"})
+        written.append(job.who)
+        return Finished(job.who, {"early": early, "final": final}, [], {})
+
+    def found(model: Any, data: Any, going: Sequence[Job], *rest: Any) -> list[tuple[float, float]]:
+        assert [job.who for job in going] == [some[0], some[2]]
+        return [(0.1, 0.2), (0.3, 0.4)]
+
+    def stopped(*_: Any) -> Any:
+        raise Stopped
+
+    def compute() -> Any:
+        return jobs.train(LENET, ours, RECIPE, "auto", place, {"config": "0"}, finish)
+
+    monkeypatch.setattr(jobs, "accuracies_on_test", stopped)
+    assert compute() is None
+    names = [checkpoint_path(place.run, some[i]).name for i in (0, 2)]
+    assert sorted(file.name for file in (place.run / "checkpoints").iterdir()) == names
+    assert not written
+    monkeypatch.setattr(jobs, "accuracies_on_test", found)
+    bad, *good = compute()
+    assert (bad.cell, bad.why) == (some[1], "training diverged")
+    assert [(one.cell, one.line) for one in good] == [
+        (some[0], {"early": 0.1, "final": 0.2}),
+        (some[2], {"early": 0.3, "final": 0.4}),
+    ]
+    assert written == [some[0], some[2]]
+
+
+def test_a_line_counts_what_is_kept_and_names_its_clock(place: Place) -> None:
+    mask = PARAMS.full_mask() & (torch.arange(PARAMS.mask_size) % 4 == 0)
+    state = state_of(6, kept_weights=drawn(TICKET)[None] + 1)
+    state.weights[0, : len(mask)] *= mask
+    done = jobs.finished(LENET, Job(TICKET, state, mask), place, {"model": LENET.name}, 0.5, 0.25)
+    assert done.line["kept"] == {"fc1.weight": 58800, "fc2.weight": 7500, "fc3.weight": 250}
+    assert done.line["weights_remaining"] == 0.25
+    assert done.line["dense_state_bytes"] == 4 * PARAMS.size * 4  # Adam has two moments
+    assert done.timings == {"train_seconds": 7.0, "step_seconds": 0.625, "clock": "processor"}
+    content, _ = tickets.read(cell_path(place.run, TICKET), PARAMS)
+    assert content.rewound is not None
+    assert state.kept_weights is not None
+    for spec in PARAMS.all:
+        assert np.array_equal(content.weights[spec.span], state.weights[0][spec.span])
+        assert np.array_equal(content.rewound[spec.span], state.kept_weights[0][spec.span])
+    assert np.array_equal(content.mask, mask)
+    state.pace = []
+    assert jobs.told(LENET, Job(TICKET, state, mask), {}, 0.5, 0.25).timings["step_seconds"] == 0.0
