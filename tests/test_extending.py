@@ -23,6 +23,7 @@ from sparselth.errors import SparselthError
 from sparselth.experiments.arms import ARMS
 from sparselth.experiments.base import Experiment
 from sparselth.experiments.run import run
+from sparselth.frozen import METHODS
 from sparselth.models import MODELS
 from sparselth.registry import load_plugin
 from sparselth.runs import read_config
@@ -52,6 +53,12 @@ USES = {
     "stripes.py": Use("datasets", "stripes", f"{LENET} --dataset stripes --arms ticket", 2),
     "saliency.py": Use("scores", "saliency", f"{LENET} --score saliency --arms ticket,reinit", 3),
     "signs.py": Use("arms", "signs", f"{LENET} --arms ticket,signs", 3),
+    "by_size.py": Use(
+        "methods",
+        "by-size",
+        f"strong by-size --model lenet-300-100 --dataset mnist5k --arms ticket {TINY}",
+        1,
+    ),
     "at_init.py": Use(
         "experiments", "at-init", f"at-init --model lenet-300-100 --dataset mnist5k --levels 2 {TINY}", 3
     ),
@@ -61,7 +68,7 @@ USES = {
 @pytest.fixture(autouse=True)
 def forget(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Call it to forget every plugin; what a test registers is forgotten behind it."""
-    known = (MODELS, DATASETS, SCORES, ARMS, EXPERIMENTS, FORMS)
+    known = (MODELS, DATASETS, SCORES, ARMS, METHODS, EXPERIMENTS, FORMS)
     before = [dict(each) for each in known]
 
     def call() -> None:
@@ -121,7 +128,7 @@ def test_a_file_through_the_command_line_and_the_library(
     code, out, _ = cli(words[0], "--help")
     assert code == 0
     for field in EXPERIMENTS[words[0]].__dataclass_fields__.values():
-        if field.metadata.get("help"):
+        if field.metadata.get("help") and not field.metadata.get("argument"):
             assert f"--{field.name.replace('_', '-')} " in out
     plan = document(*words, "--dry-run")
     assert plan["schema"] == f"sparselth.{words[0]}-plan/1"
@@ -134,7 +141,7 @@ def test_a_file_through_the_command_line_and_the_library(
     assert "\nprice    about" in err
     assert f"[{use.cells}/{use.cells}] seed 0 " in err
     assert " %: test " in err
-    assert "level  left %  " in out
+    assert "level  left %  " in out or words[0] == "strong"
     shown_table = cli("show", "run")[1]
     assert shown_table in out
     shown = document("show", "run")
