@@ -122,6 +122,8 @@ def content_of(file: Path, params: Params, found: Arrays, head: dict[str, Any]) 
 def _content(params: Params, found: Arrays, head: dict[str, Any]) -> Content:
     how = dict(head["frozen"])
     frozen = METHODS[how.pop("method")].frozen(how.pop("seed"), **how)
+    if type(frozen.seed) is not int or frozen.seed >= 1 << 64:
+        raise ValueError(f"seed {frozen.seed!s:.30}: expected a whole number below 2^64")
     mask = np.zeros(params.mask_size, np.int8)
     redraws = np.zeros(params.mask_size, np.int32) if METHODS[frozen.method].has_generations else None
     for layer, spec in enumerate(params.weights):

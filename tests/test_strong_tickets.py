@@ -132,6 +132,8 @@ def test_what_is_no_strong_ticket_is_a_line(tmp_path: Path) -> None:
     refused(frozen=frozen | {"method": "edge-popdown"})
     refused(frozen=frozen | {"keep": 0.0})
     refused(frozen=frozen | {"more": 1})
+    refused(frozen=frozen | {"seed": 1 << 64})
+    refused(frozen=frozen | {"seed": 1.5})
     refused(frozen={})
     refused(frozen=[])
     written(file, SMALL, METHODS["edge-popup"].frozen(0))

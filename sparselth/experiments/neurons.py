@@ -118,8 +118,10 @@ class NeuronsConfig(Training):
             raise UsageError(f"`model` {self.model}: expected one of fully connected layers alone")
         if len(model.weights) < 2:
             raise UsageError(f"`model` {self.model}: has no hidden neurons to keep or to drop")
-        for one in self.models:  # a width that leaves no unit is told here
-            assert one.weights
+        try:
+            assert all(one.weights for one in self.models)
+        except UsageError as error:  # a width that leaves no unit
+            raise self.wrong("width", str(error)) from error
 
     # ---- cells
 

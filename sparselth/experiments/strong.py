@@ -161,8 +161,10 @@ class StrongConfig(Training):
                 raise self.wrong(name, f"has no effect with {self.method}; use {others}")
         if self.method in self.arms:
             raise self.wrong("arms", f"{self.method} is what the ticket is found by")
-        for model in self.models:  # a width that leaves no unit is told here
-            assert model.weights
+        try:
+            assert all(model.weights for model in self.models)
+        except UsageError as error:  # a width that leaves no unit
+            raise self.wrong("width", str(error)) from error
         for keep in self.keep:
             self._frozen(self.method, self.seeds[0], keep)
         self.cells()

@@ -42,7 +42,7 @@ import torch
 
 import rot
 from rot import ELSEWHERE
-from sparselth import data, diverged, machine, tickets
+from sparselth import data, diverged, machine, strong_tickets, tickets
 from sparselth.cli import main as command_line
 from sparselth.config import Cell, Recipe, config_from_json
 from sparselth.data import DATASETS, DatasetSpec
@@ -58,6 +58,7 @@ from sparselth.experiments.plan import Watcher
 from sparselth.experiments.price import recorded
 from sparselth.experiments.run import run
 from sparselth.files import array_bytes, load_arrays, sealed, sealed_line
+from sparselth.frozen import METHODS, mask_of
 from sparselth.machine import ran_on_gpus
 from sparselth.models import MODELS, Linear, Model, ReLU, get_model
 from sparselth.runs import cell_path, open_run, read, read_config, reporting
@@ -124,6 +125,30 @@ def ticket_files() -> list[Path]:
         where = {"model": "fuzz", "dataset": "fuzz", "config": config().digest, "rewind_step": 0}
         found.append(folder / f"seed0-ticket-{level:02d}.safetensors")
         tickets.save(found[-1], params, content, **where, cell=f"seed0-ticket-{level:02d}")
+    return found
+
+
+@cache
+def strong_files() -> list[Path]:
+    """Strong tickets of methods whose files have all there can be."""
+    folder, params, draw = base() / "strong", get_model("fuzz").params, torch.Generator().manual_seed(0)
+    folder.mkdir()
+    found = []
+    for level, (name, law) in enumerate(
+        (("iterand", "normal"), ("recycle", "uniform"), ("signed", "normal"))
+    ):
+        frozen = METHODS[name].frozen(level, law=law, keep=0.3)
+        scores = METHODS[name].start(frozen, params, draw)
+        redraws = torch.zeros(params.mask_size, dtype=torch.int32)
+        for spec in params.weights:
+            place = torch.randint(0, spec.numel, (spec.numel,), generator=draw)
+            redraws[spec.span] = place - torch.arange(spec.numel) if name == "recycle" else place
+        content = strong_tickets.Content.of(
+            params, frozen, mask_of(frozen, params, scores), None if name == "signed" else redraws, scores
+        )
+        where = {"model": "fuzz", "dataset": "fuzz", "config": config().digest, "rewind_step": 0}
+        found.append(folder / f"seed{level}-ticket-00.safetensors")
+        strong_tickets.save(found[-1], params, content, **where, cell=found[-1].stem)
     return found
 
 
@@ -197,6 +222,19 @@ def tickets_(draw: Random, folder: Path) -> None:
         lambda: tickets.read(file, params),
         *(lambda spec=spec: tickets.read_mask(file, spec) for spec in params.weights),
     )
+
+
+def strong_(draw: Random, folder: Path) -> None:
+    source = draw.choice(strong_files())
+    file = folder / source.name
+    array_file(draw, source, file)
+
+    def whole() -> None:
+        ticket = tickets.load(file)
+        assert 0 <= ticket.weights_remaining <= 1
+        all_of(lambda: ticket.masks, ticket.trained, ticket.rewound)
+
+    all_of(whole, lambda: strong_tickets.read(file, get_model("fuzz").params))
 
 
 def configurations(draw: Random, folder: Path) -> None:
@@ -547,6 +585,7 @@ def command_lines(draw: Random, folder: Path) -> None:
 
 KINDS: dict[str, Case] = {
     "tickets": tickets_,
+    "strong": strong_,
     "runs": runs_,
     "checkpoints": checkpoints,
     "configurations": configurations,
@@ -644,7 +683,7 @@ class Hang(BaseException):
 def campaign(kind: str, numbers: Iterable[int], seed: int, place: Path, seconds: float = SECONDS) -> Tried:
     """Cases of a kind in child processes, of which another goes on where one crashed."""
     case = KINDS.get(kind) or _PLANTED[kind]
-    base(), ticket_files(), data_files(), diverged_run(), base_checkpoint()
+    base(), ticket_files(), strong_files(), data_files(), diverged_run(), base_checkpoint()
     place.mkdir(parents=True, exist_ok=True)
     elsewhere = place / ELSEWHERE
     if not elsewhere.exists():
