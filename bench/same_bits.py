@@ -529,8 +529,10 @@ def _same_choices(
     before: dict[Any, list[float]],
     after: dict[Any, list[float]],
 ) -> Result:
-    """What `auto` takes; it differs where no round of one took what a round of the other took, unless the times
-    of these forms overlap in both."""
+    """What `auto` takes; it differs where no round of one took what a round of the other took.
+
+    Unless the times of these forms overlap in both.
+    """
     shared = a.keys() & b.keys()
     apart = [key for key in shared if not a[key] & b[key]]
     off = [
