@@ -71,6 +71,9 @@ OPS = {  # in the order of stages that run one after another
     "block_conv2d": Op(("kernels/test_block_conv2d.py",), 16),
     "masked_conv2d": Op(("kernels/test_masked_conv2d.py",), 32),
     "bitmask": Op(("kernels/test_bitmask.py",), 12),
+    "seed_linear": Op(
+        ("kernels/test_hash_weights.py", "kernels/test_seed_linear.py", "kernels/test_seed_conv2d.py"), 8
+    ),
     "convert": Op(("sparse/test_device.py",), 8),
 }
 
@@ -80,6 +83,10 @@ TARGETS = [  # on an H100 or H200
     Target("csr_lanes", "times the best dense, cold, batch 8", least=2.5),
     Target("csr_lanes", "bytes of weights, of dense", most=0.21),
     Target("slot_linear", "times the best dense, cold, batch 32", least=2.0),
+    # 8192 square, bf16, half kept, signs out of a hash
+    Target("seed_linear", "times the best dense, cold, batch 1", least=3.0),
+    Target("seed_linear", "times the best dense, cold, batch 16", least=3.0),
+    Target("seed_linear", "bytes of weights, of dense", most=0.0625),
     # 4096 square, bf16, batch 4096, 90 % of the blocks pruned; BSR of blocks of 64
     Target("block_linear", "times the best dense, blocks of 128", least=5.0),
     Target("block_linear", "times the best dense, blocks of 64", least=4.0),

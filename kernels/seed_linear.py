@@ -64,8 +64,8 @@ from sparselth.kernels.bitmask import pack, reference_unpack
 from sparselth.kernels.hash_weights import Keys, row_keys, word
 
 LAW = "signed-constant"
-LUT_BATCH = 16  # columns of x: more are left to a dense product of rows that are made in the cache
-MADE = 1 << 17  # weights that are made at a time, 512 KB
+LUT_BATCH = 48  # rows of x: more are left to a dense product of rows that are made in the cache
+MADE = 1 << 18  # weights that are made at a time, 1 MB
 
 
 @dataclass(frozen=True, eq=False)

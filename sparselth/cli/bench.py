@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 DTYPES, MASKS = ("fp32", "tf32", "bf16", "fp16"), ("random", "block", "magnitude")
 NETWORK_BATCHES, MOST_BATCH = (1, 8, 64, 256), 1 << 20
+STRONG = (0.5,)  # sparsities of --strong, where none is said
 SECONDS, QUICK = 210.0, 45.0  # for the default table; 4 minutes with imports, figures and a last slow row
 NOTHING = "interrupted before anything was measured; nothing is kept"
 FEW = 60  # rows up to which every implementation is printed
@@ -61,6 +62,12 @@ FEW = 60  # rows up to which every implementation is printed
 @click.option("--model", help="A whole network with a random mask; see `sparselth ls models`.")
 @click.option("--train", is_flag=True, help="A training step of --model instead of inference.")
 @click.option(
+    "--strong",
+    is_flag=True,
+    help="Layers of strong tickets, whose weights are a seed and a mask: of half the weights, unless "
+    "--sparsity says otherwise.",
+)
+@click.option(
     "--device",
     type=click.Choice(("auto", "cpu", "cuda")),
     default="auto",
@@ -91,6 +98,7 @@ def bench(
     seed: int | None,
     model: str | None,
     train: bool,
+    strong: bool,
     device: str,
     threads: int | None,
     quick: bool,
@@ -111,7 +119,9 @@ def bench(
     Exit codes: 0 done, 1 failed, 2 usage, 3 a check failed, 130 interrupted.
     """
     began = time.perf_counter()
-    sparsities = _sparsities(sparsity)
+    command_line = click.core.ParameterSource.COMMANDLINE
+    given = {name for name in ctx.params if ctx.get_parameter_source(name) is command_line}
+    sparsities = STRONG if strong and "sparsity" not in given else _sparsities(sparsity)
     batches = _batches(batch)
     kinds = _known("mask", masks or (), MASKS)
     dtypes = _known("dtype", dtype or (), DTYPES)
@@ -124,10 +134,9 @@ def bench(
 
         shapes = tuple(dict.fromkeys(parse(shape).text for shape in shapes))
     question = Question(
-        sparsities, shapes, batches, dtypes, kinds, run, level, seed, model, train, threads, quick
+        sparsities, shapes, batches, dtypes, kinds, run, level, seed, model, train, threads, quick, strong
     )
-    command_line = click.core.ParameterSource.COMMANDLINE
-    question.check({name for name in ctx.params if ctx.get_parameter_source(name) is command_line})
+    question.check(given)
     _check_memory(shapes, model, train, batches or (1,))
     say = _nothing if quiet else _progress
     if quick and not question.default_table and not quiet:
@@ -183,7 +192,9 @@ def _measure(
 
     q = question
     if not q.network:
-        asked = Asked(device, q.sparsities, q.shapes, q.batches, q.dtypes, q.kinds, q.run, q.level, q.seed)
+        asked = Asked(
+            device, q.sparsities, q.shapes, q.batches, q.dtypes, q.kinds, q.run, q.level, q.seed, q.strong
+        )
         return bench_layers(asked, QUICK if q.quick else SECONDS, say, keep)
     batches, name = q.batches or NETWORK_BATCHES, q.model or MODEL
     if q.run is not None:

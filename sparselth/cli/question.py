@@ -30,6 +30,7 @@ class Question:
     train: bool
     threads: int | None
     quick: bool
+    strong: bool = False
 
     @property
     def network(self) -> bool:
@@ -39,11 +40,13 @@ class Question:
     @property
     def default_table(self) -> bool:
         """Whether the layers are the default ones, for which time is limited."""
-        return not (self.network or self.shapes or self.run)
+        return not (self.network or self.shapes or self.run or self.strong)
 
     def check(self, given: Collection[str]) -> None:
         """UsageError where flags contradict each other, or one that was `given` would have no effect."""
         run, level, kinds = self.run, self.level, self.kinds
+        if self.strong and (self.network or run or kinds):
+            raise UsageError("--strong: layers of frozen weights, without --model, --train, --run or --mask")
         if "magnitude" in kinds and run is None:
             raise UsageError(
                 "--mask magnitude: needs the tickets of a run, --run RUN; `sparselth imp` makes one"
@@ -77,7 +80,7 @@ class Question:
 
     def folder(self, device: str) -> str:
         """`bench-cpu-0.9`, or what else was asked: a name that no other question has."""
-        words = ["bench", device]
+        words = ["bench", device] + ["strong"] * self.strong
         if self.run is not None:
             words.append(self.run.resolve().name)
         elif self.network:

@@ -6,7 +6,7 @@ Of default cells those come first that tell most, since time may be up before th
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from torch import Tensor
 
 from sparselth import runs
 from sparselth.errors import UsageError
-from sparselth.measure.layers import Layer, block_of, defaults, distinct, of_model, parse
+from sparselth.measure.layers import Layer, block_of, defaults, distinct, of_model, parse, strong
 from sparselth.models import get_model
 
 ORDER = 64, 1, 256, 8, 1024, 4096  # batches of the default table
 SWEEP = Layer((2048, 2048), origin="square")  # where the break-even sparsity is sought
 SWEEP_BATCHES, SWEEP_SPARSITIES = (64, 1, 8, 256), (0.3, 0.5, 0.7, 0.8, 0.95)
 SWEPT = "dense eager", "dense columns", "CSR", "csr_linear", "csr_tiled", "slot_linear"
+STRONG_BATCHES = 1, 4, 16, 64
+STRONG = "dense eager", "dense compiled", "dense columns", "csr_tiled", "seed_linear", "seed_conv2d"
 BLOCKED = "128x128x3x3@16x16", "512x512x3x3@4x4"  # convolutions of it that are pruned in blocks, too
 
 
@@ -60,15 +62,16 @@ class Asked:
     run: Path | None = None  # whose tickets' masks are taken
     level: int | None = None
     seed: int | None = None
+    strong: bool = False  # weights that are not stored
 
     @property
     def exact(self) -> bool:
         """Whether the layers are named, and so measured however long it takes."""
-        return bool(self.shapes) or self.run is not None
+        return bool(self.shapes) or self.run is not None or self.strong
 
     def cells(self) -> list[Cell]:
         """Most wanted first."""
-        layers = distinct(parse(text) for text in self.shapes) or defaults()
+        layers = distinct(parse(text) for text in self.shapes) or (strong() if self.strong else defaults())
         batches = self.batches or tuple(sorted(ORDER))
         dtypes = self.dtypes or (("fp32", "tf32", "bf16", "fp16") if self.device == "cuda" else ("fp32",))
         if self.run is not None:
@@ -80,6 +83,10 @@ class Asked:
                 for masks in asked
                 for layer, mask in masks
             )
+        if self.strong:
+            dtypes = self.dtypes or (("bf16", "fp32") if self.device == "cuda" else ("fp32",))
+            found = cells(layers, self.batches or STRONG_BATCHES, dtypes, ("strong",), self.sparsities)
+            return [replace(cell, only=STRONG) for cell in found]
         if self.exact or self.batches or self.dtypes or self.kinds:
             return cells(layers, batches, dtypes, self.kinds or ("random",), self.sparsities)
         return default_cells(self.device, self.sparsities, layers)
@@ -159,7 +166,7 @@ def cells(
         for kind in kinds
         for sparsity in sparsities
         for batch in batches
-        if kind == "random" or block_of(layer)
+        if kind != "block" or block_of(layer)
     ]
 
 

@@ -144,6 +144,12 @@ def defaults() -> list[Layer]:
     return distinct(found)
 
 
+def strong() -> list[Layer]:
+    """Squares that no cache holds as dense weights, and convolutions of few and of many weights a place."""
+    squares = [Layer((n, n), origin="square") for n in SQUARES if n >= 2048]
+    return [*squares, *(parse(text) for text in ("64x64x3x3@32x32", "512x512x3x3@4x4"))]
+
+
 def _resnet18() -> Iterable[Layer]:
     size = 32
     yield Layer((RESNET18[0], 3, 3, 3), (size, size), 1, 1, "ResNet-18")
@@ -190,7 +196,7 @@ def mask_of(layer: Layer, kind: str, sparsity: float, draw: torch.Generator) -> 
     """
     n, c, *kernel = layer.shape
     taps = prod(kernel)
-    if kind == "random":
+    if kind in ("random", "strong"):
         return _random(n * c * taps, sparsity, draw).view(layer.shape), None
     block = block_of(layer)
     assert block is not None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparselth import clock
 from sparselth.check import DTYPES, LARGEST, check
+from sparselth.kernels.seed_linear import SeedWeight
 from sparselth.measure import memory, noise
 from sparselth.measure.asked import Asked, Cell
 from sparselth.measure.floors import SLACK, Anchors, precision
@@ -74,14 +75,18 @@ class Bench:
             mask = cell.mask
         else:
             mask, block = mask_of(layer, cell.kind, cell.sparsity, draw)
+        seeded = SeedWeight.of(mask, 0, 0) if cell.kind == "strong" else None
         scale = (int(mask.sum()) / len(mask)) ** -0.5
         weight = (torch.randn(layer.shape, generator=draw, dtype=torch.float32, device="cpu") * scale).mul_(
             mask
         )
+        if seeded:
+            weight = seeded.to_dense()
+            seeded = replace(seeded, bits=seeded.bits.to(self.device))
         x = torch.randn(cell.batch, *layer.inputs, generator=draw, dtype=torch.float32, device="cpu")
         dead = 1 - float(mask.transpose(0, 1).flatten(1).any(1).float().mean())
         weight, x = weight.to(self.device, dtype), x.to(self.device, dtype)
-        return Case(layer, cell.dtype, self.device, weight, x, block, dead), mask
+        return Case(layer, cell.dtype, self.device, weight, x, block, dead, seeded), mask
 
     def _entry(self, rival: Rival, case: Case, right: _Reference) -> _Entry | None:
         """A rival made ready and checked; None, with a note, where torch cannot do it here."""

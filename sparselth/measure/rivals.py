@@ -24,6 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparselth import clock, sparse
+from sparselth.kernels import _native
+from sparselth.kernels.seed_conv2d import seed_conv2d
+from sparselth.kernels.seed_linear import LUT_BATCH, SeedWeight, bind_seed_linear, seed_linear
 from sparselth.measure.layers import Layer
 from sparselth.sparse.compaction import Part
 from sparselth.sparse.device import Device
@@ -49,6 +52,7 @@ class Case:
     x: Tensor  # [B, ...]
     block: int | None  # side of the blocks that the mask was drawn in
     dead_inputs: float  # share
+    seeded: SeedWeight | None = None  # what `weight` is made of, where it need not be stored
 
     @property
     def linear(self) -> bool:
@@ -91,6 +95,8 @@ def rivals() -> list[Rival]:
         Rival("CSR", "torch", _has_csr, _csr),
         Rival("BSR", "torch", lambda c: c.linear and c.block is not None and _has_csr(c), _bsr),
         *(_of_form(form) for name, form in FORMS.items() if name not in OWN),
+        Rival("seed_linear", "ours", lambda c: c.linear and _is_seeded(c), _seed_linear, rows=True),
+        Rival("seed_conv2d", "ours", lambda c: not c.linear and _is_seeded(c), _seed_conv2d, rows=True),
         Rival("compaction", "ours", lambda c: c.dead_inputs >= DEAD and _converts(c), _compaction),
         Rival("auto", "auto", _converts, _auto, rows=True),
     ]
@@ -111,6 +117,32 @@ def _of_form(form: Form) -> Rival:
 
     name = NAMES.get(form.name, form.name)
     return Rival(name, form.kind, fits, make, rows=form.layout == "rows")
+
+
+def _is_seeded(case: Case) -> bool:
+    return case.seeded is not None and _converts(case)
+
+
+def _seed_linear(case: Case) -> Ready:
+    w = case.seeded
+    assert w is not None
+
+    def bind(x: Tensor) -> Bound:
+        x = x.clone()
+        if case.device == "cuda" or _native.LIB is None or len(x) > LUT_BATCH:
+            return _bound(seed_linear, x, w)
+        y = x.new_empty(len(x), w.shape[0])
+        run = bind_seed_linear(w, x, None, y)
+        return run, lambda: (run(), y)[1]
+
+    return Ready(w.bytes(), bind)
+
+
+def _seed_conv2d(case: Case) -> Ready:
+    w, layer = case.seeded, case.layer
+    assert w is not None
+    run = partial(seed_conv2d, stride=layer.stride, padding=layer.padding)
+    return Ready(w.bytes(), lambda x: _bound(run, x.clone(), w))
 
 
 def can_compile() -> bool:

@@ -40,6 +40,8 @@ USAGE = {
     "--level 3": "--level and --seed: are those of a ticket",
     "--threads 0": "--threads 0: expected 1 or more",
     "--model lenet5 --sparsity 0.5,0.9": "--sparsity: a whole network is measured at one",
+    "--strong --model lenet5": "--strong: layers of frozen weights, without --model",
+    "--strong --mask block": "--strong: layers of frozen weights",
     "--data-dir here": "--data-dir: only the tickets of --run",
     "--device gpu": "'gpu' is not one of",
 }
@@ -126,6 +128,20 @@ def test_json_is_one_document_and_writes_nothing(cli: Cli, tmp_path: Path) -> No
     assert document["schema"] == "sparselth.bench/1"
     assert {row["implementation"] for row in document["rows"]} >= {"dense eager", "auto"}
     assert [file.name for file in tmp_path.iterdir()] in ([], ["cache"])
+
+
+def test_strong_layers_beside_dense(cli: Cli) -> None:
+    flags = ("--strong", "--shape", "9x7x3x3@6x6/2", "--batch", "1,60", "--json")
+    code, out, _ = cli(*SMALL, *flags)
+    rows = json.loads(out)["rows"]
+    assert code == 0, [(row["implementation"], row["check"]) for row in rows if row["check"] != "passed"]
+    ours = [row for row in rows if row["implementation"] in ("seed_linear", "seed_conv2d")]
+    assert [(row["shape"], row["batch"]) for row in ours] == [
+        *(("32x48", 1), ("32x48", 60), ("9x7x3x3@6x6/2", 1), ("9x7x3x3@6x6/2", 60))
+    ]
+    assert all(row["mask"] == "strong" and row["sparsity"] == 0.5 and row["speedup"] for row in ours)
+    assert [row["weight_bytes"] for row in ours] == [32 * 6, 32 * 6, 9 * 8, 9 * 8]
+    assert all(row["dense_weight_bytes"] == 4 * 32 * 48 for row in ours[:2])
 
 
 def test_a_failed_check_is_exit_code_3(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,8 @@ QUESTIONS: list[dict[str, Any]] = [
     {"kinds": ("block", "random")},
     {"quick": True},
     {"threads": 1},
+    {"strong": True},
+    {"strong": True, "batches": (1,)},
     {"model": "lenet5"},
     {"model": "lenet5", "batches": (1,)},
     {"model": "lenet5", "threads": 1},
