@@ -28,11 +28,13 @@ CASES = {  # and what they show
     "redraws": "n numbers, drawn R times",
     "density": "candidates and kept weights for a weight of a trained network",
     "twice": "a random network of twice the depth, any number of n kept for a weight",
+    "redrawn": "the same of few candidates, drawn again where they miss",
     "sparse": "the same, exactly k of more candidates kept",
     "exact": "the same on a grid, without any error",
     "one-more": "a random network of one layer more",
 }
-CONSTRUCTIONS = ("twice", "sparse", "exact", "one-more")
+CONSTRUCTIONS = ("twice", "redrawn", "sparse", "exact", "one-more")
+FIELDS = {"twice": "n", "redrawn": "few", "sparse": "wide", "exact": "wide", "one-more": "copies"}
 SIZES = tuple(range(1, 11))  # of fixed-size
 NUMBERS = tuple(range(4, 17))  # of covering
 BITS = tuple(range(1, 11))  # of quantised
@@ -78,6 +80,8 @@ class SubsetSum(Experiment):
     )
     draws: int = option(1000, "Random pools of a case.", at_least(10, most=100_000))
     n: int = option(20, "Candidates for a weight, of each sign of its input.", at_least(2, most=400))
+    few: int = option(12, "Candidates in redrawn.", at_least(2, most=400))
+    rounds: int = option(30, "How often they are drawn again, at most.", at_least(1, most=255))
     wide: int = option(26, "Candidates in sparse and exact.", at_least(2, most=400))
     size: int = option(4, "How many of them sparse keeps.", at_least(1, most=400))
     bits: int = option(4, "Weights in exact are multiples of 2^-bits.", at_least(1, most=10))
@@ -116,7 +120,7 @@ class SubsetSum(Experiment):
         if {"fixed-size", "redraws"} & {*self.cases}:
             found["epsilon"] = 600.0 * self.draws * laws.first_moment(1, 1.0, self.epsilons[-1])
         for case in (case for case in CONSTRUCTIONS if case in self.cases):
-            name = {"twice": "n", "one-more": "copies"}.get(case, "wide")
+            name = FIELDS[case]
             source = 12.0 * sum(rows * columns for rows, columns in self.source(case))
             held = source + laws.half_sums(self.candidates(case), self.kept(case))
             found[name] = max(held, found.get(name, 0.0))
@@ -136,7 +140,9 @@ class SubsetSum(Experiment):
 
     def candidates(self, case: str) -> int:
         """Candidates for a weight."""
-        return {"twice": self.n, "one-more": self.copies}.get(case, self.wide)
+        found = getattr(self, FIELDS[case])
+        assert isinstance(found, int)
+        return found
 
     def kept(self, case: str) -> int | None:
         """How many of them are kept, None where it is any number."""
@@ -232,7 +238,7 @@ class SubsetSum(Experiment):
                 found = cases.density(model, flat, KEPT[level], self.epsilon, draw)
             else:
                 assert place.data is not None
-                numbers = self.candidates(cell.arm), self.kept(cell.arm), self.bits, self.epsilon
+                numbers = self.candidates(cell.arm), self.kept(cell.arm), self.bits, self.rounds, self.epsilon
                 ask = place.should_stop
                 found = cases.construction(cell.arm, model, flat, *numbers, draw, place.data.test(), ask)
         if found is None:

@@ -22,6 +22,7 @@ HEIGHT = 2.75
 DOTTED = (0, (1, 1.5))
 NAMES = {
     "twice": "twice the depth",
+    "redrawn": "drawn again",
     "sparse": "k of n kept",
     "exact": "on a grid",
     "one-more": "one layer more",

@@ -182,7 +182,7 @@ def _constructions(record: RunRecord) -> str:
             case,
             one["model"],
             str(one["layers"]),
-            str(one["n"]),
+            f"{one['n']}" + f" x {1 + one['redraws']}" * (one["redraws"] > 0),
             "any" if one["k"] is None else str(one["k"]),
             _share(mean(points, "within_epsilon")).removesuffix(" %"),
             f"{max(p['max_error'] for p in points):.2g}",

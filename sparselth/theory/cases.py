@@ -27,7 +27,13 @@ NEARLY = 0.99  # of the weights that density looks at
 FEWER = 4  # pools where 2^n sums of each are laid out
 CHOSEN = 2000  # so many
 DECADES = np.linspace(-9, 0, 91)  # edges of the histogram of errors, log10
-THEOREMS = {"twice": "pensia", "sparse": "natale", "exact": "quantised", "one-more": "burkholz"}
+THEOREMS = {
+    "twice": "pensia",
+    "redrawn": "iterand",
+    "sparse": "natale",
+    "exact": "quantised",
+    "one-more": "burkholz",
+}
 
 Line = tuple[dict[str, Any], Arrays]  # a cell's line, and what its file holds
 Draw = Callable[[str], torch.Generator]  # a stream for a purpose
@@ -158,6 +164,7 @@ def construction(
     n: int,
     k: int | None,
     bits: int,
+    rounds: int,
     epsilon: float,
     draw: Draw,
     test: Chunks,
@@ -174,7 +181,8 @@ def construction(
     if case == "one-more":
         pruned = one_more(target, n, draw, should_stop)
     else:
-        pruned = twice(target, n, draw, k, grid, should_stop)
+        redraws = rounds if case == "redrawn" else 0, epsilon
+        pruned = twice(target, n, draw, k, grid, redraws, should_stop)
     if pruned is None:
         return None
     right = run(network(model, flat).eval(), test, should_stop)
@@ -194,6 +202,8 @@ def construction(
         target_weights=len(error),
         source_weights=sum(layer.numbers for layer in pruned.layers),
         layers=len(pruned.layers),
+        redraws=max(int(one.max()) for one in pruned.rounds),
+        redrawn_weights=n * sum(int(one.sum()) for one in pruned.rounds),
         output_error=float((found - wanted).abs().max()),
         agreement=float((found.argmax(1) == wanted.argmax(1)).double().mean()),
         histogram=np.histogram(np.log10(error.clamp(min=1e-9).numpy()), DECADES)[0].tolist(),
@@ -207,6 +217,7 @@ def _kept(pruned: Pruned) -> Arrays:
     for i, layer in enumerate(pruned.layers):
         found[f"mask/{i}"] = masks.pack(layer.keep.numpy())
         found[f"mask_bias/{i}"] = masks.pack(layer.keep_bias.numpy()[None])
+    found |= {f"rounds/{i}": one.numpy() for i, one in enumerate(pruned.rounds) if one.any()}
     return found | {f"error/{i}": error.float().numpy() for i, error in enumerate(pruned.errors)}
 
 

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from sparselth.errors import SparselthError
+from sparselth.kernels.subset_sum import sums
 from sparselth.models import Model
 from sparselth.theory.pools import closest
 
-CHUNK = 1 << 22  # numbers of subset sums that are solved together
+NUMBERS, WORK = 1 << 22, 1 << 26  # of subset sums that are solved together, and the sums of their halves
 Weights = list[tuple[Tensor, Tensor]]  # weight [N, K] and bias [N] of every layer
 
 
@@ -53,6 +54,7 @@ class Pruned:
 
     layers: list[Layer]
     errors: list[Tensor]  # of the worse sign, and of the worst copy
+    rounds: list[Tensor]  # uint8 [sums, G]: how often the weights of a sum were drawn again
 
     def module(self) -> nn.Sequential:
         """The pruned network as plain torch: fully connected layers under their masks, ReLU between them."""
@@ -90,24 +92,27 @@ def twice(
     stream: Callable[[str], torch.Generator],
     size: int | None = None,
     bits: int | None = None,
+    redraws: tuple[int, float] = (0, 0.0),
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Pruned | None:
     """A random network of twice the depth; `size`: so many of n are kept for a weight, else any number.
 
-    With `bits`, the weights of the source are multiples of 2^-bits. None where it was stopped.
+    With `bits`, the weights of the source are multiples of 2^-bits. With `redraws` r and epsilon, the weights
+    of a sum that is further off are all pruned and drawn again, r times at most (Chijiwa et al. 2021). None
+    where it was stopped.
     """
-    layers, errors = list[Layer](), list[Tensor]()
+    layers, errors, rounds = list[Layer](), list[Tensor](), list[Tensor]()
     for i, (weight, bias) in enumerate(target):
         first, features = _features(weight.shape[1], n, i == 0, stream(f"features/{i}"), bits)
-        made = _sums(
-            *(weight, bias, features, len(first.weight)), 1, 0, stream(f"sums/{i}"), size, bits, should_stop
-        )
+        how = How(1, 0, size, bits, *redraws, stream(f"redraws/{i}"), should_stop)
+        made = _sums(weight, bias, features, len(first.weight), stream(f"sums/{i}"), how)
         if made is None:
             return None
-        second, error, _ = made
+        second, error, again, _ = made
         layers += [_without_readers(first, second), second]
         errors.append(error)
-    return Pruned(layers, errors)
+        rounds.append(again)
+    return Pruned(layers, errors, rounds)
 
 
 def one_more(
@@ -118,20 +123,33 @@ def one_more(
 ) -> Pruned | None:
     """A random network of one layer more than the target; None where it was stopped."""
     first, features = _features(target[0][0].shape[1], n, True, stream("features/0"), None)
-    layers, errors = [first], list[Tensor]()
+    layers, errors, rounds = [first], list[Tensor](), list[Tensor]()
     for i, (weight, bias) in enumerate(target):
         copies, constants = (n, n) if i + 1 < len(target) else (1, 0)
-        width = len(layers[-1].weight)
-        made = _sums(
-            *(weight, bias, features, width, copies, constants), stream(f"sums/{i}"), None, None, should_stop
-        )
+        how = How(copies, constants, None, None, 0, 0.0, stream(f"redraws/{i}"), should_stop)
+        made = _sums(weight, bias, features, len(layers[-1].weight), stream(f"sums/{i}"), how)
         if made is None:
             return None
-        layer, error, features = made
+        layer, error, again, features = made
         layers[-1] = _without_readers(layers[-1], layer)
         layers.append(layer)
         errors.append(error)
-    return Pruned(layers, errors)
+        rounds.append(again)
+    return Pruned(layers, errors, rounds)
+
+
+@dataclass(frozen=True)
+class How:
+    """How a layer of sums is made: copies of each neuron, neurons that are constants, and as in `twice`."""
+
+    copies: int
+    constants: int
+    size: int | None
+    bits: int | None
+    redraws: int
+    epsilon: float
+    again: torch.Generator
+    should_stop: Callable[[], bool]
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator, bits: int | None) -> Tensor:
@@ -190,57 +208,58 @@ def _assign(numbers: Tensor, column: Tensor, sign: Tensor, generator: torch.Gene
 
 
 def _sums(
-    weight: Tensor,
-    bias: Tensor,
-    features: Features,
-    inputs: int,
-    copies: int,
-    constants: int,
-    generator: torch.Generator,
-    size: int | None,
-    bits: int | None,
-    should_stop: Callable[[], bool],
-) -> tuple[Layer, Tensor, Features] | None:
-    """A layer that reads `inputs` neurons and computes W x + b, `copies` times over, and what it offers the
-    next; as many neurons as `constants` keep their bias alone.
+    weight: Tensor, bias: Tensor, features: Features, inputs: int, generator: torch.Generator, how: How
+) -> tuple[Layer, Tensor, Tensor, Features] | None:
+    """A layer that reads `inputs` neurons and computes W x + b, how far each weight is off, how often each
+    sum was drawn again, and what the layer offers the next.
     """
-    rows, n = len(weight), features.neurons.shape[1]
-    total = rows * copies + constants
-    source = _uniform((total, inputs), generator, bits)
-    source_bias = _uniform((total,), generator, bits)
+    rows, (groups, n) = len(weight) * how.copies, features.neurons.shape
+    total = rows + how.constants
+    source = _uniform((total, inputs), generator, how.bits)
+    source_bias = _uniform((total,), generator, how.bits)
     keep_bias = torch.zeros(total, dtype=torch.bool, device="cpu")
-    alone = (source_bias > 0).nonzero()[:constants, 0]
-    if len(alone) < constants:
+    alone = (source_bias > 0).nonzero()[: how.constants, 0]
+    if len(alone) < how.constants:
         raise SparselthError(
-            f"{total} neurons: {len(alone)} have a positive bias, {constants} must; use more"
+            f"{len(alone)} of {total} biases are positive, expected {how.constants}; use more"
         )
     keep_bias[alone] = True
     places = (~keep_bias).nonzero()[:, 0]  # of copy c of neuron i: c + i * copies
     wanted = torch.cat([weight, bias[:, None]], 1).double()
-    columns = features.neurons.flatten()
     keep = torch.zeros(total, inputs, dtype=torch.bool, device="cpu")
-    error = torch.zeros(rows * copies, len(features.of), dtype=torch.float64, device="cpu")
-    step = max(1, CHUNK // max(1, len(columns)))
-    for start in range(0, rows * copies, step):
-        if should_stop():
+    error = torch.zeros(rows, groups, dtype=torch.float64, device="cpu")
+    rounds = torch.zeros(rows, groups, dtype=torch.uint8, device="cpu")
+    step = max(1, min(NUMBERS // (groups * n), WORK // (groups * sums(n, how.size))))
+    for start in range(0, rows, step):
+        if how.should_stop():
             return None
-        here = places[start : start + step]
-        values = source[here][:, columns].double().view(-1, *features.gains.shape) * features.gains
-        targets = wanted[torch.arange(start, start + len(here), device="cpu") // copies][:, features.of]
-        chosen, off = closest(values.view(-1, n), targets.flatten(), size)
-        keep[here[:, None], columns] = chosen.view(len(here), -1)
-        error[start : start + step] = off.view(len(here), -1)
-    worst = error.new_zeros(rows * copies, weight.shape[1] + 1)
+        row = places[start : start + step, None].expand(-1, groups).flatten()
+        columns = features.neurons.repeat(len(row) // groups, 1)
+        gains = features.gains.repeat(len(row) // groups, 1)
+        targets = wanted[torch.arange(start, start + len(row) // groups, device="cpu") // how.copies]
+        targets = targets[:, features.of].flatten()
+        chosen, off = closest(source[row[:, None], columns].double() * gains, targets, how.size)
+        drawn = rounds[start : start + step].view(-1)
+        for again in range(1, how.redraws + 1):
+            short = (off > how.epsilon).nonzero()[:, 0]
+            if not len(short):
+                break
+            fresh = _uniform((len(short), n), how.again, how.bits)
+            source[row[short, None], columns[short]] = fresh
+            chosen[short], off[short] = closest(fresh.double() * gains[short], targets[short], how.size)
+            drawn[short] = again
+        keep[row[:, None], columns] = chosen
+        error[start : start + step] = off.view(-1, groups)
+    worst = error.new_zeros(rows, weight.shape[1] + 1)
     worst.scatter_reduce_(1, features.of.expand_as(error), error, "amax")
+    offered = places.view(len(weight), how.copies)
+    gains = torch.ones(offered.shape, dtype=torch.float64, device="cpu")
+    if how.constants:
+        offered = torch.cat([offered, alone[None]])
+        gains = torch.cat([gains, source_bias[alone][None].double()])
     layer = Layer(source, source_bias, keep, keep_bias)
-    groups = places.view(rows, copies)
-    if constants:
-        groups = torch.cat([groups, alone[None]])
-    gains = torch.ones(groups.shape, dtype=torch.float64, device="cpu")
-    if constants:
-        gains[-1] = source_bias[alone].double()
-    offered = Features(groups, gains, torch.arange(len(groups), device="cpu"))
-    return layer, worst.view(rows, copies, -1).amax(1), offered
+    of = torch.arange(len(offered), device="cpu")
+    return layer, worst.view(len(weight), how.copies, -1).amax(1), rounds, Features(offered, gains, of)
 
 
 def _without_readers(layer: Layer, reader: Layer) -> Layer:

@@ -191,6 +191,8 @@ CASES: dict[tuple[str, str], Case] = (
         ("subset-sum", "epsilon"): Case(SUMS, "--epsilon 0.02", setting("epsilon"), 0.02),
         ("subset-sum", "draws"): Case(SUMS, "--draws 70", setting("draws"), 70),
         ("subset-sum", "n"): Case(SUMS, "--n 12", setting("n"), 12),
+        ("subset-sum", "few"): Case(SUMS, "--few 7", setting("few"), 7),
+        ("subset-sum", "rounds"): Case(SUMS, "--rounds 9", setting("rounds"), 9),
         ("subset-sum", "wide"): Case(SUMS, "--wide 13", setting("wide"), 13),
         ("subset-sum", "size"): Case(SUMS, "--size 3", setting("size"), 3),
         ("subset-sum", "bits"): Case(SUMS, "--bits 3", setting("bits"), 3),

@@ -140,6 +140,32 @@ def test_on_a_grid_there_is_no_error() -> None:
     assert torch.equal(masked(pruned.layers, x), run(weights, x))
 
 
+def test_sums_that_miss_are_drawn_again() -> None:
+    weights, n, epsilon = target(*SHAPES), 6, 0.01
+    once = twice(weights, n, draw)
+    often = twice(weights, n, draw, redraws=(100, epsilon))
+    assert once is not None
+    assert often is not None
+    assert max(float(e.max()) for e in once.errors) > epsilon
+    assert max(float(e.max()) for e in often.errors) <= epsilon
+    # what had been met stays as it was, weights and mask
+    for i, (first, second) in enumerate(zip(once.layers, often.layers, strict=True)):
+        if i % 2 == 0:
+            assert torch.equal(first.weight, second.weight)
+            continue
+        changed = (first.weight != second.weight).sum(1)
+        redrawn = (often.rounds[i // 2] > 0).sum(1)
+        assert torch.equal(changed, n * redrawn)
+        assert 0 < int(redrawn.sum()) < often.rounds[i // 2].numel()
+        same = first.weight == second.weight
+        assert torch.equal(first.keep[same], second.keep[same])
+    assert not any(one.any() for one in once.rounds)
+    x = torch.randn(30, 5, generator=torch.Generator().manual_seed(2))
+    assert torch.allclose(
+        plain(often)(x), run(weights, x), atol=6 * epsilon * float(x.abs().sum(1).max() + 1)
+    )
+
+
 def test_depth_one_more_has_copies_with_errors_of_their_own() -> None:
     n = 12
     pruned = one_more(target((3, 4), (3, 3), (2, 3)), n, draw)
