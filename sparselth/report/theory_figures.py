@@ -272,6 +272,23 @@ def _density(record: RunRecord) -> Figure | None:
             axes.annotate(
                 f"{k:.0f}" if k else "", (x, 100 * y), (4, 2), textcoords="offset points", fontsize=6
             )
+    config = record.config
+    built = grouped([p for p in record.points if "accuracy" in p and p["model"] == one["model"]], "arm")
+    whole = [
+        (config.candidates(case), mean(p, "weights_used"), config.sums(case)) for (case,), p in built.items()
+    ]
+    if whole:
+        x, used, sums = np.array(whole).T
+        axes.plot(
+            x,
+            100 * used / (x * sums),
+            color="black",
+            marker="o",
+            markersize=5.5,
+            markerfacecolor="none",
+            linestyle="none",
+            label="whole networks",
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(6, 2.2 * n.max())

@@ -12,7 +12,9 @@ import torch
 from sparselth import tickets
 from sparselth.config import Cell, Recipe, config_from_json
 from sparselth.data import load
+from sparselth.data.batches import Resident
 from sparselth.errors import UsageError
+from sparselth.experiments.base import Place
 from sparselth.experiments.run import run
 from sparselth.experiments.subset_sum import CASES, CONSTRUCTIONS, SubsetSum
 from sparselth.files import load_arrays
@@ -127,6 +129,23 @@ def test_a_small_run(
     assert cli("subset-sum", "--resume", "--out", "run", "--quiet")[0] == 0
     assert run_contents(Path("run")) == before
     rebuilt(Path("run"))
+    config = read(Path("run")).config
+    data = Resident(load("mnist5k", Path()), "cpu", 500)
+    for stop in (lambda: True, Late(5)):  # at once, and while the pruned network runs
+        place = Place(Path("run"), data, {}, should_stop=stop)
+        assert config.compute([Cell(0, "twice", 0)], place) is None
+    assert run_contents(Path("run")) == before
+
+
+class Late:
+    """True from the call of that number on."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
 
 
 def rebuilt(path: Path) -> None:
@@ -208,7 +227,7 @@ def test_the_least_n_is_that_of_the_first_moment(tmp_path: Path) -> None:
 
 @pytest.mark.science
 def test_a_trained_network_inside_a_random_one(tmp_path: Path) -> None:
-    """784-500-10 of 20 candidates a weight: all but a few of 397,510 within epsilon; drawn again, all of them."""
+    """784-500-10 of 20 candidates a weight: all within epsilon but a few; drawn again, all of them."""
     config = SubsetSum(cases=("twice", "redrawn"), dataset="mnist5k")
     record = run(config, out=tmp_path / "run", workers=1)
     found = {one["arm"]: one for one in record.points}
