@@ -228,7 +228,7 @@ def test_a_checkpoint_is_written_when_the_last_one_is_a_minute_old(
     monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
 
     def evaluated(some: Sequence[Job]) -> None:
-        now[0] += 40.0
+        now[0] += 30.0
 
     def save(file: Path, state: State, where: dict[str, Any]) -> None:
         assert file == checkpoint_path(place.run, DENSE)
@@ -236,11 +236,11 @@ def test_a_checkpoint_is_written_when_the_last_one_is_a_minute_old(
         saved.append((state.step, state.weights.shape[1]))
 
     monkeypatch.setattr(jobs, "_save_state", save)
-    recipe = replace(RECIPE, steps=15)
+    recipe = replace(RECIPE, steps=18)
     asked = plan(recipe=recipe)
     even = dict.fromkeys((spec.name for spec in PARAMS.weights), 2.0)
     assert asked.compute([DENSE], replace(place, break_even=even, evaluated=evaluated)) is not None
-    assert saved == [(6, PARAMS.size), (12, PARAMS.size)]
+    assert saved == [(9, PARAMS.size), (18, PARAMS.size)]
 
 
 # ---- checkpoints: what is written, and what is gone on from
@@ -412,6 +412,27 @@ def test_between_long_steps_a_checkpoint_is_two_minutes_old_at_most(
     stops[0] = True
     assert asked.compute([DENSE], place) is None
     assert (said, [step for step, _ in saved]) == ([False], [0])
+
+
+def test_between_two_checkpoints_lies_a_step(
+    plan: Configs, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where two minutes are over before the first: it would never end."""
+    now, said = [0.0], list[bool]()
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
+
+    def steps(model: Any, data: Any, some: Sequence[Job], recipe: Recipe, **how: Any) -> None:
+        now[0] += 130.0  # to compile
+        said.append(how["should_pause"]())
+        some[0].state.step += 1
+        said.append(how["should_pause"]())
+
+    monkeypatch.setattr(jobs, "fit", steps)
+    monkeypatch.setattr(jobs, "_save_state", lambda *_: None)
+    monkeypatch.setattr(jobs, "is_done", lambda job, recipe: job.state.step == recipe.steps)
+    monkeypatch.setattr(jobs, "accuracies_on_test", lambda *_: [(0.5, 0.5)])
+    assert plan().compute([DENSE], place) is not None
+    assert said == [False, True] * RECIPE.steps
 
 
 def test_what_diverges_has_no_checkpoint_and_no_file_and_the_others_have(

@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import atan, inf, pi, sqrt
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import pytest
+from points import KEPT, points, record
 
-from sparselth.config import Recipe
-from sparselth.experiments.imp import ImpConfig
 from sparselth.report import stats
 from sparselth.report.stats import Gap
 from sparselth.runs import RunRecord
 
 T2, T4 = 4.302652729749464, 2.7764451051977987  # Student's t of 2 and 4 degrees of freedom, 97.5 %
-PRUNABLE = 266_200
-KEPT = {"fc1.weight": 235_200, "fc2.weight": 30_000, "fc3.weight": 1_000}
-
-
-def points(
-    arm: str, level: int, accuracies: Iterable[float | None], stop: Any = 500, **more: Any
-) -> list[Any]:
-    """A point a seed, 0, 1, ...; `stop` of all of them or of each."""
-    accuracies = [*accuracies]
-    stops = stop if isinstance(stop, Sequence) else [stop] * len(accuracies)
-    shared = {"arm": arm, "level": level, "draw": 0, "weights_remaining": 0.8**level, "kept": KEPT} | more
-    return [
-        {"seed": seed, "accuracy_at_early_stop": a, "final_accuracy": a, "early_stop_step": step} | shared
-        for seed, (a, step) in enumerate(zip(accuracies, stops, strict=True))
-        if a is not None
-    ]
-
-
-def record(some: list[Any], seeds: int = 3, **changes: Any) -> RunRecord:
-    values: dict[str, Any] = {
-        "model": "lenet-300-100", "dataset": "mnist", "seeds": tuple(range(seeds)), "levels": 1,
-        "arms": ("ticket", "reinit"), "device": "cpu", "recipe": Recipe(steps=1000, lr=1e-3),
-    }  # fmt: skip
-    return RunRecord(Path("run"), ImpConfig(**values | changes), some, [])
 
 
 def run(
