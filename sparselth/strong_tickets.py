@@ -80,7 +80,7 @@ def arrays(params: Params, content: Content) -> Arrays:
     found: Arrays = {}
     for layer, spec in enumerate(params.weights):
         mask = content.mask[spec.span]
-        found[f"mask/{spec.name}"] = entropy.encode(np.where(mask < 0, 2, mask))
+        found[f"mask/{spec.name}"] = entropy.encode_matrix(np.where(mask < 0, 2, mask).reshape(spec.matrix))
         if content.redraws is not None:
             kept = _few(content.frozen, layer, spec, content.redraws[spec.span])[mask != 0]
             for plane in range(PLANES):
@@ -127,7 +127,7 @@ def _content(params: Params, found: Arrays, head: dict[str, Any]) -> Content:
     mask = np.zeros(params.mask_size, np.int8)
     redraws = np.zeros(params.mask_size, np.int32) if METHODS[frozen.method].has_generations else None
     for layer, spec in enumerate(params.weights):
-        symbols = entropy.decode(found[f"mask/{spec.name}"], spec.numel)
+        symbols = entropy.decode_matrix(found[f"mask/{spec.name}"], spec.matrix).ravel()
         if symbols.max(initial=0) > 2:
             raise ValueError(f"mask/{spec.name}: expected 0, 1 and 2")
         mask[spec.span] = np.where(symbols == 2, -1, symbols)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparselth.entropy import CODED, decode, encode, entropy
+from sparselth.entropy import CODED, GROUPED, decode, decode_matrix, encode, encode_matrix, entropy
 
 
 def drawn(n: int, share: float, seed: int = 0) -> np.ndarray:
@@ -80,6 +81,46 @@ def test_other_bytes_are_refused(share: float) -> None:
         except ValueError:
             different = 1
         assert different
+
+
+def uneven(rows: int, columns: int, by: str) -> np.ndarray:
+    """A mask whose density goes from 2 to 40 % over its columns, its rows or both; and in no order."""
+    draw = np.random.default_rng(1)
+    steps = [draw.permutation(np.linspace(0.15, 0.65, n)) for n in (rows, columns)]
+    share = {"columns": steps[1][None] ** 2, "rows": steps[0][:, None] ** 2, "both": np.outer(*steps)}[by]
+    return (draw.random((rows, columns)) < share).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("by", "groups"), [("columns", (1, 16)), ("rows", (16, 1)), ("both", (8, 8))])
+def test_a_matrix_is_cut_where_its_rows_and_columns_differ(by: str, groups: tuple[int, int]) -> None:
+    mask = uneven(300, 400, by)
+    data = encode_matrix(mask)
+    assert (data[0], *data[1:3]) == (GROUPED, *groups)
+    np.testing.assert_array_equal(decode_matrix(data, mask.shape), mask)
+    assert data.size < entropy(mask.ravel())
+    signed = np.where((np.arange(mask.size).reshape(mask.shape) % 3 == 0) & (mask > 0), 2, mask)
+    np.testing.assert_array_equal(decode_matrix(encode_matrix(signed), mask.shape), signed)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 70), (64, 27), (300, 784)])
+def test_a_matrix_takes_no_more_than_its_vector(shape: tuple[int, int]) -> None:
+    mask = (np.random.default_rng(0).random(shape) < 0.2).astype(np.uint8)
+    data = encode_matrix(mask)
+    assert data.size <= encode(mask.ravel()).size
+    np.testing.assert_array_equal(decode_matrix(data, shape), mask)
+
+
+def test_other_bytes_of_a_matrix_are_refused() -> None:
+    mask = uneven(300, 400, "both")
+    data = encode_matrix(mask)
+    for place in (0, 1, 2, 3, 7, 12, len(data) // 2):
+        other = data.copy()
+        other[place] ^= 0x41
+        with suppress(ValueError):
+            assert (decode_matrix(other, mask.shape) != mask).any()
+    for cut in (1, 2, 5, 11, 40, len(data) - 1):
+        with pytest.raises(ValueError, match=r"expected|ends|not what"):
+            decode_matrix(data[:cut], mask.shape)
 
 
 def test_numbers_beyond_a_byte_are_refused() -> None:

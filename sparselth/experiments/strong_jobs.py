@@ -67,7 +67,9 @@ def weak(config: Sweep) -> Finish:
         place, params = more[0], model.params
         done = finished(model, job, *more)
         mask = job.mask.cpu().numpy()
-        coded = sum(entropy.encode(mask[spec.span]).size for spec in params.weights)
+        coded = sum(
+            entropy.encode_matrix(mask[spec.span].reshape(spec.matrix)).size for spec in params.weights
+        )
         floats = int(mask.sum()) + sum(spec.numel for spec in params.unpruned)
         return _line(config, place, done, {"mask_bytes": coded, "coded_bytes": coded + 4 * floats})
 
