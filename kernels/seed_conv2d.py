@@ -144,7 +144,7 @@ def native(
     if places <= LUT_BATCH:
         columns = F.unfold(x, tuple(shape[2:]), padding=padding, stride=stride).mT
         y = native_linear(columns.reshape(places, -1), bits, bias, keys, s)
-        return y.view(len(x), -1, n).mT.reshape(len(x), n, *out)
+        return y.view(len(x), -1, n).mT.contiguous().view(len(x), n, *out)
     y = torch.empty(len(x), n, *out, dtype=torch.float32, device="cpu")
     for first, end, w in _made(bits, shape, keys, s):
         some = None if bias is None else bias.detach()[first:end]

@@ -185,9 +185,10 @@ w = SeedWeight.of(torch.rand(4, 3, 3, 3) < 0.5, 1, 2)
 keys, shape = list(w.keys), [4, 3, 3, 3]
 x, bias, scores = (torch.randn(s, requires_grad=True) for s in ((2, 3, 5, 5), (4,), (4, 3, 3, 3)))
 dy = torch.randn(2, 4, 3, 3)
-library.opcheck(_forward, (x, w.bits, bias, scores, shape, keys, w.scale, 2, 1, "auto"))
-library.opcheck(_dx, (dy, w.bits, [2, 3, 5, 5], shape, keys, w.scale, 2, 1, "auto"))
-library.opcheck(_ds, (dy, x.detach(), shape, keys, w.scale, 2, 1, torch.float32, "auto"))
+some = {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
+library.opcheck(_forward, (x, w.bits, bias, scores, shape, keys, w.scale, 2, 1, "auto"), **some)
+library.opcheck(_dx, (dy, w.bits, [2, 3, 5, 5], shape, keys, w.scale, 2, 1, "auto"), **some)
+library.opcheck(_ds, (dy, x.detach(), shape, keys, w.scale, 2, 1, torch.float32, "auto"), **some)
 """
 
 

