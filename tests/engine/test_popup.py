@@ -20,12 +20,15 @@ from sparselth.experiments.jobs import _goes_on, _load_state, _save_state
 from sparselth.frozen import METHODS, effective, mask_of, weights_of
 from sparselth.kernels import _native
 from sparselth.kernels._triton import INTERPRET
-from sparselth.models import AvgPool, BatchNorm, Conv, Layer, Linear, Model, ReLU
+from sparselth.models import Add, AvgPool, BatchNorm, Conv, Layer, Linear, Model, Node, ReLU
 from sparselth.streams import stream
 from sparselth.train import accuracies_on_test, fit
 
-LAYERS: tuple[Layer, ...] = (Conv(3, 5, 0, 2), BatchNorm(), ReLU(), AvgPool(), Linear(10))
-NORMED = Model("tiny-norm", (1, 28, 28), LAYERS, {}, "")
+LAYERS: tuple[Layer | Node, ...] = (
+    *(Conv(3, 5, 0, 2), BatchNorm(), ReLU(), Conv(3, 3, 1), BatchNorm()),
+    *(Node(Add(), (2, 4)), ReLU(), AvgPool(), Linear(10)),
+)
+NORMED = Model("tiny-residual", (1, 28, 28), LAYERS, {}, "")
 FC = Model("tiny-fc", (1, 28, 28), (Linear(20), ReLU(), Linear(10)), {}, "")
 RECIPE = Recipe(
     steps=12, lr=0.5, batch_size=20, optimizer="sgd", weight_decay=1e-3, eval_every=4, cosine=True
