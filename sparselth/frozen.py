@@ -11,7 +11,7 @@ Imports neither torch nor numpy before it is given a tensor.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor, sqrt
 from typing import TYPE_CHECKING, ClassVar
 
@@ -345,19 +345,17 @@ def chance(frozen: Frozen, layer: int, spec: TensorSpec, step: int, device: str)
 METHODS: Registry[Method] = Registry("method")
 
 
-def _sgd(steps: int, lr: float, weight_decay: float = 1e-4) -> Recipe:
-    return Recipe(
-        steps=steps,
+def _recipes(lr: float, weight_decay: float = 1e-4, warmup: int = 0) -> dict[str, Recipe]:
+    whole = Recipe(
+        steps=4000,
         lr=lr,
         batch_size=128,
         optimizer="sgd",
         weight_decay=weight_decay,
+        warmup=warmup,
         cosine=True,
     )
-
-
-def _recipes(lr: float, weight_decay: float = 1e-4) -> dict[str, Recipe]:
-    return {"linear": _sgd(4000, lr, weight_decay), "convolve": _sgd(3000, lr, weight_decay)}
+    return {"linear": whole, "convolve": replace(whole, steps=3000)}
 
 
 for _method in (
@@ -383,7 +381,7 @@ for _method in (
     Biprop(
         name="biprop",
         meaning="signs of the kept weights, one scale a layer (Diffenderfer & Kailkhura 2021)",
-        recipes=_recipes(0.5),
+        recipes=_recipes(2.0),
         law="normal",
     ),
     Supermask(
@@ -394,7 +392,7 @@ for _method in (
     Signed(
         name="signed",
         meaning="a mask of -1, 0 and 1: kept, dropped or negated (Koster et al. 2022)",
-        recipes=_recipes(0.1),
+        recipes=_recipes(0.02, warmup=400),
         keep=0.05,
         scaled=True,
     ),
