@@ -214,17 +214,13 @@ def _honest(record: RunRecord, level: int) -> str:
     if not equal:
         return f"{text}; no trained ticket of this run is as accurate."
     at = min(equal, key=lambda one: equal[one])
-    smaller = (
-        "smallest trained ticket of this run that is"
-        if len(trained) > 1
-        else "trained ticket of as many weights is"
-    )
-    times = equal[at] / size
-    kept = mean(record, "imp", at, "weights_remaining") or 0
-    return (
-        f"{text}; the {smaller} at least as accurate ({100 * (trained[at][0] or 0):.2f} %, {percent(kept)} % "
-        f"of the weights) takes {equal[at] / 1e3:,.1f} KB, {times:.2g} times as much."
-    )
+    found = f"{100 * (trained[at][0] or 0):.2f} %"
+    if len(trained) == 1:
+        which = f"trained ticket of as many weights ({found})"
+    else:
+        kept = percent(mean(record, "imp", at, "weights_remaining") or 0)
+        which = f"smallest trained ticket of this run that is as accurate ({found}, {kept} % of the weights)"
+    return f"{text}; the {which} takes {equal[at] / 1e3:,.1f} KB, {equal[at] / size:.2g} times as much."
 
 
 def summary(record: RunRecord) -> list[dict[str, Any]]:

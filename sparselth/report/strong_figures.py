@@ -127,7 +127,7 @@ def _bytes(record: RunRecord) -> Figure | None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
     axes.set_xlabel("seed and mask, or mask, weights and biases (KB)")
     bars = [note.replace("band", "bars") for note in band_note(len(record.config.seeds))]
-    return _ended(record, fig, axes, ["masks by their entropy, weights in fp32", *bars], bands=False)
+    return _ended(record, fig, axes, ["masks by entropy, weights fp32", *bars], bands=False)
 
 
 def _learning(record: RunRecord) -> Figure | None:

@@ -77,7 +77,7 @@ def test_the_table_and_its_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
         "The best strong ticket, 50.0 % kept, is right on 96.50 % of the test images without",
         "-1.50 ± 1.14 pp against the trained network",
         "Over the share kept it rises and falls: 96.50 % at 50.0, 81.00 % at 10.0 and 91.00 % at 90.0.",
-        "Seed and mask take 33.0 KB; the smallest trained ticket of this run that is at least as accurate "
+        "Seed and mask take 33.0 KB; the smallest trained ticket of this run that is as accurate "
         "(97.10 %, 10.0 % of the weights) takes 120.0 KB, 3.6 times as much.",
     ):
         assert said in flat
