@@ -53,6 +53,7 @@ def killed(path: Path, config: Simulated, call: int, **arguments: bool) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
+@pytest.mark.whole
 def test_whatever_a_killed_beginning_leaves_is_a_fresh_folder(tmp_path: Path, run_contents: Contents) -> None:
     compute(tmp_path / "whole", CONFIG)
     whole, call, plain = run_contents(tmp_path / "whole"), 1, 0
@@ -71,6 +72,7 @@ def test_whatever_a_killed_beginning_leaves_is_a_fresh_folder(tmp_path: Path, ru
     assert call > 60
 
 
+@pytest.mark.whole
 def test_an_extension_that_is_killed_goes_on(tmp_path: Path, run_contents: Contents) -> None:
     larger = replace(CONFIG, levels=4, chains=(0, 1, 2))
     compute(tmp_path / "whole", larger)

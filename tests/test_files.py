@@ -290,3 +290,53 @@ def test_a_cache_is_json_in_order_and_written_over(tmp_path: Path, monkeypatch: 
     assert file.read_text() == '{\n "a": 2,\n "b": 1\n}\n'
     file.write_text("[]")
     assert files.read_cache("times") == {}
+
+
+def test_a_cache_that_cannot_be_read_or_kept_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    def full(file: Path, content: bytes) -> None:
+        raise SparselthError("disk full")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    files.write_cache("times", {"a": 1})
+    file = tmp_path / "sparselth" / "times.json"
+    file.write_text("{")
+    assert files.read_cache("times") == {}
+    file.unlink()
+    file.mkdir()
+    assert files.read_cache("times") == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_atomically", full)
+        files.write_cache("other", {"a": 1})
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "sparselth" / "a file"))
+        (tmp_path / "sparselth" / "a file").touch()
+        files.write_cache("other", {"a": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "expanduser", homeless)
+        files.write_cache("other", {"a": 1})
+        assert files.read_cache("other") == {}
+    assert files.read_cache("other") == {}
+
+
+def test_a_checksum_is_what_ends_a_line(tmp_path: Path) -> None:
+    data = {"proof": {"a": 1, "sha256": "0"}, "b": 2}
+    files.append_lines(tmp_path / "f", [files.sealed_line(data)])
+    ((one,), wrong) = files.read_lines(tmp_path / "f")
+    assert (one.sealed, one.right, wrong) == (True, True, [])
+    assert files.plain(one.data) == data
+
+
+def test_where_nothing_can_be_written_the_system_s_word_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(path: Path, mode: str) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "open", none)
+    with pytest.raises(SparselthError, match=rf"^cannot write {tmp_path}/f: Read-only file system; what is"):
+        files.write_atomically(tmp_path / "f", b"")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import sqrt
+from math import log, sqrt
 from typing import Any
 
 import pytest
@@ -14,7 +14,9 @@ from torch import Tensor
 from sparselth.engine.dense import Network, cross_entropy_grad
 from sparselth.errors import UsageError
 from sparselth.frozen import LAWS, METHODS, Frozen, Method, chance, effective, mask_of, weights_of
+from sparselth.kernels.hash_weights import hash_weights
 from sparselth.models import AvgPool, BatchNorm, Conv, Layer, Linear, Model, ReLU
+from sparselth.params import Params, TensorSpec
 from sparselth.streams import stream
 
 LAYERS: tuple[Layer, ...] = (Conv(5, 3, 1, 2), BatchNorm(), ReLU(), Conv(6, 3), ReLU(), AvgPool(), Linear(10))
@@ -269,3 +271,215 @@ def test_every_method_says_what_it_is_and_how_it_is_trained() -> None:
         assert (recipe.optimizer, recipe.cosine) == ("sgd", True)
     with pytest.raises(UsageError, match="edge-popup"):
         METHODS["edge-pop"]
+
+
+# ---- by hand: a tensor of six weights, and what each field says
+
+SIX = TensorSpec("a.weight", (2, 3), 0, fan_in=3, fan_out=2)
+NINE = TensorSpec("b.weight", (3, 3), 16, fan_in=3, fan_out=3)
+PAIR = Params((SIX, NINE), (TensorSpec("a.bias", (2,), 32),))
+
+
+def scores_of(*values: float) -> Tensor:
+    """Scores [M] of PAIR: those of `a`, then those of `b`, 0 between."""
+    flat = torch.zeros(PAIR.mask_size)
+    flat[SIX.span], flat[NINE.span] = torch.tensor(values[:6]), torch.tensor(values[6:])
+    return flat
+
+
+def test_every_field_is_the_method_s_own_unless_given() -> None:
+    given = {"keep": 0.25, "law": "uniform", "scope": "global", "scaled": True, "every": 7, "share": 0.125}
+    for method in METHODS.values():
+        own = {name: getattr(method, name) for name in ("keep", "law", "scaled", "every", "share")}
+        expected = Frozen(method=method.name, seed=5, scope="layer", **own)
+        assert method.frozen(5) == expected
+        for name, value in given.items():
+            assert method.frozen(5, **{name: value}) == replace(expected, **{name: value})  # type: ignore[arg-type]
+        none: dict[str, Any] = {"scaled": False, "every": 0, "share": 0.0}
+        assert method.frozen(5, **none) == replace(expected, **none)
+        assert method.recipe(MODEL) == method.recipes["convolve"]
+        assert method.recipe(LINEAR) == method.recipes["linear"]
+        assert hash(method) == hash(method.name)
+
+
+LINEAR = Model("linear", (1, 2, 2), (Linear(3), ReLU(), Linear(10)), {}, "")
+
+
+def test_the_ends_of_each_range_are_in_it() -> None:
+    for name, least, most in (("keep", 1e-9, 1), ("share", 0, 1), ("every", 0, 10**9), ("seed", 0, 10**9)):
+        for value in (least, most):
+            arguments = {"method": "iterand", "seed": 0, "law": "normal", "keep": 0.5} | {name: value}
+            assert getattr(Frozen(**arguments), name) == value  # type: ignore[arg-type]
+    wrong = (("keep", 0), ("keep", 1.001), ("share", -1e-9), ("share", 1.001), ("every", -1), ("seed", -1))
+    for name, value in wrong:
+        arguments = {"method": "iterand", "seed": 0, "law": "normal", "keep": 0.5} | {name: value}
+        with pytest.raises(UsageError, match=f"^`{name}` {value}: expected "):
+            Frozen(**arguments)  # type: ignore[arg-type]
+    for name in ("method", "law", "scope"):
+        arguments = {"method": "iterand", "seed": 0, "law": "normal", "keep": 0.5} | {name: "other"}
+        with pytest.raises(UsageError, match=f"^`{name}` other: expected one of "):
+            Frozen(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [(1e-9, 1), (0.05, 1), (0.15, 2), (0.149, 1), (0.25, 3), (0.2499, 2), (0.45, 5), (1, 10)],
+)
+def test_kept_of_ten(keep: float, kept: int) -> None:
+    assert METHODS["edge-popup"].frozen(0, keep=keep).kept(10) == kept
+
+
+def test_scores_begin_uniform_as_wide_as_the_method_says_and_norms_as_they_are() -> None:
+    for name in RANKED:
+        bound = 6.0 if name == "iterand" else 1.0
+        flat = METHODS[name].start(METHODS[name].frozen(0), PARAMS, stream(0, name, 0, "scores"))
+        draw = stream(0, name, 0, "scores")
+        for spec in PARAMS.weights:
+            uniform = torch.rand(spec.numel, generator=draw)
+            torch.testing.assert_close(flat[spec.span], (2 * uniform - 1) * sqrt(bound / spec.fan_in))
+        ones = {spec.name for spec in PARAMS.unpruned if (flat[spec.span] == 1).all()}
+        zeros = {spec.name for spec in PARAMS.unpruned if (flat[spec.span] == 0).all()}
+        assert ones == {s.name for s in PARAMS.unpruned if s.name.split(".")[-1] in ("scale", "var")} != set()
+        assert zeros == {s.name for s in PARAMS.unpruned} - ones
+        assert (flat.dtype, flat.shape) == (torch.float32, (PARAMS.size,))
+    for keep, odds in ((0.25, 1 / 3), (1e-6, 1 / 999), (1.0, 999)):
+        method, frozen, _ = started("supermask", keep=keep)
+        flat = method.start(frozen, PARAMS, torch.Generator())
+        torch.testing.assert_close(flat[:M][FULL], torch.full((int(FULL.sum()),), log(odds)))
+
+
+def test_layers_are_ranked_apart_or_together() -> None:
+    scores = scores_of(1, 2, 3, 4, 5, -6, 10, 20, 30, 40, 50, 60, 70, 80, -90)
+    for name, scope, kept in (
+        ("edge-popup", "layer", {3, 4, 5, *range(20, 25)}),
+        ("edge-popup", "global", {*range(17, 25)}),
+        ("iterand", "layer", {2, 3, 4, *range(19, 24)}),
+        ("iterand", "global", {*range(16, 24)}),
+        ("signed", "global", {*range(17, 25)}),
+    ):
+        frozen = METHODS[name].frozen(0, keep=0.56, scope=scope)
+        assert [frozen.kept(n) for n in (6, 9, 15)] == [3, 5, 8]
+        mask = METHODS[name].mask(frozen, PAIR, scores)
+        assert {*mask.nonzero().flatten().tolist()} == kept, (name, scope)
+        if name == "signed":
+            assert mask.dtype == torch.int8
+            assert mask[24] == -1
+            assert mask.sum() == 6
+        else:
+            assert mask.dtype == torch.bool
+
+
+def test_the_lowest_take_the_values_of_the_highest_in_their_order() -> None:
+    """Of six two are kept: two of the rest, a share of a third, get what the kept ones have."""
+    scores = scores_of(0.5, 6, 0.1, 0.2, 0.3, 5, *range(9))
+    for share, moved in ((1 / 3, {2: 1, 3: 5}), (0.24, {2: 1}), (0.0, {}), (1.0, {2: 1, 3: 5})):
+        method, frozen, _ = started("recycle", keep=1 / 3, share=share, every=3)
+        generations = torch.zeros(PAIR.mask_size, dtype=torch.int32)
+        for step, told in ((2, False), (4, False), (6, True)):
+            assert method.after(frozen, PAIR, step, scores, generations) is told
+            if not told:
+                assert not generations.any()
+        assert {i: i + int(generations[i]) for i in range(6) if generations[i]} == moved
+        b = generations[NINE.span].nonzero().flatten().tolist()
+        assert b == [*range({1 / 3: 3, 0.24: 2, 0.0: 0, 1.0: 3}[share])]
+        assert generations.dtype == torch.int32
+    method, frozen, _ = started("recycle", keep=5 / 6, share=1.0, every=1)
+    generations = torch.zeros(PAIR.mask_size, dtype=torch.int32)
+    generations[1] = 3  # whose value it is goes along
+    assert method.after(frozen, PAIR, 1, scores, generations)
+    assert (int(generations[2]), int(generations[1])) == (1 + 3 - 2, 3)
+    never, still = method.frozen(0, every=0), generations.clone()
+    assert not method.after(never, PAIR, 1, scores, generations)
+    assert torch.equal(generations, still)
+    own = METHODS["recycle"].layer_weights(frozen, 0, SIX, None, "cpu")
+    some = torch.tensor([0, 1, -2, 0, 1, -1], dtype=torch.int32)
+    found = METHODS["recycle"].layer_weights(frozen, 0, SIX, some, "cpu")
+    assert torch.equal(found, own[[0, 2, 0, 3, 5, 4]])
+
+
+def test_redraws_are_counted_where_chance_falls_below_the_share() -> None:
+    scores = scores_of(*range(6), *range(9))
+    method, frozen, _ = started("iterand", keep=0.5, share=0.5, every=4)
+    generations = torch.zeros(PAIR.mask_size, dtype=torch.int32)
+    for step in (3, 5):
+        assert method.after(frozen, PAIR, step, scores, generations) is False
+    assert not generations.any()
+    assert method.after(frozen, PAIR, 8, scores, generations) is True
+    mask = method.mask(frozen, PAIR, scores)
+    expected = torch.zeros_like(generations)
+    for layer, spec in enumerate(PAIR.weights):
+        expected[spec.span] = ((chance(frozen, layer, spec, 8, "cpu") < 0.5) & ~mask[spec.span]).int()
+    assert torch.equal(generations, expected)
+    assert 0 < expected.sum() < (~mask).sum()
+    assert method.after(replace(frozen, every=0), PAIR, 8, scores, generations) is False
+    assert METHODS["edge-popup"].after(frozen, PAIR, 8, scores, None) is False
+
+
+def test_frozen_weights_and_chances_are_hashes_of_their_places() -> None:
+    for name in METHODS:
+        frozen = METHODS[name].frozen(11, law="normal", keep=0.25, scaled=True)
+        flat = weights_of(frozen, PAIR)
+        assert (flat.shape, flat.dtype) == ((PAIR.mask_size,), torch.float32)
+        for layer, spec in enumerate(PAIR.weights):
+            drawn = hash_weights(11, layer, spec.shape, "normal", gain=2.0)
+            assert torch.equal(flat[spec.span], drawn.flatten())
+        plain = weights_of(replace(frozen, scaled=False), PAIR)
+        assert torch.equal(plain[SIX.span], hash_weights(11, 0, SIX.shape, "normal").flatten())
+    redraws = torch.arange(PAIR.mask_size, dtype=torch.int32)
+    flat = weights_of(METHODS["iterand"].frozen(11), PAIR, redraws)
+    expected = hash_weights(11, 1, NINE.shape, "signed-constant", redraws[NINE.span].view(3, 3))
+    assert torch.equal(flat[NINE.span], expected.flatten())
+    found = chance(METHODS["iterand"].frozen(11), 1, NINE, 5, "cpu")
+    even = hash_weights(11, 1 + (1 << 31), NINE.shape, "uniform", 5, gain=sqrt(3 / 6))
+    assert torch.equal(found, (even.flatten() + 1) * 0.5)
+    many = chance(METHODS["iterand"].frozen(11), 0, TensorSpec("c", (100, 300), 0, 300), 5, "cpu")
+    assert 0 <= many.min() < 0.001 < 0.999 < many.max() <= 1
+
+
+def test_networks_and_slopes_by_hand() -> None:
+    weights = scores_of(1, -2, 3, -4, 5, -6, *[2.0] * 9)
+    mask = scores_of(1, 1, 0, 1, 0, 0, *[0.0] * 9).bool()
+    scores, grad = scores_of(1, -1, 2, -2, 0, 3, *[1.0] * 9), scores_of(*[10.0] * 15)
+
+    def network(name: str) -> list[float]:
+        return [float(x) for x in METHODS[name].network(PAIR, mask, weights)[SIX.span]]
+
+    def slope(name: str) -> Tensor:
+        found = grad.clone()
+        METHODS[name].slope(PAIR, scores, mask, weights, found)
+        return found[SIX.span]
+
+    assert network("edge-popup") == network("iterand") == [1, -2, 0, -4, 0, 0]
+    third = 7 / 3
+    assert network("biprop") == pytest.approx([third, -third, 0, -third, 0, 0])
+    assert network("supermask") == [2, -4, 0, -8, 0, 0]
+    assert METHODS["biprop"].network(PAIR, mask, weights)[NINE.span].eq(0).all()
+    assert METHODS["supermask"].network(PAIR, mask, weights)[NINE.span].eq(0).all()
+    assert slope("edge-popup").tolist() == slope("biprop").tolist() == [10, 20, 30, 40, 0, -60]
+    assert slope("iterand").tolist() == slope("signed").tolist() == [10, -20, 30, -40, 50, -60]
+    odds = scores[SIX.span].sigmoid()
+    torch.testing.assert_close(slope("supermask"), 20 * weights[SIX.span] * odds * (1 - odds))
+    frozen = METHODS["supermask"].frozen(4)
+    drawn = METHODS["supermask"].drawn(frozen, PAIR, scores, 6)
+    for layer, spec in enumerate(PAIR.weights):
+        expected = chance(frozen, layer, spec, 6, "cpu") < scores[spec.span].sigmoid()
+        assert torch.equal(drawn[spec.span], expected)
+    assert not drawn[6:16].any()
+    kept = METHODS["supermask"].mask(frozen, PAIR, scores)
+    assert kept[:16].nonzero().flatten().tolist() == [0, 2, 5]
+    with pytest.raises(NotImplementedError):
+        METHODS["edge-popup"].drawn(frozen, PAIR, scores, 6)
+
+
+def test_what_is_behind_the_weights_stays_in_the_network() -> None:
+    flat = torch.cat([scores_of(*range(15)), torch.tensor([7.0, 8.0]), torch.zeros(14)])
+    frozen = METHODS["edge-popup"].frozen(1)
+    found = effective(frozen, PAIR, flat)
+    assert found[32:34].tolist() == [7, 8]
+    expected = weights_of(frozen, PAIR) * mask_of(frozen, PAIR, flat)
+    assert torch.equal(found[:32], expected)
+    assert flat[3] == 3  # and the scores as they were
+    redraws = torch.ones(PAIR.mask_size, dtype=torch.int32)
+    iterand = METHODS["iterand"].frozen(1, law="normal")
+    expected = weights_of(iterand, PAIR, redraws) * mask_of(iterand, PAIR, flat)
+    assert torch.equal(effective(iterand, PAIR, flat, redraws)[:32], expected)

@@ -72,6 +72,7 @@ def older(record: RunRecord) -> None:
         cell.write_bytes(save(arrays, metadata={"sparselth": json.dumps(header)}))
 
 
+@pytest.mark.whole
 def test_a_run_of_the_version_before_is_read_shown_and_resumed_to_the_same_bits(
     finished: Callable[..., RunRecord], cli: Cli, run_contents: Callable[[Path], dict[str, bytes]]
 ) -> None:
@@ -111,6 +112,7 @@ def untimed(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in point.items() if "seconds" not in name} for point in points]
 
 
+@pytest.mark.whole
 def test_a_config_json_that_is_none_is_named(finished: Callable[..., RunRecord]) -> None:
     file = finished(*FLAGS).path / "config.json"
     good = json.loads(file.read_text())
@@ -130,6 +132,7 @@ def test_a_config_json_that_is_none_is_named(finished: Callable[..., RunRecord])
         assert str(file) in str(raised.value)
 
 
+@pytest.mark.whole
 def test_a_run_whose_plugin_is_not_there_says_so(finished: Callable[..., RunRecord]) -> None:
     record = finished(*FLAGS)
     environment, config = record.path / "environment.json", record.path / "config.json"

@@ -35,6 +35,7 @@ def cell(record: RunRecord, level: int, arm: str = "ticket") -> Path:
     return cell_path(record.path, Cell(0, arm, level))
 
 
+@pytest.mark.whole
 def test_a_ticket_is_the_rewound_weights_under_its_mask(finished: Run) -> None:
     record = finished(*FLAGS)
     for level, arm in [(0, "ticket"), (1, "ticket"), (2, "ticket"), (2, "random-mask")]:
@@ -55,6 +56,7 @@ def test_a_ticket_is_the_rewound_weights_under_its_mask(finished: Run) -> None:
         assert ticket.header["rewind_step"] == 30
 
 
+@pytest.mark.whole
 def test_trained_is_the_network_whose_accuracy_was_recorded(finished: Run, digits: Resident) -> None:
     record = finished(*FLAGS)
     network = tickets.load(cell(record, 2)).trained().eval()
@@ -66,6 +68,7 @@ def test_trained_is_the_network_whose_accuracy_was_recorded(finished: Run, digit
     assert right / digits.n_test == point["final_accuracy"]
 
 
+@pytest.mark.whole
 def test_a_ticket_trains_on_in_ones_own_loop_and_converts(finished: Run, digits: Resident) -> None:
     ticket = tickets.load(str(cell(finished(*FLAGS), 2)))
     network = ticket.rewound()
@@ -86,6 +89,7 @@ def test_a_ticket_trains_on_in_ones_own_loop_and_converts(finished: Run, digits:
         torch.testing.assert_close(fast(x[:8]), network(x[:8]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["lenet-300-100", "lenet5", "vgg19"])
 def test_content_comes_back_to_the_bit(name: str, tmp_path: Path) -> None:
     params, draw = get_model(name).params, torch.Generator().manual_seed(0)
@@ -104,6 +108,7 @@ def test_content_comes_back_to_the_bit(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "again").read_bytes() == (tmp_path / "t").read_bytes()
 
 
+@pytest.mark.whole
 def test_the_module_computes_what_the_engines_do(finished: Run, digits: Resident) -> None:
     record = finished(*FLAGS)
     content, _ = tickets.read(cell(record, 1), LENET.params)
@@ -114,6 +119,7 @@ def test_the_module_computes_what_the_engines_do(finished: Run, digits: Resident
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.whole
 def test_without_level_0_beside_it_a_ticket_cannot_be_rewound(finished: Run, tmp_path: Path) -> None:
     alone = tmp_path / "alone.safetensors"
     shutil.copy(cell(finished(*FLAGS), 2), alone)
@@ -130,6 +136,7 @@ def rewritten(file: Path, change: Callable[[dict[str, np.ndarray], dict[str, obj
     save_file(arrays, file, metadata={"sparselth": json.dumps(header)})
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("change", "message"),
     [
