@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sparselth import strong_tickets, tickets
+from sparselth.cli import screen
 from sparselth.config import Cell, Recipe, config_from_json
 from sparselth.data import load
 from sparselth.data.batches import Resident
@@ -20,6 +21,7 @@ from sparselth.engine.state import Job
 from sparselth.errors import UsageError
 from sparselth.experiments import strong_jobs
 from sparselth.experiments.base import Place
+from sparselth.experiments.run import plan
 from sparselth.experiments.strong import StrongConfig
 from sparselth.frozen import METHODS, weights_of
 from sparselth.models import Model, get_model
@@ -96,6 +98,12 @@ def test_a_run_goes_on_with_more_seeds_and_arms_and_no_other_sweep(tmp_path: Pat
     assert cli(*words, "--arms", "ticket")[0] == 0
     assert cli(*words, "--arms", "ticket,random-mask", "--seeds", "0,1", "--resume")[0] == 0
     assert len(read(tmp_path / "run").points) == 4
+    code, out, _ = cli("strong", "--out", str(tmp_path / "run"), "--resume", "--quiet")  # flags are the run's
+    assert code == 0
+    assert "edge-popup, signed-constant weights" in out
+    code, _, err = cli("strong", "recycle", "--out", str(tmp_path / "run"), "--resume", "--quiet")
+    assert code == 1
+    assert "holds a run with another" in err
     code, _, err = cli(*words, "--keep", "0.3", "--resume")
     assert (code, len(err.splitlines())) == (1, 1)
     assert "holds a run with another keep" in err
@@ -246,12 +254,19 @@ def test_every_width_is_timed_and_trained_networks_apart() -> None:
     assert some.start_step(Cell(0, "random-mask", 0)) == 10
 
 
+def test_no_usual_loop_stands_beside_it() -> None:
+    """One that trains weights would take another network's time."""
+    planned = plan(config(width=(0.05,), recipe=Recipe(steps=10, lr=0.1)))
+    assert planned.images is not None
+    assert screen._usual(planned) is None
+
+
 def test_a_dry_run_has_a_price(document: Callable[..., dict[str, Any]]) -> None:
-    plan = document(*f"strong recycle {WORDS} --width 0.05,0.1 --dry-run".split())
-    assert plan["schema"] == "sparselth.strong-plan/1"
-    assert plan["cells"] == 8
-    assert plan["seconds"] > 0
-    assert plan["config"]["method"] == "recycle"
+    found = document(*f"strong recycle {WORDS} --width 0.05,0.1 --dry-run".split())
+    assert found["schema"] == "sparselth.strong-plan/1"
+    assert found["cells"] == 8
+    assert found["seconds"] > 0
+    assert found["config"]["method"] == "recycle"
 
 
 # ---- other methods, and other commands
