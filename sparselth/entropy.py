@@ -25,8 +25,13 @@ CODED = 255  # the first byte of what is coded; else symbols are packed, so many
 
 def entropy(symbols: NDArray[np.integer]) -> float:
     """Bytes that a vector takes at least where it is coded by the frequencies of its symbols alone."""
-    counts = np.unique(symbols, return_counts=True)[1]
-    return float(-(counts * np.log2(counts / max(symbols.size, 1))).sum() / 8)
+    return _ideal(np.unique(symbols, return_counts=True)[1])
+
+
+def _ideal(counts: NDArray[np.integer]) -> float:
+    """Bytes of symbols that are there so often."""
+    there = counts[counts > 0]
+    return float(-(there * np.log2(there / max(1, there.sum()))).sum() / 8)
 
 
 def encode(symbols: NDArray[np.integer]) -> Bytes:
@@ -54,8 +59,9 @@ def encode_matrix(symbols: NDArray[np.integer]) -> Bytes:
     for rows, columns in GROUPS if symbols.size and int(symbols.max()) < MOST_SYMBOLS else ():
         classes = _classes(kept.sum(1), rows), _classes(kept.sum(0), columns)
         groups = _groups(*classes, columns)
-        ideal = sum(entropy(symbols.ravel()[groups == one]) for one in range(rows * columns))
-        if ideal < whole.size:
+        pairs = np.bincount(groups.astype(np.int64) * MOST_SYMBOLS + symbols.ravel())
+        by_group = np.split(pairs, np.arange(MOST_SYMBOLS, pairs.size, MOST_SYMBOLS))
+        if sum(map(_ideal, by_group)) < whole.size:
             sides = [encode(one) for one in classes]
             head = np.array([GROUPED, rows, columns], np.uint8)
             lengths = np.array([side.size for side in sides], "<u4").view(np.uint8)
