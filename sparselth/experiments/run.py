@@ -46,7 +46,7 @@ def plan(
     check_number("workers", workers, 1, most_workers(), "four a core")
     check_number("replicas", replicas, 1, MOST_REPLICAS)
     environment = machine.environment()
-    images, why, even = None, "it trains nothing", dict[str, float]()
+    images, why, even = None, "nothing in it is for a GPU", dict[str, float]()
     if isinstance(config, Training):
         model = get_model(config.model)
         named = config.dataset or None

@@ -236,4 +236,4 @@ def test_a_trained_network_inside_a_random_one(tmp_path: Path) -> None:
     assert found["redrawn"]["within_epsilon"] == 1
     assert found["redrawn"]["max_error"] <= config.epsilon
     for one in (found["twice"], found["redrawn"]):
-        assert abs(one["accuracy"] - one["target_accuracy"]) <= 0.001
+        assert abs(one["accuracy"] - one["target_accuracy"]) <= 0.002  # one or two of 1,000 images
