@@ -137,6 +137,7 @@ def right(record: RunRecord, whole: RunRecord) -> bool:
     return all(one in whole.evaluations for one in record.evaluations)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("file", "kind"), DAMAGES, ids=[f"{file}, {kind}" for file, kind in DAMAGES])
 def test_damage_is_not_believed_and_resume_ends_with_the_same_bits(
     file: str, kind: str, made: Path, run: Path
@@ -260,6 +261,7 @@ def older(run: Path) -> None:
         file.write_bytes(save(arrays, metadata={"sparselth": text}))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("file", "kind"), DAMAGES, ids=[f"{file}, {kind}" for file, kind in DAMAGES])
 def test_damage_of_an_older_run_is_one_line(file: str, kind: str, run: Path, cli: Cli) -> None:
     """Without checksums it cannot always be told; but what cannot be read is named, nothing else fails."""
@@ -310,3 +312,250 @@ def test_a_time_too_large_to_be_one_is_not_what_was_written() -> None:
     assert ledger._finite({"seed": 0, "train_seconds": 1})
     for value in (10**400, float("nan"), float("inf"), -(10**400)):
         assert not ledger._finite({"seed": 0, "train_seconds": value})
+
+
+# ---- by hand: which words for which damage, and what is left
+
+WHO = [f"seed {cell.seed} number level {cell.level}" for cell in CONFIG.cells()]
+PAST = {"seed": 0, "arm": "number", "level": 0, "draw": 0}  # the first cell
+
+
+def rewrite(run: Path, name: str, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    """Lines of a file as `change` has them, with their checksums where the file has any."""
+    rows = [plain(json.loads(text)) for text in (run / name).read_bytes().splitlines()]
+    seal = files.line if name == "evaluations.jsonl" else sealed_line
+    (run / name).write_bytes(joined(map(seal, change(rows))))
+
+
+def with_(number: int, **changes: Any) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+    return lambda rows: [row | changes if i == number else row for i, row in enumerate(rows)]
+
+
+def proof(number: int, **changes: Any) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+    return lambda rows: [
+        row | {"proof": row["proof"] | changes} if i == number else row for i, row in enumerate(rows)
+    ]
+
+
+NOT = "is not what was written"
+EIGHTH = f"cells.jsonl, line 8, {NOT}"
+LACKS, UNKNOWN = (
+    "evaluations.jsonl lacks lines of %s, or has others",
+    "timings.jsonl lacks %s, whose times stay unknown",
+)
+FOUND: dict[str, tuple[str, Any, list[str], set[int]]] = {
+    "nothing": ("cells.jsonl", lambda rows: rows, [], set()),
+    "a cell's line gone": ("cells.jsonl", lambda rows: rows[:-1], [], {7}),
+    "a second line": (
+        "cells.jsonl",
+        lambda rows: [*rows, rows[1]],
+        [f"cells.jsonl, line 9, is a second one of {WHO[1]}"],
+        set(),
+    ),
+    "another seed": (
+        "cells.jsonl",
+        with_(7, seed=9),
+        ["cells.jsonl, line 8, is of another run (seed 9 number level 3)"],
+        {7},
+    ),
+    "another configuration": (
+        "cells.jsonl",
+        proof(7, config="0"),
+        [f"cells.jsonl, line 8, is of another run ({WHO[7]})"],
+        {7},
+    ),
+    "a level that is none": ("cells.jsonl", with_(7, level="3"), [EIGHTH], {7}),
+    "a draw that is none": ("cells.jsonl", with_(7, draw=None), [EIGHTH], {7}),
+    "an arm that is none": ("cells.jsonl", with_(7, arm=3), [EIGHTH], {7}),
+    "no proof": ("cells.jsonl", with_(7, proof=None), [EIGHTH], {7}),
+    "an empty proof": ("cells.jsonl", with_(7, proof={}), [EIGHTH], {7}),
+    "a proof without a file": ("cells.jsonl", proof(7, file=None), [EIGHTH], {7}),
+    "a proof without needs": ("cells.jsonl", proof(7, needs=[]), [EIGHTH], {7}),
+    "a proof of no evaluations": ("cells.jsonl", proof(7, evaluations=1), [EIGHTH], {7}),
+    "a proof of no configuration": ("cells.jsonl", proof(7, config=1), [EIGHTH], {7}),
+    "a proof of other evaluations": ("cells.jsonl", proof(7, evaluations="0"), [LACKS % WHO[7]], {7}),
+    "a proof of another file": ("cells.jsonl", proof(7, file="0"), [f"{LAST} {NOT}"], {7}),
+    "computed from another file": (
+        "cells.jsonl",
+        proof(7, needs={CONFIG.cells()[6].key: "0"}),
+        [f"{WHO[7]} was computed from another file of {WHO[6]}"],
+        {7},
+    ),
+    "an evaluation gone": ("evaluations.jsonl", lambda rows: rows[1:], [LACKS % WHO[0]], {0}),
+    "another evaluation": ("evaluations.jsonl", with_(1, partial=0.5), [LACKS % WHO[0]], {0}),
+    "an evaluation twice": (
+        "evaluations.jsonl",
+        lambda rows: [*rows, rows[0]],
+        [f"evaluations.jsonl, line 25, is a second one of {WHO[0]}"],
+        set(),
+    ),
+    "an evaluation of another run": (
+        "evaluations.jsonl",
+        with_(0, seed=9),
+        ["evaluations.jsonl, line 1, is of another run (seed 9 number level 0)", LACKS % WHO[0]],
+        {0},
+    ),
+    "an evaluation of nobody": (
+        "evaluations.jsonl",
+        with_(0, seed=0.0),
+        [f"evaluations.jsonl, line 1, {NOT}", LACKS % WHO[0]],
+        {0},
+    ),
+    "evaluations in another order": ("evaluations.jsonl", lambda rows: rows[::-1], [], set()),
+    "a time gone": ("timings.jsonl", lambda rows: rows[1:], [UNKNOWN % WHO[0]], set()),
+    "two times gone": ("timings.jsonl", lambda rows: rows[2:], [UNKNOWN % "2 cells"], set()),
+    "a time that is none": (
+        "timings.jsonl",
+        with_(7, train_seconds=[]),
+        [f"timings.jsonl, line 8, {NOT}", UNKNOWN % WHO[7]],
+        set(),
+    ),
+    "an endless time": (
+        "timings.jsonl",
+        with_(7, step_seconds=1e300),
+        [f"timings.jsonl, line 8, {NOT}", UNKNOWN % WHO[7]],
+        set(),
+    ),
+    "a time and a word": ("timings.jsonl", with_(7, clock="wall"), [], set()),
+    "a second time": (
+        "timings.jsonl",
+        lambda rows: [*rows, rows[0] | {"train_seconds": 2.0}],
+        [f"timings.jsonl, line 9, is a second one of {WHO[0]}"],
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOUND)
+def test_damage_is_named_in_these_words(kind: str, run: Path) -> None:
+    name, change, problems, gone = FOUND[kind]
+    rewrite(run, name, change)
+    found = ledger.examine(run, CONFIG, proven=True, files=True)
+    assert found.problems == problems
+    cells = CONFIG.cells()
+    assert {*found.entries} == {cell for i, cell in enumerate(cells) if i not in gone}
+    for cell, entry in found.entries.items():
+        steps = [one.data["step"] for one in entry.evaluations]
+        assert steps == ([0, 1, 2] if kind != "evaluations in another order" else sorted(steps))
+        assert entry.point.items() >= {"seed": cell.seed, "level": cell.level}.items()
+        assert "proof" not in entry.point
+    untimed = {WHO[cells.index(cell)] for cell, entry in found.entries.items() if entry.timing is None}
+    lacks = [text for text in problems if "unknown" in text]
+    assert UNKNOWN % ("2 cells" if len(untimed) > 1 else "".join(untimed)) in lacks or not untimed | {*lacks}
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("gone", "is missing"), ("damaged", NOT), ("torn", "is damaged"), ("a folder", "cannot be read"),
+        ("another's", "is the file of seed0-number-00"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("proven", [True, False])
+def test_files_of_cells_are_held_against_their_proofs(kind: str, says: str, proven: bool, run: Path) -> None:
+    if not proven:
+        older(run)
+    file = run / CELL
+    arrays, header = load_arrays(file)
+    match kind:
+        case "gone":
+            file.unlink()
+        case "damaged":
+            save_arrays(file, {"numbers": arrays["numbers"] + 1}, header)
+        case "torn":
+            file.write_bytes(file.read_bytes()[:-9])
+        case "a folder":
+            file.unlink()
+            file.mkdir()
+        case _:
+            shutil.copy(run / CELL.replace("01", "00"), file)
+    before = CONFIG.digest_before()
+    found = ledger.examine(run, CONFIG, proven, files=True, before=before)
+    if not proven and kind == "damaged":
+        assert found.problems == []  # nobody can tell
+        return
+    says = "is damaged" if kind == "a folder" and not proven else says
+    assert found.problems == [f"{CELL} {says}"]
+    assert {*found.entries} == {*CONFIG.cells()} - {CONFIG.cells()[1]}
+    assert ledger.examine(run, CONFIG, proven, files=False).problems == []
+
+
+def test_files_of_another_configuration_are_none_of_it(run: Path) -> None:
+    older(run)
+    other, cells = replace(CONFIG, rate=0.25), CONFIG.cells()
+    says = f"^{run}/config.json: its cells are of another configuration, so it was altered; restore it"
+    with pytest.raises(SparselthError, match=says):
+        ledger.examine(run, other, proven=False, files=True, before="0")
+    file = run / CELL
+    arrays, header = load_arrays(file)
+    save_arrays(file, arrays, header | {"config": "0"})
+    found = ledger.examine(run, CONFIG, proven=False, files=True, before=CONFIG.digest_before())
+    assert found.problems == [f"{CELL} is of another configuration"]
+    assert {*found.entries} == {*cells} - {cells[1]}
+    save_arrays(file, arrays, {"schema": header["schema"]})  # as the first version wrote them
+    assert not ledger.examine(run, CONFIG, False, files=True, before=CONFIG.digest_before()).problems
+
+
+def test_lines_without_proofs_are_believed_by_step_and_whom_they_name(run: Path) -> None:
+    older(run)
+    evaluations = [json.loads(text) for text in (run / "evaluations.jsonl").read_bytes().splitlines()]
+    swapped = [evaluations[1], evaluations[0], *evaluations[2:], PAST | {"step": None}, PAST | {"step": 3.0}]
+    (run / "evaluations.jsonl").write_bytes(joined(map(files.line, swapped)))
+    found = ledger.examine(run, CONFIG, proven=False, files=False)
+    assert found.problems == [f"evaluations.jsonl, line {number}, {NOT}" for number in (25, 26)]
+    first = found.entries[CONFIG.cells()[0]]
+    assert [one.data["step"] for one in first.evaluations] == [0, 1, 2]
+    assert first.proof is None
+    assert first.line == files.line(first.point)
+    assert not ledger.examine(run, CONFIG, proven=True, files=False).entries
+
+
+def test_a_ledger_is_written_back_in_the_order_of_cells(run: Path) -> None:
+    whole = {name: (run / name).read_bytes() for name in LINES}
+    rewrite(run, "cells.jsonl", lambda rows: rows[::-1])
+    found = ledger.examine(run, CONFIG, proven=True, files=True)
+    assert [*found.entries] == CONFIG.cells()[::-1]
+    assert found.content(CONFIG.cells()) == whole
+    some = found.content(CONFIG.cells()[:2])
+    assert {name: len(text.splitlines()) for name, text in some.items()} == {
+        "cells.jsonl": 2, "timings.jsonl": 2, "evaluations.jsonl": 2 * STEPS,
+    }  # fmt: skip
+    del found.entries[CONFIG.cells()[0]]
+    found.entries[CONFIG.cells()[1]] = replace(found.entries[CONFIG.cells()[1]], timing=None)
+    rest = found.content(CONFIG.cells())
+    assert {name: len(text.splitlines()) for name, text in rest.items()} == {
+        "cells.jsonl": 7, "timings.jsonl": 6, "evaluations.jsonl": 7 * STEPS,
+    }  # fmt: skip
+
+
+def test_a_summary_has_three_problems_and_counts_the_rest() -> None:
+    problems = ["a", "b", "c", "d", "e"]
+    says = ["", "a", "a; b", "a; b; c", "a; b; c; and 1 more", "a; b; c; and 2 more"]
+    assert [ledger.Ledger(problems=problems[:n]).summary() for n in range(6)] == says
+
+
+def test_whom_a_line_is_about_is_read_once_for_all_lines_of_a_cell() -> None:
+    known: dict[bytes, Any] = {}
+
+    def whom(text: bytes) -> Any:
+        return ledger._whom(files.Line(1, text, False, True), known)
+
+    cell = CONFIG.cells()[0]
+    assert whom(b'{"seed": 0, "arm": "number", "level": 0, "draw": 0, "x": 1}') == cell
+    assert known == {b'{"seed": 0, "arm": "number", "level": 0, "draw": 0': cell}
+    known[b'{"seed": 0, "arm": "number", "level": 0, "draw": 0'] = "told"
+    assert whom(b'{"seed": 0, "arm": "number", "level": 0, "draw": 0, "y": 2}') == "told"
+    assert whom(b'{"draw": 0, "seed": 0, "arm": "number", "level": 0, "x": 1}') == cell
+    assert whom(b'{"x": 3, "seed": 0, "arm": "number", "level": 0, "draw": 0, "z": 1}') == cell
+    assert len(known) == 1
+    assert whom(b'{"seed": 0, "arm": "number", "level": 0, "draw": 0}') == "told"
+    for none in (b"", b"[]", b'{"draw": ', b'{"seed": true, "arm": "a", "level": 0, "draw": 0, "x": 1}'):
+        assert whom(none) is None
+
+
+def test_the_files_of_a_cell() -> None:
+    cell = CONFIG.cells()[6]
+    assert ledger.cell_path(Path("run"), cell) == Path("run/cells/seed1-number-02.safetensors")
+    assert ledger.checkpoint_path(Path("run"), cell) == Path("run/checkpoints/seed1-number-02.safetensors")
+    expected = {"seed": 1, "arm": "number", "level": 2, "draw": 0, "x": 3}
+    assert [*ledger.point(cell, x=3).items()] == [*expected.items()]
