@@ -94,8 +94,8 @@ sanitize: $(STAMP)
 	$(CC) -std=gnu11 -O1 -g -fPIC -shared -fno-omit-frame-pointer -ffp-contract=fast -Wall -Wextra -Wno-psabi \
 	  -fsanitize=address,undefined -fno-sanitize-recover=all -DALL_LEVELS -fopenmp \
 	  kernels/native/native.c -o build/native_sanitized.so
-	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  SPARSELTH_NATIVE_LIB=$(CURDIR)/build/native_sanitized.so SPARSELTH_EVERY=1 \
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0 SPARSELTH_NATIVE_LIB=$(CURDIR)/build/native_sanitized.so SPARSELTH_EVERY=1 \
 	  $(BIN)/python -m pytest -q $(wildcard $(NATIVE_TESTS:%=tests/kernels/test_%.py)) -k "not triton and not wide"
 
 # ROOMS: all of [tool.mutmut.rooms] in pyproject.toml unless named. What was tried is kept in build/mutants/.
