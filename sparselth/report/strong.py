@@ -205,7 +205,8 @@ def _honest(record: RunRecord, level: int) -> str:
     }
     if size is None or accuracy is None or not trained:
         return ""
-    text = f"Seed and mask take {size / 1e3:,.1f} KB"
+    parts = "Seed, mask and redraws" if METHODS[record.config.method].has_generations else "Seed and mask"
+    text = f"{parts} take {size / 1e3:,.1f} KB"
     equal = {
         at: b
         for at, (a, b) in trained.items()

@@ -31,6 +31,7 @@ from sparselth.runs import RunRecord
 LOOKS = {arm: look(i) for i, arm in enumerate(("ticket", "imp", "random-mask", *METHODS))}
 LABELS = {"ticket": "strong ticket", "imp": "trained ticket", "random-mask": "random mask", "dense": "dense"}
 END = "test accuracy (%)"
+NEAR = 12.0  # how far below the best a strong ticket is drawn at full scale, in pp
 
 
 def draw(record: RunRecord, folder: Path) -> list[Path]:
@@ -125,7 +126,7 @@ def _bytes(record: RunRecord) -> Figure | None:
         return None
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
-    axes.set_xlabel("seed and mask, or mask, weights and biases (KB)")
+    axes.set_xlabel("what a file must hold (KB)")
     bars = [note.replace("band", "bars") for note in band_note(len(record.config.seeds))]
     return _ended(record, fig, axes, ["masks by entropy, weights fp32", *bars], bands=False)
 
@@ -195,14 +196,11 @@ def _dense(record: RunRecord, axes: Axes, level: int) -> None:
 def _ended(record: RunRecord, fig: Figure, axes: Axes, notes: Sequence[str], bands: bool = True) -> Figure:
     """The scale of y, which shows what lies near dense at full size, the heading and the legend."""
     axes.set_ylabel(END)
-    tickets = [
-        np.asarray(line.get_ydata(), float)
-        for line in axes.lines
-        if line.get_label() == _label(record, "ticket")
-    ]
-    shown = np.concatenate(tickets)
-    low = float(np.quantile(shown, 0.2))
-    all_of_it([axes], low - max(0.5, 0.3 * (float(extremes(axes).max()) - low)), 0.5, 100)
+    scored = {_label(record, arm) for arm in ("ticket", *others(record))}
+    lines = [np.asarray(line.get_ydata(), float) for line in axes.lines if line.get_label() in scored]
+    shown, top = np.concatenate(lines), float(extremes(axes).max())
+    near = float(shown[shown > min(top - NEAR, float(shown.max()) - 1e-9)].min())
+    all_of_it([axes], near - max(0.5, 0.1 * (top - near)), 0.5, 100)
     head(fig, axes, _heading(record, notes, bands))
     return fig
 
