@@ -12,6 +12,7 @@ from sparselth.engine.dense import init_weights
 from sparselth.engine.layout import Layout
 from sparselth.engine.paths import choose
 from sparselth.engine.state import Batch, Job, State, measure
+from sparselth.frozen import METHODS, effective
 from sparselth.models import get_model
 from sparselth.streams import stream
 
@@ -117,3 +118,59 @@ def test_a_mean_counts_images_not_batches() -> None:
 
     chunks = [(torch.zeros(1, 4, n), torch.zeros(1, 1, n, dtype=torch.int64)) for n in (5, 4, 3)]
     assert measure(Known(), chunks) == ([2.0, 9 / 12], [3 / 12, 1.0])
+
+
+def test_generations_are_kept_with_the_scores_that_were_best() -> None:
+    draws = torch.arange(4, dtype=torch.int32)[None]
+    state = State.start(torch.ones(1, 4), ADAM, 2, draws)
+    draws += 5
+    assert state.generations is not None
+    assert state.best_generations is not None
+    for found in (state.generations, state.best_generations):
+        assert found.tolist() == [[0, 1, 2, 3]]
+    assert state.generations is not state.best_generations
+    assert state.is_best
+    state.generations += 1
+    assert not state.is_best
+    assert state.best_generations.tolist() == [[0, 1, 2, 3]]
+    state.weights += 1
+    state.step = 3
+    best = state.best_weights
+    state.keep_best(0.25)
+    assert (state.best_loss, state.best_step) == (0.25, 3)
+    assert state.best_weights is best  # a row of a batch's tensor stays one
+    assert state.best_weights.tolist() == [[2.0] * 4]
+    assert state.best_generations.tolist() == [[1, 2, 3, 4]]
+    assert state.is_best
+    state.weights += 1
+    assert not state.is_best
+    plain = State.start(torch.ones(1, 4), ADAM)
+    assert (plain.generations, plain.best_generations, plain.is_best) == (None, None, True)
+    plain.weights += 1
+    assert not plain.is_best
+    plain.keep_best(0.5)
+    assert plain.is_best
+    plain.best_generations = draws
+    assert not plain.is_best
+
+
+@pytest.mark.parametrize("name", ["iterand", "edge-popup"])
+def test_a_job_s_network_is_what_its_scores_make_of_frozen_weights(name: str) -> None:
+    method, params = METHODS[name], LENET.params
+    frozen = method.frozen(3, law="normal")
+    scores = method.start(frozen, params, torch.Generator().manual_seed(1))
+    draws = torch.zeros(1, params.mask_size, dtype=torch.int32) if method.has_generations else None
+    state = State.start(scores[None], ADAM, 0, draws)
+    own = Job(Cell(0, "ticket", 0), state, params.full_mask(), frozen=frozen)
+    first = effective(frozen, params, scores, None if draws is None else draws[0])
+    state.weights = state.weights.flip(1)
+    now = draws
+    if state.generations is not None:
+        now = state.generations = state.generations + 1
+    expected = effective(frozen, params, scores.flip(0), None if now is None else now[0])
+    assert torch.equal(own.network(LENET), expected[None])
+    assert torch.equal(own.network(LENET, best=True), first[None])
+    assert not torch.equal(first, expected)
+    trained = Job(Cell(0, "ticket", 0), state, params.full_mask())
+    assert trained.network(LENET) is state.weights
+    assert trained.network(LENET, best=True) is state.best_weights
