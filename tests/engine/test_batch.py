@@ -91,7 +91,8 @@ class Updates:
 def test_each_start_step_has_an_update_of_its_rows(few: Resident, monkeypatch: pytest.MonkeyPatch) -> None:
     updates, n, m = Updates(monkeypatch), NORMS.params.trained_size, NORMS.params.mask_size
     assert n < NORMS.params.size
-    jobs = jobs_of(NORMS, [(0, 3, False), (2, 0, True), (2, 1, False), (2, 1, False), (3, 1, False)])
+    cells = [(0, 3, False), (2, 0, True), (2, 1, False), (2, 1, False), (3, 1, False), (3, 2, False)]
+    jobs = jobs_of(NORMS, cells)
     together = Batch(NORMS, few, jobs, PLAN, choose("reference", "cpu"))
     steps = DenseSteps(together, vendor=False)
     assert steps.grad.shape == together.weights.shape
@@ -99,7 +100,7 @@ def test_each_start_step_has_an_update_of_its_rows(few: Resident, monkeypatch: p
     assert steps.state_bytes == 4 * steps.grad.numel() + 10 + 11 + 12
     assert [start for start, _ in steps.updates] == [0, 2, 3]
     for (weights, grad, moments, live, *rest), span in zip(
-        updates.given, (slice(0, 1), slice(1, 4), slice(4, 5)), strict=True
+        updates.given, (slice(0, 1), slice(1, 4), slice(4, 6)), strict=True
     ):
         pairs = [(weights, together.weights), (grad, steps.grad)]
         for found, whole in (*pairs, *zip(moments, together.moments, strict=True)):

@@ -181,6 +181,7 @@ ABOVE, BELOW = ("is %d.00 ± 1.00 pp " + side + " reinit and %s" for side in ("a
         (gap(0.01, 0.03), LATER, (500, 0), ABOVE % (2, "SAME")),
         (gap(0.01, 0.03), LATER, (1, 1), ABOVE % (2, "stops 1.00x later STEPS")),
         (gap(0.01, 0.03), LATER, (500, 400), ABOVE % (2, "stops 1.25x later STEPS")),
+        (gap(0.01, 0.03), gap(0.25, 0.5), (500, 400), ABOVE % (2, "stops 1.25x later STEPS")),
         (gap(0.01, 0.03), gap(-2, -1), (400, 1000), ABOVE % (2, "stops 2.50x sooner STEPS")),
     ],
 )
@@ -272,3 +273,16 @@ def test_layers_without_a_weight_are_named_from_the_first_level_on() -> None:
     said = "From level 2 on fc1 and fc3 has no weight left on at least one seed."
     assert tables._closing(record(some[::-1], 3, levels=3)) == said
     assert tables._closing(record([])) == ""
+
+
+def test_what_dense_costs_is_told_before_any_level_is_there() -> None:
+    some = points("ticket", 0, [0.9], step_seconds=2e-3, state_bytes=4000)
+    assert tables._costs(record(some)).splitlines()[-1].split() == [
+        "0",
+        "100.0",
+        "2.000",
+        "1.000",
+        "4",
+        "1.000",
+    ]
+    assert tables._costs(record(points("ticket", 1, [0.9], step_seconds=2e-3, state_bytes=4000))) == ""
