@@ -51,6 +51,35 @@ def test_a_plan_s_price_is_of_the_cells_that_will_be_computed(config: Callable[.
         assert plan.finished == plan.lost == frozenset()
 
 
+class Costs(Simulated):
+    """Three cells whose cost is known: 1, 2 and 4 seconds, or not."""
+
+    known = True
+
+    def seconds(self, cell: Cell) -> float | None:
+        return 2.0**cell.level if self.known or cell.level < 2 else None
+
+
+def test_what_trains_nothing_takes_as_long_as_its_cells_that_are_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = Costs(chains=(0,), levels=2)
+    first, _, last = asked.cells()
+    for workers, done, lost, seconds in (
+        (1, [], [], 7.0),
+        (2, [], [], 4.0),  # the longest of them
+        (3, [], [], 4.0),
+        (1, [first], [], 6.0),
+        (1, [first], [last], 2.0),
+        (1, asked.cells(), [], None),
+    ):
+        plan = Plan(asked, None, Path("run"), "", workers, 5, {}, frozenset(done), frozenset(lost))
+        assert plan.seconds == seconds
+    monkeypatch.setattr(Costs, "known", False)
+    assert Plan(asked, None, Path("run"), "", 1, 5, {}).seconds is None
+    assert Plan(asked, None, Path("run"), "", 1, 5, {}, frozenset({last})).seconds == 3.0
+
+
 def test_who_only_warns_warns_of_what_it_is_told_and_of_what_diverged() -> None:
     told = Watcher()
     with pytest.warns(UserWarning, match=r"^another set is taken$") as caught:
