@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -476,3 +477,65 @@ def test_the_mask_of_a_file_that_was_altered_is_not_read(tmp_path: Path) -> None
     file.unlink()
     with pytest.raises(SparselthError, match=rf"^{file}: cannot be read \(No such file or directory\)$"):
         record.mask(3, 1, "fc1.weight")
+
+
+def unproven(path: Path) -> None:
+    """Make a folder that of the version before: nothing has a checksum."""
+    for name in LINES:
+        rows = [plain(json.loads(text)) for text in (path / name).read_bytes().splitlines()]
+        lines = [line({key: value for key, value in row.items() if key != "proof"}) for row in rows]
+        (path / name).write_bytes(joined(lines))
+    for name in ("config.json", "environment.json"):
+        (path / name).write_bytes(dump(plain(json.loads((path / name).read_bytes()))))
+    for file in (path / "cells").iterdir():
+        arrays, header = load_arrays(file)
+        text = json.dumps(header | {"config": CONFIG.digest_before()})
+        file.write_bytes(save(arrays, metadata={"sparselth": text}))
+
+
+def test_times_that_are_lost_stay_unknown_and_files_are_looked_at_when_they_are_used(
+    tmp_path: Path, simulated: None
+) -> None:
+    begun(tmp_path)
+    kept = (tmp_path / "timings.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "timings.jsonl").write_bytes(b"".join(kept[1:]))
+    cell_path(tmp_path, CELLS[2]).write_bytes(b"torn")
+    record = read(tmp_path)
+    assert record.damage == "timings.jsonl lacks seed 0 number level 0, whose times stay unknown"
+    assert len(record.points) == 6
+    first, *rest = record.points
+    assert (first["train_seconds"], first["step_seconds"]) == (None, None)
+    assert {one["train_seconds"] for one in rest} == {0.1}
+
+
+def test_a_run_of_the_version_before_is_believed_by_its_headers(tmp_path: Path, simulated: None) -> None:
+    begun(tmp_path, 2)
+    unproven(tmp_path)
+    (tmp_path / "diverged").mkdir()
+    for cell, needs in ((CELLS[3], {}), (CELLS[2], {CELLS[1].key: ""}), (CELLS[1], {CELLS[0].key: ""})):
+        facts = {"why": "it grew", "config": CONFIG.digest, "needs": needs}
+        who = {"seed": cell.seed, "arm": cell.arm, "level": cell.level, "draw": cell.draw}
+        (tmp_path / "diverged" / f"{cell.key}.json").write_bytes(dump(sealed(who | facts)))
+    record = read(tmp_path)
+    assert (record.proven, record.damage, record.files) == (False, "", {})
+    assert [Cell.of(one) for one in record.points] == CELLS[:2]
+    assert [Cell.of(one) for one in record.diverged] == CELLS[2:4]  # a finished cell has not
+    shutil.rmtree(tmp_path / "diverged")
+    with open_run(tmp_path, CONFIG, HERE, resume=True) as folder:
+        assert (folder.damage, folder.missing) == ("", 4)
+    assert read(tmp_path).proven
+    (tmp_path / "environment.json").write_bytes(dump(HERE))  # now without its checksum
+    with (
+        pytest.raises(SparselthError, match=r"environment.json: cannot be read \(it has no checksum\)"),
+        open_run(tmp_path, CONFIG, HERE, resume=True),
+    ):
+        pass
+
+
+def test_what_diverges_at_once_has_no_checkpoint(tmp_path: Path, simulated: None) -> None:
+    with open_run(tmp_path, CONFIG, HERE, resume=False) as folder:
+        folder.diverge(CELLS[0], "it grew")
+        assert folder.lost == CELLS[:3]
+        (tmp_path / "environment.json").write_bytes(dump(sealed(HERE | {"break_even": {"a": 1e999}})))
+        with pytest.raises(SparselthError, match=r"cannot be read \(a break-even is no number\)"):
+            _ = folder.break_even
