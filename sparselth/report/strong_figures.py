@@ -18,7 +18,6 @@ from sparselth.report.drawing import (
     WIDTH,
     all_of_it,
     band_note,
-    extremes,
     head,
     heading,
     look,
@@ -198,7 +197,8 @@ def _ended(record: RunRecord, fig: Figure, axes: Axes, notes: Sequence[str], ban
     axes.set_ylabel(END)
     scored = {_label(record, arm) for arm in ("ticket", *others(record))}
     lines = [np.asarray(line.get_ydata(), float) for line in axes.lines if line.get_label() in scored]
-    shown, top = np.concatenate(lines), float(extremes(axes).max())
+    shown = np.concatenate(lines)
+    top = max(float(np.asarray(line.get_ydata(), float).max()) for line in axes.lines)
     near = float(shown[shown > min(top - NEAR, float(shown.max()) - 1e-9)].min())
     all_of_it([axes], near - max(0.5, 0.1 * (top - near)), 0.5, 100)
     head(fig, axes, _heading(record, notes, bands))
