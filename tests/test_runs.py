@@ -539,3 +539,80 @@ def test_what_diverges_at_once_has_no_checkpoint(tmp_path: Path, simulated: None
         (tmp_path / "environment.json").write_bytes(dump(sealed(HERE | {"break_even": {"a": 1e999}})))
         with pytest.raises(SparselthError, match=r"cannot be read \(a break-even is no number\)"):
             _ = folder.break_even
+
+
+def test_a_finished_run_is_left_as_it_is_unless_something_is_wrong(
+    tmp_path: Path, simulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(tmp_path)
+    (tmp_path / "x.tmp").touch()
+    before = files_of(tmp_path)
+    monkeypatch.setattr(runs, "plugins", lambda: (Path("c.py"),))
+    with open_run(tmp_path, CONFIG, HERE, resume=True):
+        pass
+    assert files_of(tmp_path) == before
+    evaluations = tmp_path / "evaluations.jsonl"
+    first = before["evaluations.jsonl"].splitlines(keepends=True)[0]
+    evaluations.write_bytes(before["evaluations.jsonl"] + first)
+    with open_run(tmp_path, CONFIG, HERE, resume=False) as folder:
+        assert (folder.missing, evaluations.read_bytes()) == (0, before["evaluations.jsonl"])
+        assert folder.damage == "evaluations.jsonl, line 19, is a second one of seed 0 number level 0"
+    assert json.loads((tmp_path / "environment.json").read_bytes())["plugins"] == ["c.py"]
+    assert not (tmp_path / "x.tmp").exists()
+    half = tmp_path / "half"
+    begun(half, 2)
+    (half / "x.tmp").touch()
+    with open_run(half, CONFIG, HERE, resume=True) as folder:
+        assert (folder.damage, (half / "x.tmp").exists()) == ("", False)
+
+
+def test_while_a_run_goes_on_lines_are_held_against_their_checksums_and_files_are_not(
+    tmp_path: Path, simulated: None
+) -> None:
+    begun(tmp_path, 5)
+    cell_path(tmp_path, CELLS[0]).unlink()
+    other = Simulated(chains=(0, 1), levels=2)
+    object.__setattr__(other, "machine", 1)
+    with open_run(tmp_path, CONFIG, HERE, resume=True) as folder:
+        folder.add(CONFIG.compute(CELLS[5:], Place(tmp_path, None, {})) or [])
+        file, rows = tmp_path / "cells.jsonl", (tmp_path / "cells.jsonl").read_bytes().splitlines()
+        assert [json.loads(row)["level"] for row in rows] == [1, 2, 0, 1, 2]
+        rows[-1] = line(plain(json.loads(rows[-1])))
+        file.write_bytes(joined(rows))
+        gone = cell_path(tmp_path, CELLS[3])
+        kept = gone.read_bytes()
+        gone.unlink()
+        again = folder.add(other.compute(CELLS[:1], Place(tmp_path, None, {})) or [])
+        assert {*again} == {CELLS[1], CELLS[5]}
+        assert folder.finished == {CELLS[0], *CELLS[2:5]}
+        for cell in (CELLS[1], CELLS[5], CELLS[2]):
+            done = other if cell.seed == 0 else CONFIG
+            gone.write_bytes(kept)
+            folder.add(done.compute([cell], Place(tmp_path, None, {})) or [])
+        gone.unlink()
+        folder.complete()
+        rows = file.read_bytes().splitlines()
+        rows[2] = line(plain(json.loads(rows[2])))
+        file.write_bytes(joined(rows))
+        with pytest.raises(
+            SparselthError, match=r"cells.jsonl, line 3, is not what was written; continue with"
+        ):
+            folder.complete()
+
+
+def test_cells_that_end_together_are_recorded_together(tmp_path: Path, simulated: None) -> None:
+    begun(tmp_path)
+    for cell in (CELLS[0], CELLS[3]):
+        cell_path(tmp_path, cell).unlink()
+    other = Simulated(chains=(0, 1), levels=2)
+    object.__setattr__(other, "machine", 1)
+    with open_run(tmp_path, CONFIG, HERE, resume=True) as folder:
+        done = other.compute([CELLS[0], CELLS[3]], Place(tmp_path, None, {})) or []
+        assert {*folder.add(done)} == {CELLS[1], CELLS[4]}
+        record = read(tmp_path)
+        assert record.damage == ""
+        for one, point in zip(done, record.points[::2], strict=True):
+            assert point["total"] == one.line["total"]
+        assert [one["partial"] for one in record.evaluations[:3]] == [
+            one["partial"] for one in done[0].evaluations
+        ]
