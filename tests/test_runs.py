@@ -616,3 +616,28 @@ def test_cells_that_end_together_are_recorded_together(tmp_path: Path, simulated
         assert [one["partial"] for one in record.evaluations[:3]] == [
             one["partial"] for one in done[0].evaluations
         ]
+
+
+def test_what_a_version_before_wrote_is_proven_when_it_goes_on(tmp_path: Path, simulated: None) -> None:
+    begun(tmp_path / "whole", 5)
+    begun(tmp_path / "run", 5)
+    whole, path = files_of(tmp_path / "whole"), tmp_path / "run"
+    unproven(path)
+    assert files_of(path) != whole
+    with open_run(path, CONFIG, HERE, resume=True) as folder:
+        assert folder.files == {cell: file_sum(cell_path(tmp_path / "whole", cell)) for cell in CELLS[:5]}
+    assert files_of(path) == whole
+    unproven(path)
+    cell_path(path, CELLS[0]).unlink()
+    arrays, header = load_arrays(cell_path(path, CELLS[3]))
+    bare = {name: value for name, value in header.items() if name != "config"}  # as the first version wrote
+    save_arrays(cell_path(path, CELLS[3]), arrays, bare)
+    with open_run(path, CONFIG, HERE, resume=True) as folder:
+        assert folder.finished == {*CELLS[1:5]}
+        assert folder.waiting == {CELLS[0]: [(CELLS[1], "")]}
+        assert load_arrays(cell_path(path, CELLS[3]))[1] == bare
+        assert load_arrays(cell_path(path, CELLS[4]))[1] == header | {
+            "cell": CELLS[4].key,
+            "config": CONFIG.digest,
+        }
+    assert read(path).proven
