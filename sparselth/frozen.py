@@ -345,8 +345,10 @@ def chance(frozen: Frozen, layer: int, spec: TensorSpec, step: int, device: str)
 METHODS: Registry[Method] = Registry("method")
 
 
-def _recipes(lr: float, weight_decay: float = 1e-4, warmup: int = 0) -> dict[str, Recipe]:
-    whole = Recipe(
+def _recipes(
+    lr: float, convolving_lr: float, weight_decay: float = 1e-4, warmup: int = 0
+) -> dict[str, Recipe]:
+    linear = Recipe(
         steps=4000,
         lr=lr,
         batch_size=128,
@@ -355,44 +357,45 @@ def _recipes(lr: float, weight_decay: float = 1e-4, warmup: int = 0) -> dict[str
         warmup=warmup,
         cosine=True,
     )
-    return {"linear": whole, "convolve": replace(whole, steps=3000)}
+    convolving = replace(linear, steps=1000, lr=convolving_lr, batch_size=64, warmup=warmup // 4)
+    return {"linear": linear, "convolve": convolving}
 
 
 for _method in (
     Method(
         name="edge-popup",
         meaning="the weights of largest |score|, layer by layer (Ramanujan et al. 2020)",
-        recipes=_recipes(0.5),
+        recipes=_recipes(0.5, 0.3),
     ),
     IteRand(
         name="iterand",
         meaning="edge-popup that redraws pruned weights every so many steps (Chijiwa et al. 2021)",
-        recipes=_recipes(3.0),
+        recipes=_recipes(3.0, 1.0),
         every=100,
         share=0.3,
     ),
     Recycle(
         name="recycle",
         meaning="edge-popup, lowest-score weights overwritten by highest (Gorbett & Whitley 2023)",
-        recipes=_recipes(0.5),
+        recipes=_recipes(0.5, 0.3),
         every=100,
         share=0.3,
     ),
     Biprop(
         name="biprop",
         meaning="signs of the kept weights, one scale a layer (Diffenderfer & Kailkhura 2021)",
-        recipes=_recipes(2.0),
+        recipes=_recipes(2.0, 0.6),
         law="normal",
     ),
     Supermask(
         name="supermask",
         meaning="each weight kept by a learned chance, drawn at every step (Zhou et al. 2019)",
-        recipes=_recipes(20.0, 0.0),
+        recipes=_recipes(300.0, 100.0, 0.0),
     ),
     Signed(
         name="signed",
         meaning="a mask of -1, 0 and 1: kept, dropped or negated (Koster et al. 2022)",
-        recipes=_recipes(0.02, warmup=400),
+        recipes=_recipes(0.02, 0.01, warmup=400),
         keep=0.05,
         scaled=True,
     ),
