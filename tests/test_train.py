@@ -272,6 +272,7 @@ def test_steps_evaluations_and_their_times(digits: Resident, monkeypatch: pytest
     assert heard == [[(4, step), (5, step)] for step in (4, 8, 10)]
     ((batch,),) = [engine.batches]
     assert (batch.model, batch.data, batch.recipe) == (LENET, digits, PLAN)
+    assert batch.paths == choose(TOGETHER, "cpu")
     for job, begun, after in zip(jobs, first, (3, 6), strict=True):
         state = job.state
         assert state.kept_weights is not None
@@ -312,6 +313,17 @@ def test_stopped_training_keeps_its_times_and_goes_on(
     assert engine.calls[0] == ((at, 4) if at < 4 else ())
     assert all(is_done(job, PLAN) for job in jobs)
     assert [line["step"] for line in state.evaluations] == [4, 8, 10]
+
+
+def test_who_is_left_goes_on(digits: Resident, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, jobs, heard = Asked(monkeypatch), pair(), list[Any]()
+    engine.losses[0] = [2.0, 1e9]
+    fit(LENET, digits, jobs, PLAN, kernels=TOGETHER, on_evaluation=lambda some: heard.append(len(some)))
+    assert engine.calls == [(0, 4), (), (4, 8), (), (8, 10), ()]
+    assert (heard, [len(batch.jobs) for batch in engine.batches]) == ([1, 1, 1], [2, 1])
+    assert (jobs[0].diverged, jobs[0].state.step) == (None, 10)
+    assert jobs[1].diverged is not None
+    assert (jobs[1].state.step, jobs[1].state.evaluations) == (4, [])
 
 
 def test_who_is_behind_catches_up(digits: Resident, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,6 +387,9 @@ def test_training_enters_and_leaves_its_groups(digits: Resident, monkeypatch: py
     assert seen == [PLAN, (digits, PLAN, print, never_), "left"]
     fit(LENET, digits, [], PLAN)
     assert len(given) == 1
+    with pytest.raises(MemoryError):
+        fit(LENET, digits, jobs, PLAN)
+    assert given[1:] == [(LENET, jobs, "auto", None)]
 
 
 @pytest.mark.parametrize(
