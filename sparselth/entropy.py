@@ -55,19 +55,24 @@ def decode(data: Bytes, n: int) -> Bytes:
 def encode_matrix(symbols: NDArray[np.integer]) -> Bytes:
     """The fewest bytes of a matrix of numbers from 0 to 255, as a whole or in groups of rows and columns."""
     whole, kept = encode(symbols.ravel()), symbols != 0
-    found = [whole]
+    best, least = (0, 0), float(whole.size)
     for rows, columns in GROUPS if symbols.size and int(symbols.max()) < MOST_SYMBOLS else ():
-        classes = _classes(kept.sum(1), rows), _classes(kept.sum(0), columns)
-        groups = _groups(*classes, columns)
+        groups = _groups(_classes(kept.sum(1), rows), _classes(kept.sum(0), columns), columns)
         pairs = np.bincount(groups.astype(np.int64) * MOST_SYMBOLS + symbols.ravel())
         by_group = np.split(pairs, np.arange(MOST_SYMBOLS, pairs.size, MOST_SYMBOLS))
-        if sum(map(_ideal, by_group)) < whole.size:
-            sides = [encode(one) for one in classes]
-            head = np.array([GROUPED, rows, columns], np.uint8)
-            lengths = np.array([side.size for side in sides], "<u4").view(np.uint8)
-            coded = _encode(symbols.astype(np.uint8).ravel(), groups, rows * columns)
-            found.append(np.concatenate([head, lengths, *sides, coded]))
-    return min(found, key=len)
+        bits = zip(symbols.shape, (rows, columns), strict=True)  # that say which row and column is where
+        size = sum(map(_ideal, by_group)) + sum(n * (count.bit_length() - 1) / 8 for n, count in bits)
+        size += 2 * np.count_nonzero(np.bincount(symbols.ravel())) * rows * columns  # tables
+        if size < least:
+            best, least = (rows, columns), size
+    if best == (0, 0):
+        return whole
+    classes = _classes(kept.sum(1), best[0]), _classes(kept.sum(0), best[1])
+    each = [encode(one) for one in classes]
+    lengths = np.array([side.size for side in each], "<u4").view(np.uint8)
+    coded = _encode(symbols.astype(np.uint8).ravel(), _groups(*classes, best[1]), best[0] * best[1])
+    found = np.concatenate([np.array([GROUPED, *best], np.uint8), lengths, *each, coded])
+    return min(whole, found, key=len)
 
 
 def decode_matrix(data: Bytes, shape: tuple[int, int]) -> Bytes:

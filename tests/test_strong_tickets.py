@@ -16,7 +16,7 @@ from sparselth.frozen import LAWS, METHODS, Frozen, effective, mask_of
 from sparselth.models import Model, get_model
 from sparselth.strong_tickets import Content
 
-LENET, SMALL, RESNET = (get_model(name) for name in ("lenet-300-100", "lenet-300-100@0.1", "resnet20"))
+LENET, SMALL, RESNET = (get_model(name) for name in ("lenet-300-100", "lenet-300-100@0.1", "resnet20@0.5"))
 WHERE = {"dataset": "mnist", "config": "0" * 8, "rewind_step": 0}
 
 
@@ -48,8 +48,10 @@ def written(file: Path, model: Model, frozen: Frozen) -> torch.Tensor:
     return effective(frozen, model.params, scores, redraws)
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(
+    ("name", "law"),
+    [*((name, METHODS[name].law) for name in METHODS), *(("recycle", law) for law in LAWS[1:])],
+)
 def test_a_file_is_the_network_bit_for_bit(name: str, law: str, tmp_path: Path) -> None:
     file = tmp_path / "seed5-ticket-00.safetensors"
     model = get_model("lenet-300-100@0.1")
@@ -77,8 +79,9 @@ def test_batch_norms_come_back(tmp_path: Path) -> None:
     assert file.stat().st_size <= RESNET.params.prunable / 8 + norms + 6144
 
 
-@pytest.mark.parametrize("keep", [0.02, 0.3, 0.5, 0.9])
-@pytest.mark.parametrize("model", ["lenet-300-100", "conv6"])
+@pytest.mark.parametrize(
+    ("model", "keep"), [*(("lenet-300-100", keep) for keep in (0.02, 0.3, 0.5, 0.9)), ("conv6@0.5", 0.5)]
+)
 def test_a_bit_a_weight_and_4_kb_at_most(model: str, keep: float, tmp_path: Path) -> None:
     file, network = tmp_path / "seed0-ticket-00.safetensors", get_model(model)
     written(file, network, METHODS["edge-popup"].frozen(0, keep=keep))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from sparselth.report.diverged import state
-from sparselth.report.drawing import STYLE, WIDTH, band_note, head, heading, look, save, spread
+from sparselth.report.drawing import STYLE, WIDTH, balanced, band_note, head, heading, look, save, spread
 from sparselth.report.page import Group, fill, side_by_side, width
 from sparselth.report.stats import FEWEST, cells, images_counted, mean_interval, paired, seed_list, signed_pp
 from sparselth.report.tables import MISSING
@@ -161,8 +161,8 @@ def draw(record: RunRecord, folder: Path) -> list[Path]:
                 *band_note(len(config.seeds)),
             ]
             lowest = min(float(np.asarray(line.get_ydata(), float).min()) for line in axes.lines)
-            notes += [f"drawn at {LEAST:g}: that or less"] if lowest <= LEAST else []
-            head(fig, axes, "\n".join([text, "; ".join(notes)]))
+            notes += ["drawn at 0.00001: that or less"] if lowest <= LEAST else []
+            head(fig, axes, "\n".join(map(balanced, (text, "; ".join(notes)))))
             written += save(fig, folder, "single_relu")
     return written
 

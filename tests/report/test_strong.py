@@ -119,7 +119,6 @@ def test_the_summary_is_json() -> None:
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({}, {"kept", "bytes", "learning"}),
         ({"width": (0.5, 1.0)}, {"kept", "width", "bytes", "learning"}),
         ({"arms": ("ticket",)}, {"kept", "learning"}),
     ],
@@ -133,9 +132,6 @@ def test_figures_are_drawn_where_there_is_something_to_see(
     written = draw(record, tmp_path / "figures")
     assert {file.name for file in written} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     assert draw(record, tmp_path / "figures") == []  # they are there
-    first = {file: file.read_bytes() for file in written}
-    (tmp_path / "figures" / "learning.svg").unlink()
-    assert {file: file.read_bytes() for file in draw(record, tmp_path / "figures")} == first
 
 
 def test_a_plan_says_what_is_swept() -> None:
