@@ -112,6 +112,7 @@ def test_a_mean_counts_images_not_batches() -> None:
     class Known:
         def sums(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             n = x.shape[2]
+            assert y.shape == (1, 1, n)
             return torch.tensor([n * 2.0, 3.0], dtype=torch.float64), torch.tensor(
                 [1.0, n], dtype=torch.float64
             )
@@ -174,3 +175,17 @@ def test_a_job_s_network_is_what_its_scores_make_of_frozen_weights(name: str) ->
     trained = Job(Cell(0, "ticket", 0), state, params.full_mask())
     assert trained.network(LENET) is state.weights
     assert trained.network(LENET, best=True) is state.best_weights
+
+
+def test_a_state_that_parts_from_a_batch_has_tensors_of_its_own(digits: Resident) -> None:
+    jobs = [job(0), job(1)]
+    batch = Batch(LENET, digits, jobs, ADAM, choose("reference", "cpu"))
+    state = batch.jobs[1].state
+    before = [t.clone() for t in tensors(state)]
+    state.part()
+    for t in (batch.weights, *batch.moments):
+        t += 1
+    batch.jobs[0].state.best_weights += 1
+    assert all(map(torch.equal, tensors(state), before))
+    for found in tensors(state):
+        assert found.untyped_storage().nbytes() == 4 * LENET.params.size  # the batch can be let go
