@@ -396,7 +396,7 @@ for _method in (
     Signed(
         name="signed",
         meaning="a mask of -1, 0 and 1: kept, dropped or negated (Koster et al. 2022)",
-        recipes=_recipes(0.02, 0.01, warmup=400),
+        recipes=_recipes(0.02, 0.001, warmup=400),
         keep=0.05,
         scaled=True,
     ),
