@@ -229,6 +229,28 @@ def test_a_cosine_takes_the_learning_rate_to_0_behind_the_warm_up() -> None:
     assert Recipe(steps=9, lr=2.0, lr_drops=(3,), cosine=True).lr_at(3) == pytest.approx(0.15)
 
 
+def test_numbers_of_a_list_are_floats_and_shown_short() -> None:
+    @dataclass(frozen=True)
+    class Some(Options):
+        widths: tuple[float, ...] = option((1, 0.5), "How wide.")
+        names: tuple[str, ...] = option(("a",), "Who.")
+
+    found = Some()
+    assert found.widths == (1.0, 0.5)
+    assert [type(one) for one in found.widths] == [float, float]
+    assert Some(widths=(0.125, 1.0 / 3)).widths == (0.125, 1.0 / 3)
+    assert str(Some(widths=(0.125, 1.0 / 3)).wrong("widths", "so")) == "`widths` 0.125,0.333333: so"
+    assert str(found.wrong("names", "so")) == "`names` a: so"
+    assert Some(widths=("wide",)).widths == ("wide",)  # type: ignore[arg-type]  # which the check refuses
+
+
+def test_a_digest_of_the_version_before_is_of_its_lists_as_they_were_written() -> None:
+    written = EQUAL.to_json()
+    assert EQUAL.digest_before(written) == EQUAL.digest_before()
+    assert EQUAL.digest_before(written | {"seeds": [7, 5]}) != EQUAL.digest_before()
+    assert EQUAL.digest_before(written | {"rate": 0.75}) == EQUAL.digest_before()
+
+
 def test_a_schedule_that_was_added_leaves_the_digests_of_others_as_they_were() -> None:
     recipe = replace(EQUAL.recipe, cosine=True)
     assert "cosine" not in EQUAL.recipe.identity()

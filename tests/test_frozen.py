@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparselth import frozen as frozen_module
+from sparselth.config import Recipe
 from sparselth.engine.dense import Network, cross_entropy_grad
 from sparselth.errors import UsageError
 from sparselth.frozen import LAWS, METHODS, Frozen, Method, chance, effective, mask_of, weights_of
@@ -388,6 +390,7 @@ def test_the_lowest_take_the_values_of_the_highest_in_their_order() -> None:
     generations[1] = 3  # whose value it is goes along
     assert method.after(frozen, PAIR, 1, scores, generations)
     assert (int(generations[2]), int(generations[1])) == (1 + 3 - 2, 3)
+    assert generations[SIX.span].nonzero().flatten().tolist() == [1, 2]  # kept ones stay
     never, still = method.frozen(0, every=0), generations.clone()
     assert not method.after(never, PAIR, 1, scores, generations)
     assert torch.equal(generations, still)
@@ -455,6 +458,9 @@ def test_networks_and_slopes_by_hand() -> None:
     assert network("supermask") == [2, -4, 0, -8, 0, 0]
     assert METHODS["biprop"].network(PAIR, mask, weights)[NINE.span].eq(0).all()
     assert METHODS["supermask"].network(PAIR, mask, weights)[NINE.span].eq(0).all()
+    one = scores_of(0, 0, 0, 1, 0, 0, *[0.0] * 9).bool()
+    assert METHODS["biprop"].network(PAIR, one, weights)[3] == -4
+    assert METHODS["supermask"].network(PAIR, one, weights)[3] == -24
     assert slope("edge-popup").tolist() == slope("biprop").tolist() == [10, 20, 30, 40, 0, -60]
     assert slope("iterand").tolist() == slope("signed").tolist() == [10, -20, 30, -40, 50, -60]
     odds = scores[SIX.span].sigmoid()
@@ -483,3 +489,16 @@ def test_what_is_behind_the_weights_stays_in_the_network() -> None:
     iterand = METHODS["iterand"].frozen(1, law="normal")
     expected = weights_of(iterand, PAIR, redraws) * mask_of(iterand, PAIR, flat)
     assert torch.equal(effective(iterand, PAIR, flat, redraws)[:32], expected)
+
+
+def test_recipes_of_scores() -> None:
+    shared: dict[str, Any] = {"optimizer": "sgd", "cosine": True, "weight_decay": 1e-4}
+    assert frozen_module._recipes(3.0, 2.0) == {
+        "linear": Recipe(steps=4000, lr=3.0, batch_size=128, **shared),
+        "convolve": Recipe(steps=1000, lr=2.0, batch_size=64, **shared),
+    }
+    shared["weight_decay"] = 0.5
+    assert frozen_module._recipes(3.0, 2.0, 0.5, warmup=23) == {
+        "linear": Recipe(steps=4000, lr=3.0, batch_size=128, warmup=23, **shared),
+        "convolve": Recipe(steps=1000, lr=2.0, batch_size=64, warmup=5, **shared),
+    }
