@@ -4,11 +4,10 @@
     make mutants ROOMS="config train"  these
 
 mutmut writes all faults of a room into a copy of the tree and tries each in a fork of a process that has
-imported everything, with those of the room's tests that reach the function, but for tests marked `whole`: most
-take a fraction of a second.
-What was tried is kept in build/mutants/; tried again are survivors, and faults in functions that changed. A
-room's score is the share of its faults that a test notices, without those of equivalent_mutants.txt, which
-change nothing. The exit code is 1 where a score is below LEAST.
+imported everything, with those of the room's tests that reach the function and are not marked `whole`: most
+take a fraction of a second. What was tried is kept in build/mutants/; tried again are survivors, and faults
+in functions that changed. A room's score is the share of its faults that a test notices, without those of
+equivalent_mutants.txt, which change nothing. The exit code is 1 where a score is below LEAST.
 
 Other than by mutmut itself, functions with decorators are mutated, too; texts for people (strings with a
 blank) and the arguments in LEFT are not. Class bodies and module constants lie in no function and stay as
