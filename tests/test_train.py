@@ -11,6 +11,7 @@ import torch
 from sparselth import pruning, train
 from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Resident
+from sparselth.engine import choose as engine_choose
 from sparselth.engine.dense import init_weights
 from sparselth.engine.paths import choose
 from sparselth.engine.state import Batch, Job, State, Stopped, never
@@ -217,6 +218,7 @@ class Asked:
         monkeypatch.setattr(train.time, "perf_counter", lambda: self.wall)
         monkeypatch.setattr(train.time, "process_time", lambda: self.processor)
         monkeypatch.setattr(train, "steps", self.of)
+        monkeypatch.setattr(engine_choose, "trains_alone", lambda paths, device: False)
 
     def of(self, batch: Batch) -> Asked:
         self.batches.append(batch)
@@ -245,7 +247,7 @@ class Asked:
         return found[:n], [0.5, 0.25][:n]
 
 
-TOGETHER = "reference"  # kernels that take the jobs as one batch
+TOGETHER = "reference"
 PLAN = Recipe(steps=10, lr=1.0, optimizer="sgd", eval_every=4)
 
 

@@ -1,8 +1,8 @@
 """The one door to the engines: who trains together, and through which of them.
 
 Jobs that take the same way train as the replicas of one batch; on a CPU, where one network fills the
-caches, our C kernels take them one after another. A job's mask and the paths alone decide, so that what a
-job computes does not depend on the others.
+caches, they train one after another. A job's mask and the paths alone decide, so that what a job computes
+does not depend on the others.
 """
 
 from __future__ import annotations
@@ -71,12 +71,13 @@ def groups(
     are kernels for it.
     """
     together: tuple[list[Job], list[Job]] = [], []  # trained, frozen
-    paths = choose(kernels, jobs[0].state.weights.device.type)
+    device = jobs[0].state.weights.device.type
+    paths = choose(kernels, device)
     for job in jobs:
         compressed = frozenset[str]()
         if job.frozen is None:
             compressed = compressed_layers(model, job.mask, break_even or {}, paths)
-        if compressed or trains_alone(paths):
+        if compressed or trains_alone(paths, device):
             yield Group(model, [job], paths, compressed)
         else:
             together[job.frozen is not None].append(job)
@@ -110,9 +111,13 @@ def prepare(
     return steps(Batch(model, data, group.jobs, recipe, group.paths))
 
 
-def trains_alone(paths: Paths) -> bool:
-    """Whether networks train one after another: a batch takes as long as its replicas together."""
-    return paths.masked_update.takes == "native"
+def trains_alone(paths: Paths, device: str) -> bool:
+    """Whether networks train one after another: on a CPU a batch takes as long as its replicas together.
+
+    And MKL rounds small products by where in memory their numbers begin (on Zen 4), so that a replica's
+    bits would depend on how many come before it.
+    """
+    return device == "cpu" and paths.masked_update.takes != "triton"
 
 
 def compressed_layers(

@@ -190,7 +190,8 @@ def _save_state(file: Path, state: State, where: dict[str, Any]) -> None:
 def _load_state(file: Path, device: str, most: int = ARRAYS_BYTES) -> State:
     arrays, header = load_arrays(file, most=most)
     try:
-        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        # cloned: they begin in memory where torch's own do, and MKL rounds by that
+        tensors = {name: torch.from_numpy(array).clone().to(device) for name, array in arrays.items()}
         return State(
             header["step"],
             tensors["weights"],

@@ -210,7 +210,7 @@ def measured(
 
     batches, validation = dict[int, float](), dict[int, float]()
     batches[1], validation[1] = timed(0, 1)
-    alone = trains_alone(choose(config.kernels, data.device))
+    alone = trains_alone(choose(config.kernels, data.device), data.device)
     while limit > 1 and not alone:  # alone, a batch takes what its replicas take one after another
         try:
             batches[limit], validation[limit] = timed(0, limit)

@@ -218,6 +218,7 @@ CASES: dict[tuple[str, str], Case] = (
         ("bench", "train"): Case("bench --model conv2", "--train", of("bench_training", "name"), "conv2"),
         ("bench", "device"): Case("bench", "--device cpu", lambda seen: seen.err, ""),  # no word about CUDA
         ("bench", "threads"): Case("bench", "--threads 2", lambda seen: seen.threads, 2),
+        ("bench", "strong"): Case("bench", "--strong", lambda seen: seen.asked["Asked"]["strong"]),
         ("bench", "quick"): Case("bench", "--quick", of("bench_layers", "seconds"), QUICK),
         ("bench", "every"): Case("bench", "--all", lambda seen: seen.asked["report"]["every"]),
         ("bench", "csv_file"): Case("bench", "--csv rows.csv", lambda seen: Path("rows.csv").is_file()),

@@ -203,7 +203,8 @@ def test_what_is_evaluated_is_the_network_of_the_scores(name: str, digits: Resid
     assert one.state.evaluations[-1]["validation_accuracy"] == accuracies[0]
 
 
-def test_frozen_jobs_train_apart_from_trained_ones(digits: Resident) -> None:
+def test_frozen_jobs_train_apart_from_trained_ones(digits: Resident, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparselth.engine.choose.trains_alone", lambda paths, device: False)
     flat = job(FC, "edge-popup").state.weights
     flat[:, : FC.params.mask_size] *= 0.1
     trained = Job(Cell(0, "dense", 0), State.start(flat, RECIPE), FC.params.full_mask())
