@@ -41,7 +41,7 @@ from sparselth.experiments.price import Price, measured
 from sparselth.experiments.training import Training
 from sparselth.machine import cores
 from sparselth.registry import load_plugin, plugins
-from sparselth.runs import RunFolder
+from sparselth.runs import RunFolder, checkpoint_path
 
 GRACE = 1.2  # seconds from a signal until a worker must have come to an end of a step or of a chunk of images
 PATIENCE = 5.0  # seconds that idle workers have to end
@@ -169,7 +169,7 @@ class Pool:
         agenda = Agenda(self.config, folder.finished, folder.diverged)
         busy: dict[int, list[Cell]] = {}
         saving: set[int] = set()  # workers that have come to an end of a step and write checkpoints
-        saved, cut, told = 0, 0, False
+        saved, cut, lost, told = 0, 0, 0, False
         failure: BaseException | None = None
         caught: list[tuple[str, float]] = []
 
@@ -214,7 +214,9 @@ class Pool:
                         case "stopping":
                             saving.add(worker)
                         case "stopped":
-                            saved += len(busy.pop(worker))
+                            cells = busy.pop(worker)
+                            kept = sum(checkpoint_path(folder.path, cell).exists() for cell in cells)
+                            saved, lost = saved + kept, lost + len(cells) - kept
                         case "memory":
                             cells = busy.pop(worker)
                             limit = max(1, min(limit, len(cells) // 2))
@@ -240,7 +242,7 @@ class Pool:
         if failure:
             raise failure
         if folder.missing:
-            raise stopped(folder, caught[0][0] if caught else "its caller", saved, cut)
+            raise stopped(folder, caught[0][0] if caught else "its caller", saved, cut, lost)
         folder.complete()
 
     def _receive(self, worker: int) -> tuple[str, Any]:
@@ -258,8 +260,9 @@ class Pool:
         return message
 
 
-def stopped(folder: RunFolder, who: str, saved: int = 0, cut: int = 0) -> Interrupted:
-    """How a run stands that a signal has ended: cells that are finished, `saved`, and `cut` within a step."""
+def stopped(folder: RunFolder, who: str, saved: int = 0, cut: int = 0, lost: int = 0) -> Interrupted:
+    """How a run stands that a signal has ended: cells that are finished, `saved`, `cut` within a step, and
+    `lost`, which have no checkpoints."""
     total = len(folder.config.cells())
     if not folder.missing:
         return Interrupted(
@@ -268,6 +271,7 @@ def stopped(folder: RunFolder, who: str, saved: int = 0, cut: int = 0) -> Interr
         )
     said = f"{len(folder.finished)} of {total} cells are finished"
     said += f", {saved} under way are saved" if saved else ""
+    said += f", {lost} under way will begin again" if lost else ""
     said += f", {cut} under way were cut and go on from their last checkpoint if any" if cut else ""
     return Interrupted(f"stopped by {who}; {said} in {folder.path}; continue with `resume`")
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from simulated import Simulated
 
-from sparselth.config import Cell
+from sparselth.config import EXPERIMENTS, Cell
+from sparselth.errors import Interrupted
 from sparselth.experiments.base import Place
 from sparselth.experiments.imp import ImpConfig
-from sparselth.runs import RunRecord, read
+from sparselth.experiments.run import run
+from sparselth.runs import RunRecord, checkpoint_path, read
 
 
 def test_runs_are_the_same_at_any_number_of_replicas(
@@ -119,3 +125,24 @@ def test_workers_can_be_spawned(
     monkeypatch.setattr("sparselth.experiments.pool._forks", lambda config: False)
     spawned = imp(*flags, "--workers", "1", out="spawned")
     assert run_contents(forked.path) == run_contents(spawned.path)
+
+
+def test_a_cell_without_a_checkpoint_is_not_said_to_be_saved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of two cells under way that were stopped, as constructions are, one has left a checkpoint."""
+    config = Simulated(chains=(0, 1), levels=0)
+
+    def compute(self: Simulated, cells: Sequence[Cell], place: Place) -> None:
+        os.kill(os.getppid(), signal.SIGTERM)
+        for file in [checkpoint_path(place.run, cell) for cell in cells if cell.seed]:
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(b"")
+        while not place.should_stop():
+            time.sleep(0.01)
+
+    monkeypatch.setattr(EXPERIMENTS, "things", dict(EXPERIMENTS.items()) | {"simulated": Simulated})
+    monkeypatch.setattr(Simulated, "compute", compute)
+    said = "0 of 2 cells are finished, 1 under way are saved, 1 under way will begin again in"
+    with pytest.raises(Interrupted, match=said):
+        run(config, out=tmp_path / "run", workers=1, replicas=2)
