@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -64,6 +65,18 @@ def save(fig: Figure, folder: Path, name: str) -> list[Path]:
         paths.append(folder / f"{name}.{kind}")
         write_atomically(paths[-1], content.getvalue())
     return paths
+
+
+def save_each(
+    makers: Mapping[str, Callable[[RunRecord], Figure | None]], record: RunRecord, folder: Path
+) -> list[Path]:
+    """Each by its name, in the style of all; what has nothing to show makes None."""
+    written = []
+    with matplotlib.style.context(STYLE):
+        for name, make in makers.items():
+            if (fig := make(record)) is not None:
+                written += save(fig, folder, name)
+    return written
 
 
 def look(i: int) -> tuple[str, str]:

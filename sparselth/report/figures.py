@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,7 +16,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from sparselth.report.drawing import (
     DASHED,
-    STYLE,
     WIDTH,
     all_of_it,
     band_note,
@@ -28,7 +26,7 @@ from sparselth.report.drawing import (
     log_axis,
     look,
     look_of,
-    save,
+    save_each,
     short,
     spread,
 )
@@ -70,12 +68,7 @@ def draw(record: RunRecord, folder: Path) -> list[Path]:
         "cost": _cost,
         "pixels": pixels,
     }
-    written = []
-    with matplotlib.style.context(STYLE):
-        for name, make in makers.items():
-            if (fig := make(record)) is not None:
-                written += save(fig, folder, name)
-    return written
+    return save_each(makers, record, folder)
 
 
 def _accuracy(record: RunRecord) -> Figure:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,14 +13,13 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from sparselth.frozen import METHODS
 from sparselth.report.drawing import (
     DASHED,
-    STYLE,
     WIDTH,
     all_of_it,
     band_note,
     head,
     heading,
     look,
-    save,
+    save_each,
     spread,
 )
 from sparselth.report.strong import levels, mean, others, values
@@ -47,12 +45,7 @@ def draw(record: RunRecord, folder: Path) -> list[Path]:
         "bytes": _bytes,
         "learning": _learning,
     }
-    written = []
-    with matplotlib.style.context(STYLE):
-        for name, make in makers.items():
-            if (fig := make(record)) is not None:
-                written += save(fig, folder, name)
-    return written
+    return save_each(makers, record, folder)
 
 
 def _axes() -> tuple[Figure, Axes]:

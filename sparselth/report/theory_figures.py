@@ -7,13 +7,12 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from sparselth.report.drawing import COLOURS, DASHED, MARKERS, STYLE, WIDTH, balanced, save
+from sparselth.report.drawing import COLOURS, DASHED, MARKERS, WIDTH, balanced, save_each
 from sparselth.report.theory_tables import grouped, mean, of
 from sparselth.runs import RunRecord
 from sparselth.theory import laws
@@ -44,10 +43,7 @@ def draw(record: RunRecord, folder: Path) -> None:
         "density": _density,
         "errors": _errors,
     }
-    with matplotlib.style.context(STYLE):
-        for name, make in makers.items():
-            if (figure := make(record)) is not None:
-                save(figure, folder, name)
+    save_each(makers, record, folder)
 
 
 def _panels(number: int, title: str, **words: Any) -> tuple[Figure, list[Axes]]:

@@ -607,7 +607,7 @@ def test_names_of_many_layers_fit(model):
 
 def test_how_a_run_was_pruned_stands_in_every_figure(records, tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(figures, "save", lambda fig, folder, name: seen.setdefault(name, fig) and [])
+    monkeypatch.setattr(drawing, "save", lambda fig, folder, name: seen.setdefault(name, fig) and [])
     figures.draw(replace(records["full"], config=replace(records["full"].config, one_shot=True)), tmp_path)
     assert len(seen) == 8
     for fig in seen.values():
