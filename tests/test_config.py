@@ -94,7 +94,7 @@ def test_config_json_gives_an_equal_configuration_and_only_adds_fields() -> None
     data = json.loads(json.dumps(config.to_json()))
     assert config_from_json(data) == config
     before = json.loads(BEFORE)
-    assert set(data) - set(before) == {"experiment", "score", "eval_images"}
+    assert set(data) - set(before) == {"experiment", "score", "eval_images", "code"}
     assert data["experiment"] == "imp"
     now = EQUAL.to_json()
     assert now["recipe"].pop("cosine") is False

@@ -22,6 +22,7 @@ ORDER = [
     "files",
     "lock",
     "registry",
+    "user_files",
     "check",
     "kernels",
     "clock",

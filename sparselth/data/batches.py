@@ -21,7 +21,7 @@ from sparselth.data import Images
 from sparselth.data.sets import check_batch, n_validation
 from sparselth.streams import stream
 
-Chunk = tuple[Tensor, Tensor]  # images [1, K, B] fp32, labels [1, 1, B] int64
+Chunk = tuple[Tensor, Tensor]  # images [1, K, B] fp32, labels [1, 1, B] int64; or both with B first
 
 
 class Resident:
@@ -32,16 +32,23 @@ class Resident:
         self.images = torch.from_numpy(images.train_images).to(device)
         self.labels = torch.from_numpy(images.train_labels).to(device)
         self._test = torch.from_numpy(images.test_images), torch.from_numpy(images.test_labels)
-        self.device, self.chunk, self.most = device, chunk, most
+        self.device, self.chunk, self.most, self.shape = device, chunk, most, images.spec.shape
         pixels = self.images.shape[1] // len(images.spec.mean)
         mean, std = (
             torch.tensor(values, dtype=torch.float32, device="cpu").repeat_interleave(pixels)[:, None]
             for values in (images.spec.mean, images.spec.std)
         )
-        self.holds_bytes = self.images.dtype == torch.uint8
+        self.holds_bytes, self.holds_tokens = (
+            self.images.dtype == kind for kind in (torch.uint8, torch.int64)
+        )
         self.scale = (1 / ((255 if self.holds_bytes else 1) * std)).to(device)  # [K, 1]
         self.shift = (-mean / std).to(device)
+        self._cache()
+
+    def _cache(self) -> None:
+        """Keep the validation images of four seeds."""
         self.validation = lru_cache(maxsize=4)(self._validation)
+        self.validation_first = lru_cache(maxsize=4)(self._validation_first)
 
     @property
     def n_validation(self) -> int:
@@ -69,7 +76,7 @@ class Resident:
         """The same images, of which an evaluation looks at so many at most."""
         other = copy(self)
         other.most = most
-        other.validation = lru_cache(maxsize=4)(other._validation)
+        other._cache()
         return other
 
     def split(self, seed: int) -> tuple[Tensor, Tensor]:
@@ -79,45 +86,78 @@ class Resident:
 
     def _validation(self, seed: int) -> list[Chunk]:
         """The validation images of a seed that are looked at, in evaluation batches."""
-        index = self.split(seed)[1][: self.n_validated].to(self.device)
-        return self._chunks(self.images[index], self.labels[index])
+        return [self._last(x, y) for x, y in self._chunks(*self._validated(seed))]
+
+    def _validation_first(self, seed: int) -> list[Chunk]:
+        """The same as x [B, *shape] and labels [B, ...]."""
+        return [self._first(x, y) for x, y in self._chunks(*self._validated(seed))]
 
     def test(self) -> list[Chunk]:
         """The test images that are looked at, evenly spread, in evaluation batches."""
-        index = torch.arange(self.n_tested, device="cpu") * self.n_test // self.n_tested
-        return self._chunks(*(t[index].to(self.device) for t in self._test))
+        return [self._last(x, y) for x, y in self._chunks(*self._tested())]
 
-    def _chunks(self, images: Tensor, labels: Tensor) -> list[Chunk]:
-        return [
-            (torch.addcmul(self.shift, i.T.float(), self.scale)[None], y[None, None])
-            for i, y in zip(torch.split(images, self.chunk), torch.split(labels, self.chunk), strict=True)
-        ]
+    def test_first(self) -> list[Chunk]:
+        """The same as x [B, *shape] and labels [B, ...]."""
+        return [self._first(x, y) for x, y in self._chunks(*self._tested())]
+
+    def _validated(self, seed: int) -> Chunk:
+        index = self.split(seed)[1][: self.n_validated].to(self.device)
+        return self.images[index], self.labels[index]
+
+    def _tested(self) -> Chunk:
+        index = torch.arange(self.n_tested, device="cpu") * self.n_test // self.n_tested
+        images, labels = (t[index].to(self.device) for t in self._test)
+        return images, labels
+
+    def _chunks(self, images: Tensor, labels: Tensor) -> zip[Chunk]:
+        return zip(torch.split(images, self.chunk), torch.split(labels, self.chunk), strict=True)
+
+    def _last(self, images: Tensor, labels: Tensor) -> Chunk:
+        return torch.addcmul(self.shift, images.T.float(), self.scale)[None], labels[None, None]
+
+    def _first(self, images: Tensor, labels: Tensor) -> Chunk:
+        if self.holds_tokens:
+            return images.view(-1, *self.shape), labels
+        x = torch.addcmul(self.shift.mT, images.float(), self.scale.mT)
+        return x.view(-1, *self.shape), labels
 
 
 class Gather:
     """Images and labels by their indices [R * B], as x [R, K, B] and labels [R, 1, B].
 
-    Both tensors are buffers that the next call overwrites.
+    `first` gives them as x [R, B, *shape] and labels [R, B, ...]; tokens stay int64. All are buffers that the
+    next call overwrites.
     """
 
     def __init__(self, data: Resident, replicas: int, batch: int) -> None:
-        k = data.images.shape[1]
+        k, labels = data.images.shape[1], data.labels
         self.data = data
         self.raw = torch.empty(replicas * batch, k, dtype=data.images.dtype, device=data.device)
         self.x = torch.empty(replicas, batch, k, device=data.device, dtype=torch.float32)
-        self.y = torch.empty(replicas * batch, dtype=torch.int64, device=data.device)
+        self.y = torch.empty(replicas * batch, *labels.shape[1:], dtype=labels.dtype, device=data.device)
 
     def __call__(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        r, b, k = self.x.shape
+        self._fill(index)
+        r, b, _ = self.x.shape
+        return self._scaled().mT, self.y.view(r, 1, b)
+
+    def first(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        self._fill(index)
+        r, b, _ = self.x.shape
+        x = self.raw if self.data.holds_tokens else self._scaled()
+        return x.view(r, b, *self.data.shape), self.y.view(r, b, *self.y.shape[1:])
+
+    def _fill(self, index: Tensor) -> None:
         torch.index_select(self.data.images, 0, index, out=self.raw)
         torch.index_select(self.data.labels, 0, index, out=self.y)
-        self.x.copy_(self.raw.view(r, b, k))
-        torch.addcmul(self.data.shift.mT, self.x, self.data.scale.mT, out=self.x)
-        return self.x.mT, self.y.view(r, 1, b)
+
+    def _scaled(self) -> Tensor:
+        self.x.copy_(self.raw.view(self.x.shape))
+        return torch.addcmul(self.data.shift.mT, self.x, self.data.scale.mT, out=self.x)
 
 
 class Batches:
-    """Training batches of R replicas: `at(step)` gives what `gather` makes of the step's images.
+    """Training batches of R replicas: `at(step)` and `first(step)` give what `gather` makes of its images.
 
     The images behind the last full batch of an epoch are left out of that epoch.
     """
@@ -143,6 +183,10 @@ class Batches:
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         return self.gather(self.index(step))
+
+    def first(self, step: int) -> tuple[Tensor, Tensor]:
+        """The same batch as x [R, B, *shape] and labels [R, B, ...]."""
+        return self.gather.first(self.index(step))
 
     def draw(self, epoch: int) -> Tensor:
         """Image indices of one epoch, [R, steps, B], on the CPU."""

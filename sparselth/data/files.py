@@ -103,6 +103,7 @@ def load(name: str, folder: Path) -> Images:
     images = [array.reshape(len(array), -1) for array in arrays[::2]]
     labels = [array.astype(np.int64) for array in arrays[1::2]]
     if len(images) == 1:
+        assert spec.classes is not None
         test = np.zeros(len(labels[0]), dtype=bool)
         for label in range(spec.classes):
             test[np.flatnonzero(labels[0] == label)[-(spec.n_test // spec.classes) :]] = True
@@ -159,9 +160,9 @@ def _pixels(spec: DatasetSpec, x: NDArray[Any], n: int) -> Pixels:
 
 
 def _labels(spec: DatasetSpec, y: NDArray[Any], n: int) -> NDArray[np.int64]:
-    if y.shape != (n,) or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= spec.classes:
+    if y.shape != (n,) or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= (spec.classes or 0):
         raise SparselthError(
-            f"dataset {spec.name}: expected {n:,} labels from 0 to {spec.classes - 1} for its images, "
+            f"dataset {spec.name}: expected {n:,} labels from 0 to {(spec.classes or 0) - 1} for its images, "
             f"got {y.dtype} {list(y.shape)}"
         )
     return y.astype(np.int64)

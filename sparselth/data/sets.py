@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparselth.errors import SparselthError, UsageError
+from sparselth.models import Model
 from sparselth.registry import Registry
 
 
@@ -69,7 +70,8 @@ class CifarFile:
         return images, whole[labels + 1 + 2 * i + 2 * (i // 1000)]
 
 
-Pixels = NDArray[np.uint8] | NDArray[np.float32]
+Pixels = NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.int64]
+Labels = NDArray[np.int64] | NDArray[np.float32]
 Read = Callable[[Path], tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]]
 
 
@@ -85,8 +87,8 @@ class DatasetSpec:
 
     name: str
     title: str
-    shape: tuple[int, int, int]  # [C, H, W]
-    classes: int
+    shape: tuple[int, ...]  # of a sample: [C, H, W] of an image, [K] of a vector, [T] of tokens
+    classes: int | None  # None where labels are no classes
     n_train: int
     n_test: int
     mean: tuple[float, ...] = (0.0,)  # over the training images, per channel: of x / 255, or of floats
@@ -96,6 +98,7 @@ class DatasetSpec:
     files: tuple[IdxFile | CifarFile, ...] = ()
     torchvision: str | None = None  # the class that downloads it; None: inside the package
     read: Read | None = None
+    tokens: bool = False  # samples are numbers of words, int64, and not to be scaled
 
     @property
     def n_validation(self) -> int:
@@ -106,6 +109,36 @@ class DatasetSpec:
     def digest(self) -> str:
         """16 hex digits that name the content of all files."""
         return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()[:16]
+
+
+def check_model(spec: DatasetSpec, model: Model) -> None:
+    """Raise UsageError where a network of known layers cannot read the samples, or tell the classes apart.
+
+    Without convolutions samples of any shape will do that have as many numbers.
+    """
+    alike = spec.shape == model.input
+    if prod(spec.shape) == prod(model.input) and not spec.tokens:
+        alike |= not model.convolves or spec.shape == model.input[1:]
+    if not alike:
+        what = "tokens" if spec.tokens else "images" if len(spec.shape) == 3 else "samples"
+        raise UsageError(
+            f"`model` {model.name} takes images of {_shape(model.input)}, {spec.name} has "
+            + f"{what} of " * (what != "images")
+            + f"{_shape(spec.shape)}; use `dataset` {model.dataset}"
+        )
+    if spec.classes is None:
+        raise UsageError(
+            f"`model` {model.name} tells {model.classes} classes apart, and the labels of {spec.name} are "
+            "no classes; expected a whole number a sample"
+        )
+    if spec.classes > model.classes:
+        raise UsageError(
+            f"`model` {model.name} tells {model.classes} classes apart, {spec.name} has {spec.classes}"
+        )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def n_validation(n: int) -> int:
@@ -121,13 +154,13 @@ def check_batch(batch: int, images: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """A data set in memory; a row of images is one image, flattened channel first."""
+    """A data set in memory; a row of images is one sample, flattened, of an image channel first."""
 
     spec: DatasetSpec
-    train_images: Pixels  # [n_train, C * H * W]
-    train_labels: NDArray[np.int64]  # [n_train]
+    train_images: Pixels  # [n_train, C * H * W]; int64 tokens as they are
+    train_labels: Labels  # [n_train], or more of a sample where they are no classes of it
     test_images: Pixels
-    test_labels: NDArray[np.int64]
+    test_labels: Labels
     digest: str
     source: str  # the folder it was read from, or "inside the package"
 

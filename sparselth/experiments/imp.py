@@ -24,6 +24,7 @@ from sparselth.experiments.arms import ARMS
 from sparselth.experiments.base import Place, register
 from sparselth.experiments.training import Training
 from sparselth.models import Model, get_model
+from sparselth.user_files import short
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,7 +166,7 @@ class ImpConfig(Training):
 
     @property
     def folder(self) -> str:
-        return f"{self.model}-{self.dataset}-{self.digest}"
+        return f"{short(self.model)}-{short(self.dataset)}-{self.digest}"
 
     @property
     def title(self) -> str:

@@ -26,6 +26,7 @@ from sparselth.experiments.training import Training
 from sparselth.frozen import LAWS, METHODS, Frozen
 from sparselth.models import MODELS, Linear, Model, ReLU, get_model
 from sparselth.registry import Registry
+from sparselth.user_files import short
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -209,7 +210,7 @@ class NeuronsConfig(Training):
 
     @property
     def folder(self) -> str:
-        return f"{self.name}-{self.model}-{self.dataset}-{self.digest}"
+        return f"{self.name}-{short(self.model)}-{short(self.dataset)}-{self.digest}"
 
     @property
     def how(self) -> str:

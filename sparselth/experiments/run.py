@@ -15,7 +15,7 @@ from typing import Any
 
 from sparselth import data, machine, runs
 from sparselth.data import DatasetSpec
-from sparselth.data.sets import check_batch
+from sparselth.data.sets import check_batch, check_model
 from sparselth.engine.paths import choose
 from sparselth.errors import SparselthError, UsageError, check_number
 from sparselth.experiments.agenda import widest
@@ -189,16 +189,4 @@ def _check_fit(config: Training, dataset: DatasetSpec) -> None:
             f"`batch_size` {recipe.batch_size}: one network of {name} takes about {needed / 1e9:,.0f} GB, "
             f"there are {there / 1e9:.0f}"
         )
-    if dataset.shape != model.input:
-        raise UsageError(
-            f"`model` {name} takes images of {_shape(model.input)}, {dataset.name} has "
-            f"{_shape(dataset.shape)}; use `dataset` {model.dataset}"
-        )
-    if dataset.classes > model.classes:
-        raise UsageError(
-            f"`model` {name} tells {model.classes} classes apart, {dataset.name} has {dataset.classes}"
-        )
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
+    check_model(dataset, model)

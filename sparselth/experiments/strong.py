@@ -27,6 +27,7 @@ from sparselth.experiments.training import Training
 from sparselth.frozen import LAWS, METHODS, Frozen
 from sparselth.models import MODELS, Model, get_model
 from sparselth.registry import Registry
+from sparselth.user_files import short
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -373,7 +374,7 @@ class StrongConfig(Training):
 
     @property
     def folder(self) -> str:
-        return f"{self.name}-{self.method}-{self.model}-{self.dataset}-{self.digest}"
+        return f"{self.name}-{self.method}-{short(self.model)}-{short(self.dataset)}-{self.digest}"
 
     @property
     def title(self) -> str:

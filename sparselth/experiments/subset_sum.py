@@ -103,7 +103,7 @@ class SubsetSum(Experiment):
         from sparselth.machine import memory_bytes
 
         model, images = get_model(self.model), get_dataset(self.dataset or get_model(self.model).dataset)
-        if images.shape != model.input or images.classes > model.classes:
+        if images.shape != model.input or (images.classes or model.classes + 1) > model.classes:
             raise self.wrong("dataset", f"expected images that `model` {self.model} takes")
         there = memory_bytes()
         for name, needed in self._bytes().items():

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from sparselth import user_files
 from sparselth.config import KERNELS, Cell, Recipe, option
 from sparselth.experiments.base import Diverged, Experiment, Finished, Place
 from sparselth.models import MODELS, Model, get_model
@@ -78,6 +79,7 @@ class Training(Experiment):
         added=True,
         before=0,
     )  # a number once the data set is known
+    code: tuple[str, ...] = option((), added=True)  # of a user's files, by name: found unless given
     recipe: Recipe = field(default=None)  # type: ignore[assignment]  # the model's first unless given
     recipe_help: ClassVar[str] = "How each network is trained: within minutes, or as in the 2019 paper."
     has_usual: ClassVar[bool] = True  # a loop that users write is what a run is compared with
@@ -86,6 +88,11 @@ class Training(Experiment):
     def __post_init__(self) -> None:
         if self.recipe is None:
             object.__setattr__(self, "recipe", next(iter(self.recipes(vars(self)).values())))
+        if not self.code:
+            named = {name: getattr(self, name) for name in ("model", "dataset")}
+            files = [(kind, name) for kind, name in named.items() if user_files.is_file(name)]
+            code = tuple(f"{name} {user_files.code(kind, name)}" for kind, name in files)
+            object.__setattr__(self, "code", code)
         super().__post_init__()
 
     @classmethod
@@ -190,7 +197,7 @@ class Training(Experiment):
 
     @property
     def folder(self) -> str:
-        return f"{self.name}-{self.model}-{self.dataset}-{self.digest}"
+        return f"{self.name}-{user_files.short(self.model)}-{user_files.short(self.dataset)}-{self.digest}"
 
     @property
     def title(self) -> str:

@@ -232,7 +232,7 @@ def _training_images(model: Model) -> Resident:
     """The digits inside the package, or as many random images where a model takes others."""
     resident = Resident(data.load(data.FALLBACK, data.ASSETS), "cpu", 100)
     if model.input != data.get_dataset(data.FALLBACK).shape:
-        size = len(resident.labels), math.prod(model.input)
+        size, resident.shape = (len(resident.labels), math.prod(model.input)), model.input
         resident.images = torch.randint(
             256, size, dtype=torch.uint8, generator=stream(0, "bench", 0, "images"), device="cpu"
         )

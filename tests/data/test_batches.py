@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparselth.config import Cell
-from sparselth.data import Images, get_dataset, load
+from sparselth.data import DatasetSpec, Images, get_dataset, load
 from sparselth.data.batches import Batches, Done, Orders, Resident
 from sparselth.errors import UsageError
 from sparselth.streams import stream
@@ -182,3 +182,49 @@ def test_orders_begin_at_any_epoch(epochs: tuple[int, ...], few: Resident) -> No
         orders.enter(epoch)
         assert torch.equal(orders.order, batches.draw(epoch))
     orders.thread.shutdown()
+
+
+def kinds(shape: tuple[int, ...], labels: tuple[int, ...], tokens: bool = False) -> Resident:
+    """Made-up data of 40 samples to train on and 7 to test, of which a batch of an evaluation has 3."""
+    draw, k = np.random.default_rng(0), int(np.prod(shape))
+    spec = DatasetSpec(
+        name="made", title="", shape=shape, classes=None, n_train=40, n_test=7, tokens=tokens, std=(2.0,)
+    )
+    x: Any = draw.integers(900, size=(47, k)) if tokens else draw.normal(size=(47, k)).astype(np.float32)
+    y: Any = draw.integers(900, size=(47, *labels)) if labels else draw.normal(size=47).astype(np.float32)
+    return Resident(Images(spec, x[:40], y[:40], x[40:], y[40:], "", ""), "cpu", 3)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (60,), (12, 5)])
+def test_batch_first_are_the_same_numbers(shape: tuple[int, ...]) -> None:
+    data = kinds(shape, ())
+    assert data.labels.dtype == torch.float32
+    batches = Batches(data, [TICKET, Cell(1, "ticket", 0)], 7)
+    for step in (0, 4, 5):
+        last, targets = (t.clone() for t in batches.at(step))
+        x, y = batches.first(step)
+        assert (x.shape, y.shape, x.dtype) == ((2, 7, *shape), (2, 7), torch.float32)
+        assert torch.equal(x.reshape(2, 7, -1).mT, last)
+        assert torch.equal(y, targets[:, 0])
+    for ours, theirs in ((data.validation_first(1), data.validation(1)), (data.test_first(), data.test())):
+        assert [x.shape for x, _ in ours] == [(xs.shape[2], *shape) for xs, _ in theirs]
+        for (x, y), (xs, ys) in zip(ours, theirs, strict=True):
+            assert torch.equal(x.flatten(1).T, xs[0])
+            assert torch.equal(y, ys[0, 0])
+    assert data.validation_first(1) is data.validation_first(1)
+
+
+@pytest.mark.parametrize("labels", [(9,), (1,)])
+def test_tokens_stay_what_they_are(labels: tuple[int, ...]) -> None:
+    data = kinds((9,), labels, tokens=True)
+    batches = Batches(data, [TICKET, Cell(1, "ticket", 0)], 7)
+    x, y = batches.first(3)
+    chosen = batches.index(3).view(2, 7)
+    assert (x.dtype, y.dtype) == (torch.int64, torch.int64)
+    assert torch.equal(x, data.images[chosen])
+    assert torch.equal(y, data.labels[chosen])
+    ((x, y), *_), test = data.validation_first(0), data.test_first()
+    held = data.split(0)[1][:3]
+    assert torch.equal(x, data.images[held])
+    assert torch.equal(y, data.labels[held])
+    assert [x.shape for x, _ in test] == [(3, 9), (3, 9), (1, 9)]

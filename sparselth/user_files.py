@@ -1,0 +1,94 @@
+"""Functions in files of a user's own, by names such as "my_net.py:make".
+
+The file is imported once a process, under a name of its own; its text is known by 16 hex digits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sparselth.errors import SparselthError, UsageError
+
+_modules: dict[Path, ModuleType] = {}
+
+
+def is_file(name: str) -> bool:
+    """Whether a name says a file and a function in it."""
+    file, colon, _ = name.rpartition(":")
+    return bool(colon) and file.endswith(".py")
+
+
+def short(name: str) -> str:
+    """What a name is called in the names of folders and in tables: the file's own."""
+    return Path(name.rpartition(":")[0]).stem if is_file(name) else name
+
+
+def code(kind: str, name: str) -> str:
+    """16 hex digits that name the text of the file."""
+    return hashlib.sha256(_text(kind, name)).hexdigest()[:16]
+
+
+def function(kind: str, name: str) -> Callable[..., Any]:
+    """The function of that name; `kind` is the field that holds the name, for errors.
+
+    UsageError where there is no such file or no such function in it; SparselthError where the file fails.
+    """
+    found = getattr(module(kind, name), name.rpartition(":")[2], None)
+    if not callable(found):
+        file, _, wanted = name.rpartition(":")
+        known = [one for one, what in vars(module(kind, name)).items() if _is_own(what, module(kind, name))]
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise UsageError(f"`{kind}` {name}: {file} has no function {wanted!r}; {has}")
+    return found  # type: ignore[no-any-return]
+
+
+def module(kind: str, name: str) -> ModuleType:
+    """The file of a name as a module, for what else it says."""
+    text, path = _text(kind, name), _path(name).resolve()
+    if path in _modules:
+        return _modules[path]
+    called = f"sparselth_user_{path.stem}_{len(_modules)}"
+    spec = importlib.util.spec_from_file_location(called, path)
+    assert spec is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[called] = found
+    try:
+        exec(compile(text, path, "exec"), found.__dict__)
+    except Exception as error:
+        del sys.modules[called]
+        raise SparselthError(f"`{kind}` {name}: {said(error)}") from error
+    _modules[path] = found
+    return found
+
+
+def said(error: Exception) -> str:
+    """What a user's code raised, in one line."""
+    if isinstance(error, SparselthError):
+        return str(error)
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text:.300}" if text else type(error).__name__
+
+
+def _path(name: str) -> Path:
+    return Path(name.rpartition(":")[0]).expanduser()
+
+
+def _text(kind: str, name: str) -> bytes:
+    file = _path(name)
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"`{kind}` {name}: {file} cannot be read ({error.strerror}); expected FILE.py:FUNCTION"
+        ) from None
+
+
+def _is_own(what: Any, module: ModuleType) -> bool:
+    """Whether it is a function that the file defines."""
+    return callable(what) and getattr(what, "__module__", None) == module.__name__
