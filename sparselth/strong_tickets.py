@@ -7,8 +7,8 @@
     statistics      running means and variances of batch norms, fp32, in the order of Params
 
 The weights themselves are drawn again, as a function of (seed, layer, index, redraws); what a dropped weight
-was changes nothing. Safetensors with a header and a checksum, as other tickets; `tickets.load` reads both.
-Imports no torch before it draws weights.
+was changes nothing. Safetensors with a header and a checksum, as other tickets; `tickets.load` reads both
+as weights, and `load` a strong one as a network that holds none. Imports no torch before it draws weights.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 
 from sparselth import entropy
 from sparselth.errors import SparselthError, UsageError
-from sparselth.files import Arrays, load_arrays, save_arrays
+from sparselth.files import Arrays, load_arrays, load_header, save_arrays
 from sparselth.frozen import METHODS, Frozen, weights_of
+from sparselth.models import Model, get_model
 from sparselth.params import Params, TensorSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 SCHEMA = "sparselth.strong-ticket/1"
 PLANES = 4  # bytes of a number of redraws
@@ -73,6 +74,42 @@ class Content:
     def kept(self, params: Params) -> dict[str, int]:
         """Kept weights of every tensor."""
         return {spec.name: int(np.count_nonzero(self.mask[spec.span])) for spec in params.weights}
+
+
+@dataclass(frozen=True, eq=False)
+class StrongTicket:
+    """A strong ticket that was found, with its network."""
+
+    model: Model
+    header: dict[str, Any]
+    content: Content
+
+    def network(self) -> nn.Module:
+        """The network, in evaluation mode, of layers that hold a seed and masks and draw their weights.
+
+        Weights that are not of one magnitude (`law` normal or uniform, but for biprop) are decoded, in fp32;
+        printed, the network says what each layer holds. See `sparselth.seeded`. Decoding takes the memory of
+        the dense network for as long as the call.
+        """
+        from sparselth.seeded import seeded
+
+        return seeded(self.model, self.content.weights(self.model.params), self.content.frozen.seed)
+
+
+def load(file: str | Path) -> StrongTicket:
+    """The strong ticket in a file of a run, cells/seed0-ticket-00.safetensors.
+
+    SparselthError when the file is none or cannot be read, UsageError when nobody knows its model.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise SparselthError(f"{file}: no such file; tickets lie in the folder cells of a run")
+    head = load_header(file)
+    if head.get("schema") != SCHEMA or not isinstance(head.get("model"), str):
+        raise SparselthError(f"{file}: expected a strong ticket, {SCHEMA}, found {head.get('schema')!r}")
+    model = get_model(head["model"])
+    found, head = load_arrays(file, most=most(model.params))
+    return StrongTicket(model, head, content_of(file, model.params, found, head))
 
 
 def arrays(params: Params, content: Content) -> Arrays:

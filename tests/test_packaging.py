@@ -40,6 +40,7 @@ ORDER = [
     "theory",
     "engine",
     "train",
+    "seeded",
     "strong_tickets",
     "tickets",
     "ledger",
