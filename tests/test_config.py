@@ -105,7 +105,8 @@ def test_every_setting_tells_digests_apart_but_what_was_added_and_what_says_whic
     other: dict[str, Any] = {
         "model": "lenet5", "dataset": "mnist", "seeds": (1,), "arms": ("ticket",), "levels": 3, "rate": 0.3,
         "scope": "global", "one_shot": True, "rewind": 1, "reinits": 2, "device": "cuda", "kernels": "torch",
-        "score": "random", "eval_images": 1000, "recipe": replace(EQUAL.recipe, lr=1e-3),
+        "score": "random", "eval_images": 1000, "code": ("a.py:make 0123",),
+        "recipe": replace(EQUAL.recipe, lr=1e-3),
     }  # fmt: skip
     assert set(other) == {f.name for f in fields(ImpConfig)}
     changed = {name: replace(EQUAL, **{name: value}) for name, value in other.items()}
@@ -368,7 +369,8 @@ def test_a_cell_has_a_line_a_name_and_a_key() -> None:
 def test_every_field_with_a_help_is_a_flag_with_its_default() -> None:
     flags = {param.name: param for param in command(ImpConfig).params}
     for f in fields(ImpConfig):
-        if f.name == "recipe":
+        if f.name in ("recipe", "code"):
+            assert not f.metadata.get("help")
             continue
         param = flags[f.name]
         found = param.type_cast_value(None, param.default)  # type: ignore[arg-type]
