@@ -6,7 +6,8 @@
     rewind/NAME  every tensor at the rewind step, in the shape a user knows it by; in the file of level 0
                  alone, since all levels of a seed go back to the same weights
 
-A strong ticket, whose weights were never trained, is written by `strong_tickets` and read here, too.
+A strong ticket, whose weights were never trained, is written by `strong_tickets`, the ticket of any module,
+which `save_ticket` writes, lies as `module_tickets` says; `load_ticket` reads all of them.
 
 Safetensors with a JSON header under "sparselth": schema, model, dataset, config (the digest of what a cell
 computes), cell, rewind_step, shapes, and `sha256`, a checksum of arrays and header. One reader, one writer;
@@ -16,6 +17,8 @@ nothing is unpickled, and an array of another type or shape than the network's i
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,14 +27,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparselth import masks, strong_tickets
-from sparselth.errors import SparselthError
+from sparselth import masks, module_tickets, strong_tickets
+from sparselth.errors import SparselthError, UsageError
 from sparselth.files import Arrays, load_arrays, load_header, save_arrays
+from sparselth.masks import Masks, unwrapped
 from sparselth.models import Model, get_model
 from sparselth.params import Params, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from sparselth.masks import AnyMasks
 
 SCHEMA = "sparselth.cell/1"
 Floats = NDArray[np.float32]
@@ -124,29 +130,93 @@ def read_mask(file: Path, spec: TensorSpec) -> NDArray[np.bool_]:
     return masks.unpack(_array(file, load_arrays(file, only=name)[0], name, np.uint8, (n, -(-k // 8))), k)
 
 
+class Ticket(ABC):
+    """A ticket that was found: masks, and what they leave of the network at the rewind step."""
+
+    file: Path
+    header: dict[str, Any]
+
+    @property
+    @abstractmethod
+    def masks(self) -> Masks:
+        """Parameter name -> bool of its shape, True = kept."""
+
+    @property
+    @abstractmethod
+    def snapshot(self) -> dict[str, Tensor]:
+        """The `state_dict` it goes back to: weights of the rewind step, 0 where pruned, and buffers."""
+
+    @property
+    @abstractmethod
+    def notes(self) -> dict[str, Any]:
+        """Where it came from, in the words of who wrote it."""
+
+    @property
+    def weights_remaining(self) -> float:
+        """Kept share of the prunable weights."""
+        return self.masks.kept / self.masks.size if self.masks.size else 1.0
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the same network with all its weights; tied tensors once."""
+        tensors = {tensor.data_ptr(): tensor for tensor in self.snapshot.values() if tensor.numel()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    def apply(self, model: nn.Module) -> Masks:
+        """Put its weights and buffers into a model of the same names and shapes; pruned weights are 0.
+
+        Gives the masks, of that model, for an optimizer under masks; optimizers made before are made anew.
+        SparselthError where the model is another, naming the first tensor that differs.
+        """
+        import torch
+
+        model = unwrapped(model)
+        here, there = model.state_dict(keep_vars=True), self.snapshot
+        wrong = f"{self.file}: does not fit the model:"
+        for name in [*there, *here]:
+            ticket, found = (
+                f"{name} {list(side[name].shape)}" if name in side else f"no {name}" for side in (there, here)
+            )
+            if ticket != found:
+                raise SparselthError(f"{wrong} the ticket has {ticket}, the model {found}")
+        for name, first in module_tickets.first_names(model).items():
+            if name != first and not _same(there[name], there[first]):
+                raise SparselthError(f"{wrong} its {name} and {first} are one tensor, the ticket's two")
+        with torch.no_grad():
+            for name, tensor in here.items():
+                tensor.copy_(there[name])
+        return Masks(dict(self.masks), model)
+
+
 @dataclass(frozen=True, eq=False)
-class Ticket:
-    """A ticket that was found, with its network; of a strong one all networks are the one it is."""
+class RunTicket(Ticket):
+    """The ticket of a run, with its network; of a strong one all networks are the one it is."""
 
     model: Model
     header: dict[str, Any]
     content: Content
     start: Floats | None  # [P] of the rewind step, before the mask
-
-    @property
-    def weights_remaining(self) -> float:
-        """Kept share of the prunable weights."""
-        return float(self.content.mask.sum()) / self.model.params.prunable
+    file: Path
 
     @cached_property
-    def masks(self) -> dict[str, Tensor]:
+    def masks(self) -> Masks:
         """Parameter name in `trained()` and `rewound()` -> bool of its shape, True = kept."""
         import torch
 
-        return {
-            spec.name: torch.from_numpy(self.content.mask[spec.span].reshape(spec.shape))
-            for spec in self.model.params.weights
-        }
+        return Masks(
+            {
+                spec.name: torch.from_numpy(self.content.mask[spec.span].reshape(spec.shape))
+                for spec in self.model.params.weights
+            }
+        )
+
+    @property
+    def snapshot(self) -> dict[str, Tensor]:
+        return dict(self.rewound().state_dict())
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        return {name: value for name, value in self.header.items() if name not in ("schema", "shapes")}
 
     def trained(self) -> nn.Module:
         """The network as it was trained, in training mode; its pruned weights are 0."""
@@ -175,7 +245,90 @@ class Ticket:
         return network(self.model, torch.from_numpy(weights))
 
 
-def load(file: str | Path) -> Ticket:
+@dataclass(frozen=True, eq=False)
+class ModuleTicket(Ticket):
+    """The ticket of a module of the user's, who makes it and calls `apply`."""
+
+    header: dict[str, Any]
+    kept: Masks
+    state: dict[str, Tensor]
+    file: Path
+
+    @property
+    def masks(self) -> Masks:
+        return self.kept
+
+    @property
+    def snapshot(self) -> dict[str, Tensor]:
+        return dict(self.state)
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        found = self.header.get("notes")
+        return found if isinstance(found, dict) else {}
+
+
+def save_ticket(
+    path: str | Path,
+    model: nn.Module,
+    masks: AnyMasks,
+    snapshot: Mapping[str, Tensor],
+    notes: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the ticket of any module: masks, the values of `snapshot` that they leave, all its other tensors.
+
+    masks: as `sparselth.prune` gives them, or a dict by name or parameter; snapshot: what
+    `sparselth.snapshot(model)` gave, or any `state_dict` of the model; notes: its provenance, as JSON.
+    The values of pruned weights are not stored. UsageError where masks or snapshot are another model's.
+    """
+    module = unwrapped(model)
+    names, kept = module_tickets.first_names(module), Masks(masks, module)
+    given = {_bare(name, names): tensor for name, tensor in snapshot.items()}
+    for name, tensor in module.state_dict().items():
+        found = given.get(name)
+        if found is None or found.shape != tensor.shape:
+            there = "nothing" if found is None else f"{list(found.shape)}"
+            raise UsageError(
+                f"snapshot: expected {name} {list(tensor.shape)} of the model, found {there}; "
+                "take it of this model, by sparselth.snapshot(model)"
+            )
+    if other := next((name for name in given if name not in names), None):
+        raise UsageError(f"snapshot: the model has no {other}; take it of this model, by sparselth.snapshot")
+    state = {first: given[first] for name, first in names.items() if name == first}
+    tied = {name: first for name, first in names.items() if name != first}
+    network = f"{type(module).__module__}.{type(module).__qualname__}"
+    module_tickets.save(Path(path), kept, state, tied, notes=dict(notes or {}), network=network)
+    return Path(path)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.dtype == b.dtype and _bytes(a) == _bytes(b))
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return module_tickets.bits("", tensor).tobytes()
+
+
+def _bare(name: str, names: Mapping[str, Any]) -> str:
+    """A name of a `state_dict` without what torch.compile and data parallelism put before it."""
+    while name not in names:
+        prefix = next((p for p in ("module.", "_orig_mod.") if name.startswith(p)), "")
+        if not prefix:
+            break
+        name = name.removeprefix(prefix)
+    return name
+
+
+def load_ticket(path: str | Path) -> Ticket:
+    """The ticket in a file: of a module, or of a run, as `load`. SparselthError where the file is none."""
+    file = Path(path)
+    if file.is_file() and load_header(file).get("schema") == module_tickets.SCHEMA:
+        kept, state, head = module_tickets.read(file)
+        return ModuleTicket(head, Masks(kept), state, file)
+    return load(file)
+
+
+def load(file: str | Path) -> RunTicket:
     """The ticket in a file of a run, cells/seed0-ticket-05.safetensors, of this version or an older one.
 
     A control arm's file is read too, and a strong ticket's. SparselthError when the file is none or cannot be
@@ -185,6 +338,8 @@ def load(file: str | Path) -> Ticket:
     if not file.is_file():
         raise SparselthError(f"{file}: no such file; tickets lie in the folder cells of a run")
     head = load_header(file)
+    if head.get("schema") == module_tickets.SCHEMA:
+        raise SparselthError(f"{file}: the ticket of a module, not of a run; load_ticket reads it")
     strong = head.get("schema") == strong_tickets.SCHEMA
     if not (strong or head.get("schema") == SCHEMA) or not isinstance(head.get("model"), str):
         raise SparselthError(f"{file}: expected a ticket, {SCHEMA}, found {head.get('schema')!r}")
@@ -197,15 +352,15 @@ def load(file: str | Path) -> Ticket:
     first = _level_0(file, head)
     if start is None and first.is_file() and load_header(first).get("schema") == SCHEMA:
         start = read(first, model.params)[0].rewound
-    return Ticket(model, head, content, start)
+    return RunTicket(model, head, content, start, file)
 
 
-def _strong(file: Path, model: Model) -> Ticket:
+def _strong(file: Path, model: Model) -> RunTicket:
     """A strong ticket, its weights drawn again."""
     found, head = load_arrays(file, most=strong_tickets.most(model.params))
     strong = strong_tickets.content_of(file, model.params, found, head)
     weights = strong.weights(model.params).numpy()
-    return Ticket(model, head, Content(strong.mask != 0, weights), weights)
+    return RunTicket(model, head, Content(strong.mask != 0, weights), weights, file)
 
 
 def _level_0(file: Path, head: dict[str, Any]) -> Path:

@@ -42,6 +42,7 @@ ORDER = [
     "train",
     "seeded",
     "strong_tickets",
+    "module_tickets",
     "tickets",
     "ledger",
     "diverged",
