@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import click
 
+from sparselth import user_files
 from sparselth.cli.options import PATH, argument, as_flags, data_dir, flag, output
 from sparselth.config import Recipe
 from sparselth.errors import Interrupted, UsageError, unknown
@@ -139,6 +140,10 @@ def _done(
     _inherit(experiment, flags, given)
     config = _configured(experiment, flags)
     check_torch()
+    if not flags["quiet"] and user_files.is_file(str(flags.get("dataset"))):
+        from sparselth.data import own
+
+        own.progress = lambda name, done, samples: _say(f"reading {name}: {done:,} of {samples:,} samples")
     config.check()  # before torch and data take their seconds
     if flags.get("data_dir"):
         from sparselth import data

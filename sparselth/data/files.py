@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparselth import user_files
+from sparselth.data import own
 from sparselth.data.sets import (
     DATASETS,
     DEFAULT,
@@ -81,6 +83,8 @@ def load(name: str, folder: Path) -> Images:
     A file that is not there raises MissingData; one that is not exactly the file it should be raises
     SparselthError.
     """
+    if user_files.is_file(name):
+        return own.images(name)
     spec = get_dataset(name)
     if spec.read is not None:
         return _user_images(spec, spec.read, folder)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from sparselth import user_files
 from sparselth.errors import SparselthError, UsageError
 from sparselth.models import Model
 from sparselth.registry import Registry
@@ -199,7 +200,22 @@ _CIFAR10 = (  # bytes and sha256 of the five training files
     (31_035_623, "d91802434d8376bbaeeadf58a737e3a1b12ac839077e931237e0dcd43adcb154"),
 )
 
-DATASETS: Registry[DatasetSpec] = Registry("dataset", "sparselth.data", but=("sets", "files", "batches"))
+
+class Datasets(Registry[DatasetSpec]):
+    """Every data set, functions in a user's files too; iteration gives those that were registered."""
+
+    def __getitem__(self, name: str) -> DatasetSpec:
+        if not user_files.is_file(name):
+            return super().__getitem__(name)
+        from sparselth.data.own import images
+
+        return images(name).spec
+
+    def __contains__(self, name: object) -> bool:
+        return (isinstance(name, str) and user_files.is_file(name)) or super().__contains__(name)
+
+
+DATASETS = Datasets("dataset", "sparselth.data", but=("sets", "files", "batches", "own", "augment"))
 _BUILT_IN = {
     "mnist": _like_mnist(
         "mnist",
@@ -293,5 +309,8 @@ for _spec in _BUILT_IN.values():
 
 
 def get_dataset(name: str) -> DatasetSpec:
-    """The data set of that name; an unknown name raises UsageError with the nearest one."""
+    """The data set of that name; an unknown name raises UsageError with the nearest one.
+
+    "FILE.py:FUNCTION" is what that function gives (`sparselth.data.own`).
+    """
     return DATASETS[name]

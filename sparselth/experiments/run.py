@@ -63,6 +63,7 @@ def plan(
         found: dict[str, Any] = {"dataset": images.spec.name, "device": device, "kernels": kernels}
         config = replace(config, **found, eval_images=most)
         environment |= {"dataset": config.dataset, "data_sha256": images.digest}
+        environment["test_images"] = images.spec.n_test
         paths = choose(kernels, device)
         if paths.csr_linear.takes != "none":
             from sparselth.engine.break_even import break_even

@@ -37,8 +37,11 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
         spec = images.spec
         scale = transforms.Normalize(spec.mean, spec.std)
-        self.pixels = torch.as_tensor(pixels, device="cpu").view(-1, *spec.shape)
+        shape = *[1] * (3 - len(spec.shape)), *spec.shape
+        self.pixels = torch.as_tensor(pixels, device="cpu").view(-1, *shape)
         self.are_bytes = self.pixels.dtype == torch.uint8
+        if self.are_bytes and shape[0] not in (1, 3):  # no picture
+            self.pixels, self.are_bytes = self.pixels / 255, False
         self.transform = transforms.Compose([transforms.ToTensor(), scale]) if self.are_bytes else scale
         self.labels = torch.as_tensor(labels, device="cpu").tolist()
 

@@ -16,9 +16,11 @@ from math import atan, fsum, inf, log, pi, sqrt
 from statistics import NormalDist
 from typing import Any
 
+from sparselth.begun import read_environment
 from sparselth.data.sets import DATASETS
 from sparselth.models import get_model
 from sparselth.runs import RunRecord
+from sparselth.user_files import is_file
 
 TOLERANCE = 0.002  # at least; the 0.2 pp of Frankle et al. 2020, arXiv:1912.05671
 FEWEST = 3  # seeds of an interval: that of two is 12.7 standard errors wide
@@ -147,7 +149,10 @@ def paired(differences: Sequence[float], images: int | None = None) -> Gap:
 
 def images_counted(record: RunRecord) -> int:
     """How many test images an accuracy of the run counts."""
-    there = DATASETS[record.config.dataset].n_test
+    if is_file(record.config.dataset):  # which may be gone
+        there: int = read_environment(record.path)["test_images"]
+    else:
+        there = DATASETS[record.config.dataset].n_test
     return min(record.config.eval_images or there, there)
 
 
