@@ -215,6 +215,10 @@ class RunTicket(Ticket):
         return dict(self.rewound().state_dict())
 
     @property
+    def dense_bytes(self) -> int:
+        return 4 * sum(spec.numel for spec in self.model.params.all)
+
+    @property
     def notes(self) -> dict[str, Any]:
         return {name: value for name, value in self.header.items() if name not in ("schema", "shapes")}
 

@@ -44,6 +44,8 @@ ORDER = [
     "strong_tickets",
     "module_tickets",
     "tickets",
+    "exchange",
+    "compare",
     "ledger",
     "diverged",
     "begun",
