@@ -19,6 +19,7 @@ from sparselth.errors import UsageError, unknown
 from sparselth.registry import Registry
 
 OPTIMIZERS = ("adam", "sgd")
+AUGMENTS = ("none", "crop-flip")
 SCOPES = ("layer", "global")
 KERNELS = ("auto", "native", "torch", "triton", "reference")
 FIRST = "imp"  # the experiment of a config.json that names none
@@ -232,6 +233,12 @@ class Recipe(Options):
     eval_every: int = option(100, "Steps between evaluations.", at_least(1))
     cosine: bool = option(
         False, "Let the learning rate fall to 0 along half a cosine, behind the warm-up.", added=True
+    )
+    augment: Literal["none", "crop-flip"] = option(
+        "none",
+        "What is done to training images: crop-flip shifts them by up to 4 pixels and mirrors every second.",
+        choices=AUGMENTS,
+        added=True,
     )
 
     def lr_at(self, step: int) -> float:

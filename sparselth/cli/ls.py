@@ -73,6 +73,7 @@ def _models() -> Listing:
             lines.append(f"  {spec.name:<14}{spec.numel:>10,}  {shape}")
         for name, recipe in model.recipes.items():
             how = f"{recipe.optimizer} {recipe.lr:g}, {recipe.steps:,} steps of {recipe.batch_size}"
+            how += "" if recipe.augment == "none" else f", {recipe.augment}"
             lines.append(f"  --recipe {name:<8}{how}")
     return rows, lines
 

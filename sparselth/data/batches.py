@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparselth.config import Cell
 from sparselth.data import Images
+from sparselth.data.augment import moves, sources
 from sparselth.data.sets import check_batch, n_validation
 from sparselth.streams import stream
 
@@ -44,6 +45,11 @@ class Resident:
         self.scale = (1 / ((255 if self.holds_bytes else 1) * std)).to(device)  # [K, 1]
         self.shift = (-mean / std).to(device)
         self._cache()
+
+    @cached_property
+    def sources(self) -> Tensor:
+        """Where the pixels of moved images come from (`augment.sources`)."""
+        return sources(self.shape).to(self.device)
 
     def _cache(self) -> None:
         """Keep the validation images of four seeds."""
@@ -126,12 +132,12 @@ class Gather:
     """Images and labels by their indices [R * B], as x [R, K, B] and labels [R, 1, B].
 
     `first` gives them as x [R, B, *shape] and labels [R, B, ...]; tokens stay int64. All are buffers that the
-    next call overwrites.
+    next call overwrites. Images that `augment` moves come by move * images + index.
     """
 
-    def __init__(self, data: Resident, replicas: int, batch: int) -> None:
+    def __init__(self, data: Resident, replicas: int, batch: int, augment: str = "none") -> None:
         k, labels = data.images.shape[1], data.labels
-        self.data = data
+        self.data, self.moved = data, augment != "none"
         self.raw = torch.empty(replicas * batch, k, dtype=data.images.dtype, device=data.device)
         self.x = torch.empty(replicas, batch, k, device=data.device, dtype=torch.float32)
         self.y = torch.empty(replicas * batch, *labels.shape[1:], dtype=labels.dtype, device=data.device)
@@ -148,8 +154,14 @@ class Gather:
         return x.view(r, b, *self.data.shape), self.y.view(r, b, *self.y.shape[1:])
 
     def _fill(self, index: Tensor) -> None:
-        torch.index_select(self.data.images, 0, index, out=self.raw)
+        images = self.data.images
+        if self.moved:
+            move, index = index.div(len(images), rounding_mode="floor"), index % len(images)
+        torch.index_select(images, 0, index, out=self.raw)
         torch.index_select(self.data.labels, 0, index, out=self.y)
+        if self.moved:
+            black = torch.nn.functional.pad(self.raw, (0, 1))
+            torch.gather(black, 1, self.data.sources.index_select(0, move), out=self.raw)
 
     def _scaled(self) -> Tensor:
         self.x.copy_(self.raw.view(self.x.shape))
@@ -159,12 +171,13 @@ class Gather:
 class Batches:
     """Training batches of R replicas: `at(step)` and `first(step)` give what `gather` makes of its images.
 
-    The images behind the last full batch of an epoch are left out of that epoch.
+    The images behind the last full batch of an epoch are left out of that epoch. With `augment` an index
+    tells how its image is moved, too (`Gather`).
     """
 
-    def __init__(self, data: Resident, replicas: Sequence[Cell], batch: int) -> None:
+    def __init__(self, data: Resident, replicas: Sequence[Cell], batch: int, augment: str = "none") -> None:
         check_batch(batch, len(data.images))
-        self.data, self.replicas, self.batch = data, replicas, batch
+        self.data, self.replicas, self.batch, self.augment = data, replicas, batch, augment
         self.steps_per_epoch = data.n_train // batch
         self.split = [data.split(replica.seed)[0] for replica in replicas]
         self.epoch = -1
@@ -172,7 +185,7 @@ class Batches:
 
     @cached_property
     def gather(self) -> Gather:
-        return Gather(self.data, len(self.replicas), self.batch)
+        return Gather(self.data, len(self.replicas), self.batch, self.augment)
 
     def index(self, step: int) -> Tensor:
         """Image indices of the batches of a step, [R * B]."""
@@ -194,7 +207,10 @@ class Batches:
         for split, who in zip(self.split, self.replicas, strict=True):
             generator = stream(who.seed, who.arm, who.level, f"order/{epoch}", who.draw)
             order = split[torch.randperm(len(split), generator=generator, device="cpu")]
-            orders.append(order[: self.steps_per_epoch * self.batch].view(-1, self.batch))
+            order = order[: self.steps_per_epoch * self.batch].view(-1, self.batch)
+            if self.augment != "none":
+                order = order + len(self.data.images) * moves(who, epoch, *order.shape)
+            orders.append(order)
         return torch.stack(orders)
 
 

@@ -45,7 +45,7 @@ class DenseSteps:
         model, data, recipe, weights, mask = batch.model, batch.data, batch.recipe, batch.weights, batch.mask
         self.batch, self.recipe = batch, recipe
         self.grad = torch.zeros_like(weights)
-        self.batches = Batches(data, batch.who, recipe.batch_size)
+        self.batches = Batches(data, batch.who, recipe.batch_size, recipe.augment)
         self.network: Network | VendorNetwork
         if vendor:
             self.network = VendorNetwork(model, weights, self.grad)

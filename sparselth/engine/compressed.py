@@ -106,10 +106,13 @@ class CompressedSteps:
         self.grad = torch.zeros_like(batch.weights)
         self.forward = CompressedForward(batch.model, layout, batch.weights, kernels)
         self.chain = chain = self.forward.chain(recipe.batch_size, self.grad)
-        self.batches = Batches(data, batch.who, recipe.batch_size)
+        self.batches = Batches(data, batch.who, recipe.batch_size, recipe.augment)
         scale, shift = data.scale.flatten(), data.shift.flatten()
         x, rows = chain.x[:, : recipe.batch_size], self.forward.rows
-        if data.holds_bytes:
+        self.gather: Callable[[Tensor], None]
+        if recipe.augment != "none":
+            self.gather = partial(_gather_moved, self.batches, rows, x, chain.labels)
+        elif data.holds_bytes:
             self.gather = bind_gather(data.images, data.labels, scale, shift, x, chain.labels, rows, kernels)
         else:
             self.gather = partial(_gather_floats, data, rows, x, chain.labels)
@@ -141,6 +144,13 @@ def _gather_floats(data: Resident, rows: Tensor | None, x: Tensor, y: Tensor, in
     found = torch.addcmul(data.shift, data.images[index].T, data.scale)
     x.copy_(found if rows is None else found.index_select(0, rows))
     torch.index_select(data.labels, 0, index, out=y)
+
+
+def _gather_moved(batches: Batches, rows: Tensor | None, x: Tensor, y: Tensor, index: Tensor) -> None:
+    """Fill x [K, B] and y [B] with images that are shifted and flipped."""
+    images, labels = batches.gather(index)
+    x.copy_(images[0] if rows is None else images[0].index_select(0, rows))
+    y.copy_(labels[0, 0])
 
 
 def make_index(spec: TensorSpec, layer: Layer, before: tuple[int, ...], mask: Tensor, first: bool) -> Index:

@@ -133,7 +133,7 @@ class PopupSteps:
             self.network = VendorNetwork(model, self.flat, self.grad)
         else:
             self.network = Network(model, self.flat, recipe.batch_size, self.grad)
-        self.batches = Batches(batch.data, batch.who, recipe.batch_size)
+        self.batches = Batches(batch.data, batch.who, recipe.batch_size, recipe.augment)
         running = [spec.span for spec in model.statistics]
         self.running = slice(running[0].start, running[-1].stop) if running else None
         frozen = sum(row.weights.numel() for row in self.rows)

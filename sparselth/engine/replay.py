@@ -92,14 +92,15 @@ class FusedUpdate:
 class Shown:
     """Images of R replicas as x [R, K, B] and labels [R, 1, B], in buffers that the next call overwrites.
 
-    Our kernel takes bytes; floats go through torch's gather.
+    Our kernel takes bytes that stay where they are; others go through torch's gather.
     """
 
-    def __init__(self, data: Resident, replicas: int, batch: int) -> None:
+    def __init__(self, data: Resident, replicas: int, batch: int, augment: str = "none") -> None:
         device = data.images.device
         self.data, self.first = data, torch.zeros(1, dtype=torch.int64, device=device)
         self.scale, self.shift = data.scale.flatten(), data.shift.flatten()
-        self.floats = None if data.holds_bytes else Gather(data, replicas, batch)
+        plain = data.holds_bytes and augment == "none"
+        self.gather = None if plain else Gather(data, replicas, batch, augment)
         self.x = torch.zeros(replicas, batch, data.images.shape[1], device=device, dtype=torch.float32)
         self.y = torch.zeros(replicas, batch, dtype=torch.int64, device=device)
 
@@ -107,8 +108,8 @@ class Shown:
         """Those of order [R, steps, B] at `place`, or of order [R, B]."""
         if place is None:
             order, place = order[:, None], self.first
-        if self.floats is not None:
-            return self.floats(order.index_select(1, place).flatten())
+        if self.gather is not None:
+            return self.gather(order.index_select(1, place).flatten())
         replica_parts.gather(
             self.data.images,
             self.data.labels,
@@ -159,12 +160,12 @@ class Replay:
         starts = [job.start_step for job in batch.jobs]
         self.starts = torch.tensor(starts, dtype=torch.float32, device=device)
 
-        self.batches = Batches(data, batch.who, recipe.batch_size)
+        self.batches = Batches(data, batch.who, recipe.batch_size, recipe.augment)
         self.event: Callable[[], Event] = torch.cuda.Event if weights.is_cuda else Done
         self.orders = Orders(self.batches, -(-recipe.steps // self.batches.steps_per_epoch), self.event)
         self.flight: list[Event] = []
         self.place = torch.zeros(1, dtype=torch.int64, device=device)  # of the step in its epoch
-        self.shown = Shown(data, r, recipe.batch_size)
+        self.shown = Shown(data, r, recipe.batch_size, recipe.augment)
 
         images = torch.stack([data.split(who.seed)[1] for who in batch.who]).to(device)
         self.validation: list[tuple[Tensor, Shown | Gather, Network]] = []

@@ -85,7 +85,7 @@ def train_neurons(
     ]
     scores = [score.to(data.device) for score in scores]
     moments = [(torch.zeros_like(score), torch.zeros_like(score)) for score in scores]
-    batches = Batches(data, [job.who], recipe.batch_size)
+    batches = Batches(data, [job.who], recipe.batch_size, recipe.augment)
     masks = [_top(score, frozen) for score in scores]
     for step in range(recipe.steps):
         if should_stop():

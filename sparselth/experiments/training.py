@@ -103,10 +103,13 @@ class Training(Experiment):
     def check(self) -> None:
         """Beside ranges: what would have no effect. A recipe of the model may be cut short as it stands."""
         super().check()
+        from sparselth.data import augment
         from sparselth.data.sets import check_batch, get_dataset
 
         recipe, known = self.recipe, self.recipes(vars(self)).values()
-        check_batch(recipe.batch_size, get_dataset(self.dataset or get_model(self.model).dataset).n_train)
+        dataset = get_dataset(self.dataset or get_model(self.model).dataset)
+        check_batch(recipe.batch_size, dataset.n_train)
+        augment.check(recipe.augment, dataset.shape, dataset.name)
         if recipe.warmup > recipe.steps and recipe.warmup not in {one.warmup for one in known}:
             raise recipe.wrong("warmup", f"expected at most the {recipe.steps} `steps` of training")
         beyond = any(drop >= recipe.steps for drop in recipe.lr_drops)
@@ -217,6 +220,7 @@ class Training(Experiment):
         rate = f"lr {recipe.lr:g}" + (f", warm-up {recipe.warmup:,}" if recipe.warmup else "")
         rate += ", along a cosine" if recipe.cosine else ""
         rate += f", a tenth from {', '.join(f'{s:,}' for s in recipe.lr_drops)}" if recipe.lr_drops else ""
+        rate += "" if recipe.augment == "none" else "; images shifted and flipped"
         return {
             "model": f"{model.name}, {model.params.prunable:,} prunable weights",
             "data": f"{images.spec.title} from {images.source}",

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from sparselth import pruning
 from sparselth.config import Cell, Recipe
 from sparselth.data import Images
+from sparselth.data.augment import SHIFT
 from sparselth.engine.dense import init_weights
 from sparselth.experiments.training import Training
 from sparselth.models import Model, get_model
@@ -32,7 +33,7 @@ VALIDATION = 5000
 class Pictures(Dataset[tuple[Tensor, int]]):
     """Images as torchvision's data sets give them, by way of PIL where they are bytes. Needs torchvision."""
 
-    def __init__(self, images: Images, pixels: object, labels: object) -> None:
+    def __init__(self, images: Images, pixels: object, labels: object, augment: str = "none") -> None:
         from torchvision import transforms  # type: ignore[import-untyped]
 
         spec = images.spec
@@ -42,7 +43,10 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         self.are_bytes = self.pixels.dtype == torch.uint8
         if self.are_bytes and shape[0] not in (1, 3):  # no picture
             self.pixels, self.are_bytes = self.pixels / 255, False
-        self.transform = transforms.Compose([transforms.ToTensor(), scale]) if self.are_bytes else scale
+        moves = [transforms.RandomCrop(self.pixels.shape[2:], SHIFT), transforms.RandomHorizontalFlip()]
+        moves *= augment != "none"
+        of_bytes = [transforms.ToTensor()] * self.are_bytes
+        self.transform = transforms.Compose([*moves, *of_bytes, scale])
         self.labels = torch.as_tensor(labels, device="cpu").tolist()
 
     def __len__(self) -> int:
@@ -74,7 +78,7 @@ def step(net: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer, x: Tens
 def loop(images: Images, model: Model, recipe: Recipe, flat: Tensor, mask: Tensor) -> Callable[[], None]:
     """A function that takes the next step of the usual loop, from weights [P] under a mask [M]."""
     loader = DataLoader(
-        Pictures(images, images.train_images, images.train_labels),
+        Pictures(images, images.train_images, images.train_labels, recipe.augment),
         batch_size=recipe.batch_size,
         shuffle=True,
         drop_last=True,

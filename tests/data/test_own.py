@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,31 @@ def test_a_run_on_it_resumes_to_the_same_bits_and_knows_another_text(
     code, _, said = cli(*words, "--out", str(run), "--resume")
     assert code == 2
     assert said.splitlines()[-1].startswith("sparselth: --dataset digits.py:load: digits.py cannot be read")
+
+
+def test_the_file_of_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """docs/extending.md: Kuzushiji-MNIST, for which the digits inside the package stand here."""
+    from torchvision import datasets
+
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    (text,) = re.findall(r"```python\n# my_data.py: .*?\n(.*?)```", page, re.DOTALL)
+    digits = load("mnist5k", Path())
+    parts = {
+        True: (digits.train_images, digits.train_labels),
+        False: (digits.test_images, digits.test_labels),
+    }
+
+    class Stands:
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            pixels, labels = parts[train]
+            self.data, self.targets = torch.from_numpy(pixels).view(-1, 28, 28), torch.from_numpy(labels)
+
+    monkeypatch.setattr(datasets, "KMNIST", Stands)
+    (tmp_path / "my_data.py").write_text(text)
+    images = load(f"{tmp_path / 'my_data.py'}:load", Path())
+    assert images.spec.shape == (1, 28, 28)
+    assert np.array_equal(images.test_images, digits.test_images)
+    check_model(images.spec, get_model("lenet-300-100"))
 
 
 def test_its_batches_are_the_users(mine: Callable[[str], str]) -> None:
