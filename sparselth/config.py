@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -317,6 +317,15 @@ class Config(Options):
         first = ["experiment"] * (self.name == FIRST)
         return {name: value for name, value in self.identity().items() if name not in (*but, *first)}
 
+    def going_on(self, theirs: Config) -> Self:
+        """This configuration as it goes on with a run of `theirs`, whose cells stay what they are."""
+        return self
+
+    def keeps(self, theirs: Config, name: str) -> bool:
+        """Whether a run of `theirs` would keep its cells with the field `name` as it is here."""
+        alone = replace(theirs, **{name: getattr(self, name)})
+        return set(theirs.cells()) <= set(alone.cells())
+
     def difference(self, other: Config) -> Iterator[tuple[str, Any, Any]]:
         """Every setting that differs: its name, its value here, its value there."""
         ours, theirs = self.to_json(), other.to_json()
@@ -347,7 +356,7 @@ EXPERIMENTS: Registry[type[Config]] = Registry(
             "plan",
             "pool",
         ),
-        *("price", "run", "single_relu", "strong_jobs", "training"),
+        *("price", "run", "single_relu", "strong_jobs", "sweep", "training"),
     ),
 )
 

@@ -394,8 +394,7 @@ def _extends(path: Path, config: Config, resume: bool) -> Any:
                 f"{path}: holds a run with another {name} ({other} there, {ours} here); choose another `out`"
             )
     for name, ours, other in differs:
-        alone: Config = replace(theirs, **{name: getattr(config, name)})
-        if not set(theirs.cells()) <= set(alone.cells()):
+        if not config.keeps(theirs, name):
             raise SparselthError(
                 f"{path}: holds a run with other {name}, and keeps its cells ({other} there, {ours} here); "
                 "ask for those and more, or choose another `out`"

@@ -66,6 +66,7 @@ ORDER = [
     "experiments.base",
     "experiments.jobs",
     "experiments.training",
+    "experiments.sweep",
     "experiments.arms",
     "experiments.imp",
     "experiments.strong_jobs",

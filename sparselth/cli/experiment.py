@@ -80,8 +80,10 @@ def _params(experiment: type[Experiment]) -> Iterator[click.Parameter]:
             help="The same bits whoever trains beside a network: on CUDA our kernels alone; "
             "on a CPU always so.",
         )
-    place = "MODEL-DATASET-HASH" if trains else "HASH"
-    folder = place if experiment.name == "imp" else f"{experiment.name.upper()}-{place}"
+    words = [] if experiment.name == "imp" else [experiment.name]
+    words += [f.name for f in named if f.metadata["argument"]]
+    words += ["model", "dataset", "hash"] if trains else ["hash"]
+    folder = "-".join(words).upper()
     yield click.Option(["--out"], type=PATH, help=f"Folder of the run.  [default: runs/{folder}]")
     yield click.Option(
         ["--resume"],

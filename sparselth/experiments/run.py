@@ -109,13 +109,13 @@ def run(
     """Compute what is missing of an experiment in the folder `out`, draw its figures and read it.
 
     `out` is runs/ and the experiment's own name unless given; with `resume` an unfinished run there goes
-    on, and so does one that asked for fewer levels, seeds, arms or draws. The data set lies in `data_dir`,
-    $SPARSELTH_DATA or the user's cache, and is downloaded into it if need be. A CPU has `workers` processes,
-    one a core unless given, that train up to `replicas` networks as one batch; `deterministic` chooses the
-    kernels whose bits do not depend on the batch. A network that diverges is in the record's `diverged`, and
-    cells that need it are not computed. Raises UsageError for what makes no experiment, Interrupted after a
-    signal (KeyboardInterrupt before the folder is there), SparselthError for all else that a user can mend;
-    what is finished is kept.
+    on, and so does one that asked for fewer levels, seeds, arms, draws or points. The data set lies in
+    `data_dir`, $SPARSELTH_DATA or the user's cache, and is downloaded into it if need be. A CPU has
+    `workers` processes, one a core unless given, that train up to `replicas` networks as one batch;
+    `deterministic` chooses the kernels whose bits do not depend on the batch. A network that diverges is in
+    the record's `diverged`, and cells that need it are not computed. Raises UsageError for what makes no
+    experiment, Interrupted after a signal (KeyboardInterrupt before the folder is there), SparselthError
+    for all else that a user can mend; what is finished is kept.
     """
     watcher = watcher or Watcher()
     planned = plan(
@@ -128,6 +128,9 @@ def run(
         note=watcher.note,
     )
     config, path = planned.config, planned.path
+    if (path / "config.json").is_file():
+        config = config.going_on(runs.read_config(path))
+        planned = replace(planned, config=config)
     with runs.open_run(path, config, planned.environment, resume) as folder:
         if folder.damage:
             again = "; what is missing is computed again" * bool(folder.missing)

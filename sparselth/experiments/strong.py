@@ -1,6 +1,6 @@
 """Strong tickets: masks over weights that are never trained, beside a random mask and trained networks.
 
-A level is a point of the sweep, a width of the network and a share of its weights that is kept:
+A level is the number of a point of the sweep, a width of the network and a share of its weights that is kept:
 
     ticket       scores are trained; what they keep of the frozen weights is the network
     random-mask  as many of the same frozen weights, layer by layer, at random; nothing is trained
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from sparselth.config import SCOPES, Cell, Recipe, at_least, option
 from sparselth.errors import UsageError
 from sparselth.experiments.base import Diverged, Finished, Place, register
+from sparselth.experiments.sweep import Swept
 from sparselth.experiments.training import Training
 from sparselth.frozen import LAWS, METHODS, Frozen
 from sparselth.models import MODELS, Model, get_model
@@ -44,7 +45,7 @@ ARMS.add("imp", "as many weights as the ticket, found by magnitude, rewound and 
 for _name in METHODS:
     ARMS.add(_name, "a ticket by that method")
 TRAINED = ("dense", "imp")
-MOST_CELLS, MOST_POINTS = 100_000, 1000
+MOST_CELLS = 100_000
 
 
 def _arms(arms: tuple[str, ...]) -> str | None:
@@ -53,16 +54,6 @@ def _arms(arms: tuple[str, ...]) -> str | None:
     if "imp" in arms and "dense" not in arms:
         return "'dense' is missing, whose trained weights imp prunes"
     return None if len(set(arms)) == len(arms) else "an arm is named twice"
-
-
-def _shares(keep: tuple[float, ...]) -> str | None:
-    right = all(0 < share <= 1 for share in keep) and len(set(keep)) == len(keep) <= MOST_POINTS
-    return None if right else "expected different shares of the weights, above 0 and at most 1"
-
-
-def _widths(width: tuple[float, ...]) -> str | None:
-    right = width and all(0 < factor < math.inf for factor in width) and len(set(width)) == len(width)
-    return None if right and len(width) <= MOST_POINTS else "expected different positive numbers"
 
 
 def _every(steps: int | None) -> str | None:
@@ -75,7 +66,7 @@ def _chance(share: float | None) -> str | None:
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class StrongConfig(Training):
+class StrongConfig(Swept):
     """Find strong tickets: subnetworks of a network whose weights are never trained.
 
     METHOD is how the mask is found: edge-popup, iterand, recycle, biprop, supermask or signed. Weights are
@@ -99,15 +90,6 @@ class StrongConfig(Training):
         Training.__dataclass_fields__["seeds"].metadata["check"],
         ordered=False,
         extends=True,
-    )
-    keep: tuple[float, ...] = option(
-        (),
-        "Shares of the weights that are kept, one or several: 0.1,0.3,0.5.  [default: the method's]",
-        _shares,
-        ordered=False,
-    )
-    width: tuple[float, ...] = option(
-        (1.0,), "Widths of the hidden layers as shares of the model's: 0.25,0.5,1.", _widths, ordered=False
     )
     arms: tuple[str, ...] = option(
         ("ticket", "random-mask", "dense", "imp"),
@@ -172,26 +154,9 @@ class StrongConfig(Training):
 
     # ---- cells
 
-    @property
-    def models(self) -> list[Model]:
-        """The network at every width."""
-        return [get_model(f"{self.model}@{factor:g}") for factor in self.width]
-
-    @property
-    def widest(self) -> Model:
-        return self.models[-1]
-
-    def point(self, cell: Cell) -> tuple[float, float]:
-        """Width, and share of the weights kept, of a cell."""
-        width, keep = divmod(cell.level, len(self.keep))
-        return self.width[width], 1.0 if cell.arm == "dense" else self.keep[keep]
-
-    def model_of(self, cell: Cell) -> Model:
-        return self.models[cell.level // len(self.keep)]
-
     def rounds(self, cell: Cell) -> int:
         """Rounds of pruning to a trained ticket, each of which keeps half or more; none that keeps all."""
-        keep = self.keep[cell.level % len(self.keep)]
+        keep = self.points[cell.level][1]
         return math.ceil(math.log2(1 / keep) - 1e-9)
 
     def cells(self) -> list[Cell]:
@@ -204,7 +169,8 @@ class StrongConfig(Training):
             )
         for seed in self.seeds:
             for arm in self.arms:
-                for level in range(0, points, len(self.keep) if arm == "dense" else 1):
+                for place in range(0, points, len(self.keep) if arm == "dense" else 1):
+                    level = self.level_at(place, arm)
                     draws = range(self.rounds(Cell(seed, arm, level))) if arm == "imp" else (0,)
                     found += [Cell(seed, arm, level, draw) for draw in draws]
         return found
@@ -218,7 +184,7 @@ class StrongConfig(Training):
     def _before(self, cell: Cell) -> Cell:
         """The trained network that a round prunes."""
         if (number := self._round(cell)) == 1:
-            return Cell(cell.seed, "dense", cell.level - cell.level % len(self.keep))
+            return Cell(cell.seed, "dense", self.first_level(self.points[cell.level][0]))
         return replace(cell, draw=number - 1)
 
     def _round(self, cell: Cell) -> int:
@@ -226,7 +192,7 @@ class StrongConfig(Training):
 
     def urgency(self, cell: Cell) -> tuple[bool, int]:
         """What others wait for first, wide networks before narrow ones."""
-        return cell.arm in ("random-mask", "imp"), -(cell.level // len(self.keep))
+        return cell.arm in ("random-mask", "imp"), -self.place_of_width(cell)
 
     def start_step(self, cell: Cell) -> int:
         return self.recipe.steps if cell.arm == "random-mask" else 0
@@ -238,7 +204,7 @@ class StrongConfig(Training):
         return whole * (2 if any(arm in TRAINED for arm in self.arms) else 1)
 
     def rung(self, cell: Cell) -> int:
-        narrow = len(self.width) - 1 - cell.level // len(self.keep)
+        narrow = len(self.width) - 1 - self.place_of_width(cell)
         return narrow + (len(self.width) if cell.arm in TRAINED else 0)
 
     def timed_rungs(self, sparse: bool) -> list[int]:
@@ -248,7 +214,7 @@ class StrongConfig(Training):
         from sparselth.engine.state import Job, State
 
         trained, narrow = divmod(rung, len(self.width))
-        level = (len(self.width) - 1 - narrow) * len(self.keep)
+        level = self.first_level(self.width[-1 - narrow])
         cell = Cell(self.seeds[0], "dense" if trained else "ticket", level, draw)
         model = self.model_of(cell)
         weights, mask = self._first(cell), model.params.full_mask().to(device)
@@ -285,7 +251,7 @@ class StrongConfig(Training):
 
     def frozen(self, cell: Cell) -> Frozen:
         """How a cell's frozen weights are drawn and masked."""
-        return self._frozen(self.method_of(cell), cell.seed, self.keep[cell.level % len(self.keep)])
+        return self._frozen(self.method_of(cell), cell.seed, self.points[cell.level][1])
 
     def _frozen(self, method: str, seed: int, keep: float) -> Frozen:
         own = method == self.method  # another method redraws as it does by itself

@@ -28,25 +28,23 @@ FINAL = "final_accuracy"
 TOO_NEAR = 0.0005  # accuracies that differ by less are called equal in sentences
 
 
-def values(record: RunRecord, arm: str, level: int, field: str = FINAL) -> dict[int, float]:
-    """Seed → a field of an arm at a point of the sweep; of dense, of its width."""
-    if arm == "dense":
-        level -= level % len(record.config.keep)
-    points = record.by_level.get((arm, level), ())
+def values(record: RunRecord, arm: str, place: int, field: str = FINAL) -> dict[int, float]:
+    """Seed → a field of an arm at a point of the sweep, by its place; of dense, of its width."""
+    points = record.by_level.get((arm, record.config.level_at(place, arm)), ())
     found = {p["seed"]: p[field] for p in points if not p["draw"] and p.get(field) is not None}
     return {seed: found[seed] for seed in sorted(found)}
 
 
-def mean(record: RunRecord, arm: str, level: int, field: str = FINAL) -> float | None:
+def mean(record: RunRecord, arm: str, place: int, field: str = FINAL) -> float | None:
     """Its mean over the seeds, None before there is one."""
-    found = values(record, arm, level, field)
+    found = values(record, arm, place, field)
     return mean_interval(found.values())[0] if found else None
 
 
-def gap(record: RunRecord, level: int, arm: str, other: tuple[str, int] | None = None) -> Gap | None:
+def gap(record: RunRecord, place: int, arm: str, other: tuple[str, int] | None = None) -> Gap | None:
     """The strong ticket minus an arm at the same point, seed by seed."""
-    left = values(record, "ticket", level)
-    right = values(record, arm, level) if other is None else values(record, *other)
+    left = values(record, "ticket", place)
+    right = values(record, arm, place) if other is None else values(record, *other)
     both = [left[seed] - right[seed] for seed in left if seed in right]
     return paired(both, images_counted(record)) if both else None
 
@@ -56,7 +54,7 @@ def others(record: RunRecord) -> list[str]:
     return [arm for arm in record.config.arms if arm in METHODS]
 
 
-def levels(record: RunRecord) -> range:
+def places(record: RunRecord) -> range:
     """The points of the sweep."""
     return range(len(record.config.width) * len(record.config.keep))
 
@@ -79,26 +77,26 @@ def _title(record: RunRecord) -> str:
 
 
 def _rows(record: RunRecord) -> str:
-    config, points = record.config, levels(record)
-    lead = [["width", *(f"{config.width[level // len(config.keep)]:g}" for level in points)]]
-    lead.append(["keep %", *(percent(config.keep[level % len(config.keep)]) for level in points)])
-    left = (mean(record, "ticket", level, "weights_remaining") for level in points)
+    config, points = record.config, places(record)
+    lead = [["width", *(f"{config.width[place // len(config.keep)]:g}" for place in points)]]
+    lead.append(["keep %", *(percent(config.keep[place % len(config.keep)]) for place in points)])
+    left = (mean(record, "ticket", place, "weights_remaining") for place in points)
     lead.append(["left %", *(MISSING if share is None else percent(share) for share in left)])
     groups = []
     for arm in config.arms:
-        columns = [["accuracy %", *(_accuracy(record, arm, level) for level in points)]]
+        columns = [["accuracy %", *(_accuracy(record, arm, place) for place in points)]]
         if arm not in ("random-mask", "dense"):
-            sizes = (mean(record, arm, level, "coded_bytes") for level in points)
+            sizes = (mean(record, arm, place, "coded_bytes") for place in points)
             columns.append(["KB", *(MISSING if size is None else f"{size / 1e3:,.1f}" for size in sizes)])
         groups.append(Group(columns, arm if arm != "ticket" or not others(record) else config.method))
     for arm in (arm for arm in config.arms if arm != "ticket"):
-        gaps = (gap(record, level, arm) for level in points)
+        gaps = (gap(record, place, arm) for place in points)
         groups.append(Group([[f"vs {arm}", *(signed(one) if one else MISSING for one in gaps)]]))
     return side_by_side(Group(lead), groups, width())
 
 
-def _accuracy(record: RunRecord, arm: str, level: int) -> str:
-    found = values(record, arm, level).values()
+def _accuracy(record: RunRecord, arm: str, place: int) -> str:
+    found = values(record, arm, place).values()
     if not found:
         return MISSING
     centre, half = mean_interval(found)
@@ -134,24 +132,24 @@ def _legend(record: RunRecord) -> str:
 
 def _closing(record: RunRecord) -> str:
     """Sentences from finished points alone."""
-    found = {level: one for level in levels(record) if (one := mean(record, "ticket", level)) is not None}
+    found = {place: one for place in places(record) if (one := mean(record, "ticket", place)) is not None}
     if not found:
         return ""
-    best = max(found, key=lambda level: found[level])
+    best = max(found, key=lambda place: found[place])
     said = [_best(record, best, found[best]), _hump(record, found), *_widths(record), _honest(record, best)]
     return " ".join(one for one in said if one)
 
 
-def _best(record: RunRecord, level: int, accuracy: float) -> str:
+def _best(record: RunRecord, place: int, accuracy: float) -> str:
     which = (
         "The strong ticket"
-        if len(levels(record)) == 1
-        else f"The best strong ticket, {_where(record, level)},"
+        if len(places(record)) == 1
+        else f"The best strong ticket, {_where(record, place)},"
     )
     text = f"{which} is right on {100 * accuracy:.2f} % of the test images without a trained weight"
     against = []
     for arm in ("dense", "random-mask", "imp", *others(record)):
-        if one := gap(record, level, arm) if arm in record.config.arms else None:
+        if one := gap(record, place, arm) if arm in record.config.arms else None:
             names = {
                 "dense": "the trained network",
                 "random-mask": "a random mask",
@@ -161,16 +159,16 @@ def _best(record: RunRecord, level: int, accuracy: float) -> str:
     return f"{text}{': ' if against else ''}{', '.join(against)}."
 
 
-def _where(record: RunRecord, level: int) -> str:
+def _where(record: RunRecord, place: int) -> str:
     config, number = record.config, len(record.config.keep)
-    parts = [f"width {config.width[level // number]:g}"] if len(config.width) > 1 else []
-    parts += [f"{percent(config.keep[level % number])} % kept"] if number > 1 else []
+    parts = [f"width {config.width[place // number]:g}"] if len(config.width) > 1 else []
+    parts += [f"{percent(config.keep[place % number])} % kept"] if number > 1 else []
     return " and ".join(parts)
 
 
 def _hump(record: RunRecord, found: dict[int, float]) -> str:
     """Whether accuracy over the share kept has its top inside, at the largest width."""
-    keep, last = record.config.keep, len(levels(record)) - len(record.config.keep)
+    keep, last = record.config.keep, len(places(record)) - len(record.config.keep)
     here = {share: found[last + i] for i, share in enumerate(keep) if last + i in found}
     if len(here) < 3:
         return ""
@@ -195,12 +193,12 @@ def _widths(record: RunRecord) -> list[str]:
     return said
 
 
-def _honest(record: RunRecord, level: int) -> str:
+def _honest(record: RunRecord, place: int) -> str:
     """Bytes of the best strong ticket beside those of the smallest trained ticket that is as accurate."""
-    size, accuracy = mean(record, "ticket", level, "coded_bytes"), mean(record, "ticket", level)
+    size, accuracy = mean(record, "ticket", place, "coded_bytes"), mean(record, "ticket", place)
     trained = {
         at: (mean(record, "imp", at), mean(record, "imp", at, "coded_bytes"))
-        for at in levels(record)
+        for at in places(record)
         if values(record, "imp", at)
     }
     if size is None or accuracy is None or not trained:
@@ -227,24 +225,24 @@ def _honest(record: RunRecord, level: int) -> str:
 def summary(record: RunRecord) -> list[dict[str, Any]]:
     """A JSON object a point of the sweep: each arm's mean and half-width, the ticket minus each arm."""
     rows, config = [], record.config
-    for level in levels(record):
+    for place in places(record):
         row: dict[str, Any] = {
-            "level": level,
-            "width": config.width[level // len(config.keep)],
-            "keep": config.keep[level % len(config.keep)],
-            "weights_remaining": mean(record, "ticket", level, "weights_remaining"),
+            "level": config.level_at(place),
+            "width": config.width[place // len(config.keep)],
+            "keep": config.keep[place % len(config.keep)],
+            "weights_remaining": mean(record, "ticket", place, "weights_remaining"),
             "arms": {},
         }
         for arm in config.arms:
-            if found := values(record, arm, level).values():
+            if found := values(record, arm, place).values():
                 centre, half = mean_interval(found)
-                one = gap(record, level, arm) if arm != "ticket" else None
+                one = gap(record, place, arm) if arm != "ticket" else None
                 row["arms"][arm] = {
                     "seeds": len(found),
                     "accuracy": centre,
                     "half_width": half,
-                    "file_bytes": mean(record, arm, level, "file_bytes"),
-                    "coded_bytes": mean(record, arm, level, "coded_bytes"),
+                    "file_bytes": mean(record, arm, place, "file_bytes"),
+                    "coded_bytes": mean(record, arm, place, "coded_bytes"),
                     "ticket_minus": one and {"mean": one.mean, "half_width": one.half},
                 }
         rows.append(row)

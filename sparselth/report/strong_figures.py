@@ -22,7 +22,7 @@ from sparselth.report.drawing import (
     save_each,
     spread,
 )
-from sparselth.report.strong import levels, mean, others, values
+from sparselth.report.strong import mean, others, places, values
 from sparselth.runs import RunRecord
 
 LOOKS = {arm: look(i) for i, arm in enumerate(("ticket", "imp", "random-mask", *METHODS))}
@@ -36,7 +36,7 @@ def draw(record: RunRecord, folder: Path) -> list[Path]:
     last = folder / "learning.svg"  # is drawn last
     if last.exists() and last.stat().st_mtime_ns > (record.path / "cells.jsonl").stat().st_mtime_ns:
         return []
-    if not any(values(record, "ticket", level) for level in levels(record)):
+    if not any(values(record, "ticket", place) for place in places(record)):
         return []
     folder.mkdir(parents=True, exist_ok=True)
     makers: dict[str, Callable[[RunRecord], Figure | None]] = {
@@ -59,9 +59,9 @@ def _kept(record: RunRecord) -> Figure | None:
     if number < 2:
         return None
     fig, axes = _axes()
-    points = [level for level in levels(record) if level >= len(levels(record)) - number]
+    points = [place for place in places(record) if place >= len(places(record)) - number]
     arms = ("ticket", *others(record), "imp", "random-mask")
-    _lines(record, axes, points, lambda level: 100 * config.keep[level % number], arms)
+    _lines(record, axes, points, lambda place: 100 * config.keep[place % number], arms)
     _dense(record, axes, points[-1])
     axes.set_xlim(0, 100)
     axes.set_xlabel("weights kept (%)")
@@ -75,7 +75,7 @@ def _width(record: RunRecord) -> Figure | None:
     if len(config.width) < 2:
         return None
     fig, axes = _axes()
-    middle = range(len(levels(record)))
+    middle = range(len(places(record)))
     best = []
     for i in range(len(config.width)):
         here = [at for at in middle[i * number : (i + 1) * number] if values(record, "ticket", at)]
@@ -84,7 +84,7 @@ def _width(record: RunRecord) -> Figure | None:
         record,
         axes,
         best,
-        lambda level: config.width[level // number],
+        lambda place: config.width[place // number],
         ("ticket", *others(record), "imp", "random-mask", "dense"),
     )
     axes.set_xscale("log")
@@ -102,10 +102,10 @@ def _bytes(record: RunRecord) -> Figure | None:
     drawn = 0
     for arm in ("ticket", *others(record), "imp", "dense"):
         rows = []
-        for level in (
-            levels(record) if arm != "dense" else range(0, len(levels(record)), len(record.config.keep))
+        for place in (
+            places(record) if arm != "dense" else range(0, len(places(record)), len(record.config.keep))
         ):
-            size, found = mean(record, arm, level, "coded_bytes"), values(record, arm, level)
+            size, found = mean(record, arm, place, "coded_bytes"), values(record, arm, place)
             if size is not None and found:
                 rows.append((size / 1e3, *(100 * value for value in spread(found.values()))))
         if rows and arm in record.config.arms:
@@ -125,11 +125,11 @@ def _bytes(record: RunRecord) -> Figure | None:
 
 def _learning(record: RunRecord) -> Figure | None:
     """Validation accuracy against step, of the best point of the sweep."""
-    found = [level for level in levels(record) if values(record, "ticket", level)]
-    best, number = max(found, key=lambda at: mean(record, "ticket", at) or 0.0), len(record.config.keep)
+    found = [place for place in places(record) if values(record, "ticket", place)]
+    best, config = max(found, key=lambda at: mean(record, "ticket", at) or 0.0), record.config
     fig, axes = _axes()
     for arm in ("ticket", *others(record), "imp", "dense"):
-        level = best - best % number if arm == "dense" else best
+        level = config.level_at(best, arm)
         steps = dict[int, list[float]]()
         for one in record.evaluations:
             if (one["arm"], one["level"], one["draw"]) == (arm, level, 0):
@@ -162,15 +162,15 @@ def _lines(
     record: RunRecord,
     axes: Axes,
     points: Sequence[int],
-    place: Callable[[int], float],
+    x_of: Callable[[int], float],
     arms: Sequence[str],
 ) -> None:
     """A line and a band over the seeds of each arm."""
     for arm in arms:
         rows = []
-        for level in points:
-            if found := values(record, arm, level):
-                rows.append((place(level), *(100 * value for value in spread(found.values()))))
+        for place in points:
+            if found := values(record, arm, place):
+                rows.append((x_of(place), *(100 * value for value in spread(found.values()))))
         if rows and arm in record.config.arms:
             x, centre, low, high = np.array(rows).T
             colour, marker = LOOKS.get(arm, ("black", "P"))
@@ -179,8 +179,8 @@ def _lines(
             axes.plot(x, centre, color=colour, marker=marker, label=_label(record, arm), linestyle=style)
 
 
-def _dense(record: RunRecord, axes: Axes, level: int) -> None:
-    found = mean(record, "dense", level)
+def _dense(record: RunRecord, axes: Axes, place: int) -> None:
+    found = mean(record, "dense", place)
     if found is not None:
         axes.axhline(100 * found, color="black", linestyle=DASHED, linewidth=0.7, label="dense", zorder=1)
 
@@ -198,10 +198,10 @@ def _ended(record: RunRecord, fig: Figure, axes: Axes, notes: Sequence[str], ban
     return fig
 
 
-def _point(record: RunRecord, level: int) -> str:
+def _point(record: RunRecord, place: int) -> str:
     config, number = record.config, len(record.config.keep)
-    wide = f"width {config.width[level // number]:g}, " if len(config.width) > 1 else ""
-    return f"{wide}{100 * config.keep[level % number]:g} % kept"
+    wide = f"width {config.width[place // number]:g}, " if len(config.width) > 1 else ""
+    return f"{wide}{100 * config.keep[place % number]:g} % kept"
 
 
 def _heading(record: RunRecord, notes: Sequence[str], bands: bool = True) -> str:

@@ -104,9 +104,83 @@ def test_a_run_goes_on_with_more_seeds_and_arms_and_no_other_sweep(tmp_path: Pat
     code, _, err = cli("strong", "recycle", "--out", str(tmp_path / "run"), "--resume", "--quiet")
     assert code == 1
     assert "holds a run with another" in err
-    code, _, err = cli(*words, "--keep", "0.3", "--resume")
-    assert (code, len(err.splitlines())) == (1, 1)
-    assert "holds a run with another keep" in err
+    words += ["--arms", "ticket,random-mask", "--seeds", "0,1"]
+    for flag in ("keep", "width"):
+        code, _, err = cli(*words, f"--{flag}", "0.3", "--resume")
+        assert (code, len(err.splitlines())) == (1, 1)
+        assert f"holds a run with other {flag}, and keeps its cells" in err
+    code, _, err = cli(*words, "--keep", "0.3,0.5")
+    assert code == 1
+    assert "holds a run with fewer keep" in err
+    assert "add --resume to extend it" in err
+    assert len(read(tmp_path / "run").points) == 4
+
+
+def test_a_run_goes_on_with_more_shares_and_widths(tmp_path: Path, cli: Cli) -> None:
+    """What is there stays as it is, to the byte."""
+    words = f"strong edge-popup {WORDS} --width 0.1 --keep 0.5 --out {tmp_path / 'run'}".split()
+    assert cli(*words)[0] == 0
+    cells = {file.name: file.read_bytes() for file in (tmp_path / "run" / "cells").iterdir()}
+    lines = (tmp_path / "run" / "cells.jsonl").read_text().splitlines()
+    for more in ("--width 0.05,0.1", "--width 0.05,0.1 --keep 0.2,0.5", "--width 0.05,0.1 --keep 0.2,0.5"):
+        code, _, err = cli(*words, *more.split(), "--resume")
+        assert code == 0, err
+    record = read(tmp_path / "run")
+    assert not record.damage
+    assert record.complete
+    assert record.config.sweeps == ("keep 0.5 width 0.1", "keep 0.5 width 0.05,0.1")
+    assert [*record.config.levels] == [(0.1, 0.5), (0.05, 0.5), (0.05, 0.2), (0.1, 0.2)]
+    for name, before in cells.items():
+        assert (tmp_path / "run" / "cells" / name).read_bytes() == before
+    assert set(lines) <= set((tmp_path / "run" / "cells.jsonl").read_text().splitlines())
+    found = {(p["arm"], p["width"], p["keep"]) for p in record.points if not p["draw"]}
+    points = [(width, keep) for width in (0.05, 0.1) for keep in (0.2, 0.5)]
+    assert found == {(arm, *one) for arm in ("ticket", "random-mask", "imp") for one in points} | {
+        ("dense", width, 1.0) for width in (0.05, 0.1)
+    }
+    for p in (p for p in record.points if not p["draw"]):
+        size = get_model(f"lenet-300-100@{p['width']:g}").params.prunable
+        assert p["weights_remaining"] == pytest.approx(p["keep"], abs=20 / size)
+    rows = record.config.summary(record)
+    assert [(row["width"], row["keep"], row["level"]) for row in rows] == [
+        *((0.05, 0.2, 2), (0.05, 0.5, 1), (0.1, 0.2, 3), (0.1, 0.5, 0))
+    ]
+    mean = {(p["width"], p["keep"]): p["final_accuracy"] for p in record.points if p["arm"] == "ticket"}
+    assert [row["arms"]["ticket"]["accuracy"] for row in rows] == [mean[r["width"], r["keep"]] for r in rows]
+
+
+def test_a_run_that_goes_on_is_named_as_it_began() -> None:
+    """So the runs of a version before, whose digest has their sweep, go on, too."""
+    first = config(keep=(0.5,), width=(0.5, 1.0))
+    more = config(keep=(0.3, 0.5), width=(0.5, 1.0)).going_on(first)
+    most = config(keep=(0.3, 0.5), width=(0.25, 0.5, 1.0)).going_on(more)
+    assert more.sweeps == ("keep 0.5 width 0.5,1.0",)
+    assert most.sweeps == ("keep 0.5 width 0.5,1.0", "keep 0.3,0.5 width 0.5,1.0")
+    assert {first.digest, more.digest, most.digest} == {first.digest}
+    assert first.digest != config(keep=(0.3, 0.5), width=(0.5, 1.0)).digest
+    for before, after in ((first, more), (more, most), (first, most)):
+        assert set(before.cells()) < set(after.cells())
+        for cell in before.cells():
+            assert after.point(cell) == before.point(cell)
+            assert after.model_of(cell) is before.model_of(cell)
+            assert set(before.needs(cell)) == set(after.needs(cell))
+            assert after.frozen(cell) == before.frozen(cell)
+    assert config_from_json(most.to_json()) == most
+    assert config(keep=(0.3, 0.5), width=(0.25, 0.5, 1.0)).going_on(most) == most
+    assert config(keep=(0.3,)).going_on(first).sweeps == ()  # is refused
+    levels = [most.level_at(place) for place in range(6)]
+    assert sorted(levels) == [*range(6)]
+    assert [most.level_at(place, "dense") for place in range(6)] == [4, 4, 0, 0, 1, 1]
+    assert [most.rung(Cell(0, "ticket", level)) for level in levels] == [2, 2, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "sweeps", [("keep 0.5",), ("keep x width 1.0",), ("keep 0.4 width 1.0",), ("keep 0.5 width nan",)]
+)
+def test_what_was_no_sweep_before_is_a_line(sweeps: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match="`sweeps` keep") as told:
+        config(sweeps=sweeps).cells()
+    assert "\n" not in str(told.value)
 
 
 def test_settings_of_the_method_are_filled_in() -> None:
