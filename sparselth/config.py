@@ -21,7 +21,7 @@ from sparselth.registry import Registry
 OPTIMIZERS = ("adam", "sgd")
 AUGMENTS = ("none", "crop-flip")
 SCOPES = ("layer", "global")
-KERNELS = ("auto", "native", "torch", "triton", "reference")
+KERNELS = ("auto", "native", "torch", "triton", "reference", "autograd")
 FIRST = "imp"  # the experiment of a config.json that names none
 MOST = 10**9  # that a number may be where its field says nothing else
 

@@ -98,7 +98,7 @@ class Params:
         found, offset = dict[str, TensorSpec](), 0
         tensors = {name: tensor for name, tensor, _ in named}
         for name in (*weights, *trained, *fixed):
-            shape, fans = tuple(_floats(tensors[name], empty=True).shape), (0, 0)
+            shape, fans = tuple(floats(tensors[name], empty=True).shape), (0, 0)
             if name in weights:
                 field = prod(shape[2:])
                 fans = shape[1] * field, shape[0] * field
@@ -114,14 +114,14 @@ class Params:
         tensors = self.tensors(module)
         flat = torch.zeros(1, self.size, dtype=torch.float32, device=tensors[self.weights[0].name].device)
         for spec in self.all:
-            flat[0, spec.span].view(spec.shape).copy_(_floats(tensors[spec.name]))
+            flat[0, spec.span].view(spec.shape).copy_(floats(tensors[spec.name]))
         return flat
 
     def scatter(self, flat: Tensor, module: nn.Module) -> None:
         """Copy a flat buffer [1, P] or [P] into the tensors of a module of this shape."""
         tensors = self.tensors(module)
         for spec in self.all:
-            _fill(tensors[spec.name], flat.view(-1)[spec.span].view(spec.shape))
+            copy_floats(tensors[spec.name], flat.view(-1)[spec.span].view(spec.shape))
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """The tensors of a module by name, without their gradients; SparselthError where one does not fit."""
@@ -131,7 +131,7 @@ class Params:
                 raise SparselthError(
                     f"{type(module).__name__}: has no {spec.name}; expected the network it had"
                 )
-            shape = tuple(_floats(found[spec.name], empty=True).shape)
+            shape = tuple(floats(found[spec.name], empty=True).shape)
             if shape != spec.shape:
                 raise SparselthError(
                     f"{type(module).__name__}: {spec.name} has shape {list(shape)}, "
@@ -273,8 +273,8 @@ def _excluded(module: nn.Module, exclude: Sequence[str | type] | str | type) -> 
     return found
 
 
-def _floats(tensor: Tensor, empty: bool = False) -> Tensor:
-    """A tensor as fp32 numbers that say all of it: where one cannot, several do along a last axis.
+def floats(tensor: Tensor, empty: bool = False) -> Tensor:
+    """A tensor as fp32 numbers that say all of it; where one cannot, several do along a last axis.
 
     `empty`: their shape is all that is wanted.
     """
@@ -290,16 +290,16 @@ def _floats(tensor: Tensor, empty: bool = False) -> Tensor:
     return tensor.to(torch.float32)
 
 
-def _fill(tensor: Tensor, floats: Tensor) -> None:
-    """The inverse of `_floats`, in place."""
+def copy_floats(tensor: Tensor, said: Tensor) -> None:
+    """Set a tensor to what its `floats` say."""
     import torch
 
     if tensor.dtype == torch.complex64:
-        torch.view_as_real(tensor).copy_(floats)
+        torch.view_as_real(tensor).copy_(said)
     elif _in_digits(tensor):
-        tensor.copy_(floats.to(torch.int16).contiguous().view(tensor.dtype).view(tensor.shape))
+        tensor.copy_(said.to(torch.int16).contiguous().view(tensor.dtype).view(tensor.shape))
     else:
-        tensor.copy_(floats)
+        tensor.copy_(said)
 
 
 def _in_digits(tensor: Tensor) -> bool:

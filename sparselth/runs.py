@@ -64,7 +64,6 @@ from sparselth.ledger import (
     prove,
 )
 from sparselth.lock import ReadOnly, locked
-from sparselth.models import get_model
 from sparselth.registry import plugins
 
 __all__ = [
@@ -130,7 +129,7 @@ class RunRecord:
 
     def mask(self, seed: int, level: int, name: str) -> NDArray[np.bool_]:
         """The ticket's mask of the weight tensor `name`, bool [N, K]."""
-        spec = next(s for s in get_model(self.config.model).weights if s.name == name)
+        spec = next(s for s in self.config.network.weights if s.name == name)
         cell = Cell(seed, "ticket", level)
         file = cell_path(self.path, cell)
         try:

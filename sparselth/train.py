@@ -13,9 +13,10 @@ import torch
 
 from sparselth.config import Recipe
 from sparselth.data.batches import Resident
-from sparselth.engine.choose import Group, groups, steps
+from sparselth.engine.choose import Group, groups, images_of_test, steps
 from sparselth.engine.state import Batch, Job, Stopped, never
 from sparselth.models import Model
+from sparselth.models.module import ModuleModel
 
 DIVERGED_LOSS = 1e6  # a network that knows nothing loses ln(classes)
 
@@ -155,7 +156,11 @@ def _stretch(
 
 def _find_diverged(batch: Batch, losses: list[float]) -> None:
     """Mark the jobs that have diverged."""
-    finite = torch.stack([t.isfinite().all(1) for t in (batch.weights, *batch.moments)]).all(0).tolist()
+    # buffers of a module may be infinite from the first, as masks of attention are
+    n = batch.model.params.trained_size if isinstance(batch.model, ModuleModel) else batch.weights.shape[1]
+    finite = (
+        torch.stack([t[:, :n].isfinite().all(1) for t in (batch.weights, *batch.moments)]).all(0).tolist()
+    )
     for job, loss, good in zip(batch.jobs, losses, finite, strict=True):
         if not (loss < DIVERGED_LOSS and good):
             job.diverged = (
@@ -196,7 +201,7 @@ def accuracies_on_test(
     """
     if not jobs:
         return []
-    chunks, found = data.test(), dict[int, tuple[float, float]]()
+    chunks, found = images_of_test(model, data, kernels), dict[int, tuple[float, float]]()
     for group in groups(model, jobs, kernels, break_even):
         _, best = group.measure(group.networks(best=True), chunks, should_stop)
         last = best

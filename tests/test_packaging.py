@@ -36,7 +36,6 @@ ORDER = [
     "data",
     "scores",
     "pruning",
-    "masked",
     "optim",
     "theory",
     "engine",

@@ -66,11 +66,13 @@ class Screen(Watcher):
 def _usual(plan: Plan) -> dict[str, Any] | None:
     """What the cells that were missing would have taken the usual way, from a sample of two seconds."""
     config, images = plan.config, plan.images
-    if images is None or not isinstance(config, Training) or not config.has_usual:
+    if images is None or not isinstance(config, Training):
         return None
     try:
         from sparselth.measure import usual
 
+        if not usual.fits(config, images):
+            return None
         found = usual.sample(config, images)
     except (ImportError, RuntimeError):  # a torchvision that does not fit this torch
         return None

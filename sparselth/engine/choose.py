@@ -1,8 +1,8 @@
 """The one door to the engines: who trains together, and through which of them.
 
 Jobs that take the same way train as the replicas of one batch; on a CPU, where one network fills the
-caches, they train one after another. A job's mask and the paths alone decide, so that what a job computes
-does not depend on the others.
+caches, and through autograd they train one after another. A job's mask and the paths alone decide, so that
+what a job computes does not depend on the others.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparselth.config import Recipe
 from sparselth.data.batches import Chunk, Resident
+from sparselth.engine.autograd import AutogradSteps, Bound, takes_autograd
 from sparselth.engine.batch import DenseForward, DenseSteps
 from sparselth.engine.compressed import CompressedForward, CompressedSteps
 from sparselth.engine.layout import Layout, compressible
@@ -23,6 +24,7 @@ from sparselth.engine.paths import Paths, choose
 from sparselth.engine.popup import PopupSteps
 from sparselth.engine.replay import Replay
 from sparselth.engine.state import Batch, Job, Steps, measure, never
+from sparselth.errors import UsageError
 from sparselth.models import Conv, Model
 
 
@@ -33,7 +35,7 @@ class Group:
     model: Model
     jobs: Sequence[Job]
     paths: Paths
-    compressed: frozenset[str]  # layers in the compressed domain: then it is one job
+    compressed: frozenset[str] = frozenset()  # layers in the compressed domain: then it is one job
 
     def enter(self, recipe: Recipe) -> None:
         """Bring the states to the form in which they train."""
@@ -53,6 +55,8 @@ class Group:
         self, weights: Tensor, chunks: Sequence[Chunk], should_stop: Callable[[], bool] = never
     ) -> tuple[list[float], list[float]]:
         """(loss, accuracy) of weights [R, P] under the jobs' masks, each a list of R; may raise Stopped."""
+        if takes_autograd(self.model, self.paths):
+            return Bound(self.model, self.jobs[0].who, weights).measure(chunks, should_stop)
         if not self.compressed:
             dense = DenseForward(self.model, weights, _takes_vendor(self.model, self.paths))
             return measure(dense, chunks, should_stop)
@@ -73,6 +77,14 @@ def groups(
     together: tuple[list[Job], list[Job]] = [], []  # trained, frozen
     device = jobs[0].state.weights.device.type
     paths = choose(kernels, device)
+    if takes_autograd(model, paths):
+        if any(job.frozen for job in jobs):
+            raise UsageError(
+                f"`kernels` {kernels}: autograd trains no scores over frozen weights; use `kernels` auto and "
+                "a network of known layers"
+            )
+        yield from (Group(model, [job], paths) for job in jobs)
+        return
     for job in jobs:
         compressed = frozenset[str]()
         if job.frozen is None:
@@ -83,11 +95,13 @@ def groups(
             together[job.frozen is not None].append(job)
     for some in together:
         if some:
-            yield Group(model, some, paths, frozenset())
+            yield Group(model, some, paths)
 
 
 def steps(batch: Batch) -> Steps:
     """The engine of jobs that are in the form in which they train."""
+    if takes_autograd(batch.model, batch.paths):
+        return AutogradSteps(batch)
     if batch.jobs[0].frozen is not None:
         return PopupSteps(batch, _takes_vendor(batch.model, batch.paths))
     if batch.jobs[0].state.layout is not None:
@@ -109,6 +123,11 @@ def prepare(
     (group,) = groups(model, jobs, kernels, break_even)
     group.enter(recipe)
     return steps(Batch(model, data, group.jobs, recipe, group.paths))
+
+
+def images_of_test(model: Model, data: Resident, kernels: str) -> list[Chunk]:
+    """The test images as `Group.measure` takes them."""
+    return data.test_first() if takes_autograd(model, choose(kernels, data.device)) else data.test()
 
 
 def trains_alone(paths: Paths, device: str) -> bool:

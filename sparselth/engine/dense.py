@@ -35,13 +35,16 @@ from sparselth.engine.layers import (
     channels_last,
 )
 from sparselth.models import Add, AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, ReLU
+from sparselth.models.module import ModuleModel
 
 
 def init_weights(model: Model, generator: torch.Generator) -> Tensor:
     """Gaussian Glorot weights, zero biases: one replica's flat buffer [P] (Glorot & Bengio 2010).
 
-    Batch norms begin with scale and variance 1, shift and mean 0.
+    Batch norms begin with scale and variance 1, shift and mean 0. What is a module draws its own.
     """
+    if isinstance(model, ModuleModel):
+        return model.params.gather(model.drawn(generator))[0]
     flat = torch.zeros(model.params.size, dtype=torch.float32, device="cpu")
     for spec in model.weights:
         std = sqrt(2 / (spec.fan_in + spec.fan_out))

@@ -6,6 +6,7 @@ triton     our Triton kernels for every op; on a CPU only in Triton's interprete
 native     a CPU's: our C kernels, which must be there, the vendor's products for dense layers
 torch      a CPU's: torch's masked optimizer and MKL's sparse products
 reference  dense torch: masked optimizer, the vendor's products; what everything else is held against
+autograd   torch's autograd for the network, as modules of users take it whatever is asked for; else as auto
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ ZEROS = "zeros lie in the weights, so the vendor's product needs no mask"
 class Path:
     """What an op takes, and why."""
 
-    takes: Literal["triton", "native", "torch", "vendor", "auto", "none"]
-    # vendor: the whole dense network through torch's own layers, where it has convolutions
+    takes: Literal["triton", "native", "torch", "vendor", "auto", "autograd", "none"]
+    # vendor: the whole dense network through torch's own layers, where it has convolutions; autograd: always
     # auto: our kernel or the vendor's, measured for each shape; none: nothing is compressed
     why: str
 
@@ -50,6 +51,17 @@ def choose(kernels: str, device: str) -> Paths:
     """The paths for --kernels on "cpu" or "cuda"; UsageError where that cannot be."""
     triton = Path("triton", "runs in Triton's interpreter" if INTERPRET else "CUDA device")
     apart = Path("none", APART)
+    if kernels == "autograd":
+        never, asked = Path("none", "layers are trained dense with masks"), Path("autograd", "asked for")
+        return replace(
+            choose("auto", device),
+            masked_linear=asked,
+            masked_conv2d=asked,
+            linear_grad_update=apart,
+            csr_linear=never,
+            sparse_conv2d=never,
+            step_parts=never,
+        )
     if kernels == "triton":
         if not HAS_TRITON:
             raise UsageError("`kernels` triton: Triton is not installed; use `kernels` auto")

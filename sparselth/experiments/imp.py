@@ -23,7 +23,7 @@ from sparselth.errors import UsageError
 from sparselth.experiments.arms import ARMS
 from sparselth.experiments.base import Place, register
 from sparselth.experiments.training import Training
-from sparselth.models import Model, get_model
+from sparselth.models import Model
 from sparselth.user_files import short
 
 if TYPE_CHECKING:
@@ -155,12 +155,12 @@ class ImpConfig(Training):
     def autograd(self) -> bool:
         from sparselth.scores import SCORES
 
-        return SCORES[self.score].autograd
+        return super().autograd or SCORES[self.score].autograd
 
     def rungs(self) -> list[dict[str, int]]:
         from sparselth.pruning import ladder
 
-        return ladder(get_model(self.model).params, self.levels, self.rate, self.scope)
+        return ladder(self.network.params, self.levels, self.rate, self.scope)
 
     # ---- what is said of it
 
@@ -203,7 +203,7 @@ class ImpConfig(Training):
         """Which layers are pruned at another rate."""
         if self.scope == "global":
             return ""
-        weights = get_model(self.model).params.weights
+        weights = self.network.params.weights
         scales = sorted({s.rate_scale for s in weights if not s.output} - {1.0})
         return "; the output layer at half the rate" + "".join(
             f", convolutions at {scale:g} of it" for scale in scales
@@ -250,7 +250,7 @@ def find_mask(config: ImpConfig, place: Place, cell: Cell) -> Tensor:
     from sparselth.runs import cell_path
     from sparselth.streams import stream
 
-    model, seed, level = get_model(config.model), cell.seed, cell.level
+    model, seed, level = config.network, cell.seed, cell.level
     if not level:
         return model.params.full_mask()
     before, _ = tickets.read(cell_path(place.run, config.pruned(cell)), model.params)
@@ -280,8 +280,8 @@ def _batch(model: Model, place: Place, seed: int, level: int) -> tuple[Tensor, T
     assert data is not None
     images, count = data.split(seed)[0], min(PER_CLASS * model.classes, data.n_train)
     order = torch.randperm(len(images), generator=stream(seed, "ticket", level, "score images"), device="cpu")
-    x, y = Gather(data, 1, count)(images[order[:count]].to(data.device))
-    return x[0].T.reshape(count, *model.input).contiguous(), y.flatten()
+    x, y = Gather(data, 1, count).first(images[order[:count]].to(data.device))
+    return x[0].reshape(count, *model.input), y[0]
 
 
 def start_weights(config: ImpConfig, place: Place, cell: Cell) -> Tensor:
@@ -293,7 +293,7 @@ def start_weights(config: ImpConfig, place: Place, cell: Cell) -> Tensor:
     from sparselth.runs import cell_path
     from sparselth.streams import stream
 
-    model, generator = get_model(config.model), stream(cell.seed, cell.arm, cell.level, "init", cell.draw)
+    model, generator = config.network, stream(cell.seed, cell.arm, cell.level, "init", cell.draw)
 
     def rewound() -> Tensor:
         first, _ = tickets.read(cell_path(place.run, Cell(cell.seed, "ticket", 0)), model.params)

@@ -114,6 +114,7 @@ class NeuronsConfig(Training):
 
     def check(self) -> None:
         super().check()
+        self.refuse_autograd()
         model = get_model(self.model)
         if not model.is_chain or not all(isinstance(node.op, Linear | ReLU) for node in model.nodes):
             raise UsageError(f"`model` {self.model}: expected one of fully connected layers alone")

@@ -22,6 +22,7 @@ import torch
 from sparselth import machine
 from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Resident
+from sparselth.engine.autograd import takes_autograd
 from sparselth.engine.choose import prepare, trains_alone
 from sparselth.engine.memory import free_memory, is_out_of_memory, resident_bytes
 from sparselth.engine.paths import choose
@@ -30,7 +31,7 @@ from sparselth.experiments.agenda import Agenda, widest
 from sparselth.experiments.training import Training
 from sparselth.files import read_json
 from sparselth.machine import RESULTS
-from sparselth.models import Model, get_model
+from sparselth.models import Model
 
 LONG: dict[str, Any] = {"steps": 20_000, "eval_every": 20_000, "lr_drops": (), "warmup": 0}
 STRETCH = 5  # least steps between looks at the clock
@@ -138,7 +139,7 @@ def recorded(device: str, config: Training) -> tuple[str, Price]:
             f"`price_on` {device}: {file.name} has no steps of {config.model} with {recipe.optimizer} and "
             f"batches of {recipe.batch_size}; it has {known}"
         )
-    model = get_model(config.model)
+    model = config.network
     levels = (1.0,) * len(config.rungs())  # on a GPU every step is dense
     return name, Price(
         *(found["step"], levels, found["evaluation"], 2.0, 2 * 10**9),
@@ -210,7 +211,8 @@ def measured(
 
     batches, validation = dict[int, float](), dict[int, float]()
     batches[1], validation[1] = timed(0, 1)
-    alone = trains_alone(choose(config.kernels, data.device), data.device)
+    paths = choose(config.kernels, data.device)
+    alone = takes_autograd(config.widest, paths) or trains_alone(paths, data.device)
     while limit > 1 and not alone:  # alone, a batch takes what its replicas take one after another
         try:
             batches[limit], validation[limit] = timed(0, limit)

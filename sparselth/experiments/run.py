@@ -16,6 +16,7 @@ from typing import Any
 from sparselth import data, machine, runs
 from sparselth.data import DatasetSpec
 from sparselth.data.sets import check_batch, check_model
+from sparselth.engine.autograd import takes_autograd
 from sparselth.engine.paths import choose
 from sparselth.errors import SparselthError, UsageError, check_number
 from sparselth.experiments.agenda import widest
@@ -25,6 +26,7 @@ from sparselth.experiments.pool import Pool, available_workers, stopped
 from sparselth.experiments.price import replica_bytes
 from sparselth.experiments.training import Training, evaluated_images
 from sparselth.models import get_model
+from sparselth.models.module import ModuleModel
 from sparselth.registry import plugins
 from sparselth.signals import name_of
 
@@ -53,8 +55,13 @@ def plan(
         _check_fit(config, data.get_dataset(named or model.dataset))  # before it is downloaded
         images = data.resolve(named, Path(data_dir) if data_dir else None, note, model.dataset)
         _check_fit(config, images.spec)
+        model = model.on(images.spec)
+        if isinstance(model, ModuleModel):
+            model.check_labels(images.train_labels, images.test_labels)
         device, why = machine.choose_device(config.device)
-        kernels = "triton" if deterministic and device == "cuda" else config.kernels
+        kernels = config.kernels
+        if deterministic and device == "cuda" and not config.autograd:
+            kernels = "triton"
         most = config.eval_images
         if most is None:
             most = evaluated_images(config.recipe, images.spec)
@@ -65,7 +72,7 @@ def plan(
         environment |= {"dataset": config.dataset, "data_sha256": images.digest}
         environment["test_images"] = images.spec.n_test
         paths = choose(kernels, device)
-        if paths.csr_linear.takes != "none":
+        if paths.csr_linear.takes != "none" and not takes_autograd(model, paths):
             from sparselth.engine.break_even import break_even
 
             even = break_even(model, config.recipe.batch_size, paths.csr_linear.takes)
@@ -79,13 +86,14 @@ def plan(
     if plugins():
         environment["plugins"] = [str(file) for file in plugins()]
     together, cuda = widest(config), config.device == "cuda"
+    side_by_side = cuda and not (isinstance(config, Training) and takes_autograd(config.widest, paths))
     return Plan(
         config,
         images,
         Path(out) if out else _place(config),
         why,
         1 if cuda else min(workers or available_workers(config.device), together),
-        min(replicas or (together if cuda else 1), together),
+        min(replicas or (together if side_by_side else 1), together),
         environment,
     )
 
@@ -185,7 +193,7 @@ def _place(config: Experiment) -> Path:
 def _check_fit(config: Training, dataset: DatasetSpec) -> None:
     """Raise UsageError where network, data set, batch and memory do not fit each other."""
     name, recipe = config.model, config.recipe
-    model = config.widest
+    model = config.widest.on(dataset)
     check_batch(recipe.batch_size, dataset.n_train)
     needed, there = replica_bytes(model, recipe), machine.memory_bytes()
     if config.device != "cuda" and needed > there:
@@ -193,4 +201,5 @@ def _check_fit(config: Training, dataset: DatasetSpec) -> None:
             f"`batch_size` {recipe.batch_size}: one network of {name} takes about {needed / 1e9:,.0f} GB, "
             f"there are {there / 1e9:.0f}"
         )
-    check_model(dataset, model)
+    if not isinstance(model, ModuleModel):  # which has been shown samples to know its size
+        check_model(dataset, model)

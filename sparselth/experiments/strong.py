@@ -137,6 +137,7 @@ class StrongConfig(Swept):
 
     def check(self) -> None:
         super().check()
+        self.refuse_autograd()
         method = METHODS[self.method]
         for name in ("every", "redraw"):
             if getattr(self, name) and not method.has_generations:

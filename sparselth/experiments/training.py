@@ -10,6 +10,7 @@ from sparselth import user_files
 from sparselth.config import KERNELS, Cell, Recipe, option
 from sparselth.experiments.base import Diverged, Experiment, Finished, Place
 from sparselth.models import MODELS, Model, get_model
+from sparselth.models.module import is_module
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,9 +120,21 @@ class Training(Experiment):
             raise recipe.wrong("momentum", f"has no effect with {recipe.optimizer}; use `optimizer` sgd")
 
     @property
+    def network(self) -> Model:
+        """The network of the run, for the samples and classes of its data set."""
+        from sparselth.data.sets import get_dataset
+
+        model = get_model(self.model)
+        return model.on(get_dataset(self.dataset or model.dataset))
+
+    @property
     def widest(self) -> Model:
         """The largest network of the run."""
-        return get_model(self.model)
+        return self.network
+
+    @property
+    def autograd(self) -> bool:
+        return self.kernels == "autograd" or is_module(self.model)
 
     @property
     def reads(self) -> str:
@@ -129,7 +142,13 @@ class Training(Experiment):
 
     @property
     def evaluation(self) -> tuple[int, int]:
-        return get_model(self.model).evaluation_batch, self.eval_images or 0
+        return self.network.evaluation_batch, self.eval_images or 0
+
+    def refuse_autograd(self) -> None:
+        """Raise UsageError where scores over frozen weights cannot be trained: through autograd."""
+        _ = get_model(self.model).nodes
+        if self.kernels == "autograd":
+            raise self.wrong("kernels", "expected auto; autograd trains no scores over frozen weights")
 
     def start(self, cell: Cell, place: Place) -> tuple[Tensor, Tensor]:
         """The mask [M] of a cell, and the weights [P] it starts from, before the mask."""
@@ -148,7 +167,7 @@ class Training(Experiment):
         from sparselth.pruning import ladder
 
         levels = max(cell.level for cell in self.cells())
-        return ladder(get_model(self.model).params, levels, 0.0, "layer")
+        return ladder(self.network.params, levels, 0.0, "layer")
 
     def rung(self, cell: Cell) -> int:
         """Which of the `rungs` foretells what the steps of a cell cost."""
@@ -166,7 +185,7 @@ class Training(Experiment):
         from sparselth.pruning import prune
         from sparselth.streams import stream
 
-        model, seed = get_model(self.model), self.seeds[0]
+        model, seed = self.network, self.seeds[0]
         weights = init_weights(model, stream(seed, "price", 0, "init"))
         front = weights[: model.params.mask_size]
         mask = prune(model.params, front, model.params.full_mask(), self.rungs()[rung])
@@ -176,7 +195,7 @@ class Training(Experiment):
 
     def remaining(self) -> list[float]:
         """The share of the weights that is left at every level."""
-        prunable = get_model(self.model).params.prunable
+        prunable = self.network.params.prunable
         return [sum(rung.values()) / prunable for rung in self.rungs()]
 
     def compute(self, cells: Sequence[Cell], place: Place) -> Sequence[Finished | Diverged] | None:
@@ -196,7 +215,7 @@ class Training(Experiment):
             "cell": "",  # each its own
             "rewind_step": self.rewind,
         }
-        return train(get_model(self.model), jobs, self.recipe, self.kernels, place, where)
+        return train(self.network, jobs, self.recipe, self.kernels, place, where)
 
     @property
     def folder(self) -> str:
@@ -216,7 +235,7 @@ class Training(Experiment):
 
     def plan(self, images: Images | None, finished: int) -> dict[str, str]:
         assert images is not None
-        model, recipe = get_model(self.model), self.recipe
+        model, recipe = self.network, self.recipe
         rate = f"lr {recipe.lr:g}" + (f", warm-up {recipe.warmup:,}" if recipe.warmup else "")
         rate += ", along a cosine" if recipe.cosine else ""
         rate += f", a tenth from {', '.join(f'{s:,}' for s in recipe.lr_drops)}" if recipe.lr_drops else ""

@@ -22,7 +22,8 @@ from sparselth.data import Images
 from sparselth.data.augment import SHIFT
 from sparselth.engine.dense import init_weights
 from sparselth.experiments.training import Training
-from sparselth.models import Model, get_model
+from sparselth.models import Model
+from sparselth.models.module import ModuleModel
 from sparselth.models.torch import Masks, masks, network
 from sparselth.streams import stream
 
@@ -129,6 +130,12 @@ class Usual:
         return training, evaluating
 
 
+def fits(config: Training, images: Images) -> bool:
+    """Whether the usual loop is one for it: of pictures and their classes."""
+    own_loss = isinstance(config.network, ModuleModel) and config.network.loss is not None
+    return config.has_usual and len(images.spec.shape) == 3 and bool(images.spec.classes) and not own_loss
+
+
 def sample(config: Training, images: Images, seconds: float = 2.0) -> Usual:
     """Time the usual loop for about `seconds`."""
     before = torch.get_num_threads()
@@ -142,7 +149,7 @@ def sample(config: Training, images: Images, seconds: float = 2.0) -> Usual:
 
 def _sample(config: Training, images: Images, threads: int, seconds: float) -> Usual:
     torch.set_num_threads(threads)
-    model = get_model(config.model)
+    model = config.network
     flat = init_weights(model, stream(config.seeds[0], "price", 0, "init"))
     params = model.params
     rungs = config.rungs()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import floor, prod
+from typing import Any
 
 from sparselth.config import Recipe
 from sparselth.errors import UsageError
@@ -94,7 +95,7 @@ class Model:
     """
 
     name: str
-    input: tuple[int, int, int]
+    input: tuple[int, ...]
     layers: tuple[Layer | Node, ...]
     recipes: Mapping[str, Recipe]
     source: str
@@ -122,6 +123,10 @@ class Model:
                 raise UsageError(f"model {self.name}: layer {i}, {node.op}, cannot read {read}")
             if not self.readers[i + 1] and i + 1 < len(self.nodes):
                 raise UsageError(f"model {self.name}: layer {i}, {node.op}, is read by nobody")
+
+    def on(self, samples: Any) -> Model:
+        """The network for a data set; only modules of torch's differ from one to another."""
+        return self
 
     @cached_property
     def nodes(self) -> tuple[Node, ...]:

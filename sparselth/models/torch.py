@@ -10,8 +10,15 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from sparselth.models.graph import Add, AvgPool, BatchNorm, Conv, Layer, Linear, MaxPool, Model, ReLU
+from sparselth.models.module import ModuleModel
 
 Masks = dict[Tensor, Tensor]
+_NORM = {
+    "scale": "weight",
+    "shift": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}  # as torch has them
 PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
@@ -44,8 +51,12 @@ class Graph(nn.Module):
 def network(model: Model, flat: Tensor) -> nn.Module:
     """The model in training mode, with the weights of a flat buffer [P]; "conv1.weight" is one of them.
 
-    A chain is a plain nn.Sequential, any other model a `Graph`.
+    A chain is a plain nn.Sequential, any other model a `Graph`; what is a module already is made again.
     """
+    if isinstance(model, ModuleModel):
+        net = model.build(0)
+        model.params.scatter(flat, net)
+        return net
     return _joined(model, _layers(model, flat))
 
 
@@ -69,8 +80,22 @@ def sequential(model: Model, flat: Tensor) -> nn.Module:
     return _joined(model, found).eval()
 
 
+def tensors(model: Model, net: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a `network`, by the names that the model has for them."""
+    found = dict[str, Tensor](net.named_parameters()) | dict(net.named_buffers())
+    if isinstance(model, ModuleModel):
+        return found
+    for spec in model.params.unpruned:
+        layer, _, own = spec.name.rpartition(".")
+        found[spec.name] = found[f"{layer}.{_NORM.get(own, own)}"]
+    return found
+
+
 def masks(model: Model, net: nn.Module, mask: Tensor) -> Masks:
     """A dense float mask for every weight, from a mask [M]."""
+    if isinstance(model, ModuleModel):
+        named = dict(net.named_parameters())
+        return {named[s.name]: mask[s.span].view(s.shape).float() for s in model.params.weights}
     products = [module for module in net.children() if isinstance(module, nn.Conv2d | nn.Linear)]
     return {
         product.weight: mask[spec.span].view(spec.shape).float()

@@ -1,6 +1,7 @@
 """The models by name. A family is a file of this folder that registers its models.
 
-"NAME@0.25" is the model NAME with every hidden layer a quarter as wide.
+"NAME@0.25" is the model NAME with every hidden layer a quarter as wide. "my_net.py:make" and
+"torchvision:NAME" are modules of torch's, see `module`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 
 from sparselth.errors import UsageError
 from sparselth.models.graph import Model
+from sparselth.models.module import is_module, module_model
 from sparselth.registry import Registry
 
 
@@ -16,6 +18,8 @@ class Models(Registry[Model]):
     """Every model at any width, too; iteration gives those that were registered."""
 
     def __getitem__(self, name: str) -> Model:
+        if is_module(name):
+            return module_model(name)
         base, at, factor = name.rpartition("@")
         if not at:
             return super().__getitem__(name)
@@ -26,11 +30,13 @@ class Models(Registry[Model]):
         return found[1]
 
     def __contains__(self, name: object) -> bool:
+        if isinstance(name, str) and is_module(name):
+            return True  # asked for, it says what is wrong with it
         return super().__contains__(name.partition("@")[0] if isinstance(name, str) else name)
 
 
 _widened: dict[str, tuple[Model, Model]] = {}  # a name with a width: the model it was made of, and it
-MODELS = Models("model", "sparselth.models", but=("graph", "zoo", "torch"))
+MODELS = Models("model", "sparselth.models", but=("graph", "module", "zoo", "torch"))
 
 
 def register(model: Model) -> Model:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isqrt
+from math import isqrt, prod
 
 import matplotlib
 import numpy as np
@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 
-from sparselth.models import get_model
 from sparselth.report.drawing import DPI, MARKERS, WIDTH, band_note, heading, log_axis, short, spread
 from sparselth.report.stats import weights_remaining
 from sparselth.runs import RunRecord
@@ -23,7 +22,7 @@ MASK_COLOURS = LinearSegmentedColormap.from_list("mask", ["#E4E4E4", "#00507F"])
 
 def layers(record: RunRecord) -> Figure | None:
     """The share of its weights that each layer keeps, a line for each of some levels, on one log scale."""
-    weights, remaining = get_model(record.config.model).weights, weights_remaining(record)
+    weights, remaining = record.config.network.weights, weights_remaining(record)
     names = [spec.name.removesuffix(".weight") for spec in weights]
     pruned = [level for level in remaining if level and record.by_level.get(("ticket", level))]
     if not pruned:
@@ -67,15 +66,17 @@ def layers(record: RunRecord) -> Figure | None:
     return fig
 
 
-def first_layer(record: RunRecord) -> Figure:
+def first_layer(record: RunRecord) -> Figure | None:
     """The mask of each unit (or filter) as an image, for those with most weights at the last level."""
+    if not _is_drawn(record):
+        return None
     seed, levels = _mask_levels(record)
     masks = [_first(record, seed, level).mean(1) for level in levels]
     left = masks[-1].reshape(len(masks[-1]), -1).sum(1)
     units = np.sort(np.argsort(-left, kind="stable")[:UNITS])
     grids = [_grid(mask[units]) for mask in masks]
     count = f"all {len(left)}" if len(units) == len(left) else f"{len(units)} of {len(left)}"
-    channels = get_model(record.config.model).input[0]
+    channels = record.config.network.input[0]
     title = f"surviving weights (blue) of {{layer}}, {count} {{units}}"
     title += f"; paler where not all {channels} channels are left" * (channels > 1)
     fig, panels = _panels(record, seed, levels, grids[0].shape, title)
@@ -84,11 +85,13 @@ def first_layer(record: RunRecord) -> Figure:
     return fig
 
 
-def pixels(record: RunRecord) -> Figure:
+def pixels(record: RunRecord) -> Figure | None:
     """Share of the first layer's units that still read each input pixel (of its filters, each position).
 
     All panels have one scale, of square roots, on which a hundredth is still a tenth.
     """
+    if not _is_drawn(record):
+        return None
     seed, levels = _mask_levels(record)
     maps = [100 * _first(record, seed, level).mean((0, 1)) for level in levels]
     top = max(float(shares.max()) for shares in maps) or 1.0
@@ -123,9 +126,16 @@ def _mask_levels(record: RunRecord) -> tuple[int, list[int]]:
     return seed, [pruned[i] for i in _evenly(len(pruned), 4)]
 
 
+def _is_drawn(record: RunRecord) -> bool:
+    """Whether the first weights are filters, or read the pixels of an image; a module's may be anything."""
+    model = record.config.network
+    shape = model.weights[0].shape
+    return len(shape) == 4 or (len(model.input) == 3 and shape[1:] == (prod(model.input),))
+
+
 def _first(record: RunRecord, seed: int, level: int) -> np.ndarray:
     """Mask of the first layer as [N, C, h, w]: input pixels of a unit, or a filter's positions."""
-    model = get_model(record.config.model)
+    model = record.config.network
     spec = model.weights[0]
     shape = spec.shape if len(spec.shape) == 4 else (spec.shape[0], *model.input)
     return record.mask(seed, level, spec.name).reshape(shape)
@@ -149,7 +159,7 @@ def _panels(
 
     `below` keeps that many pixels free under all of them. `title` may name {layer}, {units} and {place}.
     """
-    spec = get_model(record.config.model).weights[0]
+    spec = record.config.network.weights[0]
     units, place = ("filters", "position") if len(spec.shape) == 4 else ("units", "input pixel")
     text = title.format(layer=spec.name.removesuffix(".weight"), units=units, place=place)
     text = heading(record, [text], [seed])

@@ -18,7 +18,6 @@ from typing import Any
 
 from sparselth.begun import read_environment
 from sparselth.data.sets import DATASETS
-from sparselth.models import get_model
 from sparselth.runs import RunRecord
 from sparselth.user_files import is_file
 
@@ -228,7 +227,7 @@ def verdict(record: RunRecord, level: int) -> Verdict:
         both = difference(record, "early_stop_step", ticket, dense)
         return Verdict(NO_VERDICT, f"{len(both)} of {len(config.seeds)} seeds are finished")
     accuracy, _ = mean_interval(per_seed(record, *dense, "accuracy_at_early_stop").values())
-    if accuracy < 2 / get_model(config.model).classes:
+    if accuracy < 2 / (config.network.classes or inf):
         return Verdict(NO_VERDICT, f"dense itself guesses: {100 * accuracy:.2f} % accuracy")
     if empty := empty_layers(record, level):
         return Verdict("below dense", f"{', '.join(empty)}: no weight left, the network computes a constant")

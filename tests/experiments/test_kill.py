@@ -40,6 +40,14 @@ def read(folder):
 register(DatasetSpec(name="colours", title="coloured noise", shape=(3, 32, 32), classes=10,
     mean=(0.4,) * 3, std=(0.2,) * 3, n_train=120, n_test=20, read=read))
 '''
+NET = '''
+"""A network of a user's, which drops out and counts its batches."""
+from torch import nn
+
+def make(classes):
+    return nn.Sequential(nn.Conv2d(1, 4, 5, 3), nn.BatchNorm2d(4, momentum=None), nn.ReLU(), nn.Flatten(),
+        nn.Dropout(0.2), nn.Linear(256, classes))
+'''
 Contents = Callable[[Path], dict[str, bytes]]
 
 
@@ -69,6 +77,11 @@ KINDS = {
         "--dataset stripes --seeds 0 --workers 2 --steps 30 --batch-size 20",
         *(4, 0.25),
     ),
+    "module": Kind(
+        "imp --model net.py:make --plugin stripes.py --dataset stripes --levels 1 --seeds 0 --rewind 5 "
+        "--steps 30 --eval-every 10 --batch-size 20 --workers 2",
+        *(4, 0.25),
+    ),
     "resnet20": Kind(
         "imp --plugin colours.py --model resnet20 --dataset colours --levels 1 --seeds 0 --workers 1 "
         "--arms ticket --steps 4 --batch-size 4",
@@ -84,7 +97,7 @@ def start(
     """`start("run", at=...)`: the run of the test's kind, begun or resumed in a folder."""
     kind = KINDS[getattr(request, "param", "chains")]
     monkeypatch.chdir(tmp_path)
-    for name, text in (FILES | {"colours.py": COLOURS}).items():
+    for name, text in (FILES | {"colours.py": COLOURS, "net.py": NET}).items():
         Path(name).write_text(text)
 
     def call(out: str, at: Break | None = None, **more: object) -> Ended:

@@ -1,0 +1,152 @@
+"""One network of any kind through torch's autograd: modules of users, and on request graphs of known layers.
+
+Its tensors lie in the flat buffer, its gradients in another: so one fused update serves all of them. What the
+forward draws, as dropout does, comes from a stream of (seed, arm, level, draw, step): it depends neither on
+who else trains nor on where training was resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparselth.config import Cell
+from sparselth.data.batches import Batches, Chunk
+from sparselth.engine.memory import Held
+from sparselth.engine.paths import Paths
+from sparselth.engine.state import Batch, Stopped, never
+from sparselth.engine.update import bind_update
+from sparselth.models import Model
+from sparselth.models.module import IGNORED, ModuleModel
+from sparselth.models.torch import network, tensors
+from sparselth.params import copy_floats, floats
+from sparselth.streams import drawing_apart, number, seed_everything
+
+
+def takes_autograd(model: Model, paths: Paths) -> bool:
+    """Whether a network is trained here."""
+    return isinstance(model, ModuleModel) or paths.masked_linear.takes == "autograd"
+
+
+class Bound:
+    """A network whose tensors are views of a flat buffer [1, P], and its gradients of another.
+
+    Called it gives the output for samples [B, ...], images channels-last where the network takes them so.
+    """
+
+    def __init__(self, model: Model, who: Cell, flat: Tensor, grad: Tensor | None = None) -> None:
+        self.model, self.flat, self.who = model, flat, who
+        self.loss = self.right = None
+        if isinstance(model, ModuleModel):
+            self.net = model.build(who.seed)
+            self.loss, self.right = model.loss, model.accuracy
+            self.channels_last = model.seen.channels_last and model.convolves
+        else:
+            self.net = network(model, torch.zeros(model.params.size, dtype=torch.float32, device="cpu"))
+            self.channels_last = model.convolves
+        self.net.to(flat.device)
+        found = tensors(model, self.net)
+        trained = {spec.name for spec in model.params.weights + model.params.trained}
+        for spec in model.params.all:
+            tensor, place = found[spec.name], flat[0, spec.span].view(spec.shape)
+            if tensor.dtype == torch.float32:
+                tensor.data = place
+            else:
+                copy_floats(tensor.detach(), place)
+            if grad is not None and spec.name in trained:
+                tensor.grad = grad[0, spec.span].view(spec.shape)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.net(x)  # type: ignore[no-any-return]
+
+    def keep(self) -> None:
+        """Write buffers that are no views, because of their dtype or of a new tensor, to the flat one."""
+        found = tensors(self.model, self.net)
+        for spec in self.model.params.statistics:
+            place = self.flat[0, spec.span].view(spec.shape)
+            if found[spec.name].data_ptr() != place.data_ptr():
+                place.copy_(floats(found[spec.name]))
+
+    def mean_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """The loss whose gradient trains, a number."""
+        if self.loss is not None:
+            return self.loss(output, target)
+        return F.cross_entropy(output.flatten(0, -2), target.flatten())
+
+    def sums(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Summed loss and number of right answers, float64, and of how many."""
+        output = self(x)
+        known = y != IGNORED if self.loss is None or self.right is None else None
+        count = len(y) if known is None else int(known.sum())
+        if self.loss is None:
+            losses = F.cross_entropy(output.flatten(0, -2), y.flatten(), reduction="none")
+            loss = losses.double().sum()
+        else:
+            loss = self.loss(output, y).double() * count
+        if self.right is None:
+            right = (output.argmax(-1) == y).double().sum()  # what is ignored is no class
+        else:
+            right = torch.as_tensor(self.right(output, y), device=output.device).double() * count
+        return loss, right, count
+
+    @torch.no_grad()
+    def measure(
+        self, chunks: Sequence[Chunk], should_stop: Callable[[], bool] = never
+    ) -> tuple[list[float], list[float]]:
+        """(loss, accuracy) in evaluation mode, a list of one each; Stopped where `should_stop` says so."""
+        found, who, device = [], self.who, str(self.flat.device)
+        self.net.eval()
+        with drawing_apart(device):
+            seed_everything(number(who.seed, who.arm, who.level, "evaluation", who.draw), device)
+            for x, y in chunks:
+                if should_stop():
+                    raise Stopped
+                found.append(self.sums(x, y))
+        total = sum(count for *_, count in found)
+        loss, right = (sum(column) / total for column in (*zip(*found, strict=True),)[:2])
+        return [float(loss)], [float(right)]
+
+
+class AutogradSteps:
+    """The steps of one job; see `engine.state.Steps`."""
+
+    many = 1
+
+    def __init__(self, batch: Batch) -> None:
+        (job,) = batch.jobs
+        model, recipe, n = batch.model, batch.recipe, batch.model.params.trained_size
+        self.batch, self.job, self.recipe = batch, job, recipe
+        self.grad = torch.zeros(1, n, dtype=torch.float32, device=batch.weights.device)
+        self.network = Bound(model, job.who, batch.weights, self.grad)
+        self.batches = Batches(batch.data, batch.who, recipe.batch_size, recipe.augment)
+        live = None if int(job.mask.sum()) == model.params.prunable else batch.mask
+        moments = [moment[:, :n] for moment in batch.moments]
+        self.update, size = bind_update(batch.weights[:, :n], self.grad, moments, live, recipe, batch.paths)
+        self.state_bytes = 4 * self.grad.numel() + size
+
+    def advance(self, step: int, steps: int, should_stop: Callable[[], bool]) -> int:
+        who, network, device = self.job.who, self.network, self.batches.data.device
+        start, taken = self.job.start_step, 0
+        network.net.train()
+        with drawing_apart(device):
+            while taken < steps and not should_stop():
+                now = step + taken
+                seed_everything(number(who.seed, who.arm, who.level, f"step/{now}", who.draw), device)
+                x, y = self.batches.first(now)
+                self.grad.zero_()
+                network.mean_loss(network(x[0]), y[0]).backward()  # type: ignore[no-untyped-call]
+                self.update(now - start + 1, self.recipe.lr_at(now))
+                taken += 1
+        network.keep()
+        return taken
+
+    def measure(self, should_stop: Callable[[], bool] = never) -> tuple[list[float], list[float]]:
+        return self.network.measure(self.batch.data.validation_first(self.job.who.seed), should_stop)
+
+    def memory(self) -> Held:
+        return self.batch.held(self.grad, self.batches)
