@@ -46,7 +46,7 @@ class Masks(Mapping[str, "Tensor"]):
 
     def __init__(self, masks: AnyMasks, model: nn.Module | None = None) -> None:
         if model is None:
-            found = {_name(key): _bool(_name(key), mask) for key, mask in masks.items()}
+            found = {_name(key): checked(_name(key), mask) for key, mask in masks.items()}
         else:
             first = {id(p): name for name, p in unwrapped(model).named_parameters()}
             of = {first[id(p)]: mask for p, mask in by_parameter(model, masks).items()}
@@ -150,12 +150,12 @@ def by_parameter(params: nn.Module | Named | Iterable[Tensor], masks: AnyMasks) 
             param, name = key, next((n for n, p in where.items() if p is key), f"a parameter {[*key.shape]}")
         else:
             raise MaskError(
-                f"mask {[*getattr(mask, 'shape', ())]}: its key is no name and not a parameter of this model "
-                "or optimizer; give masks by name, or by its parameters"
+                f"mask {[*getattr(mask, 'shape', ())]}: expected as its key a name or a parameter of this "
+                f"optimizer or model, got a {type(key).__name__}"
             )
         if partial and id(param) not in mine:
             continue
-        mask = _bool(name, mask, tuple(param.shape)).to(param.device)
+        mask = checked(name, mask, tuple(param.shape)).to(param.device)
         if param in found and not bool((found[param] == mask).all()):
             raise MaskError(
                 f"masks of {said[id(param)]} and {name}: one tensor under two names (tied weights) "
@@ -164,6 +164,22 @@ def by_parameter(params: nn.Module | Named | Iterable[Tensor], masks: AnyMasks) 
         found.setdefault(param, mask)
         said.setdefault(id(param), name)
     return found
+
+
+def checked(name: str, mask: object, shape: tuple[int, ...] | None = None) -> Tensor:
+    """A mask as bool; MaskError where it is none, or not of `shape`."""
+    import torch
+
+    wanted = f"mask of {name}: expected a mask bool{'' if shape is None else f' {[*shape]}'}"
+    if not isinstance(mask, torch.Tensor):
+        raise MaskError(f"{wanted}, got a {type(mask).__name__}; torch.as_tensor makes a tensor of it")
+    if (shape is not None and tuple(mask.shape) != shape) or mask.layout != torch.strided:
+        raise MaskError(
+            f"{wanted}, got {mask.dtype} {[*mask.shape]} {mask.layout}".replace(" torch.strided", "")
+        )
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise MaskError(f"{wanted} or 0s and 1s, got {mask.dtype} {[*mask.shape]} with other numbers")
+    return mask.detach().bool()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -239,22 +255,6 @@ def _name(key: object) -> str:
 
 def _unknown(name: str, where: Mapping[str, Tensor]) -> MaskError:
     return MaskError(f"mask {name!r}: {unknown('parameter', name, where)}")
-
-
-def _bool(name: str, mask: object, shape: tuple[int, ...] | None = None) -> Tensor:
-    """A mask as bool; of `shape` where that is known."""
-    import torch
-
-    wanted = f"mask of {name}: expected a mask bool{'' if shape is None else f' {[*shape]}'}"
-    if not isinstance(mask, torch.Tensor):
-        raise MaskError(f"{wanted}, got a {type(mask).__name__}; torch.as_tensor makes a tensor of it")
-    if (shape is not None and tuple(mask.shape) != shape) or mask.layout != torch.strided:
-        raise MaskError(
-            f"{wanted}, got {mask.dtype} {[*mask.shape]} {mask.layout}".replace(" torch.strided", "")
-        )
-    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-        raise MaskError(f"{wanted} or 0s and 1s, got {mask.dtype} {[*mask.shape]} with other numbers")
-    return mask.detach().bool()
 
 
 def _percent(kept: int, size: int) -> str:

@@ -2,7 +2,10 @@
 
 Each class is its torch.optim namesake with `fused=True` and two more arguments. Learning-rate schedulers,
 parameter groups, closures, hooks, GradScaler, `state_dict` and `load_state_dict` work as they do there; a
-checkpoint holds the masks, packed, under "masks", loads into torch's own optimizer, and takes one of its.
+checkpoint holds the masks, packed, loads into torch's own optimizer, and takes one of its; it travels through
+torch.distributed.checkpoint, and one whose masks are gone is refused. A step holds the masks whatever was
+written to the weights before it, and breaks the graph under torch.compile. `clip_grad_norm_` counts gradients
+of pruned weights, unless `optimizer.mask_gradients()` comes before it.
 
     >>> import torch
     >>> from sparselth.optim import MaskedAdam
@@ -23,259 +26,21 @@ under Triton an eighth of a byte a weight.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain
-from operator import attrgetter, is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sparselth.kernels._choose import use_triton
-from sparselth.kernels.bitmask import pack, unpack
-from sparselth.kernels.masked_update import alike, is_dense, masked_adam_many, masked_sgd_many
+from sparselth.kernels.masked_update import masked_adam_many, masked_sgd_many
+from sparselth.masked import Masked
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_DTYPE, _ON_CPU = attrgetter("dtype"), attrgetter("is_cpu")
+if TYPE_CHECKING:
+    from sparselth.masks import AnyMasks
+
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
-Masks = Mapping[Tensor, Tensor]
-
-
-def _check(param: Tensor) -> None:
-    if param.dtype.itemsize not in _INTEGERS or not param.is_floating_point() or not is_dense(param):
-        raise ValueError(
-            "expected dense parameters of fp64, fp32, fp16 or bf16, got "
-            f"{param.dtype} {list(param.shape)} with strides {list(param.stride())}"
-        )
-
-
-def _refusal(param: Tensor, name: str, t: Tensor) -> ValueError:
-    now, then = (f"{x.dtype} {list(x.shape)} on {x.device}" for x in (param, t))
-    remedy = "cast the state by optimizer.load_state_dict(optimizer.state_dict())"
-    remedy = remedy if t.shape == param.shape else "make a new optimizer"
-    return ValueError(f"a parameter is now {now}, its {name} {then}: {remedy}")
-
-
-class _Masked(torch.optim.Optimizer, ABC):
-    """What masks add to an optimizer of torch; stands before it in the order of bases."""
-
-    def _begin(self, masks: Masks | None, kernels: str) -> None:
-        self._kernels = kernels
-        self._masks: dict[Tensor, Tensor] = {}  # packed, in row-major order
-        self._forget()
-        for param in self._params():
-            use_triton(kernels, param)  # says what is wrong with `kernels`
-        for param, mask in (masks or {}).items():
-            self.set_mask(param, mask)
-
-    def _forget(self) -> None:
-        """Empty what is made from masks and learning rates on demand, by `id` of parameter or group."""
-        # integers, 0 or all ones, that gradients are and-ed with: like torch.where and as fast as a product
-        self._integers: dict[int, Tensor | None] = dict.fromkeys(map(id, self._masks))
-        # packed [1, bytes], in the order of memory that the strides say
-        self._bits: dict[int, tuple[tuple[int, ...], Tensor]] = {}
-        self._rates: dict[tuple[int, torch.device], tuple[float | None, Tensor]] = {}
-        self._met: dict[int, tuple[Any, Sequence[Any]]] = {}  # parameters and moments of a group's last step
-
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        try:
-            for param in self.param_groups[-1]["params"]:
-                _check(param)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    @torch.no_grad()
-    def set_mask(self, param: Tensor, mask: Tensor | None) -> None:
-        """Train `param` under a bool mask of its shape (True = kept) from now on; None ends that.
-
-        Pruned weights and their moments are set to 0. Weights that are kept go on with the moments they have.
-        """
-        if not any(param is p for p in self._params()):
-            raise ValueError(f"expected a parameter of this optimizer, got a tensor {list(param.shape)}")
-        self._integers.pop(id(param), None)
-        self._bits.pop(id(param), None)
-        if mask is None:
-            self._masks.pop(param, None)
-            return
-        if mask.dtype != torch.bool or mask.shape != param.shape:
-            raise ValueError(f"expected a mask bool {list(param.shape)}, got {mask.dtype} {list(mask.shape)}")
-        mask = mask.to(param.device)
-        self._masks[param], self._integers[id(param)] = pack(mask.reshape(-1)), None
-        moments = [value for name, value in self.state.get(param, {}).items() if name != "step"]
-        for t in (param, *moments):
-            if isinstance(t, Tensor):
-                t.masked_fill_(~mask, 0)
-
-    def mask(self, param: Tensor) -> Tensor | None:
-        """The mask of `param`, bool, or None."""
-        return self._mask(param) if param in self._masks else None
-
-    def _mask(self, param: Tensor) -> Tensor:
-        mask: Tensor = unpack(self._masks[param].to(param.device), param.numel())
-        return mask.view(param.shape)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's, and "masks": packed bits in row-major order by the parameter's number."""
-        masks = {i: self._masks[param] for i, param in enumerate(self._params()) if param in self._masks}
-        return super().state_dict() | {"masks": masks}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load moments, options and masks; without "masks", as in torch's own checkpoints, masks stay.
-
-        Weights that the masks prune are set to 0.
-        """
-        params = self._params()
-        masks = {i: self.mask(param) for i, param in enumerate(params)}
-        if "masks" in state_dict:
-            masks = dict.fromkeys(masks)
-            for i, bits in state_dict["masks"].items():
-                size = -(-params[i].numel() // 8) if i in masks else None
-                if bits.shape != (size,):
-                    raise ValueError(
-                        f"expected {size} bytes of mask for parameter {i}, got {list(bits.shape)}"
-                    )
-                masks[i] = unpack(bits, params[i].numel()).view(params[i].shape)
-        groups = [{**group, "fused": True} for group in state_dict["param_groups"]]
-        super().load_state_dict({**state_dict, "param_groups": groups})
-        for param, mask in zip(params, masks.values(), strict=True):
-            self.set_mask(param, mask)
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept: dict[str, Any] = super().__getstate__()
-        return kept | {"_masks": self._masks, "_kernels": self._kernels}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forget()
-
-    # torch's step() calls this for every group once the closure has run, then updates what the lists hold.
-    # What we update here leaves them, which also saves torch's sorting by device: a third of a small step.
-    def _init_group(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *state: list[Any]
-    ) -> Any:
-        found = super()._init_group(group, params, grads, *state)  # type: ignore[misc]
-        if found:  # says SGD; Adam has raised
-            raise ValueError("expected dense gradients, got a sparse one")
-        ours = self._prepare(group, params, state) and getattr(self, "found_inf", None) is None
-        mixed = self._match(
-            group, params, grads, *(column for column in state[:3] if column)
-        )  # steps come last
-        if mixed:
-            ours = group["fused"] = False  # to torch's loop over tensors, which takes them
-        asked, on_cpu = self._kernels == "triton", True
-        launches: dict[torch.device, list[int]] = {}
-        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            cpu = param.is_cpu
-            if ours and (asked or not cpu) and self._on_triton(param):
-                launches.setdefault(param.device, []).append(i)
-                continue
-            if (place := id(param)) in self._integers:
-                live = self._integers[place]
-                if live is None:
-                    live = self._integers[place] = self._make_integers(param)
-                if mixed:
-                    grad.masked_fill_(live == 0, 0)
-                else:
-                    grad.view(live.dtype).bitwise_and_(live)
-            on_cpu = on_cpu and cpu
-        lists = [entries for entries in (params, grads, *state) if entries]
-        for device, places in launches.items():
-            self._triton_step(group, [[entries[i] for i in places] for entries in lists], device)
-        gone = {i for places in launches.values() for i in places}
-        for entries in lists if launches else ():
-            entries[:] = [entry for i, entry in enumerate(entries) if i not in gone]
-        if ours and on_cpu and params:
-            self._torch_step(group, *lists)
-            for entries in lists:
-                entries.clear()
-        return found
-
-    # Kernels run over memory as it lies; `module.to` and `.data` may have laid a parameter out anew.
-    def _match(self, group: dict[str, Any], params: list[Tensor], *columns: list[Any]) -> bool:
-        """Lay gradients and moments out as their parameters are now; whether they differ in dtype."""
-        strides, dtypes = [*map(Tensor.stride, params)], [*map(_DTYPE, params)]
-        now = strides, dtypes, [*map(_ON_CPU, params)], [*map(Tensor.numel, params)]
-        held = [*params, *chain.from_iterable(columns[1:])]
-        before, known = self._met.get(id(group), (None, ()))
-        same = now == before and len(held) == len(known) and all(map(is_, held, known))
-        if same and ([*map(Tensor.stride, columns[0])], [*map(_DTYPE, columns[0])]) == (strides, dtypes):
-            return False
-        mixed = False
-        for i, param in enumerate(params):
-            _check(param)
-            for column in columns:
-                if column[i] is not None:
-                    mixed = self._lay(param, column, i) or mixed
-            if (live := self._integers.get(id(param))) is not None:
-                if live.shape != param.shape:
-                    raise _refusal(param, "mask", live.bool())
-                self._integers[id(param)] = live if alike(live, self._empty_integers(param)) else None
-        self._met[id(group)] = (None, ()) if mixed else (now, held)
-        return mixed
-
-    def _lay(self, param: Tensor, column: list[Tensor], i: int) -> bool:
-        t, state = column[i], self.state[param]
-        takes = isinstance(self, torch.optim.SGD) and getattr(self, "found_inf", None) is None
-        name = next((name for name, value in state.items() if value is t), "gradient")
-        if t.shape != param.shape or t.device != param.device or not (takes or t.dtype == param.dtype):
-            raise _refusal(param, name, t)
-        if t.stride() != param.stride():
-            column[i] = torch.empty_like(param, dtype=t.dtype).copy_(t)
-            state.update({name: column[i]} if name in state else {})
-        return t.dtype != param.dtype
-
-    def _on_triton(self, param: Tensor) -> bool:
-        return param.dtype == torch.float32 and use_triton(self._kernels, param)
-
-    def _rate(self, group: dict[str, Any], device: torch.device) -> Tensor:
-        """The group's learning rate, fp64 [1] on the device, always the same tensor."""
-        lr = group["lr"]
-        known, rate = self._rates.get((id(group), device), (None, None))
-        if rate is None:
-            rate = torch.empty(1, dtype=torch.float64, device=device)
-        if isinstance(lr, Tensor):
-            rate.copy_(lr)
-        elif lr != known:
-            rate.fill_(lr)
-        self._rates[id(group), device] = (None if isinstance(lr, Tensor) else lr, rate)
-        return rate
-
-    def _make_integers(self, param: Tensor) -> Tensor:
-        return self._empty_integers(param).copy_(self._mask(param)).neg_()
-
-    def _empty_integers(self, param: Tensor) -> Tensor:
-        return torch.empty_like(param, dtype=_INTEGERS[param.itemsize])
-
-    def _make_bits(self, param: Tensor) -> Tensor | None:
-        """The mask packed in the order of memory, which a parameter may change."""
-        if id(param) not in self._integers:
-            return None
-        strides, bits = self._bits.get(id(param), ((), None))
-        if bits is None or strides != param.stride() or bits.is_cpu is not param.is_cpu:
-            laid = torch.empty_like(param, dtype=torch.bool).copy_(self._mask(param))
-            bits = pack(laid.as_strided((1, param.numel()), (param.numel(), 1)))
-            self._bits[id(param)] = param.stride(), bits
-        return bits
-
-    @abstractmethod
-    def _prepare(self, group: dict[str, Any], params: list[Tensor], state: Sequence[list[Any]]) -> bool:
-        """Whether the two steps below know the group's options; completes the state."""
-
-    @abstractmethod
-    def _torch_step(self, group: dict[str, Any], *lists: list[Tensor]) -> None:
-        """Parameters, gradients and state, on a CPU."""
-
-    @abstractmethod
-    def _triton_step(self, group: dict[str, Any], lists: list[list[Tensor]], device: torch.device) -> None:
-        """The same in one launch."""
 
 
 @lru_cache(maxsize=1)
@@ -289,7 +54,7 @@ def fused_loses_gradients() -> bool:
     return bool((weights == 0).any())
 
 
-class MaskedSGD(_Masked, torch.optim.SGD):
+class MaskedSGD(Masked, torch.optim.SGD):
     """`torch.optim.SGD` whose pruned weights and their momentum are exactly 0.
 
     >>> model = torch.nn.Linear(4, 2)
@@ -314,7 +79,7 @@ class MaskedSGD(_Masked, torch.optim.SGD):
         nesterov: bool = False,
         *,
         maximize: bool = False,
-        masks: Masks | None = None,
+        masks: AnyMasks | None = None,
         kernels: str = "auto",
     ) -> None:
         torch.optim.SGD.__init__(
@@ -356,7 +121,7 @@ class MaskedSGD(_Masked, torch.optim.SGD):
         )
 
 
-class _MaskedAdam(_Masked):
+class _MaskedAdam(Masked):
     def _prepare(self, group: dict[str, Any], params: list[Tensor], state: Sequence[list[Any]]) -> bool:
         return not (group["amsgrad"] or group["maximize"])
 
@@ -409,7 +174,7 @@ class MaskedAdam(_MaskedAdam, torch.optim.Adam):
         *,
         maximize: bool = False,
         capturable: bool = False,
-        masks: Masks | None = None,
+        masks: AnyMasks | None = None,
         kernels: str = "auto",
     ) -> None:
         flags: dict[str, bool] = {"maximize": maximize, "capturable": capturable, "fused": True}
@@ -437,7 +202,7 @@ class MaskedAdamW(_MaskedAdam, torch.optim.AdamW):
         *,
         maximize: bool = False,
         capturable: bool = False,
-        masks: Masks | None = None,
+        masks: AnyMasks | None = None,
         kernels: str = "auto",
     ) -> None:
         flags: dict[str, bool] = {"maximize": maximize, "capturable": capturable, "fused": True}

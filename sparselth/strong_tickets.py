@@ -167,7 +167,7 @@ def _content(params: Params, found: Arrays, head: dict[str, Any]) -> Content:
         symbols = entropy.decode_matrix(found[f"mask/{spec.name}"], spec.matrix).ravel()
         if symbols.max(initial=0) > 2:
             raise ValueError(f"mask/{spec.name}: expected 0, 1 and 2")
-        mask[spec.span] = np.where(symbols == 2, -1, symbols)
+        mask[spec.span] = np.where(symbols == 2, np.int8(-1), symbols.astype(np.int8))
         if redraws is not None:
             there, kept = np.zeros(spec.numel, np.int64), symbols > 0
             for plane in range(PLANES):

@@ -173,7 +173,10 @@ def test_masks_say_how_many_they_keep() -> None:
         ({"0.weight": torch.full((4, 6), torch.nan)}, "with other numbers"),
         ({"0.weight": torch.ones(4, 6).to_sparse()}, "torch.sparse_coo"),
         ({"0.weight": np.ones((4, 6))}, "got a ndarray; torch.as_tensor"),
-        ({nn.Parameter(torch.ones(4, 6)): torch.ones(4, 6)}, "not a parameter of this model"),
+        (
+            {nn.Parameter(torch.ones(4, 6)): torch.ones(4, 6)},
+            "a parameter of this optimizer or model, got a Parameter",
+        ),
         ({"2.weight": torch.ones(4, 4), "3.weight": torch.zeros(4, 4)}, r"2.weight and 3.weight: .*tied"),
     ],
 )

@@ -612,8 +612,8 @@ def foreign(p: Tensor) -> None:
     ("make", "says"),
     [
         (
-            lambda p: MaskedAdam([p], masks={p: torch.ones(4, 6)}),
-            "expected a mask bool \\[4, 6\\], got torch.float32",
+            lambda p: MaskedAdam([p], masks={p: torch.full((4, 6), 0.5)}),
+            "expected a mask bool \\[4, 6\\] or 0s and 1s, got torch.float32",
         ),
         (lambda p: MaskedAdam([p], masks={p: torch.ones(6, 4).bool()}), "expected a mask bool \\[4, 6\\]"),
         (foreign, "a parameter of this optimizer"),

@@ -36,6 +36,7 @@ ORDER = [
     "data",
     "scores",
     "pruning",
+    "masked",
     "optim",
     "theory",
     "engine",

@@ -298,7 +298,7 @@ def _differing(logits: Tensor, expected: Tensor, most: float) -> tuple[int, int]
 def _cell(record: runs.RunRecord, level: int | None, seed: int | None) -> tuple[Cell, dict[str, Any]]:
     """The ticket that is asked for and its line."""
     path, config = record.path, record.config
-    if not hasattr(config, "levels"):
+    if not isinstance(getattr(config, "levels", None), int):
         raise SparselthError(f"{path}: is a run of {config.name}; expected one of imp, by levels")
     seed = config.seeds[0] if seed is None else seed
     if seed not in config.seeds:
