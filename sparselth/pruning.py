@@ -29,7 +29,7 @@ def ladder(params: Params, levels: int, rate: float, scope: str) -> list[dict[st
         rates = {s.name: rate * s.rate_scale for s in params.weights}
     found = [now]
     for _ in range(levels):
-        now = {name: n - _rounded(rates[name] * n) for name, n in now.items()}
+        now = {name: n - rounded(rates[name] * n) for name, n in now.items()}
         found.append(now)
     return found
 
@@ -71,6 +71,7 @@ def shuffle(params: Params, mask: Tensor, generator: torch.Generator) -> Tensor:
     return new
 
 
-def _rounded(x: float) -> int:
+def rounded(x: float) -> int:
+    """The nearest whole number, of a half the upper one."""
     # 1e-9 so that a half such as 0.3 * 5 does not fall by the error of the product
     return floor(x + 0.5 + 1e-9)

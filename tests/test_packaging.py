@@ -36,6 +36,7 @@ ORDER = [
     "data",
     "scores",
     "pruning",
+    "calls",
     "masked",
     "optim",
     "theory",

@@ -31,7 +31,7 @@ def test_global_ladder_counts_every_weight_once() -> None:
     ("rate", "n", "going"), [(0.5, 1, 1), (0.5, 3, 2), (0.3, 5, 2), (0.2, 2, 0), (0.1, 15, 2)]
 )
 def test_halves_are_rounded_up(rate: float, n: int, going: int) -> None:
-    assert pruning._rounded(rate * n) == going
+    assert pruning.rounded(rate * n) == going
 
 
 def weights_of(model: Model, seed: int, ties: bool) -> torch.Tensor:

@@ -1,0 +1,13 @@
+from sparselth.calls import prune as prune
+from sparselth.calls import rewind as rewind
+from sparselth.calls import snapshot as snapshot
+from sparselth.masks import Masks as Masks
+from sparselth.optim import MaskedAdam as MaskedAdam
+from sparselth.optim import MaskedAdamW as MaskedAdamW
+from sparselth.optim import MaskedSGD as MaskedSGD
+from sparselth.sparse import convert as convert
+from sparselth.sparse import explain as explain
+from sparselth.tickets import load_ticket as load_ticket
+from sparselth.tickets import save_ticket as save_ticket
+
+__version__: str
