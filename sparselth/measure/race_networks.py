@@ -192,12 +192,13 @@ def _inference(
         say(f"{case.model.name}, batch {batch}: converting")
         began = time.perf_counter()
         try:
-            converted = sparse.convert(pruned, None, x)  # type: ignore[arg-type]  # it says what it refuses
+            converted = sparse.convert(pruned, None, x)
         except ValueError as error:
             raise SparselthError(f"{case.model.name} cannot be converted: {error}") from None
         conversion = time.perf_counter() - began
+        parts = [*converted.forms, *converted.parameters(), *converted.buffers()]
         footprints: dict[str, Memory | None] = {
-            "sparselth": memory.running(converted.plan, partial(converted, x), device, files[1])
+            "sparselth": memory.running(parts, partial(converted, x), device, files[1])
         }
         say(f"{case.model.name}, batch {batch}: dense at its best")
         calls, why_not = _dense_rivals(dense, x)

@@ -5,22 +5,23 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from sparselth.check import Checked, check
+from sparselth.check import ROUNDING, Checked, check
 from sparselth.kernels._graphs import capture, warm_up
 from sparselth.kernels.step_parts import Call
-from sparselth.sparse.compaction import Part, Select
+from sparselth.sparse.compaction import Part, Select, Units, compact_parts
 from sparselth.sparse.device import Device
-from sparselth.sparse.forms import Formed, Stage, fitting
+from sparselth.sparse.forms import FORMS, Formed, Stage, fitting
 from sparselth.sparse.forms.conv import is_square
 from sparselth.sparse.forms.dense import halves
-from sparselth.sparse.network import Chain, bound, turn
+from sparselth.sparse.network import Chain, bound, network, turn
+from sparselth.sparse.report import LayerReport
 from sparselth.sparse.times import Cache
 
 MARGIN = 1.03
@@ -37,6 +38,87 @@ class Trial:
 
     def right(self) -> list[Formed]:
         return [form for form in self.forms if form.name == "dense" or not self.checks[form.name].fault]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest plan of a chain of layers that is right, and what was found on the way to it."""
+
+    plan: list[Formed]
+    chosen: str
+    layers: list[LayerReport]
+    units: list[Units]
+    networks: dict[str, float]
+    checks: dict[str, Checked]
+
+
+def choose(
+    original: list[Part], x: Tensor, device: Device, left_out: dict[str, str], compact: bool
+) -> Choice:
+    """Of layers one behind the other, on activations like x [B, ...]; `left_out` gets what cannot be."""
+    parts, units = original, []
+    if compact and all(stage.groups == 1 for stage in stages(original)):
+        compacted = compact_parts(original)
+        parts, units = _parts(compacted.names, compacted.model, x), compacted.units
+    cache = Cache(len(x), device.key)
+    trials = try_all(stages(parts), x, device, cache, left_out)
+    plain = [FORMS["dense"].of(stage, device, len(x)) for stage in stages(original)]
+    plans = paths(trials, device, cache) | {"original": plain}
+    networks = {name: network(plan) for name, plan in plans.items()}
+    checks = _checks(networks, original, x, device)
+    times = race(plans, networks, x, device, cache)
+    cache.save()
+    right = [name for name in plans if name == "original" or not checks[name].fault]
+    chosen = min(right, key=lambda name: times[name] * handicap(plans[name]))
+    layers = _layer_reports(trials, plans[chosen], original)
+    return Choice(plans[chosen], chosen, layers, units, times, checks)
+
+
+def _parts(names: list[str], model: nn.Sequential, example: Tensor) -> list[Part]:
+    found, x = [], example[:1]
+    for name, module in zip(names, model, strict=True):
+        y = module(x)
+        found.append(Part(name, module, tuple(x.shape[1:]), tuple(y.shape[1:])))
+        x = y
+    return found
+
+
+def _checks(
+    networks: Mapping[str, Callable[[Tensor], Tensor]], original: list[Part], example: Tensor, device: Device
+) -> dict[str, Checked]:
+    """Of whole networks, by the layer that is multiplied least precisely and the longest of their sums."""
+    reference, own = double(original, example), networks["original"](example)
+    words = max((device.precision(part.module) for part in original), key=lambda name: ROUNDING[name])
+    terms = max(stage.terms for stage in stages(original))
+    return {
+        name: check(run(example), reference, words, terms=terms, own=own) for name, run in networks.items()
+    }
+
+
+def _layer_reports(trials: list[Trial], plan: list[Formed], original: list[Part]) -> list[LayerReport]:
+    forms = {form.place.name: form for form in plan}
+    dense = {stage.part.name: stage.dense_bytes for stage in stages(original)}
+    found = []
+    for trial in trials:
+        if trial.stage.product:
+            name, weight = trial.stage.part.name, trial.stage.part.module.weight
+            assert isinstance(weight, Tensor)
+            form = forms[name]
+            found.append(
+                LayerReport(
+                    name,
+                    tuple(weight.shape),
+                    trial.stage.kept / max(1, weight.numel()),
+                    trial.times,
+                    trial.checks,
+                    form.name,
+                    form.bytes,
+                    dense[name],
+                    form.seconds,
+                    min(trial.times[form.name] for form in trial.forms if form.kind == "dense"),
+                )
+            )
+    return found
 
 
 def stages(parts: list[Part]) -> list[Stage]:

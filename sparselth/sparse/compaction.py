@@ -10,19 +10,26 @@ product spreads by 0 * NaN, is then not seen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from sparselth.masks import by_parameter
+
+if TYPE_CHECKING:
+    from sparselth.masks import AnyMasks
+
 Product = nn.Linear | nn.Conv2d
-KINDS = (
-    *(nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten),
-    *(nn.Dropout, nn.Dropout2d, nn.Identity),
+NOTHING = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity  # at inference
+POINTWISE = (
+    *(nn.GELU, nn.SiLU, nn.Mish, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.Hardtanh),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign),
 )
+KINDS = nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, *POINTWISE, *NOTHING
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 SELECT = 0.75  # share of live inputs up to which picking them out pays for the copy
 
@@ -68,25 +75,62 @@ class Select(nn.Module):
         return x.index_select(1, self.index)
 
 
-def compact(model: nn.Sequential, masks: Mapping[str, Tensor] | None, example: Tensor) -> Compacted:
+def compact(model: nn.Sequential, masks: AnyMasks | None, example: Tensor) -> Compacted:
     """The smaller network; `masks` and `example` as in `pruned_parts`, which also tells the errors."""
     return compact_parts(pruned_parts(model, masks, example))
 
 
-def pruned_parts(model: nn.Sequential, masks: Mapping[str, Tensor] | None, example: Tensor) -> list[Part]:
+def is_chain(model: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether it is a Sequential of KINDS alone, all of them as torch wrote them, one behind the other."""
+    return _is_plain(model) and all(is_known(module) for _, module in _flat(model, ""))
+
+
+def fits_chain(model: nn.Sequential, example: Tensor) -> bool:
+    """Whether each layer of a chain has the batch first and the axes behind it that `pruned_parts` knows."""
+    x, layers = example.dim() - 1, [module for _, module in _flat(model, "")]
+    for module in layers:
+        if isinstance(module, nn.Linear) and x != 1:
+            return x == 0 or example.shape[-1] != module.in_features
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and x != 3:
+            return x == 0
+        if isinstance(module, nn.Flatten):
+            x = min(x, 1)
+    return any(not isinstance(module, NOTHING) for module in layers)
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a layer is one of KINDS and computes what its class does: no hook, no other weight."""
+    kind = next((k for k in KINDS if isinstance(module, k)), None)
+    if kind is None or type(module).forward is not kind.forward or is_hooked(module):
+        return False
+    if isinstance(module, nn.Flatten):
+        return (module.start_dim, module.end_dim) == (1, -1)
+    if isinstance(module, nn.MaxPool2d):
+        return not module.return_indices
+    if isinstance(module, nn.Linear | nn.Conv2d):  # else a hook or a parametrization makes it
+        return {"weight", "bias"} == module._parameters.keys() and module.weight is not None
+    return True
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling it does more than its class says."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__ or hasattr(module, "parametrizations")
+
+
+def pruned_parts(model: nn.Sequential, masks: AnyMasks | None, example: Tensor) -> list[Part]:
     """The layers of a Sequential, nested ones flattened, as copies in which pruned weights are zero.
 
-    masks: parameter name ("0.weight") -> bool of its shape, True = kept; zeros in the weights are pruned
-    with or without. example [B, ...] tells the shapes. What does nothing at inference is left out.
+    masks: as `masks.by_parameter` has them; zeros in the weights are pruned with or without. example [B, ...]
+    tells the shapes. What does nothing at inference is left out.
     ValueError: training mode, another device than a CPU or CUDA, another dtype than fp32, bf16 and fp16, or
-    another one of the model than of the example; a layer that is not in KINDS, a mask that fits no weight, an
+    another one of the model than of the example; a model that is no chain, a mask that fits no weight, an
     example that does not fit.
     """
-    masks = dict(masks or {})
-    if not _is_plain(model):
-        raise ValueError(f"model: expected a torch.nn.Sequential, got {type(model).__name__}")
-    if any(module.training for module in model.modules()):
-        raise ValueError("model: expected evaluation mode, got training mode: call model.eval() first")
+    if not is_chain(model):
+        raise ValueError(f"model: expected a Sequential of the layers in KINDS, got {type(model).__name__}")
+    check_evaluation(model)
+    found = by_parameter(model, masks or {})
     there = example.dtype in DTYPES and (example.is_cpu or example.is_cuda)
     if not there or example.dim() < 2 or not example.numel():
         raise ValueError(
@@ -97,20 +141,38 @@ def pruned_parts(model: nn.Sequential, masks: Mapping[str, Tensor] | None, examp
     x = example[:1]
     with torch.no_grad():
         for name, module in _flat(model, ""):
+            if isinstance(module, NOTHING):
+                continue
             _check(name, module, x)
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                mask = masks.pop(f"{name}.weight", None)
-                module = rebuilt(module, _pruned(name, module.weight.detach(), mask), module.bias)
-            elif isinstance(module, nn.ReLU):
-                module = nn.ReLU().eval()  # never in place
+            module = plain(module, found)
             y = module(x)
-            if not isinstance(module, nn.Dropout | nn.Dropout2d | nn.Identity):
-                parts.append(Part(name, module, tuple(x.shape[1:]), tuple(y.shape[1:])))
+            parts.append(Part(name, module, tuple(x.shape[1:]), tuple(y.shape[1:])))
             x = y
-    if masks:
-        known = ", ".join(f"{p.name}.weight" for p in parts if isinstance(p.module, nn.Linear | nn.Conv2d))
-        raise ValueError(f"masks: expected names among {known}, got {', '.join(map(repr, masks))}")
     return parts
+
+
+def check_evaluation(model: nn.Module) -> None:
+    if any(module.training for module in model.modules()):
+        raise ValueError("model: expected evaluation mode, got training mode: call model.eval() first")
+
+
+def plain(module: nn.Module, masks: dict[Tensor, Tensor]) -> nn.Module:
+    """A layer of KINDS as a copy with zeros for what is pruned, never in place."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        bias = None if module.bias is None else pruned(module.bias, masks)
+        return rebuilt(module, pruned(module.weight, masks), bias)
+    module = copy.copy(module)
+    if hasattr(module, "inplace"):
+        module.__dict__["inplace"] = False
+    return module
+
+
+def pruned(parameter: Tensor, masks: dict[Tensor, Tensor]) -> Tensor:
+    """A copy with zeros for what is pruned, contiguous."""
+    weight, mask = parameter.detach(), masks.get(parameter)
+    if mask is None:
+        return weight.clone(memory_format=torch.contiguous_format)
+    return torch.where(mask, weight, torch.zeros_like(weight)).contiguous()
 
 
 def compact_parts(parts: list[Part]) -> Compacted:
@@ -153,6 +215,7 @@ def compact_parts(parts: list[Part]) -> Compacted:
 def rebuilt(module: Product, weight: Tensor, bias: Tensor | None) -> Product:
     """A layer with the settings of `module` and these parameters, in evaluation mode, without gradients."""
     n, k = weight.shape[:2]
+    k *= module.groups if isinstance(module, nn.Conv2d) else 1
     new: Product
     if isinstance(module, nn.Linear):
         new = nn.Linear(k, n, bias is not None, device="meta")
@@ -164,6 +227,7 @@ def rebuilt(module: Product, weight: Tensor, bias: Tensor | None) -> Product:
             module.stride,  # type: ignore[arg-type]
             module.padding,  # type: ignore[arg-type]
             module.dilation,  # type: ignore[arg-type]
+            module.groups,
             bias=bias is not None,
             padding_mode=module.padding_mode,
             device="meta",
@@ -238,7 +302,8 @@ def _fold(source: _Layer, layer: _Layer, between: list[nn.Module]) -> None:
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Sequential]:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    sequential = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return sequential and not is_hooked(module)
 
 
 def _flat(model: nn.Sequential, prefix: str) -> list[tuple[str, nn.Module]]:
@@ -251,40 +316,18 @@ def _flat(model: nn.Sequential, prefix: str) -> list[tuple[str, nn.Module]]:
 
 def _check(name: str, module: nn.Module, x: Tensor) -> None:
     kind, got = type(module).__name__, list(x.shape[1:])
-    if not any(isinstance(module, k) and type(module).forward is k.forward for k in KINDS):
-        raise ValueError(
-            f"layer {name!r}: expected one of {', '.join(k.__name__ for k in KINDS)}, got {kind}"
-        )
     if isinstance(module, nn.Linear) and got != [module.in_features]:
         raise ValueError(f"layer {name!r}: Linear expected [{module.in_features}] inputs, got {got}")
     if isinstance(module, nn.Conv2d) and (len(got) != 3 or got[0] != module.in_channels):
         raise ValueError(f"layer {name!r}: Conv2d expected [{module.in_channels}, H, W] inputs, got {got}")
-    if isinstance(module, nn.Conv2d) and module.groups != 1:
-        raise ValueError(f"layer {name!r}: expected groups=1, got {module.groups}")
     if isinstance(module, nn.MaxPool2d | nn.AvgPool2d) and len(got) != 3:
         raise ValueError(f"layer {name!r}: {kind} expected [C, H, W] inputs, got {got}")
-    if isinstance(module, nn.MaxPool2d) and module.return_indices:
-        raise ValueError(f"layer {name!r}: expected return_indices=False, got True")
-    if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
-        raise ValueError(
-            f"layer {name!r}: expected Flatten(1, -1), got ({module.start_dim}, {module.end_dim})"
-        )
     for parameter in module.parameters(recurse=False):
         if parameter.dtype != x.dtype or parameter.device != x.device:
             raise ValueError(
                 f"layer {name!r}: expected {x.dtype} on {x.device} like the example, "
                 f"got {parameter.dtype} on {parameter.device}"
             )
-
-
-def _pruned(name: str, weight: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return weight.clone(memory_format=torch.contiguous_format)
-    if mask.dtype != torch.bool or mask.shape != weight.shape:
-        raise ValueError(
-            f"masks['{name}.weight']: expected bool {list(weight.shape)}, got {mask.dtype} {list(mask.shape)}"
-        )
-    return torch.where(mask.to(weight.device), weight, 0.0).contiguous()
 
 
 def _padding(module: nn.Conv2d) -> tuple[int, ...]:

@@ -52,7 +52,12 @@ def turn(x: Tensor, layout: str) -> Tensor:
     """The same numbers in the order in memory that rows, channels-last or turned have."""
     if layout == "channels-last" and x.dim() == 4:
         return x.contiguous(memory_format=torch.channels_last)
-    return x.t().contiguous().t() if layout == "turned" else x.contiguous()
+    if layout == "turned":
+        return x.t().contiguous().t()
+    y = x.contiguous()
+    if y is x and x.dim() == 4 and 1 in x.shape[1:]:  # in any order: torch is to see rows
+        return x.view(-1).view(x.shape)
+    return y
 
 
 def bound(form: Formed, x: Tensor) -> tuple[Call, Callable[[], Tensor]]:
@@ -90,7 +95,8 @@ class _Segment:
             if chain is None:
                 if len(self.chains) == BATCHES:
                     del self.chains[next(iter(self.chains))]
-                chain = self.chains[key] = Chain(self.forms, len(x))
+                with torch.inference_mode(False):  # or buffers could not be written outside of that mode
+                    chain = self.chains[key] = Chain(self.forms, len(x))
             chain.fill(x)
             chain.run()
             return chain.result()

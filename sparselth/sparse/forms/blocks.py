@@ -31,12 +31,12 @@ def _block_linear(stage: Stage, device: Device, batch: int) -> Made:
     def run(x: Tensor) -> Tensor:
         return block_linear(x, weight, bias, relu, kernels)
 
-    return Made(run, tensor_bytes([bias]) + weight.bytes())
+    return Made(run, tensor_bytes([bias]) + weight.bytes(), weight.to_dense)
 
 
 def _has_conv2d(stage: Stage, device: Device, batch: int) -> bool:
     module = stage.part.module
-    plain = isinstance(module, nn.Conv2d) and module.padding_mode == "zeros"
+    plain = isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and stage.groups == 1
     return plain and not isinstance(module.padding, str) and _has_blocks(stage, device)
 
 
@@ -53,7 +53,7 @@ def _block_conv2d(stage: Stage, device: Device, batch: int) -> Made:
         y = block_conv2d(x, weight, bias, stride, padding, dilation, relu, kernels)
         return pool(y) if pool else y
 
-    return Made(run, tensor_bytes([bias]) + weight.bytes())
+    return Made(run, tensor_bytes([bias]) + weight.bytes(), weight.to_dense)
 
 
 register(Form("block_linear", "ours", "rows", _has_linear, _block_linear))

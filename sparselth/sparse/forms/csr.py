@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def _csr(stage: Stage, device: Device, batch: int) -> Made:
 
         return [run]
 
-    return Made(bind, tensor_bytes([starts, column.int(), values, bias]))
+    return Made(bind, tensor_bytes([starts, column.int(), values, bias]), w.to_dense)
 
 
 def _has_native(stage: Stage, device: Device, batch: int) -> bool:
@@ -62,7 +63,7 @@ def _csr_linear(stage: Stage, device: Device, batch: int) -> Made:
     def bind(x: Tensor, y: Tensor) -> list[Call]:
         return [bind_csr_linear(index, values, _padded(x), bias, _padded(y), relu)]
 
-    return Made(bind, tensor_bytes([values, bias]) + index.bytes())
+    return Made(bind, tensor_bytes([values, bias]) + index.bytes(), partial(index.to_dense, values))
 
 
 def _csr_tiled(stage: Stage, device: Device, batch: int) -> Made:
@@ -72,7 +73,7 @@ def _csr_tiled(stage: Stage, device: Device, batch: int) -> Made:
     def bind(x: Tensor, y: Tensor) -> list[Call]:
         return [bind_csr_tiled(packed, _padded(x), bias, _padded(y), relu)]
 
-    return Made(bind, tensor_bytes([bias]) + packed.bytes())
+    return Made(bind, tensor_bytes([bias]) + packed.bytes(), packed.to_dense)
 
 
 def _vectors(batch: int) -> int:
@@ -97,7 +98,7 @@ def _csr_lanes(stage: Stage, device: Device, batch: int) -> Made:
     def run(x: Tensor) -> Tensor:
         return csr_lanes(packed, x.t(), bias, relu, kernels).t()
 
-    return Made(run, tensor_bytes([bias, *packed.arrays()]))
+    return Made(run, tensor_bytes([bias, *packed.arrays()]), packed.to_dense)
 
 
 register(Form("CSR", "torch", "columns", _has_csr, _csr))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparselth.kernels.step_parts import Call, bind_bias_relu, bind_max_pool
-from sparselth.sparse.compaction import rebuilt
+from sparselth.sparse.compaction import POINTWISE, rebuilt
 from sparselth.sparse.device import Device
 from sparselth.sparse.forms.stage import Stage, tensor_bytes
 from sparselth.sparse.forms.table import Form, Made, register
@@ -18,7 +18,13 @@ from sparselth.sparse.forms.table import Form, Made, register
 
 def _dense(stage: Stage, device: Device, batch: int) -> Made:
     """As torch does it."""
-    return Made(stage.behind(_product(stage.part.module, stage)), stage.dense_bytes)
+    return Made(stage.behind(_product(stage.part.module, stage)), stage.dense_bytes, _held(stage.part.module))
+
+
+def _held(module: nn.Module) -> Callable[[], Tensor] | None:
+    """How to get the weight of a product back."""
+    weight = module.weight.detach() if isinstance(module, nn.Linear | nn.Conv2d) else None
+    return None if weight is None else weight.contiguous
 
 
 def _product(module: nn.Module, stage: Stage) -> Callable[[Tensor], Tensor]:
@@ -31,7 +37,9 @@ def _product(module: nn.Module, stage: Stage) -> Callable[[Tensor], Tensor]:
 
 
 def _has_images(stage: Stage, device: Device, batch: int) -> bool:
-    return len(stage.before) == 3 and not stage.linear
+    module = stage.part.module  # torch crashes or errs on dilated filters where the channels come last
+    dilated = isinstance(module, nn.Conv2d) and not device.on_gpus and module.dilation != (1, 1)
+    return len(stage.before) == 3 and not stage.linear and not dilated
 
 
 def _channels_last(stage: Stage, device: Device, batch: int) -> Made:
@@ -39,7 +47,7 @@ def _channels_last(stage: Stage, device: Device, batch: int) -> Made:
     if isinstance(module, nn.Conv2d):
         turned = module.weight.detach().clone(memory_format=torch.channels_last)
         module = rebuilt(module, turned, module.bias)
-    return Made(stage.behind(_product(module, stage)), stage.dense_bytes)
+    return Made(stage.behind(_product(module, stage)), stage.dense_bytes, _held(module))
 
 
 def _has_columns(stage: Stage, device: Device, batch: int) -> bool:
@@ -57,7 +65,7 @@ def _dense_columns(stage: Stage, device: Device, batch: int) -> Made:
             return [partial(torch.mm, w, x, out=y)]
         return [partial(torch.addmm, bias[:, None], w, x, out=y)]
 
-    return Made(bind, tensor_bytes([w, bias]))
+    return Made(bind, tensor_bytes([w, bias]), w.contiguous)
 
 
 def _has_no_weights(stage: Stage, device: Device, batch: int) -> bool:
@@ -66,8 +74,8 @@ def _has_no_weights(stage: Stage, device: Device, batch: int) -> bool:
 
 def _no_weights(stage: Stage, device: Device, batch: int) -> Made:
     module = stage.part.module
-    in_place = isinstance(module, nn.Flatten | nn.ReLU)
-    return Made(partial(_bind, module, stage.relu), stage.dense_bytes, in_place)
+    in_place = isinstance(module, (nn.Flatten, nn.ReLU, *POINTWISE))
+    return Made(partial(_bind, module, stage.relu), stage.dense_bytes, in_place=in_place)
 
 
 def _bind(module: nn.Module, relu: bool, x: Tensor, y: Tensor) -> list[Call]:
@@ -77,6 +85,8 @@ def _bind(module: nn.Module, relu: bool, x: Tensor, y: Tensor) -> list[Call]:
         return [bind_bias_relu(y)]
     if isinstance(module, nn.MaxPool2d) and halves(module):
         return [bind_max_pool(x, y, relu)]
+    if isinstance(module, POINTWISE):
+        return [lambda: y.copy_(module(x))]
     return [partial(_pool, module, relu, x, y)]
 
 

@@ -31,7 +31,7 @@ def _slot_linear(stage: Stage, device: Device, batch: int) -> Made:
     def run(x: Tensor) -> Tensor:
         return slot_linear(slots, x, bias, relu, kernels)
 
-    return Made(run, tensor_bytes([bias]) + slots.bytes())
+    return Made(run, tensor_bytes([bias]) + slots.bytes(), slots.to_dense)
 
 
 def _has_two_four(stage: Stage, device: Device, batch: int) -> bool:
@@ -47,7 +47,7 @@ def _two_four_linear(stage: Stage, device: Device, batch: int) -> Made:
     def run(x: Tensor) -> Tensor:
         return two_four_linear(weight, x, bias, relu).contiguous()
 
-    return Made(run, tensor_bytes([bias]) + weight.bytes())
+    return Made(run, tensor_bytes([bias]) + weight.bytes(), weight.to_dense)
 
 
 register(Form("slot_linear", "ours", "rows", _has_slots, _slot_linear))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparselth import masks
 from sparselth.kernels._tiles import BLOCKS
 from sparselth.sparse.compaction import Part, rebuilt
 
@@ -54,6 +56,10 @@ class Stage:
     @property
     def product(self) -> bool:
         return self.linear or self.conv
+
+    @property
+    def groups(self) -> int:
+        return self.part.module.groups if isinstance(self.part.module, nn.Conv2d) else 1
 
     @property
     def kept(self) -> int:
@@ -100,6 +106,24 @@ class Stage:
         assert isinstance(weight, Tensor)
         return weight.detach()
 
+    def bare(self) -> Stage:
+        """Without its weight."""
+        module = self.part.module
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            return self
+        return replace(self, part=replace(self.part, module=without_weight(module)))
+
+    def dressed(self, weight: Tensor, bias: Tensor | None = None) -> Stage:
+        """With a weight, which may have the dead inputs; and with a bias, else its own."""
+        module, select = self.part.module, self.select
+        assert isinstance(module, nn.Linear | nn.Conv2d)
+        if select is not None and weight.shape[1] == select.before[0]:
+            index = select.module.index
+            assert isinstance(index, Tensor)
+            weight = weight[:, index].contiguous()
+        new = rebuilt(module, weight, module.bias if bias is None else bias)
+        return replace(self, part=replace(self.part, module=new))
+
     @property
     def bias(self) -> Tensor | None:
         """[N], or None."""
@@ -115,7 +139,7 @@ class Stage:
     @cached_property
     def block(self) -> int | None:
         """The largest block in which the weight was pruned, if it was; of a convolution at every tap."""
-        if self.blocks or not self.product:
+        if self.blocks or not self.product or self.groups > 1:
             return self.blocks
         weight = self.weight
         there = (weight != 0).view(*weight.shape[:2], -1).permute(2, 0, 1)
@@ -152,6 +176,38 @@ class Stage:
     @property
     def dense_bytes(self) -> int:
         return tensor_bytes([*self.part.module.parameters(), *self.part.module.buffers()])
+
+
+def without_weight(module: nn.Module) -> nn.Module:
+    """A copy of a product for its settings and its bias."""
+    assert isinstance(module, nn.Linear | nn.Conv2d)
+    empty = rebuilt(module, module.weight.detach(), None)
+    if module.bias is not None:  # not a second time in memory
+        empty.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+    empty.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
+    return empty
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight in its survivors: bits along the last axis, and the numbers of those that are 1."""
+
+    shape: tuple[int, ...]
+    bits: Tensor
+    values: Tensor
+
+
+def pack(weight: Tensor) -> Packed:
+    there = weight != 0
+    bits = torch.from_numpy(masks.pack(there.reshape(1, -1).cpu().numpy()))
+    return Packed(tuple(weight.shape), bits, weight[there])
+
+
+def unpack(packed: Packed) -> Tensor:
+    weight = packed.values.new_zeros(packed.shape)
+    bits = masks.unpack(np.asarray(packed.bits), weight.numel())
+    weight.view(-1)[torch.from_numpy(bits)[0].to(weight.device)] = packed.values
+    return weight
 
 
 def columns(features: int, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -18,11 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from sparselth.errors import UsageError
 from sparselth.kernels.sparse_conv2d import Slices
 from sparselth.registry import Registry
 from sparselth.sparse.device import Device
-from sparselth.sparse.forms.stage import Place, Stage
+from sparselth.sparse.forms.stage import Packed, Place, Stage, pack, unpack
 
 LAYOUTS = "rows", "channels-last", "turned", "columns"
 KINDS = "dense", "torch", "ours"  # dense products, torch's sparse formats, kernels that torch has not
@@ -34,13 +36,14 @@ class Made:
 
     call: Callable[..., Any]
     bytes: int
+    weight: Callable[[], Tensor] | None = None  # gives W back, with the dead inputs or without
     in_place: bool = False  # in columns: y is the memory of x
     slices: Callable[[int], Slices | None] | None = None  # x and y may be Slices, and x those for this batch
 
 
 @dataclass(frozen=True)
 class Formed:
-    """A stage in one of its forms."""
+    """A stage in one of its forms; copied and pickled as the survivors of its weight, and formed again."""
 
     name: str
     kind: str
@@ -48,6 +51,9 @@ class Formed:
     place: Place
     made: Made
     seconds: float  # of conversion; 0 for dense forms
+    device: Device
+    batch: int  # that it is made for
+    bare: Stage  # without its weight, where the form gives that back
 
     @property
     def call(self) -> Callable[..., Any]:
@@ -60,6 +66,14 @@ class Formed:
     @property
     def in_columns(self) -> bool:
         return self.layout == "columns"
+
+    def stage(self) -> Stage:
+        """The stage that it was made of."""
+        return self.bare.dressed(self.made.weight()) if self.made.weight else self.bare
+
+    def __reduce__(self) -> tuple[Callable[..., Formed], tuple[Any, ...]]:
+        held = pack(self.made.weight()) if self.made.weight else None
+        return _again, (self.name, self.bare, held, self.device, self.batch)
 
     @property
     def gives(self) -> str:
@@ -86,7 +100,8 @@ class Form:
         began = time.perf_counter()
         made = self.make(stage, device, batch)
         seconds = 0.0 if self.kind == "dense" else time.perf_counter() - began
-        return Formed(self.name, self.kind, self.layout, stage.place, made, seconds)
+        bare = stage.bare() if made.weight else stage
+        return Formed(self.name, self.kind, self.layout, stage.place, made, seconds, device, batch, bare)
 
 
 FORMS: Registry[Form] = Registry("form", "sparselth.sparse.forms", but=("stage", "table"))
@@ -99,6 +114,10 @@ def register(form: Form) -> Form:
     if form.layout not in LAYOUTS:
         raise UsageError(f"form {form.name!r}: expected layout {', '.join(LAYOUTS)}, got {form.layout!r}")
     return FORMS.add(form.name, form)
+
+
+def _again(name: str, bare: Stage, held: Packed | None, device: Device, batch: int) -> Formed:
+    return FORMS[name].of(bare if held is None else bare.dressed(unpack(held)), device, batch)
 
 
 def fitting(stage: Stage, device: Device, batch: int) -> list[Form]:

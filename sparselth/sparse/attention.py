@@ -1,0 +1,120 @@
+"""Multi-head attention whose projections are layers of their own, so that each can take a form."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparselth.sparse.compaction import is_hooked
+
+
+class Attention(nn.Module):
+    """What an nn.MultiheadAttention computes at inference, with the same arguments."""
+
+    def __init__(self, like: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads, self.batch_first = like.embed_dim, like.num_heads, like.batch_first
+        self.head_dim, self.in_proj_bias = like.head_dim, like.in_proj_bias
+        self._qkv_same_embed_dim = like._qkv_same_embed_dim
+        whole = like.in_proj_weight
+        weights = [like.q_proj_weight, like.k_proj_weight, like.v_proj_weight]
+        biases: Any = [None] * 3 if like.in_proj_bias is None else like.in_proj_bias.chunk(3)
+        self.one = (
+            None if whole is None else _linear(whole, like.in_proj_bias)
+        )  # where q, k and v are the same
+        parts = weights if whole is None else whole.chunk(3)
+        self.q, self.k, self.v = (_linear(w, b) for w, b in zip(parts, biases, strict=True))
+        self.out = _linear(like.out_proj.weight, like.out_proj.bias)
+        self.eval()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As torch's: (outputs, weights of the attention or None)."""
+        if is_causal and attn_mask is None:
+            raise ValueError("attn_mask: expected one where is_causal is set")
+        if self.one is not None and query is key and key is value:
+            q, k, v = self.one(query).chunk(3, -1)
+        else:
+            q, k, v = self.q(query), self.k(key), self.v(value)
+        alone = q.dim() == 2  # no batch
+        axis = 0 if alone or self.batch_first else 1
+        q, k, v = (self._heads(t.unsqueeze(0) if alone else t.movedim(axis, 0)) for t in (q, k, v))
+        mask = self._mask(attn_mask, key_padding_mask, q)
+        weights = None
+        if need_weights:
+            scores = q @ k.mT / math.sqrt(self.head_dim)
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            y = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights[0] if alone else weights
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask)
+        y = y.transpose(1, 2).flatten(2)
+        return self.out(y[0] if alone else y.movedim(0, axis)), weights
+
+    def _heads(self, t: Tensor) -> Tensor:
+        """[B, T, E] as [B, heads, T, E / heads]."""
+        return t.reshape(*t.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
+
+    def _mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
+        """What is added to the scores [B, heads, T, S]."""
+        found = None
+        if attn_mask is not None:
+            found = _added(attn_mask, q.dtype)
+            if found.dim() == 3:
+                found = found.view(-1, self.num_heads, *found.shape[1:])
+        if key_padding_mask is not None:
+            padding = _added(key_padding_mask, q.dtype)
+            padding = padding.view(1 if padding.dim() == 1 else len(padding), 1, 1, -1)
+            found = padding if found is None else found + padding
+        return found
+
+
+def split_attention(model: nn.Module) -> None:
+    """Put an Attention in the place of every nn.MultiheadAttention that it can stand for."""
+    found = {m: Attention(m) for m in model.modules() if _is_plain(m)}  # type: ignore[arg-type]
+    for module in [*model.modules()]:
+        for name, child in module._modules.items():
+            if child in found:
+                module._modules[name] = found[child]
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # or torch reads the weights past the layers
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.MultiheadAttention)
+        and type(module).forward is nn.MultiheadAttention.forward
+        and not is_hooked(module)
+        and module.bias_k is None
+        and not module.add_zero_attn
+    )
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], len(weight), bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -math.inf)

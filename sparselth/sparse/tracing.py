@@ -1,0 +1,230 @@
+"""A module as a graph of calls, by torch.fx; which of its nodes are layers that follow each other."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from sparselth.sparse.attention import Attention
+from sparselth.sparse.compaction import NOTHING, POINTWISE, Part, is_hooked, is_known, plain, rebuilt
+from sparselth.sparse.reference import Given
+
+
+class _Root(nn.Module):
+    """The model as a function of its tensors alone; all else is as in the example."""
+
+    def __init__(self, model: nn.Module, given: Given) -> None:
+        super().__init__()
+        self.model, self.given = model, given
+
+    def run(self, *tensors: Any) -> Any:
+        args, kwargs = self.given.call([*tensors])
+        return self.model(*args, **kwargs)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        leaf = isinstance(m, Attention) or is_hooked(m)
+        return leaf or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module, given: Given) -> fx.GraphModule:
+    """A graph of the model as a function of its tensors; raises whatever torch.fx does where it cannot."""
+    names = [f"x{i}" for i in range(len(given.tensors))]
+    space: dict[str, Any] = {}
+    exec(f"def forward(self, {', '.join(names)}): return self.run({', '.join(names)})", space)
+    root = type("Root", (_Root,), {"forward": space["forward"]})(model, given)
+    tracer = _Tracer()
+    graph = tracer.trace(root)
+    traced = fx.GraphModule(root, graph, "Traced")
+    for node in [*graph.nodes]:
+        if _does_nothing(traced, node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    traced.recompile()
+    return traced
+
+
+def chain_at(traced: fx.GraphModule, node: fx.Node, x: Tensor, masks: dict[Tensor, Tensor]) -> Chain | None:
+    """The layers from this node on, if it is a product that can take a form on an input like x."""
+    layer = layer_of(traced, node)
+    if not isinstance(layer, nn.Linear | nn.Conv2d) or layer.weight.dtype != x.dtype or not x.numel():
+        return None
+    if layer.weight.device != x.device or (isinstance(layer, nn.Conv2d) and x.dim() != 4):
+        return None
+    tokens = isinstance(layer, nn.Linear) and x.dim() != 2
+    y = x.reshape(-1, x.shape[-1])[:1] if tokens else x[:1]
+    parts: list[Part] = []
+    nodes: list[fx.Node] = []
+    at: fx.Node | None = node
+    while at is not None and layer is not None and _follows(layer, y, tokens):
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            last = parts[-1]
+            if not isinstance(last.module, nn.Linear | nn.Conv2d):
+                break
+            parts[-1] = Part(last.name, folded(last.module, layer), last.before, last.after)
+            z = y
+        else:
+            layer = plain(layer, masks)
+            z = layer(y)
+            parts.append(Part(_name(at), layer, tuple(y.shape[1:]), tuple(z.shape[1:])))
+        nodes.append(at)
+        y, at = z, next(iter(at.users)) if len(at.users) == 1 else None
+        layer = None if at is None or at.all_input_nodes[:1] != nodes[-1:] else layer_of(traced, at)
+    return Chain(nodes, parts, tokens)
+
+
+class Chain:
+    """Nodes that follow each other, what they compute, and whether on [..., K] instead of [B, ...]."""
+
+    def __init__(self, nodes: list[fx.Node], parts: list[Part], tokens: bool) -> None:
+        self.nodes, self.parts, self.tokens = nodes, parts, tokens
+
+
+def layer_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The layer of KINDS, or the batch norm, that a node computes of its first argument; else None."""
+    if node.op == "call_module":
+        module = traced.get_submodule(str(node.target))
+        if len(node.args) != 1 or node.kwargs:
+            return None
+        return module if is_known(module) or _is_norm(module) else None
+    if node.op == "call_function" and node.target in (F.linear, F.conv2d):
+        return _functional(traced, node)
+    kind = LAYERS.get(node.target) if node.op in ("call_function", "call_method") else None
+    if (
+        kind is None
+        or not node.args
+        or not isinstance(node.args[0], fx.Node)
+        or len(node.all_input_nodes) != 1
+    ):
+        return None
+    try:
+        return kind(*node.args[1:], **node.kwargs)
+    except TypeError:  # an argument that the layer has not
+        return None
+
+
+def _flat(start_dim: int = 0, end_dim: int = -1) -> nn.Module | None:
+    return nn.Flatten().eval() if (start_dim, end_dim) == (1, -1) else None
+
+
+def _once(kind: Callable[..., nn.Module], *names: str) -> Callable[..., nn.Module]:
+    """A layer from the arguments behind the input that its function takes; never in place."""
+    signature = inspect.Signature(
+        [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in (*names, "inplace")]
+    )
+
+    def make(*args: Any, **kwargs: Any) -> nn.Module:
+        given = signature.bind_partial(*args, **kwargs).arguments
+        given.pop("inplace", None)
+        return kind(**given).eval()
+
+    return make
+
+
+POOL = "kernel_size", "stride", "padding"
+LAYERS: dict[Any, Callable[..., nn.Module | None]] = {
+    torch.flatten: _flat,
+    "flatten": _flat,
+    F.max_pool2d: _once(nn.MaxPool2d, *POOL, "dilation", "ceil_mode"),
+    F.avg_pool2d: _once(nn.AvgPool2d, *POOL, "ceil_mode", "count_include_pad", "divisor_override"),
+    F.gelu: _once(nn.GELU, "approximate"),
+    F.leaky_relu: _once(nn.LeakyReLU, "negative_slope"),
+    F.elu: _once(nn.ELU, "alpha"),
+    F.softplus: _once(nn.Softplus, "beta", "threshold"),
+    F.silu: _once(nn.SiLU),
+    F.mish: _once(nn.Mish),
+    F.relu6: _once(nn.ReLU6),
+    F.hardswish: _once(nn.Hardswish),
+    F.hardsigmoid: _once(nn.Hardsigmoid),
+    **dict.fromkeys((F.relu, torch.relu, "relu"), _once(nn.ReLU)),
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), _once(nn.Sigmoid)),
+    **dict.fromkeys((F.tanh, torch.tanh, "tanh"), _once(nn.Tanh)),
+}
+
+
+def _functional(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """A product by its function, of weights that are the model's own."""
+    names = "input", "weight", "bias", "stride", "padding", "dilation", "groups"
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    tensors = []
+    for name in ("weight", "bias"):
+        source = given.get(name)
+        if source is not None and not (isinstance(source, fx.Node) and source.op == "get_attr"):
+            return None
+        tensors.append(None if source is None else _attribute(traced, str(source.target)))
+    weight, bias = tensors
+    if weight is None or given.get("input") is not node.all_input_nodes[0]:
+        return None
+    product: nn.Linear | nn.Conv2d
+    if node.target is F.linear:
+        product = nn.Linear(1, 1, device="meta")
+    else:
+        settings = {n: given[n] for n in names[3:] if n in given}
+        if any(isinstance(v, fx.Node) for v in settings.values()):
+            return None
+        groups = settings.get("groups", 1)
+        product = nn.Conv2d(groups, groups, weight.shape[2:], **settings, device="meta")  # type: ignore[arg-type]
+    # the parameter itself: its mask is found by it
+    product.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+    product.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, False)
+    product.in_features = product.in_channels = 0
+    return product.eval()
+
+
+def _attribute(traced: fx.GraphModule, name: str) -> Tensor:
+    found: Any = traced
+    for word in name.split("."):
+        found = getattr(found, word)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def folded(product: nn.Linear | nn.Conv2d, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Linear | nn.Conv2d:
+    """The product with the norm behind it, in evaluation mode, as one."""
+    weight, bias = product.weight.detach(), product.bias
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    scale = (variance.double() + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.double()
+    shift = -mean.double() if bias is None else bias.double() - mean.double()
+    shift = shift * scale if norm.bias is None else shift * scale + norm.bias.double()
+    wide = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+    return rebuilt(product, wide.to(weight.dtype), shift.to(weight.dtype))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    kind = next((k for k in (nn.BatchNorm1d, nn.BatchNorm2d) if isinstance(module, k)), None)
+    known = kind is not None and type(module).forward is kind.forward and not is_hooked(module)
+    return known and module.running_mean is not None
+
+
+def _follows(layer: nn.Module, x: Tensor, tokens: bool) -> bool:
+    """Whether it can stand in a chain behind what gives x."""
+    if isinstance(layer, nn.Linear):
+        return x.dim() == 2 and x.shape[1] == layer.weight.shape[1]
+    if isinstance(layer, nn.BatchNorm1d):
+        return x.dim() == 2 and not tokens
+    if isinstance(layer, (nn.ReLU, *POINTWISE)):
+        return True
+    return x.dim() == 4
+
+
+def _does_nothing(traced: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = traced.get_submodule(str(node.target))
+        return isinstance(module, NOTHING) and is_known(module)
+    dropout = node.op == "call_function" and node.target in (F.dropout, F.dropout2d, F.alpha_dropout)
+    training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True) if dropout else True
+    return training is False
+
+
+def _name(node: fx.Node) -> str:
+    name = str(node.target) if node.op == "call_module" else node.name
+    return name.removeprefix("model.")
