@@ -19,6 +19,7 @@ from sparselth.config import SCOPES, Recipe
 from sparselth.errors import UsageError
 from sparselth.params import Params, TensorSpec
 from sparselth.registry import Registry
+from sparselth.spread import SPREADS, rooted
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -37,15 +38,18 @@ class Frozen:
     law: str
     keep: float  # share of the weights that is kept, for supermask the chance that each is at the start
     scope: str = "layer"  # over what scores are ranked
-    scaled: bool = False  # weights times sqrt(1 / keep), as large as those of an unpruned layer
+    scaled: bool = False  # weights times sqrt(size / kept), as large as those of an unpruned layer
     every: int = 0  # steps between redraws (iterand) or recyclings; 0 is never
     share: float = 0.0  # iterand: the chance that a pruned weight is redrawn; recycle: of a layer, recycled
+    spread: str = "even"  # how layers share in what is kept
 
     def __post_init__(self) -> None:
         for name, right, expected in (
             ("method", self.method in METHODS, f"expected one of {', '.join(METHODS)}"),
             ("law", self.law in LAWS, f"expected one of {', '.join(LAWS)}"),
             ("scope", self.scope in SCOPES, f"expected one of {', '.join(SCOPES)}"),
+            ("spread", self.spread in SPREADS, f"expected one of {', '.join(SPREADS)}"),
+            ("spread", self.spread == "even" or self.scope == "layer", "expected `scope` layer"),
             ("keep", 0 < self.keep <= 1, "expected a number above 0, at most 1"),
             ("share", 0 <= self.share <= 1, "expected a number from 0 to 1"),
             ("every", self.every >= 0, "expected 0 (never) or more"),
@@ -57,6 +61,13 @@ class Frozen:
     def kept(self, n: int) -> int:
         """How many of n weights are kept."""
         return max(1, floor(self.keep * n + 0.5 + 1e-9))
+
+    def counts(self, params: Params) -> list[int]:
+        """How many weights each of the `groups` keeps."""
+        sizes = [sum(spec.numel for spec in specs) for specs in self.groups(params)]
+        if self.spread == "even":
+            return [self.kept(size) for size in sizes]
+        return rooted(sizes, self.kept(sum(sizes)))
 
     def groups(self, params: Params) -> Iterator[tuple[TensorSpec, ...]]:
         """The tensors that are ranked together."""
@@ -81,6 +92,7 @@ class Method:
     scaled: bool = False
     every: int = 0
     share: float = 0.0
+    spread: str = "even"  # where a network convolves; elsewhere layers are kept evenly
     rule: ClassVar[str] = "magnitude"  # of kernels/score_update.py, "" where none is the method's step
     draws: ClassVar[bool] = False  # a training step computes with a random mask
     has_generations: ClassVar[bool] = False  # weights change between steps
@@ -96,6 +108,7 @@ class Method:
         scaled: bool | None = None,
         every: int | None = None,
         share: float | None = None,
+        spread: str = "even",
     ) -> Frozen:
         """The method on the weights of a seed; None is its default."""
         return Frozen(
@@ -107,11 +120,16 @@ class Method:
             scaled=self.scaled if scaled is None else scaled,
             every=self.every if every is None else every,
             share=self.share if share is None else share,
+            spread=spread,
         )
 
     def recipe(self, model: Model) -> Recipe:
         """How its scores are trained."""
         return self.recipes["convolve" if model.convolves else "linear"]
+
+    def spread_over(self, model: Model, scope: str) -> str:
+        """How layers share in what is kept, unless it is said."""
+        return self.spread if model.convolves and scope == "layer" else "even"
 
     def start(self, frozen: Frozen, params: Params, generator: Generator) -> Tensor:
         """The flat buffer [P] that training starts from: scores, biases 0, batch norms 1 and 0."""
@@ -137,9 +155,9 @@ class Method:
         from sparselth.kernels.score_update import top
 
         mask = torch.zeros_like(scores, dtype=torch.bool)
-        for specs in frozen.groups(params):
+        for specs, count in zip(frozen.groups(params), frozen.counts(params), strict=True):
             ranked = torch.cat([scores[spec.span] for spec in specs])
-            kept = top(ranked, frozen.kept(len(ranked)), self.rule == "score")
+            kept = top(ranked, count, self.rule == "score")
             parts = torch.split(kept, [spec.numel for spec in specs])
             for spec, part in zip(specs, parts, strict=True):
                 mask[spec.span] = part
@@ -157,6 +175,9 @@ class Method:
         for layer, spec in enumerate(params.weights):
             some = None if generations is None else generations[spec.span]
             flat[spec.span] = self.layer_weights(frozen, layer, spec, some, device)
+        if frozen.scaled and frozen.spread != "even":
+            for spec, count in zip(params.weights, frozen.counts(params), strict=True):
+                flat[spec.span] *= sqrt(spec.numel / count)
         return flat
 
     def layer_weights(
@@ -327,7 +348,7 @@ def generated(
     from sparselth.kernels.hash_weights import hash_weights
 
     some = 0 if generations is None else generations.view(spec.shape)
-    gain = sqrt(1 / frozen.keep) if frozen.scaled else 1.0
+    gain = sqrt(1 / frozen.keep) if frozen.scaled and frozen.spread == "even" else 1.0
     drawn: Tensor = hash_weights(frozen.seed, layer, spec.shape, frozen.law, some, gain=gain, device=device)
     return drawn.flatten()
 
@@ -396,9 +417,10 @@ for _method in (
     Signed(
         name="signed",
         meaning="a mask of -1, 0 and 1: kept, dropped or negated (Koster et al. 2022)",
-        recipes=_recipes(0.02, 0.001, warmup=400),
+        recipes=_recipes(0.02, 0.015, warmup=400),
         keep=0.05,
         scaled=True,
+        spread="root",  # a twentieth of the first filters leaves many of them empty, and then the others die
     ),
 ):
     METHODS.add(_method.name, _method)

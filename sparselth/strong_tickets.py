@@ -130,8 +130,10 @@ def arrays(params: Params, content: Content) -> Arrays:
 
 def save(file: Path, params: Params, content: Content, **where: Any) -> Arrays:
     """Write a file, atomically, and give its arrays; equal content gives equal bytes."""
-    found = arrays(params, content)
-    save_arrays(file, found, {"schema": SCHEMA, **where, "frozen": asdict(content.frozen)})
+    found, how = arrays(params, content), asdict(content.frozen)
+    if how["spread"] == "even":  # as it was before there was another one
+        del how["spread"]
+    save_arrays(file, found, {"schema": SCHEMA, **where, "frozen": how})
     return found
 
 

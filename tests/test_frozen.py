@@ -17,7 +17,7 @@ from sparselth.engine.dense import Network, cross_entropy_grad
 from sparselth.errors import UsageError
 from sparselth.frozen import LAWS, METHODS, Frozen, Method, chance, effective, mask_of, weights_of
 from sparselth.kernels.hash_weights import hash_weights
-from sparselth.models import AvgPool, BatchNorm, Conv, Layer, Linear, Model, ReLU
+from sparselth.models import AvgPool, BatchNorm, Conv, Layer, Linear, Model, ReLU, get_model
 from sparselth.params import Params, TensorSpec
 from sparselth.streams import stream
 
@@ -317,7 +317,7 @@ def test_the_ends_of_each_range_are_in_it() -> None:
         arguments = {"method": "iterand", "seed": 0, "law": "normal", "keep": 0.5} | {name: value}
         with pytest.raises(UsageError, match=f"^`{name}` {value}: expected "):
             Frozen(**arguments)  # type: ignore[arg-type]
-    for name in ("method", "law", "scope"):
+    for name in ("method", "law", "scope", "spread"):
         arguments = {"method": "iterand", "seed": 0, "law": "normal", "keep": 0.5} | {name: "other"}
         with pytest.raises(UsageError, match=f"^`{name}` other: expected one of "):
             Frozen(**arguments)  # type: ignore[arg-type]
@@ -361,6 +361,7 @@ def test_layers_are_ranked_apart_or_together() -> None:
     ):
         frozen = METHODS[name].frozen(0, keep=0.56, scope=scope)
         assert [frozen.kept(n) for n in (6, 9, 15)] == [3, 5, 8]
+        assert frozen.counts(PAIR) == ([3, 5] if scope == "layer" else [8])
         mask = METHODS[name].mask(frozen, PAIR, scores)
         assert {*mask.nonzero().flatten().tolist()} == kept, (name, scope)
         if name == "signed":
@@ -369,6 +370,27 @@ def test_layers_are_ranked_apart_or_together() -> None:
             assert mask.sum() == 6
         else:
             assert mask.dtype == torch.bool
+
+
+def test_small_layers_may_keep_more_and_weights_are_scaled_by_what_their_layer_keeps() -> None:
+    scores = scores_of(1, 2, 3, 4, 5, -6, 10, 20, 30, 40, 50, 60, 70, 80, -90)
+    frozen = METHODS["signed"].frozen(0, keep=0.4, spread="root")
+    mask = METHODS["signed"].mask(frozen, PAIR, scores)
+    kept = [int(mask[spec.span].count_nonzero()) for spec in PAIR.weights]
+    assert kept == frozen.counts(PAIR) == [3, 3]  # of 6 and of 9; evenly it were 2 and 4
+    weights = METHODS["signed"].weights(frozen, PAIR, None, "cpu")
+    plain = METHODS["signed"].weights(METHODS["signed"].frozen(0, keep=1.0), PAIR, None, "cpu")
+    for spec, count in zip(PAIR.weights, kept, strict=True):
+        torch.testing.assert_close(weights[spec.span], plain[spec.span] * sqrt(spec.numel / count))
+    with pytest.raises(UsageError, match="`spread` root: expected `scope` layer"):
+        METHODS["signed"].frozen(0, scope="global", spread="root")
+
+
+def test_who_spreads_by_roots() -> None:
+    lenet, conv2 = get_model("lenet-300-100"), get_model("conv2")
+    for name, method in METHODS.items():
+        assert method.spread_over(lenet, "layer") == method.spread_over(conv2, "global") == "even"
+        assert method.spread_over(conv2, "layer") == ("root" if name == "signed" else "even")
 
 
 def test_the_lowest_take_the_values_of_the_highest_in_their_order() -> None:

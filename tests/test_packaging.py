@@ -32,6 +32,7 @@ ORDER = [
     "params",
     "config",
     "models",
+    "spread",
     "frozen",
     "data",
     "scores",

@@ -61,7 +61,7 @@ class Popup:
                 self.weights,
                 self.flat,
                 [[(spec.offset, spec.numel) for spec in specs] for specs in groups],
-                [self.frozen.kept(sum(spec.numel for spec in specs)) for specs in groups],
+                self.frozen.counts(self.params),
                 rule=self.method.rule,
                 momentum=recipe.momentum,
                 weight_decay=recipe.weight_decay,

@@ -28,6 +28,7 @@ from sparselth.experiments.training import Training
 from sparselth.frozen import LAWS, METHODS, Frozen
 from sparselth.models import MODELS, Model, get_model
 from sparselth.registry import Registry
+from sparselth.spread import SPREADS
 from sparselth.user_files import short
 
 if TYPE_CHECKING:
@@ -105,6 +106,13 @@ class StrongConfig(Swept):
     scope: Literal["layer", "global"] = option(
         "layer", "Rank scores within each layer, or all together.", choices=SCOPES
     )
+    spread: Literal["even", "root"] | None = option(
+        None,
+        "Keep the same share of every layer, or, root, larger shares of small ones.  [default: the method's]",
+        choices=SPREADS,
+        added=True,
+        before="even",
+    )
     every: int | None = option(
         None, "Steps between redraws (iterand) or recyclings.  [default: the method's]", _every
     )
@@ -119,6 +127,8 @@ class StrongConfig(Swept):
         if self.method in METHODS:
             method = METHODS[self.method]
             own = {"keep": (method.keep,), "law": method.law, "every": method.every, "redraw": method.share}
+            if self.model in MODELS:
+                own["spread"] = method.spread_over(get_model(self.model), self.scope)
             for name, value in own.items():
                 if getattr(self, name) in (None, ()):
                     object.__setattr__(self, name, value)
@@ -143,6 +153,8 @@ class StrongConfig(Swept):
             if getattr(self, name) and not method.has_generations:
                 others = " or ".join(other.name for other in METHODS.values() if other.has_generations)
                 raise self.wrong(name, f"has no effect with {self.method}; use {others}")
+        if self.spread == "root" and method.draws:
+            raise self.wrong("spread", f"has no effect with {self.method}, which keeps by chance")
         if self.method in self.arms:
             raise self.wrong("arms", f"{self.method} is what the ticket is found by")
         try:
@@ -257,8 +269,10 @@ class StrongConfig(Swept):
     def _frozen(self, method: str, seed: int, keep: float) -> Frozen:
         own = method == self.method  # another method redraws as it does by itself
         every, share = (self.every, self.redraw) if own else (None, None)
+        spread = self.spread if own else METHODS[method].spread_over(get_model(self.model), self.scope)
+        assert spread is not None
         return METHODS[method].frozen(
-            seed, keep=keep, law=self.law, scope=self.scope, every=every, share=share
+            seed, keep=keep, law=self.law, scope=self.scope, every=every, share=share, spread=spread
         )
 
     def _first(self, cell: Cell) -> Tensor:
@@ -358,6 +372,7 @@ class StrongConfig(Swept):
             done = "recycled" if self.method == "recycle" else "redrawn"
             redraws = f", {100 * (self.redraw or 0):g} % {done} every {self.every:,} steps"
         ranked = "by layer" if self.scope == "layer" else "over all layers"
+        ranked += ", more of small ones" if self.spread == "root" else ""
         return f"{self.method}, {self.law} weights, ranked {ranked}{redraws}"
 
     def about(self, cell: Cell) -> str:

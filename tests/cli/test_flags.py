@@ -110,6 +110,7 @@ OF_STRONG: dict[str, tuple[str, Any]] = {name: FIELDS[name] for name in SHARED} 
     "width": ("0.5", (0.5,)),
     "law": ("normal", "normal"),
     "scope": ("global", "global"),
+    "spread": ("root", "root"),
     "every": ("7", 7),
     "redraw": ("0.5", 0.5),
     "optimizer": ("adam", "adam"),

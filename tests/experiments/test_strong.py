@@ -193,6 +193,29 @@ def test_settings_of_the_method_are_filled_in() -> None:
     assert some.digest != replace(some, every=0).digest
 
 
+def test_runs_of_a_version_before_are_named_as_they_were() -> None:
+    some = config(dataset="mnist", keep=(0.3, 0.5), width=(0.5, 1.0))
+    signed = config(dataset="cifar10", method="signed", model="conv2", spread="even")
+    signed = replace(signed, seeds=(0, 1, 2), recipe=replace(signed.recipe, lr=0.001))
+    for one, digest in ((some, "1b82aacf"), (signed, "4a3ba48c")):
+        assert one.digest == digest
+        before = {name: value for name, value in one.to_json().items() if name not in ("sweeps", "spread")}
+        assert config_from_json(before) == one
+
+
+def test_signed_masks_of_convolutions_keep_more_of_small_layers() -> None:
+    some = config(method="signed", model="conv2", dataset="cifar10", width=(0.25,))
+    assert some.spread == "root"
+    assert "more of small ones" in some.how
+    assert config_from_json(some.to_json()) == some
+    (cell, *_) = some.cells()
+    assert some.frozen(cell).spread == "root"
+    assert config(method="signed").spread == "even"
+    other = config(model="conv2", dataset="cifar10", arms=("ticket", "signed"))
+    assert (other.spread, other.frozen(Cell(0, "signed", 0)).spread) == ("even", "root")
+    assert config(method="signed", model="conv2", dataset="cifar10", scope="global").spread == "even"
+
+
 # ---- what arms are
 
 
@@ -398,6 +421,8 @@ def test_a_benchmark_of_levels_says_that_there_are_none(record: RunRecord, cli: 
         ("recycle --arms ticket,recycle", "recycle is what the ticket is found by"),
         ("edge-popup --arms ticket,reinit", "unknown arm 'reinit'"),
         ("edge-popup --every 10", "--every 10: has no effect with edge-popup; use iterand or recycle"),
+        ("supermask --spread root", "--spread root: has no effect with supermask, which keeps by chance"),
+        ("edge-popup --spread root --scope global", "--spread root: expected --scope layer"),
         ("iterand --redraw 1.5", "--redraw 1.5: expected a share from 0 to 1"),
         ("iterand --every -1", "--every -1: expected 0 or more"),
         ("edge-popup --law laplace", "laplace"),
