@@ -6,27 +6,53 @@ weights exactly round(rate * n) go, the smallest magnitudes first, equal ones by
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from math import floor
 
 import torch
 from torch import Tensor
 
+from sparselth.errors import unknown
 from sparselth.kernels import bitmask
 from sparselth.kernels.magnitude_threshold import launch, split
 from sparselth.params import Params, matrix
 
 
-def ladder(params: Params, levels: int, rate: float, scope: str) -> list[dict[str, int]]:
+def excluded(params: Params, exclude: Sequence[str]) -> list[str]:
+    """The weights that some entry means: "fc1.weight", its layer "fc1", or a glob, "conv*".
+
+    UsageError for an entry that means none.
+    """
+    found = set[str]()
+    for entry in exclude:
+        meant = {
+            s.name for s in params.weights if fnmatchcase(s.name, entry) or s.name.startswith(f"{entry}.")
+        }
+        if not meant:
+            raise unknown("weight to exclude", entry, [s.name for s in params.weights])
+        found |= meant
+    return [s.name for s in params.weights if s.name in found]
+
+
+def ladder(
+    params: Params, levels: int, rate: float, scope: str, exclude: Sequence[str] = ()
+) -> list[dict[str, int]]:
     """Surviving weights at levels 0 to `levels`: by tensor for scope "layer", {"all": n} for "global".
 
     Under "layer" the output layer goes at half the rate, and the convolutions of conv2 to conv6 at half or
-    three quarters of it (Frankle & Carbin 2019, Figure 2).
+    three quarters of it (Frankle & Carbin 2019, Figure 2). What is excluded stays whole: under "global" it
+    stands by its name beside "all" others.
     """
+    whole = excluded(params, exclude)
+    now = {s.name: s.numel for s in params.weights}
+    rates = {s.name: rate * s.rate_scale for s in params.weights}
     if scope == "global":
-        now, rates = {"all": params.prunable}, {"all": rate}
-    else:
-        now = {s.name: s.numel for s in params.weights}
-        rates = {s.name: rate * s.rate_scale for s in params.weights}
+        now = {"all": params.prunable - sum(now[name] for name in whole)} | {
+            name: now[name] for name in whole
+        }
+        rates = {"all": rate}
+    rates |= dict.fromkeys(whole, 0.0)
     found = [now]
     for _ in range(levels):
         now = {name: n - rounded(rates[name] * n) for name, n in now.items()}
@@ -39,25 +65,31 @@ def prune(
 ) -> Tensor:
     """The mask [M] that keeps the `keep` largest magnitudes of `weights` [M] among those `mask` keeps.
 
-    `keep` is a rung of `ladder`; a rung above what `mask` keeps raises ValueError. `kernels` is "triton",
+    `keep` is a rung of `ladder`; a rung above what `mask` keeps raises ValueError, and what it names beside
+    "all" is not looked at. `kernels` is "triton",
     "reference" or "auto", as in `sparselth.kernels.magnitude_threshold`.
     """
     alive = params.kept(mask)
+    ranked = [spec for spec in params.weights if "all" not in keep or spec.name not in keep]
     if "all" in keep:
-        alive = {"all": sum(alive.values())}
+        others = {name: n for name, n in alive.items() if name in keep}
+        alive = {"all": sum(alive[spec.name] for spec in ranked)} | others
     for name, n in alive.items():
         if keep[name] > n:
             raise ValueError(f"{name}: cannot keep {keep[name]} of {n} weights")
-    going = torch.tensor([[n - keep[name] for name, n in alive.items()]], device=weights.device)
-    tensors = [matrix(spec, weights)[None] for spec in params.weights]
+    new = mask.clone()
+    if not ranked:
+        return new
+    going = [alive["all"] - keep["all"]] if "all" in keep else [n - keep[name] for name, n in alive.items()]
+    tensors, packed = [matrix(spec, weights)[None] for spec in ranked], params.packed(mask[None])
+    counts = torch.tensor([going], device=weights.device)
     buffer, _ = launch(
         tensors,
-        going[:, 0] if "all" in keep else going,
-        [*params.packed(mask[None]).values()],
+        counts[:, 0] if "all" in keep else counts,
+        [packed[spec.name] for spec in ranked],
         kernels=kernels,
     )
-    new = torch.zeros_like(mask)
-    for spec, bits in zip(params.weights, split(buffer, tensors), strict=True):
+    for spec, bits in zip(ranked, split(buffer, tensors), strict=True):
         matrix(spec, new).copy_(bitmask.unpack(bits[0], spec.matrix[1]))
     return new
 

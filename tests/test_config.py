@@ -94,7 +94,7 @@ def test_config_json_gives_an_equal_configuration_and_only_adds_fields() -> None
     data = json.loads(json.dumps(config.to_json()))
     assert config_from_json(data) == config
     before = json.loads(BEFORE)
-    assert set(data) - set(before) == {"experiment", "score", "eval_images", "code"}
+    assert set(data) - set(before) == {"experiment", "score", "eval_images", "code", "exclude"}
     assert data["experiment"] == "imp"
     now = EQUAL.to_json()
     assert now["recipe"].pop("cosine") is False
@@ -106,7 +106,7 @@ def test_every_setting_tells_digests_apart_but_what_was_added_and_what_says_whic
     other: dict[str, Any] = {
         "model": "lenet5", "dataset": "mnist", "seeds": (1,), "arms": ("ticket",), "levels": 3, "rate": 0.3,
         "scope": "global", "one_shot": True, "rewind": 1, "reinits": 2, "device": "cuda", "kernels": "torch",
-        "score": "random", "eval_images": 1000, "code": ("a.py:make 0123",),
+        "score": "random", "eval_images": 1000, "code": ("a.py:make 0123",), "exclude": ("fc1",),
         "recipe": replace(EQUAL.recipe, lr=1e-3),
     }  # fmt: skip
     assert set(other) == {f.name for f in fields(ImpConfig)}

