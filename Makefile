@@ -172,7 +172,7 @@ $(STAMP): pyproject.toml setup.cfg setup.py $(wildcard kernels/native/* constrai
 	[ -x $(BIN)/python ] || $$found -m venv $(VENV); \
 	version=$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
 	pip="$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS)"; \
-	$$pip setuptools; \
+	$$pip 'setuptools>=77.0.3'; \
 	$$pip --no-build-isolation --editable '.[dev]'; \
 	touch $(STAMP); \
 	echo "== set up"
