@@ -40,10 +40,21 @@ _loaded: dict[tuple[Path, str], Images] = {}
 
 def images(name: str) -> Images:
     """The data of that name, computed once a process; raises UsageError where they are no data set."""
-    place = Path(name.rpartition(":")[0]).expanduser().resolve(), name.rpartition(":")[2]
+    place = _place(name)
     if place not in _loaded:
         _loaded[place] = _Reader(name).images()
     return _loaded[place]
+
+
+def remember(images: Images) -> None:
+    """Take data that another process has read as those of their name."""
+    if user_files.is_file(images.spec.name):
+        _loaded[_place(images.spec.name)] = images
+
+
+def _place(name: str) -> tuple[Path, str]:
+    file, _, function = name.rpartition(":")
+    return Path(file).expanduser().resolve(), function
 
 
 class _Reader:

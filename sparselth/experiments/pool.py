@@ -27,7 +27,7 @@ import torch
 
 from sparselth import signals
 from sparselth.config import Cell
-from sparselth.data import Images
+from sparselth.data import Images, own
 from sparselth.data.batches import Resident
 from sparselth.diverged import in_need
 from sparselth.engine.memory import free_memory, is_out_of_memory
@@ -69,7 +69,10 @@ class Work:
 def _unpacked(files: tuple[Path, ...], content: bytes) -> Work:
     for file in files:
         load_plugin(file)
-    return Work(*pickle.loads(content))
+    work = Work(*pickle.loads(content))
+    if work.images is not None:
+        own.remember(work.images)
+    return work
 
 
 def _forks(config: Experiment) -> bool:

@@ -59,7 +59,10 @@ class Training(Experiment):
 
     model: str = option("lenet5", "The network; see `sparselth ls models`.", choices=MODELS)
     dataset: str = option(
-        "", "The data set; see `sparselth ls datasets`.  [default: the model's]", choices=_datasets
+        "",
+        "The data set; see `sparselth ls datasets`; or a function of yours, my_data.py:load.  "
+        "[default: the model's]",
+        choices=_datasets,
     )
     seeds: tuple[int, ...] = option(
         (0, 1, 2, 3, 4), "One network each: 3, 0-4 or 0,2,5.", _different, ordered=False, extends=True
@@ -122,9 +125,11 @@ class Training(Experiment):
     @property
     def network(self) -> Model:
         """The network of the run, for the samples and classes of its data set."""
+        model = get_model(self.model)
+        if not is_module(self.model):  # nor is a user's data set read for it
+            return model
         from sparselth.data.sets import get_dataset
 
-        model = get_model(self.model)
         return model.on(get_dataset(self.dataset or model.dataset))
 
     @property

@@ -126,7 +126,7 @@ def test_replicas_levels_draws_and_epochs_are_moved_apart() -> None:
 
 MODEL = Model("plain", (2, 8, 8), (Linear(8), ReLU(), Linear(4)), {}, "", classes=4)
 RECIPE = Recipe(steps=6, lr=1e-2, batch_size=5, eval_every=3, augment="crop-flip")
-KERNELS = ["auto", "torch", "triton"] if INTERPRET else ["auto", "torch"]
+KERNELS = ["auto", "torch", "autograd", *["triton"] * INTERPRET]
 
 
 def trained(kernels: str, recipe: Recipe, data: Resident, replicas: int) -> list[Job]:

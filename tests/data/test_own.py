@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -224,6 +226,7 @@ def test_a_run_on_it_resumes_to_the_same_bits_and_knows_another_text(
     cli: Callable[..., tuple[int, str, str]],
     document: Callable[..., dict[str, Any]],
     run_contents: Callable[[Path], dict[str, bytes]],
+    environment: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -261,9 +264,11 @@ def test_a_run_on_it_resumes_to_the_same_bits_and_knows_another_text(
     assert "holds a run with another code" in said
     assert "digits.py:load" in said
     file.unlink()
-    code, out, said = cli("show", str(run), "--json")
-    assert code == 0, said
-    assert len(json.loads(out)["points"]) == 3
+    shown = subprocess.run(
+        [sys.executable, "-m", "sparselth", "show", str(run)], env=environment, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "random-mask" in shown.stdout
     code, _, said = cli(*words, "--out", str(run), "--resume")
     assert code == 2
     assert said.splitlines()[-1].startswith("sparselth: --dataset digits.py:load: digits.py cannot be read")
@@ -292,6 +297,65 @@ def test_the_file_of_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert images.spec.shape == (1, 28, 28)
     assert np.array_equal(images.test_images, digits.test_images)
     check_model(images.spec, get_model("lenet-300-100"))
+
+
+NET = """
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+class Guess(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.out = nn.Embedding(99, 16), nn.Linear(16, 32), nn.Linear(32, 99)
+    def forward(self, x):
+        return self.out(self.mix(self.embed(x)).relu())
+
+def make():
+    return Guess()
+
+def loss(output, target):
+    return cross_entropy(output.flatten(0, 1), target.flatten())
+
+def accuracy(output, target):
+    return (output.argmax(2) == target).double().mean()
+"""
+
+
+def test_tokens_and_targets_train_a_network_of_ones_own(
+    mine: Callable[[str], str], document: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Every token is to say its successor: what the network learns shows that x and y arrived as they are."""
+    name, net = mine("split(tokens, (tokens + 1) % 99)"), tmp_path / "my_net.py"
+    net.write_text(NET)
+    words = ("imp", "--model", f"{net}:make", "--dataset", name, "--levels", "1", "--seeds", "0")
+    words += ("--arms", "ticket", "--steps", "200", "--lr", "0.02", "--batch-size", "20", "--workers", "1")
+    found = document(*words, "--out", str(tmp_path / "run"))
+    assert len(found["config"]["code"]) == 2
+    assert [point["final_accuracy"] > 0.8 for point in found["points"]] == [True, True]  # chance is 0.01
+
+
+def test_scores_over_frozen_weights_on_it(
+    mine: Callable[[str], str], document: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    name = mine("split(np.resize(images, (60, 784)), y)")
+    words = ("strong", "edge-popup", "--model", "lenet-300-100", "--dataset", name, "--seeds", "0")
+    found = document(
+        *words,
+        *["--arms", "ticket", "--steps", "20", "--batch-size", "10", "--workers", "1", "--out"],
+        str(tmp_path / "r"),
+    )
+    assert len(found["points"]) == 1
+
+
+def test_a_worker_that_is_spawned_does_not_read_again(mine: Callable[[str], str]) -> None:
+    name = mine("split(images, y)")
+    images = load(name, Path())
+    Path(name.rpartition(":")[0]).unlink()
+    own._loaded.clear()
+    with pytest.raises(UsageError, match="cannot be read"):
+        load(name, Path())
+    own.remember(pickle.loads(pickle.dumps(images)))
+    assert np.array_equal(load(name, Path()).train_images, images.train_images)
 
 
 def test_its_batches_are_the_users(mine: Callable[[str], str]) -> None:
