@@ -6,15 +6,15 @@
     whole/NAME   every other parameter and buffer, in its shape
 
 Safetensors with a header under "sparselth": schema, notes (whatever the user says of it), network (the
-module's class), versions, shapes and dtypes by name, tied (a second name of a tensor -> its first), and
-`sha256`, a checksum of arrays and header. What numpy has no type for, bf16 and floats of 8 bits, lies there
-as whole numbers of as many bits. A file of N prunable weights in fp32 is at most 4 bytes a survivor, N / 8
-bytes, what is not prunable, and headers; nothing is unpickled.
+module's class), layers (what owns each weight), versions, shapes and dtypes by name, tied (a second name of a
+tensor -> its first), and `sha256`, a checksum of arrays and header. What numpy has no type for, bf16 and
+floats of 8 bits, lies there as whole numbers of as many bits. A file of N prunable weights in fp32 is at most
+4 bytes a survivor, N / 8 bytes, what is not prunable, and headers; nothing is unpickled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,6 +167,29 @@ def _torch_version() -> str:
 
 
 # ---- what a module is to a file
+
+
+def layer_words(module: nn.Module, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What owns each of these parameters: its type, and how a convolution goes over its image."""
+    from torch import nn
+
+    owners, found = dict(module.named_modules(remove_duplicate=False)), dict[str, dict[str, Any]]()
+    for name in names:
+        owner = owners[name.rpartition(".")[0]]
+        found[name] = {"type": "Linear" if isinstance(owner, nn.Linear) else type(owner).__name__}
+        if isinstance(owner, nn.Conv2d):
+            dilation, padding = [*owner.dilation], owner.padding
+            if isinstance(padding, str):
+                reach = [d * (k - 1) // 2 for d, k in zip(dilation, owner.kernel_size, strict=True)]
+                padding = (0, 0) if padding == "valid" else (reach[0], reach[1])
+            found[name] = {
+                "type": "Conv2d",
+                "stride": [*owner.stride],
+                "padding": [*padding],
+                "dilation": dilation,
+                "groups": owner.groups,
+            }
+    return found
 
 
 def first_names(module: nn.Module) -> Words:

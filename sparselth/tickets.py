@@ -28,10 +28,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparselth import masks, module_tickets, strong_tickets
+from sparselth.data import get_dataset
 from sparselth.errors import SparselthError, UsageError
 from sparselth.files import Arrays, load_arrays, load_header, save_arrays
 from sparselth.masks import Masks, unwrapped
 from sparselth.models import Model, get_model
+from sparselth.models.module import is_module
 from sparselth.params import Params, TensorSpec
 
 if TYPE_CHECKING:
@@ -301,7 +303,8 @@ def save_ticket(
     state = {first: given[first] for name, first in names.items() if name == first}
     tied = {name: first for name, first in names.items() if name != first}
     network = f"{type(module).__module__}.{type(module).__qualname__}"
-    module_tickets.save(Path(path), kept, state, tied, notes=dict(notes or {}), network=network)
+    words = {"network": network, "layers": module_tickets.layer_words(module, kept)}
+    module_tickets.save(Path(path), kept, state, tied, notes=dict(notes or {}), **words)
     return Path(path)
 
 
@@ -335,8 +338,9 @@ def load_ticket(path: str | Path) -> Ticket:
 def load(file: str | Path) -> RunTicket:
     """The ticket in a file of a run, cells/seed0-ticket-05.safetensors, of this version or an older one.
 
-    A control arm's file is read too, and a strong ticket's. SparselthError when the file is none or cannot be
-    read, UsageError when nobody knows its model.
+    A control arm's file is read too, and a strong ticket's. Where the run's network is a function of a user's
+    file, my_net.py:make, that file is imported. SparselthError when the file is none or cannot be read,
+    UsageError when nobody knows its model.
     """
     file = Path(file)
     if not file.is_file():
@@ -348,6 +352,8 @@ def load(file: str | Path) -> RunTicket:
     if not (strong or head.get("schema") == SCHEMA) or not isinstance(head.get("model"), str):
         raise SparselthError(f"{file}: expected a ticket, {SCHEMA}, found {head.get('schema')!r}")
     model = get_model(head["model"])
+    if is_module(head["model"]):
+        model = model.on(get_dataset(str(head.get("dataset"))))
     if strong:
         return _strong(file, model)
     found, head = load_arrays(file, most=_most(model.params))

@@ -20,6 +20,7 @@ from sparselth import registry, sparse
 from sparselth.config import EXPERIMENTS, config_from_json
 from sparselth.data import DATASETS
 from sparselth.errors import SparselthError
+from sparselth.exchange import FORMATS
 from sparselth.experiments.arms import ARMS
 from sparselth.experiments.base import Experiment
 from sparselth.experiments.run import run
@@ -29,6 +30,7 @@ from sparselth.registry import load_plugin
 from sparselth.runs import read_config
 from sparselth.scores import SCORES
 from sparselth.sparse.forms import FORMS
+from sparselth.tickets import load_ticket, save_ticket
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -68,7 +70,7 @@ USES = {
 @pytest.fixture(autouse=True)
 def forget(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Call it to forget every plugin; what a test registers is forgotten behind it."""
-    known = (MODELS, DATASETS, SCORES, ARMS, METHODS, EXPERIMENTS, FORMS)
+    known = (MODELS, DATASETS, SCORES, ARMS, METHODS, EXPERIMENTS, FORMS, FORMATS)
     before = [dict(each) for each in known]
 
     def call() -> None:
@@ -90,7 +92,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_new_thing_is_one_file_of_10_to_40_lines() -> None:
-    assert set(BLOCKS) == {*USES, "read_inputs.py"}
+    assert set(BLOCKS) == {*USES, "read_inputs.py", "npz.py"}
     for name, code in BLOCKS.items():
         assert 10 <= len(code.splitlines()) <= 40, name
     rows = re.findall(r"^\| (.+?) \| (`.+?) \| (.*?) \|", PAGE, re.MULTILINE)
@@ -191,6 +193,19 @@ def test_a_form_through_convert_and_bench(files: Path, document: Callable[..., d
     assert row["median_s"] > 0
     assert row["max_rel_error"] < 1e-5
     assert "read-inputs" in [row["name"] for row in document("ls", "forms")["forms"]]
+
+
+def test_a_format_through_export_and_import(files: Path, cli: Cli) -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 2))
+    masks = {"0.weight": torch.rand(6, 8) < 0.3}
+    ticket = load_ticket(save_ticket("t", model, masks, model.state_dict()))
+    words = ["--plugin", "npz.py", "--out"]
+    assert cli("ticket", "export", "t", "--to", "npz", *words, "x.npz")[0] == 0
+    assert cli("ticket", "import", "x.npz", "--from", "npz", *words, "back")[0] == 0
+    back = load_ticket("back")
+    assert back.masks == ticket.masks
+    assert all(torch.equal(tensor, back.snapshot[name]) for name, tensor in ticket.snapshot.items())
+    assert "numpy's npz" in cli("ls", "formats", *words[:2])[1]
 
 
 def test_spawned_workers_know_plugins(

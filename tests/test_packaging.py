@@ -53,6 +53,7 @@ ORDER = [
     "diverged",
     "begun",
     "runs",
+    "verify",
     "report.diverged",
     "report.page",
     "report.stats",
@@ -90,6 +91,7 @@ ORDER = [
     "report.bench_tables",
     "report.network_tables",
     "report.bench_figures",
+    "report.ticket_tables",
     "cli",
     "__main__",
 ]

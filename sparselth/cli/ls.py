@@ -20,14 +20,14 @@ Listing = tuple[list[dict[str, Any]], list[str]]  # rows for JSON, lines for peo
 
 
 @click.command()
-@click.argument("what", metavar="models|datasets|arms|scores|methods|forms|experiments|runs")
+@click.argument("what", metavar="models|datasets|arms|scores|methods|forms|formats|experiments|runs")
 @data_dir
 @click.option(
     "--out", type=PATH, default=Path("runs"), show_default=True, help="Folder whose runs are listed."
 )
 @output
 def ls(what: str, data_dir: Path | None, out: Path, as_json: bool, quiet: bool, debug: bool) -> None:
-    """List models (with weights by layer), datasets, arms, scores, methods, forms, experiments or runs."""
+    """List models (by layer), datasets, arms, scores, methods, forms, formats, experiments or runs."""
     listings: dict[str, Callable[[], Listing]] = {
         "models": _models,
         "datasets": lambda: _datasets(data_dir),
@@ -35,6 +35,7 @@ def ls(what: str, data_dir: Path | None, out: Path, as_json: bool, quiet: bool, 
         "scores": _scores,
         "methods": _methods,
         "forms": _forms,
+        "formats": _formats,
         "experiments": _experiments,
         "runs": lambda: _runs(out),
     }
@@ -125,6 +126,16 @@ def _forms() -> Listing:
     from sparselth.sparse.forms import FORMS
 
     return _meanings({name: f"{form.kind}, activations as {form.layout}" for name, form in FORMS.items()})
+
+
+def _formats() -> Listing:
+    from sparselth.exchange import FORMATS
+
+    ways = {
+        name: " and ".join(["export"] * bool(form.write) + ["import"] * bool(form.read))
+        for name, form in FORMATS.items()
+    }
+    return _meanings({name: f"{ways[name]}: {form.meaning}" for name, form in FORMATS.items()})
 
 
 def _meanings(found: dict[str, str]) -> Listing:

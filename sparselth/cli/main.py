@@ -21,8 +21,9 @@ from sparselth.signals import asked_to_stop, interrupt, name_of
 
 COMMANDS = {  # beside those of experiments
     "bench": "Measure what sparsity is worth on this machine, beside dense at its best.",
+    "ticket": "Inspect, verify, compare, export or import the file of a ticket.",
     "show": "Print the table of a run again, or its JSON.",
-    "ls": "List models, datasets, arms, scores, methods, forms, experiments or runs.",
+    "ls": "List models, datasets, arms, scores, methods, forms, formats, experiments or runs.",
     "doctor": "Say what this machine has and what will be used.",
 }
 

@@ -31,7 +31,7 @@ def write(given: Given, file: Path) -> str:
     if net is None or x is None:
         raise UsageError(
             f"{file}: ONNX says how a network computes, and a ticket does not; "
-            "give its `model`, as my_net.py:make, and the `shape` of what it reads"
+            "give its `model`, as my_net.py:make, and the `dataset` that it reads unless it is the model's"
         )
     _installed("onnx")
     net = net.eval()

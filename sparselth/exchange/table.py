@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sparselth.masks import Masks
+    from sparselth.models import Model
     from sparselth.tickets import Ticket
 
 
@@ -92,7 +93,7 @@ def export_ticket(
         module = (ticket.trained() if trained else ticket.rewound()).eval()
         state = dict(module.state_dict())
         if example is None:
-            example = _example(ticket.model.input)
+            example = example_of(ticket.model)
     else:
         state = ticket.snapshot
         if module is not None:
@@ -100,11 +101,30 @@ def export_ticket(
     return form.write(Given(state, ticket.masks, module, example), file)
 
 
-def _example(shape: tuple[int, ...]) -> Tensor:
+def example_of(model: Model) -> Tensor:
+    """A batch of what a network reads: noise, or the first token."""
     import torch
 
+    from sparselth.models.module import ModuleModel
+
+    if isinstance(model, ModuleModel) and model.tokens:
+        return model.example()
     draw = torch.Generator().manual_seed(0)
-    return torch.randn(2, *shape, generator=draw, dtype=torch.float32, device="cpu")
+    return torch.randn(2, *model.input, generator=draw, dtype=torch.float32, device="cpu")
+
+
+def module_of(name: str, dataset: str = "") -> tuple[nn.Module, Tensor]:
+    """A network by the name of its model, and an example of what it reads: of a data set or its own."""
+    import torch
+
+    from sparselth.data import get_dataset
+    from sparselth.models import get_model
+    from sparselth.models.torch import network
+
+    model = get_model(name)
+    model = model.on(get_dataset(dataset or model.dataset))
+    empty = torch.zeros(model.params.size, dtype=torch.float32, device="cpu")
+    return network(model, empty), example_of(model)
 
 
 def import_ticket(

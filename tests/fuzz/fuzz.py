@@ -42,7 +42,7 @@ import torch
 
 import rot
 from rot import ELSEWHERE
-from sparselth import data, diverged, machine, strong_tickets, tickets
+from sparselth import compare, data, diverged, machine, strong_tickets, tickets
 from sparselth.cli import main as command_line
 from sparselth.config import Cell, Recipe, config_from_json
 from sparselth.data import DATASETS, DatasetSpec
@@ -51,6 +51,7 @@ from sparselth.data.sets import CifarFile, IdxFile
 from sparselth.engine import break_even
 from sparselth.engine.state import Job
 from sparselth.errors import SparselthError
+from sparselth.exchange import export_ticket, import_ticket
 from sparselth.experiments import jobs
 from sparselth.experiments.base import Place
 from sparselth.experiments.imp import ImpConfig
@@ -152,6 +153,53 @@ def strong_files() -> list[Path]:
     return found
 
 
+def _module() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.Linear(5, 5)
+    )
+
+
+@cache
+def module_files() -> list[Path]:
+    """Tickets of a module: tied weights, bf16, a full mask, an empty one."""
+    folder, found = base() / "modules", list[Path]()
+    folder.mkdir()
+    for seed, share in enumerate((0.3, 0.0, 1.0)):
+        torch.manual_seed(seed)
+        model = _module().to(torch.bfloat16 if seed else torch.float32)
+        tied = torch.nn.Sequential(*model, model[3])
+        masks = {n: torch.rand(p.shape) < share for n, p in tied.named_parameters() if p.dim() > 1}
+        found.append(folder / f"{seed}.safetensors")
+        tickets.save_ticket(found[-1], tied, masks, tied.state_dict(), {"accuracy": 0.5, "seed": seed})
+    return found
+
+
+@cache
+def checkpoint_files() -> list[tuple[str, Path]]:
+    """Masks of others, as each format that is imported has them, and one that pickles code."""
+    folder, state, found = base() / "checkpoints of others", _module().state_dict(), list[tuple[str, Path]]()
+    folder.mkdir()
+    masks = {name: torch.ones(t.shape) for name, t in state.items() if t.dim() > 1}
+    rest = {name: t for name, t in state.items() if name not in masks}
+    pruned = {f"{n}_orig": state[n] for n in masks} | {f"{n}_mask": m for n, m in masks.items()}
+    buffers = {f"mask_{n.replace('.', '___')}": m for n, m in masks.items()}
+    scores = {n.replace("weight", "scores"): state[n].float() for n in masks}
+    for name, of, content in (
+        ("prune", "torch-prune", pruned | rest),
+        (
+            "checkpoint",
+            "open_lth",
+            {"model_state_dict": {f"model.{n}": t for n, t in state.items()} | buffers},
+        ),
+        ("mask", "open_lth", {n: m.int() for n, m in masks.items()}),
+        ("best", "hidden-networks", {"state_dict": state | scores, "epoch": 3}),
+        ("code", "torch-prune", {"state_dict": state, "model": _module()}),
+    ):
+        found.append((of, folder / f"{name}.pth"))
+        torch.save(content, found[-1][1], _use_new_zipfile_serialization=name != "mask")
+    return found
+
+
 def rewritten(draw: Random, source: Path) -> bytes:
     """A file of arrays whose content is another, with every checksum right."""
     found, head = load_arrays(source)
@@ -235,6 +283,38 @@ def strong_(draw: Random, folder: Path) -> None:
         all_of(lambda: ticket.masks, ticket.trained, ticket.rewound)
 
     all_of(whole, lambda: strong_tickets.read(file, get_model("fuzz").params))
+
+
+def modules_(draw: Random, folder: Path) -> None:
+    source = draw.choice(module_files())
+    file, other = folder / source.name, draw.choice(module_files())
+    array_file(draw, source, file)
+
+    def whole() -> None:
+        ticket = tickets.load_ticket(file)
+        assert 0 <= ticket.weights_remaining <= 1
+        model = torch.nn.Sequential(*(parts := _module()), parts[3])
+        all_of(
+            lambda: (ticket.snapshot, ticket.notes, ticket.dense_bytes),
+            lambda: ticket.apply(model),
+            lambda: compare.layers(ticket),
+            lambda: compare.differences(ticket, tickets.load_ticket(other)),
+            lambda: [export_ticket(ticket, to, folder / "x.pt") for to in ("torch", "csr", "torch-prune")],
+            lambda: export_ticket(ticket, "compressed-tensors", folder / "x.safetensors"),
+        )
+
+    commands(["ticket", "inspect", "--no-times", str(file)], ["ticket", "verify", "--json", str(file)])
+    whole()
+
+
+def others_(draw: Random, folder: Path) -> None:
+    of, source = draw.choice(checkpoint_files())
+    file = folder / source.name
+    file.write_bytes(source.read_bytes() if draw.random() < 0.05 else rot.flipped(draw, source.read_bytes()))
+    if draw.random() < 0.1:
+        of = draw.choice(["torch-prune", "open_lth", "hidden-networks"])
+    import_ticket(file, of, folder / "t.safetensors", keep=0.5)
+    tickets.load_ticket(folder / "t.safetensors")
 
 
 def configurations(draw: Random, folder: Path) -> None:
@@ -586,6 +666,8 @@ def command_lines(draw: Random, folder: Path) -> None:
 KINDS: dict[str, Case] = {
     "tickets": tickets_,
     "strong": strong_,
+    "tickets of modules": modules_,
+    "masks of others": others_,
     "runs": runs_,
     "checkpoints": checkpoints,
     "configurations": configurations,
@@ -684,6 +766,7 @@ def campaign(kind: str, numbers: Iterable[int], seed: int, place: Path, seconds:
     """Cases of a kind in child processes, of which another goes on where one crashed."""
     case = KINDS.get(kind) or _PLANTED[kind]
     base(), ticket_files(), strong_files(), data_files(), diverged_run(), base_checkpoint()
+    module_files(), checkpoint_files()
     place.mkdir(parents=True, exist_ok=True)
     elsewhere = place / ELSEWHERE
     if not elsewhere.exists():
