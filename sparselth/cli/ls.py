@@ -62,6 +62,7 @@ def _models() -> Listing:
                 "biases": biases,
                 "batch_norms": norms,
                 "weights": weights,
+                "exempt": model.exempt,
             }
         )
         others = f"{biases:,} biases" + (f", {norms:,} of batch norms" if norms else "")
@@ -72,6 +73,9 @@ def _models() -> Listing:
         for spec in model.weights:
             shape = " x ".join(map(str, spec.shape))
             lines.append(f"  {spec.name:<14}{spec.numel:>10,}  {shape}")
+        if model.exempt:
+            layers = ", ".join(name.removesuffix(".weight") for name in model.exempt)
+            lines.append(f"  scope global leaves out {layers}")
         for name, recipe in model.recipes.items():
             how = f"{recipe.optimizer} {recipe.lr:g}, {recipe.steps:,} steps of {recipe.batch_size}"
             how += "" if recipe.augment == "none" else f", {recipe.augment}"

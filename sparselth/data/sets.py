@@ -121,6 +121,11 @@ def check_model(spec: DatasetSpec, model: Model) -> None:
     if prod(spec.shape) == prod(model.input) and not spec.tokens:
         alike |= not model.convolves or spec.shape == model.input[1:]
     if not alike:
+        if spec.shape == (*model.input[1:], model.input[0]):
+            raise UsageError(
+                f"`model` {model.name} takes images of {_shape(model.input)}, {spec.name} has them as "
+                f"{_shape(spec.shape)}; put channels first, as x.transpose(0, 3, 1, 2) does"
+            )
         what = "tokens" if spec.tokens else "images" if len(spec.shape) == 3 else "samples"
         raise UsageError(
             f"`model` {model.name} takes images of {_shape(model.input)}, {spec.name} has "

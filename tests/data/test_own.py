@@ -18,6 +18,7 @@ from sparselth.data import get_dataset, load, look, own, resolve
 from sparselth.data.batches import Batches, Resident
 from sparselth.data.sets import check_model
 from sparselth.errors import SparselthError, UsageError
+from sparselth.measure.usual import Pictures
 from sparselth.models import get_model
 
 HEAD = """
@@ -199,7 +200,7 @@ def test_models_read_what_has_as_many_numbers(mine: Callable[[str], str]) -> Non
         else:
             check_model(spec, conv)
     for given, said in (
-        ("split(np.resize(images, (60, 28, 28, 1)), y)", "has images of 28 x 28 x 1|28 x 28 x 1"),
+        ("split(np.resize(images, (60, 28, 28, 1)), y)", "as 28 x 28 x 1; put channels first, as x.trans"),
         ("split(np.resize(tokens, (60, 784)), y)", "has tokens of 784"),
         ("split(np.resize(floats, (60, 784)), floats)", "are no classes; expected a whole number a sample"),
         ("split(np.resize(floats, (60, 784)), y * 3 + 2 - 2 * (y == 0))", "10 classes apart, .* has 12"),
@@ -297,6 +298,19 @@ def test_the_file_of_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert images.spec.shape == (1, 28, 28)
     assert np.array_equal(images.test_images, digits.test_images)
     check_model(images.spec, get_model("lenet-300-100"))
+
+
+@pytest.mark.parametrize("given", ["images", "images[:, :2]", "images[:, 0]", "floats", "images / 255"])
+def test_the_usual_loop_sees_the_same_numbers(given: str, mine: Callable[[str], str]) -> None:
+    images = load(mine(f"split({given}, y)"), Path())
+    pictures = Pictures(images, images.test_images, images.test_labels)
+    (x, y), *_ = Resident(images, "cpu", 12).test_first()
+    for i in range(12):
+        torch.testing.assert_close(pictures[i][0].flatten(), x[i].flatten(), rtol=1e-6, atol=1e-6)
+        assert pictures[i][1] == y[i]
+    if x.dim() == 4:
+        moved = Pictures(images, images.test_images, images.test_labels, "crop-flip")
+        assert any((moved[i][0].flatten() != x[i].flatten()).any() for i in range(12))
 
 
 NET = """

@@ -221,6 +221,15 @@ def test_a_run_leaves_out_what_it_is_told_and_an_old_one_goes_on_as_it_began(
     }
 
 
+def test_ls_names_what_scope_global_leaves_out(cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = cli("ls", "models")
+    assert code == 0
+    lines = [line.strip() for line in out.splitlines()]
+    assert "scope global leaves out conv8, conv13, conv18, fc1" in lines
+    assert "--recipe paper   sgd 0.1, 35,100 steps of 128, crop-flip" in lines
+    assert len([line for line in lines if line.startswith("scope global")]) == 5
+
+
 def test_a_name_that_means_nothing_is_said(cli: Callable[..., tuple[int, str, str]]) -> None:
     words = ("imp", "--model", "lenet-300-100", "--dataset", "mnist5k", "--quiet")
     code, _, said = cli(*words, "--exclude", "fc4")
