@@ -1,7 +1,8 @@
 """Lottery tickets on sparse kernels: does it still learn, is it really faster, can I use it?
 
 In a loop of your own, on any module: `prune`, `snapshot`, `rewind`, `MaskedSGD`, `MaskedAdam`, `MaskedAdamW`,
-`save_ticket`, `load_ticket`, `convert`; `sparselth.calls` shows them. They are imported when first asked for.
+`save_ticket`, `load_ticket`, `convert`, and `compress`, which trains kept weights alone; `sparselth.calls`
+shows them. They are imported when first asked for.
 """
 
 from importlib import import_module
@@ -13,7 +14,9 @@ _FROM = {
     "MaskedAdam": "optim",
     "MaskedAdamW": "optim",
     "MaskedSGD": "optim",
+    "compress": "sparse",
     "convert": "sparse",
+    "dense": "sparse",
     "explain": "sparse",
     "load_ticket": "tickets",
     "prune": "calls",

@@ -10,6 +10,7 @@ through the compressed kernels even with all their weights; then it is ALWAYS.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -37,6 +38,19 @@ ROUNDS, SECONDS = 5, 0.1  # rounds of all, interleaved, until the time is up
 SPREAD = 1.5  # times the least that the upper quartile may be for a time to be believed for good
 
 
+@dataclass(frozen=True)
+class Case:
+    """One layer as it stands in a network."""
+
+    spec: TensorSpec
+    layer: Layer
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    first: bool
+    batch: int
+    kernels: str
+
+
 def break_even(model: Model, batch: int, kernels: str) -> dict[str, float]:
     """Break-even density of every weight tensor for "native" or "torch" kernels; 0 where dense is best.
 
@@ -45,21 +59,39 @@ def break_even(model: Model, batch: int, kernels: str) -> dict[str, float]:
     """
     if not compressible(model):
         return {}
+    return densities(
+        {
+            spec.name: Case(spec, layer, shape, after, spec is model.weights[0], batch, kernels)
+            for spec, layer, shape, after in model.producers
+        }
+    )
+
+
+def densities(cases: Mapping[str, Case]) -> dict[str, float]:
+    """Break-even density of each; what the cache does not hold is measured now."""
     known, found, new = read_cache("break_even"), dict[str, float](), False
-    for spec, layer, shape, after in model.producers:
-        first = spec is model.weights[0]
-        key = f"{layer} {'first ' * first}on {list(shape)}, batch {batch}, {kernels}"
+    for name, case in cases.items():
+        key = (
+            f"{case.layer} {'first ' * case.first}on {list(case.before)}, batch {case.batch}, {case.kernels}"
+        )
         key += f", {cpu_name()}, torch {torch.__version__}"
         before = _kept(known.get(key))
         if before is None or before.spread > SPREAD:
-            now = _measure(_Case(spec, layer, shape, after, first, batch, kernels))
+            now = _measure(case)
             if before is None or now.spread <= before.spread:
                 before, new = now, True
                 known[key] = {"density": round(now.density, 3), "spread": round(now.spread, 3)}
-        found[spec.name] = round(before.density, 3)
+        found[name] = round(before.density, 3)
     if new:
         write_cache("break_even", known)
     return found
+
+
+def gain(convolutions: Iterable[tuple[int, float, int, int]]) -> float:
+    """What convolutions gain together, above 0 where it pays; each by the pixels of its result, its
+    break-even, all its weights and the kept ones. They go together, weighted by their work, since the
+    vendor's want another layout of the images."""
+    return sum(pixels * (min(share, 1.05) * numel - kept) for pixels, share, numel, kept in convolutions)
 
 
 @dataclass(frozen=True)
@@ -80,20 +112,7 @@ def _kept(data: Any) -> Measured | None:
     return found if 0 <= found.density <= ALWAYS and 1 <= found.spread < float("inf") else None
 
 
-@dataclass(frozen=True)
-class _Case:
-    """One layer as it stands in a network."""
-
-    spec: TensorSpec
-    layer: Layer
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    first: bool
-    batch: int
-    kernels: str
-
-
-def _measure(case: _Case) -> Measured:
+def _measure(case: Case) -> Measured:
     """One layer's break-even density."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -122,7 +141,7 @@ def _seconds(calls: list[Call]) -> list[list[float]]:
     return found
 
 
-def _dense(case: _Case) -> Call:
+def _dense(case: Case) -> Call:
     """Forward, backward and masked update of a dense layer, as `dense` or `vendor` has it."""
     spec, layer, before, first = case.spec, case.layer, case.before, case.first
     weights, grad = _random(1, *spec.matrix), torch.zeros(1, *spec.matrix, dtype=torch.float32, device="cpu")
@@ -159,7 +178,7 @@ def _dense(case: _Case) -> Call:
     return run
 
 
-def _compressed(case: _Case, density: float) -> Call:
+def _compressed(case: Case, density: float) -> Call:
     """The same of a compressed layer under a random mask."""
     spec, before = case.spec, case.before
     mask = (

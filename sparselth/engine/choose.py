@@ -18,6 +18,7 @@ from sparselth.config import Recipe
 from sparselth.data.batches import Chunk, Resident
 from sparselth.engine.autograd import AutogradSteps, Bound, takes_autograd
 from sparselth.engine.batch import DenseForward, DenseSteps
+from sparselth.engine.break_even import gain
 from sparselth.engine.compressed import CompressedForward, CompressedSteps
 from sparselth.engine.layout import Layout, compressible
 from sparselth.engine.paths import Paths, choose
@@ -147,15 +148,18 @@ def compressed_layers(
         return frozenset()
     kept = model.params.kept(mask)
     found = {s.name for s in model.weights if kept[s.name] < break_even.get(s.name, 0.0) * s.numel}
-    # Convolutions go together, weighted by their work, since the vendor's want another layout of the images.
     convs = {s.name: prod(after[1:]) for s, layer, _, after in model.producers if isinstance(layer, Conv)}
-    gain = sum(
-        convs.get(s.name, 0) * (min(break_even.get(s.name, 0.0), 1.05) * s.numel - kept[s.name])
-        for s in model.weights
+    pay = (
+        gain(
+            (convs[s.name], break_even.get(s.name, 0.0), s.numel, kept[s.name])
+            for s in model.weights
+            if s.name in convs
+        )
+        > 0
     )
-    if convs and gain <= 0 and paths.masked_conv2d.takes == "vendor":
+    if convs and not pay and paths.masked_conv2d.takes == "vendor":
         return frozenset()
-    return frozenset(found | set(convs) if gain > 0 else found - set(convs))
+    return frozenset(found | set(convs) if pay else found - set(convs))
 
 
 def _takes_vendor(model: Model, paths: Paths) -> bool:

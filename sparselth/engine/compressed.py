@@ -157,7 +157,7 @@ def make_index(spec: TensorSpec, layer: Layer, before: tuple[int, ...], mask: Te
     """Where what `mask` [N, K] keeps of a layer lies; the first layer has no gradient of its input."""
     if isinstance(layer, Conv):
         size = before[1], before[2]
-        return Conv2dIndex.from_dense(mask.view(spec.shape), size, padding=layer.padding, backward=not first)
+        return Conv2dIndex.from_dense(mask.view(spec.shape), size, layer.stride, layer.padding, not first)
     return CsrIndex.from_dense(mask, backward=not first)
 
 

@@ -1,7 +1,19 @@
-"""Pruned networks made small and fast: `compact`, `convert`, `explain`, `weight_bytes`."""
+"""Pruned networks made small and fast: `compact`, `convert`, `explain`, `weight_bytes`, and in training:
+`compress`, `dense`."""
 
 from sparselth.sparse.compaction import Compacted, Units, compact
+from sparselth.sparse.compress import compress, dense
 from sparselth.sparse.convert import convert
 from sparselth.sparse.converted import Converted, explain, weight_bytes
 
-__all__ = ["Compacted", "Converted", "Units", "compact", "convert", "explain", "weight_bytes"]
+__all__ = [
+    "Compacted",
+    "Converted",
+    "Units",
+    "compact",
+    "compress",
+    "convert",
+    "dense",
+    "explain",
+    "weight_bytes",
+]
