@@ -26,7 +26,7 @@ def is_file(name: str) -> bool:
 
 def short(name: str) -> str:
     """What a name is called in the names of folders and in tables: the file's own."""
-    return Path(name.rpartition(":")[0]).stem if is_file(name) else name
+    return Path(name.rpartition(":")[0]).stem if is_file(name) else name.rpartition(":")[2]
 
 
 def code(kind: str, name: str) -> str:

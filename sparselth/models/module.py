@@ -17,8 +17,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparselth import user_files
@@ -80,22 +82,23 @@ class ModuleModel(Model):
 
     def on(self, samples: Samples) -> Model:
         """The network for the samples and classes of a data set, always the same object."""
-        key = self.name, samples.name
-        found = _fitted.get(key)
-        if found is None or found.input != samples.shape or found.classes != (samples.classes or 0):
-            found = replace(
-                self,
-                input=samples.shape,
-                classes=samples.classes or 0,
-                tokens=samples.tokens,
-                samples=samples.name,
-            )
-            _fitted[key] = found
-        return found
+        key = samples.name, samples.shape, samples.classes or 0, samples.tokens
+        if key not in self._on:
+            name, shape, classes, tokens = key
+            self._on[key] = replace(self, input=shape, classes=classes, tokens=tokens, samples=name)
+        return self._on[key]
+
+    @cached_property
+    def _on(self) -> dict[Any, Model]:
+        return {}
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        raise UsageError(
+        raise self.unknown()
+
+    def unknown(self) -> UsageError:
+        """The error of what needs more than a module tells."""
+        return UsageError(
             f"`model` {self.name} is a module of torch's, and this takes networks of known layers alone; see "
             "`sparselth ls models`"
         )
@@ -160,6 +163,8 @@ class ModuleModel(Model):
         import torch
         from torch import nn
 
+        if not self.input:  # nobody has asked for it `on` a data set
+            raise self.unknown()
         net, x = self.build(0).eval(), self.example()
         shapes, last = [tuple(self.input)], ""
         first = {id(tensor): name for name, tensor in net.named_parameters()}
@@ -254,8 +259,7 @@ class ModuleModel(Model):
         return 100 if self.convolves or prod(self.input) > 4096 else 500
 
 
-_named: dict[str, ModuleModel] = {}
-_fitted: dict[tuple[str, str], ModuleModel] = {}
+_named: dict[str, ModuleModel] = {}  # by name, of a file by its whole path
 
 
 def is_module(name: str) -> bool:
@@ -265,10 +269,13 @@ def is_module(name: str) -> bool:
 
 def module_model(name: str) -> ModuleModel:
     """The network of that name, always the same object; UsageError where it is not there."""
-    if name not in _named:
-        package, _, wanted = name.partition(":")
-        _named[name] = _of_file(name) if user_files.is_file(name) else _of_package(name, package, wanted)
-    return _named[name]
+    key, (package, _, wanted) = name, name.partition(":")
+    if user_files.is_file(name):
+        file, _, function = name.rpartition(":")
+        key = f"{Path(file).expanduser().resolve()}:{function}"
+    if key not in _named:
+        _named[key] = _of_file(name) if user_files.is_file(name) else _of_package(name, package, wanted)
+    return _named[key]
 
 
 def _of_file(name: str) -> ModuleModel:
@@ -304,7 +311,8 @@ def _of_package(name: str, package: str, wanted: str) -> ModuleModel:
         ) from None
     make, known = _torchvision(wanted) if package == "torchvision" else _timm(wanted)
     if wanted not in known:
-        raise unknown(f"model of {package}", wanted, known)
+        near = get_close_matches(wanted, known, n=1)
+        raise unknown(f"model of {package}", wanted, near or known[:10])
     recipe = Recipe(steps=1000, lr=0.05, batch_size=128, optimizer="sgd", weight_decay=5e-4, cosine=True)
     return ModuleModel(
         name=name,

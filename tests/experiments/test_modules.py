@@ -1,0 +1,228 @@
+"""Runs of networks in a user's file, on data of a user's: as any other run; or refused in a line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparselth import tickets
+from sparselth.runs import read
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "any-network.md").read_text()
+EXTENDING = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text()
+SALIENCY = re.findall(r"```python\n# saliency.py\n(.*?)```", EXTENDING, re.DOTALL)[0]
+NET = re.findall(r"```python\n# my_net.py\n(.*?)```", PAGE, re.DOTALL)[0]
+WORDS = '''
+"""The next letter of a few words, by attention; input and output share their weights."""
+import numpy as np
+import torch
+from torch import nn
+
+TEXT = "the quick brown fox jumps over the lazy dog and away from it all the way home " * 9
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.places = nn.Embedding(27, 8), nn.Parameter(torch.randn(6, 8) / 4)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 27, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("hidden", torch.full((6, 6), -torch.inf).triu(1))
+
+    def forward(self, x):
+        return self.head(self.body(self.embed(x) + self.places, mask=self.hidden, is_causal=True))
+
+def make():
+    return Words()
+
+def load():
+    codes = np.array([max(0, ord(c) - 96) for c in TEXT])
+    x, y = (np.stack([codes[i + k : i + k + 6] for i in range(0, 600, 2)]) for k in (0, 1))
+    return x[:200], y[:200], x[200:], y[200:]
+'''
+LINE = '''
+"""A line through points, with a loss of its own."""
+import numpy as np
+from torch import nn
+
+def make(): return nn.Linear(3, 1)
+def loss(output, target): return (output[:, 0] - target).square().mean()
+def accuracy(output, target): return ((output[:, 0] - target).abs() < 0.5).float().mean()
+
+def load():
+    x = np.random.default_rng(0).normal(size=(150, 3)).astype("float32")
+    y = (x @ np.array([1.0, -2.0, 0.5], dtype="float32"))
+    return x[:100], y[:100], x[100:], y[100:]
+
+def three():
+    x, y, *test = load()
+    return x, (y > 0).astype("int64") * 2, test[0], (test[1] > 0).astype("int64") * 2
+
+def two(): return nn.Linear(3, 2)
+'''
+TINY = ["--seeds", "0", "--steps", "20", "--eval-every", "10", "--batch-size", "20", "--quiet"]
+Contents = Callable[[Path], dict[str, bytes]]
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "my_net": NET,
+        "words": WORDS,
+        "line": LINE.replace("def loss", "def loss"),
+        "saliency": SALIENCY,
+    }
+    for name, text in files.items():
+        Path(f"{name}.py").write_text(text)
+    Path("no_loss.py").write_text(LINE.replace("def loss", "def lost"))
+    return tmp_path
+
+
+def test_every_arm_score_scope_and_rewinding_takes_a_module(folder: Path, cli: Cli) -> None:
+    words = [
+        "imp",
+        "--model",
+        "my_net.py:make",
+        "--dataset",
+        "mnist5k",
+        *TINY,
+        "--levels",
+        "2",
+        "--rewind",
+        "3",
+    ]
+    words += ["--arms", "ticket,reinit,random-mask,random-reinit", "--scope", "global", "--out", "run"]
+    code, out, err = cli(*words, "--score", "saliency", "--plugin", "saliency.py", "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    assert len(said["points"]) == 9
+    assert said["config"]["code"][0].startswith("my_net.py:make ")
+    dense, last = (tickets.load(Path(f"run/cells/seed0-ticket-0{level}.safetensors")) for level in (0, 2))
+    assert last.weights_remaining == pytest.approx(0.64, abs=1e-3)
+    net, rewound = last.trained(), last.rewound()
+    for name, mask in last.masks.items():
+        for one in (net, rewound):
+            weight = one.get_parameter(name)
+            assert not weight[~mask].any()
+            assert weight[mask].any()
+    buffers = dict(rewound.named_buffers())
+    assert int(buffers["1.num_batches_tracked"]) == 3  # of the rewind step
+    assert int(dict(net.named_buffers())["1.num_batches_tracked"]) == 20
+    assert not torch.equal(buffers["1.running_mean"], torch.zeros(8))
+    assert dense.weights_remaining == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "data"), [("my_net.py:make", "mnist5k"), ("words.py:make", "words.py:load")]
+)
+def test_a_run_has_the_same_files_whoever_trains_beside(
+    model: str, data: str, folder: Path, cli: Cli, run_contents: Contents
+) -> None:
+    words = ["imp", "--model", model, "--dataset", data, *TINY, "--levels", "1"]
+    found = []
+    for out, more in (("one", ["--workers", "1"]), ("two", ["--workers", "2", "--replicas", "3"])):
+        code, _, err = cli(*words, "--out", out, *more)
+        assert code == 0, err
+        found.append(run_contents(Path(out)))
+    assert found[0] == found[1]
+    assert cli(*words, "--arms", "ticket", "--out", "three")[0] == 0
+    every = "ticket,reinit,random-mask"
+    assert cli(*words, "--arms", every, "--out", "three", "--resume")[0] == 0
+    assert run_contents(Path("three")) == found[0]  # what came later, too
+
+
+def test_a_built_in_network_goes_through_autograd_on_request(folder: Path, cli: Cli) -> None:
+    for kernels in ("autograd", "auto"):
+        words = ["imp", "--model", "lenet-300-100", "--dataset", "mnist5k", *TINY, "--levels", "1"]
+        assert cli(*words, "--kernels", kernels, "--out", kernels)[0] == 0
+    points = [read(Path(kernels)).points for kernels in ("autograd", "auto")]
+    for one, other in zip(*points, strict=True):
+        assert one["kept"] == other["kept"]
+        assert one["validation_loss_at_early_stop"] == pytest.approx(
+            other["validation_loss_at_early_stop"], rel=1e-3
+        )
+
+
+def test_a_loss_and_an_accuracy_of_the_files_own(folder: Path, cli: Cli) -> None:
+    words = ["imp", "--model", "line.py:make", "--dataset", "line.py:load", *TINY, "--levels", "1"]
+    code, out, err = cli(*words, "--lr", "0.1", "--rate", "0.4", "--out", "run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["points"][0]["final_accuracy"] > 0.5
+
+
+def test_a_plan_has_a_price_and_figures_are_drawn(folder: Path, cli: Cli, figures: bool) -> None:
+    words = ["imp", "--model", "words.py:make", "--dataset", "words.py:load", *TINY, "--levels", "1"]
+    code, out, err = cli(*words, "--dry-run", "--json")
+    assert code == 0, err
+    assert 0 < json.loads(out)["seconds"] < 60
+    code, out, err = cli(*words, "--out", "run")
+    assert code == 0, err
+    drawn = {file.name for file in Path("run/figures").glob("*.png")}
+    assert {"accuracy.png", "layers.png"} <= drawn
+    assert "pixels.png" not in drawn  # the first weights are of places
+    assert "words.py:make on words.py:load" in cli("show", "run")[1]
+
+
+def test_a_file_that_was_changed_is_another_run(folder: Path, cli: Cli) -> None:
+    words = [
+        "imp",
+        "--model",
+        "my_net.py:make",
+        "--dataset",
+        "mnist5k",
+        *TINY,
+        "--arms",
+        "ticket",
+        "--out",
+        "run",
+    ]
+    assert cli(*words, "--levels", "1")[0] == 0
+    Path("my_net.py").write_text(NET.replace("0.1", "0.2"))
+    code, _, err = cli(*words, "--levels", "2", "--resume")
+    assert code == 1
+    assert "run: holds a run with another code (" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("imp --model my_net.py:made --dataset mnist5k", "my_net.py has no function 'made'; it has make"),
+        ("imp --model our_net.py:make --dataset mnist5k", "our_net.py cannot be read"),
+        ("imp --model torchvision:resnet17 --dataset cifar10", "did you mean 'resnet"),
+        (
+            "imp --model my_net.py:make --dataset cifar10",
+            "cannot read samples of 3 x 32 x 32, as cifar10 has them",
+        ),
+        ("imp --model words.py:make --dataset mnist5k", "cannot read samples of 1 x 28 x 28"),
+        (
+            "imp --model no_loss.py:two --dataset no_loss.py:three --levels 1 --rate 0.4",
+            "tells 2 classes apart; no_loss.py:three has labels from 0",
+        ),
+        (
+            "imp --model no_loss.py:make --dataset line.py:load --levels 1 --rate 0.4",
+            "are no labels; expected `loss(output, target)`",
+        ),
+        ("imp --model my_net.py:make@0.5 --dataset mnist5k", "no function 'make@0.5'"),
+        ("strong edge-popup --model my_net.py:make", "takes networks of known layers alone"),
+        ("strong edge-popup --model lenet5 --kernels autograd", "--kernels autograd: expected auto"),
+        ("neurons --model my_net.py:make", "takes networks of known layers alone"),
+        ("subset-sum --model my_net.py:make", "takes networks of known layers alone"),
+        ("bench --model my_net.py:make", "takes networks of known layers alone"),
+    ],
+)
+def test_what_is_off_is_said_in_a_line(folder: Path, cli: Cli, words: str, said: str) -> None:
+    code, out, err = cli(*words.split(), *(["--quiet"] if not words.startswith("bench") else []))
+    lines = [line for line in err.strip().splitlines() if "no CUDA device" not in line]
+    assert code == 2
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert out == ""
