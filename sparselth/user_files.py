@@ -9,6 +9,8 @@ import hashlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,7 +39,8 @@ def code(kind: str, name: str) -> str:
 def function(kind: str, name: str) -> Callable[..., Any]:
     """The function of that name; `kind` is the field that holds the name, for errors.
 
-    UsageError where there is no such file or no such function in it; SparselthError where the file fails.
+    What it prints goes to stderr: stdout is for results. UsageError where there is no such file or no such
+    function in it; SparselthError where the file fails.
     """
     found = getattr(module(kind, name), name.rpartition(":")[2], None)
     if not callable(found):
@@ -45,7 +48,13 @@ def function(kind: str, name: str) -> Callable[..., Any]:
         known = [one for one, what in vars(module(kind, name)).items() if _is_own(what, module(kind, name))]
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise UsageError(f"`{kind}` {name}: {file} has no function {wanted!r}; {has}")
-    return found  # type: ignore[no-any-return]
+
+    @wraps(found)
+    def heard(*values: Any, **named: Any) -> Any:
+        with redirect_stdout(sys.stderr):
+            return found(*values, **named)
+
+    return heard
 
 
 def module(kind: str, name: str) -> ModuleType:
@@ -59,7 +68,8 @@ def module(kind: str, name: str) -> ModuleType:
     found = importlib.util.module_from_spec(spec)
     sys.modules[called] = found
     try:
-        exec(compile(text, path, "exec"), found.__dict__)
+        with redirect_stdout(sys.stderr):
+            exec(compile(text, path, "exec"), found.__dict__)
     except Exception as error:
         del sys.modules[called]
         raise SparselthError(f"`{kind}` {name}: {said(error)}") from error

@@ -6,8 +6,9 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, TextIO, get_type_hints
 
 import click
 
@@ -110,7 +111,9 @@ def _option(decorator: Any) -> click.Parameter:
 
 def _main(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) -> int:
     try:
-        done = _done(experiment, flags, given)
+        results = sys.stdout
+        with redirect_stdout(sys.stderr):  # what a user's network prints is no result
+            done = _done(experiment, flags, given, results)
     except KeyboardInterrupt as stop:
         kept = "; a dry run keeps nothing" if flags["dry_run"] else " before anything was computed"
         raise Interrupted(f"stopped by {name_of(stop)}{kept}") from None
@@ -136,9 +139,9 @@ def _main(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) 
 
 
 def _done(
-    experiment: type[Experiment], flags: dict[str, Any], given: set[str]
+    experiment: type[Experiment], flags: dict[str, Any], given: set[str], results: TextIO
 ) -> tuple[RunRecord, Screen] | None:
-    """What the run found, and who was told of it; None after --dry-run."""
+    """What the run found, and who was told of it; None after --dry-run, printed as `results`."""
     _inherit(experiment, flags, given)
     config = _configured(experiment, flags)
     check_torch()
@@ -168,7 +171,7 @@ def _done(
         planned = priced(planned)
         if flags["as_json"]:
             schema = f"sparselth.{experiment.name}-plan/1"
-            print(json.dumps({"schema": schema} | plan_json(planned, there), indent=2))
+            print(json.dumps({"schema": schema} | plan_json(planned, there), indent=2), file=results)
         else:
             say_plan(planned, there)
         return None

@@ -10,8 +10,10 @@ not fit.
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from sparselth import user_files
 from sparselth.data.sets import DatasetSpec, Images, Labels, Pixels
 from sparselth.errors import SparselthError, UsageError
+from sparselth.machine import memory_bytes
 
 LEAST = 8  # training samples; an eighth is held back for validation
 IGNORED = -100  # the target that torch's cross-entropy leaves out
@@ -112,7 +115,8 @@ class _Reader:
             if all(isinstance(part, tuple | list) and len(part) == 2 for part in found):
                 return [(x, y) for x, y in found]
             if all(_is_dataset(part) for part in found):
-                return [self.read(part) for part in found]
+                with redirect_stdout(sys.stderr):
+                    return [self.read(part) for part in found]
             if any(hasattr(part, "__iter__") and not hasattr(part, "__len__") for part in found):
                 raise self.wrong("gives a Dataset without a length; expected one that is indexed")
         many = f" of {len(found)}" if isinstance(found, tuple | list) else ""
@@ -129,6 +133,10 @@ class _Reader:
             raise self.wrong(
                 "its Dataset gives another sample 0 each time; leave out random transforms, the samples are "
                 "read once (`augment` crop-flip shifts and flips images in training)"
+            )
+        if (needed := n * x.nbytes) > (there := memory_bytes()):
+            raise self.wrong(
+                f"its {n:,} samples take {needed / 1e9:,.0f} GB in memory, there are {there / 1e9:.0f}"
             )
         xs, ys = np.empty((n, *x.shape), x.dtype), [y]
         xs[0], told = x, time.monotonic()

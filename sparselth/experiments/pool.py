@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -287,6 +288,7 @@ def available_workers(device: str) -> int:
 def _work(connection: Connection, stop: Flag, parent: int, work: Work) -> None:
     """A worker's life: receive cells, compute them, report."""
     signals.ignored()
+    sys.stdout = sys.stderr  # what a user's network prints is no result
     _end_with_the_parent()
     torch.set_num_threads(1)
     asked = False

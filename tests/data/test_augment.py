@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,10 @@ RECIPE = Recipe(steps=6, lr=1e-2, batch_size=5, eval_every=3, augment="crop-flip
 KERNELS = ["auto", "torch", "autograd", *["triton"] * INTERPRET]
 
 
-def trained(kernels: str, recipe: Recipe, data: Resident, replicas: int) -> list[Job]:
-    """Jobs of 6 steps; with "auto" compressed, some of whose pixels no survivor reads."""
+def trained(
+    kernels: str, recipe: Recipe, data: Resident, replicas: int, stop: int | None = None
+) -> list[Job]:
+    """Jobs of 6 steps, stopped once at one; with "auto" compressed, some pixels without a reader."""
     jobs = []
     for seed in range(replicas):
         mask = MODEL.params.full_mask()
@@ -138,7 +141,17 @@ def trained(kernels: str, recipe: Recipe, data: Resident, replicas: int) -> list
         weights = init_weights(MODEL, stream(seed, "ticket", 0, "init"))
         weights[: MODEL.params.mask_size] *= mask
         jobs.append(Job(Cell(seed, "ticket", 1), State.start(weights[None], recipe), mask))
-    fit(MODEL, data, jobs, recipe, kernels=kernels, break_even={s.name: 2.0 for s in MODEL.weights})
+    even = {spec.name: 2.0 for spec in MODEL.weights}
+    if stop is not None:
+        asked = count()
+        fit(
+            *(MODEL, data, jobs, recipe),
+            kernels=kernels,
+            break_even=even,
+            should_pause=lambda: next(asked) == stop,
+        )
+        assert any(0 < job.state.step < 6 for job in jobs)
+    fit(MODEL, data, jobs, recipe, kernels=kernels, break_even=even)
     return jobs
 
 
@@ -170,6 +183,20 @@ def test_every_engine_sees_the_same_moved_images(kernels: str, replicas: int, ki
     index = data.split(0)[1][:4]
     x, _ = Gather(data, 1, 4)(index)
     assert torch.equal(x[0], fresh.validation(0)[0][0][0])
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize("kernels", ["auto", "reference", "autograd"])
+def test_stopping_anywhere_changes_no_bit(kernels: str, stop: int) -> None:
+    data = made((2, 8, 8))
+    whole, parts = (trained(kernels, RECIPE, data, 2, at) for at in (None, stop))
+    for one, two in zip(whole, parts, strict=True):
+        assert (one.state.step, two.state.step) == (6, 6)
+        assert torch.equal(one.state.weights, two.state.weights)
+        assert torch.equal(one.state.best_weights, two.state.best_weights)
+        assert one.state.evaluations == two.state.evaluations
+    alone = trained(kernels, RECIPE, data, 1)[0]
+    assert torch.equal(alone.state.weights, whole[0].state.weights)
 
 
 def test_a_run_resumes_to_the_same_bits(

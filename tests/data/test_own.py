@@ -33,6 +33,9 @@ def split(x, y): return x[:48], y[:48], x[48:], y[48:]
 def pairs(x, y): return (x[:48], y[:48]), (x[48:], y[48:])
 class Stream(IterableDataset):
     def __iter__(self): return iter([])
+class Large(Dataset):
+    def __len__(self): return 10 ** 12
+    def __getitem__(self, i): return images[0], 0
 class Own(Dataset):
     def __init__(self, x, y): self.x, self.y = x, y
     def __len__(self): return len(self.x)
@@ -163,6 +166,7 @@ REFUSED = [
     ("(Own(images[:9], y[:2]), Own(images, y))", "sample 2: IndexError: index 2 is out of bounds"),
     ("([*images], [*y])", "sample 0 of its Dataset is a ndarray; expected (x, y)"),
     ("(Own([images[0], images[0][:2]], y), Own(images, y))", "sample 1 is [2, 8, 8], sample 0 is [3, 8, 8]"),
+    ("(Large(), Large())", "its 1,000,000,000,000 samples take 192,000 GB in memory, there are"),
     ("1 / 0", "ZeroDivisionError: division by zero"),
 ]  # fmt: skip
 
@@ -322,9 +326,13 @@ class Guess(nn.Module):
         super().__init__()
         self.embed, self.mix, self.out = nn.Embedding(99, 16), nn.Linear(16, 32), nn.Linear(32, 99)
     def forward(self, x):
+        print("forward")
         return self.out(self.mix(self.embed(x)).relu())
 
+print("net")
+
 def make():
+    print("make")
     return Guess()
 
 def loss(output, target):
@@ -338,8 +346,11 @@ def accuracy(output, target):
 def test_tokens_and_targets_train_a_network_of_ones_own(
     mine: Callable[[str], str], document: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Every token is to say its successor: what the network learns shows that x and y arrived as they are."""
-    name, net = mine("split(tokens, (tokens + 1) % 99)"), tmp_path / "my_net.py"
+    """Every token is to say its successor: what the network learns shows that x and y arrived as they are.
+
+    What the files print is no part of the JSON document.
+    """
+    name, net = mine("print('load') or split(tokens, (tokens + 1) % 99)"), tmp_path / "my_net.py"
     net.write_text(NET)
     words = ("imp", "--model", f"{net}:make", "--dataset", name, "--levels", "1", "--seeds", "0")
     words += ("--arms", "ticket", "--steps", "200", "--lr", "0.02", "--batch-size", "20", "--workers", "1")
