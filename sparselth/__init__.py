@@ -2,7 +2,7 @@
 
 In a loop of your own, on any module: `prune`, `snapshot`, `rewind`, `MaskedSGD`, `MaskedAdam`, `MaskedAdamW`,
 `save_ticket`, `load_ticket`, `convert`, and `compress`, which trains kept weights alone; `sparselth.calls`
-shows them. They are imported when first asked for.
+shows them, `sparselth.own` the whole experiment, `imp`. They are imported when first asked for.
 """
 
 from importlib import import_module
@@ -18,6 +18,7 @@ _FROM = {
     "convert": "sparse",
     "dense": "sparse",
     "explain": "sparse",
+    "imp": "own",
     "load_ticket": "tickets",
     "prune": "calls",
     "rewind": "calls",

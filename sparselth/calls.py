@@ -212,7 +212,9 @@ def _by_unit(
     """Whole units, a layer at a time; the sum of its scores is the score of a unit."""
     units = {s.name: _units(module, s).to(mask.device) for s in params.weights}
     sizes = {name: int(unit.max()) + 1 for name, unit in units.items()}
-    layers = laid_out({name: torch.empty(n, 1, device="meta") for name, n in sizes.items()})
+    layers = laid_out(
+        {name: torch.empty(n, 1, dtype=torch.float32, device="meta") for name, n in sizes.items()}
+    )
     sums = torch.zeros(layers.mask_size, dtype=torch.float64, device=mask.device)
     alive = torch.zeros(layers.mask_size, dtype=torch.bool, device=mask.device)
     for layer, spec in zip(layers.weights, params.weights, strict=True):
@@ -234,9 +236,11 @@ def _units(module: nn.Module, spec: TensorSpec) -> Tensor:
     if isinstance(owner, _ConvTransposeNd):  # [inputs, outputs of a group, ...]
         groups = owner.groups
         shape = (groups, shape[0] // groups, *shape[1:])
-        numbers = torch.arange(groups * shape[2]).view(groups, 1, shape[2], *(1 for _ in shape[3:]))
+        numbers = torch.arange(groups * shape[2], device="cpu").view(
+            groups, 1, shape[2], *(1 for _ in shape[3:])
+        )
     else:
-        numbers = torch.arange(shape[0]).view(-1, *(1 for _ in shape[1:]))
+        numbers = torch.arange(shape[0], device="cpu").view(-1, *(1 for _ in shape[1:]))
     return numbers.expand(shape).reshape(-1)
 
 

@@ -281,10 +281,8 @@ def test_the_calls_are_imported_when_asked_for(environment: dict[str, str]) -> N
     with pytest.raises(AttributeError, match="no attribute 'prun'"):
         _ = sparselth.prun  # type: ignore[attr-defined]
     stub = Path(sparselth.__file__).with_suffix(".pyi").read_text()
-    typed = dict(re.findall(r"^from sparselth\.(\S+) import \w+ as (\w+)$", stub, re.MULTILINE))
-    typed = {
-        name: room for room, name in re.findall(r"^from sparselth\.(\S+) import \w+ as (\w+)$", stub, re.M)
-    }
+    lines = re.findall(r"^from sparselth\.(\S+) import \w+ as (\w+)$", stub, re.MULTILINE)
+    typed = {name: room for room, name in lines}
     assert typed == sparselth._FROM  # type: ignore[attr-defined]
     for name in sparselth.__all__:  # type: ignore[attr-defined]
         assert getattr(sparselth, name).__doc__

@@ -86,6 +86,7 @@ ORDER = [
     "experiments.flag",
     "experiments.pool",
     "experiments.run",
+    "own",
     "measure",
     "report.bench_words",
     "report.bench_tables",
