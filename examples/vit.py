@@ -1,0 +1,99 @@
+"""A small Vision Transformer of torchvision's on CIFAR-10: attention and fully connected layers are pruned.
+
+    python examples/vit.py
+
+Patches of 4 x 4 pixels, four layers of 96. Position embeddings, the class token, norms and biases stay. Two
+rounds: each prunes half of every matrix, goes back to the weights of step --rewind and trains again.
+"""
+
+import argparse
+import time
+from math import cos, pi
+
+import torch
+import torch.nn.functional as F
+from torchvision.models import VisionTransformer
+
+import sparselth
+from sparselth.data import resolve
+
+MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
+
+
+def load(quick):
+    """CIFAR-10 as bytes [n, 3, 32, 32] with labels, training and test; with --quick, noise."""
+    if quick:
+        draw = torch.Generator().manual_seed(0)
+        x = torch.randint(256, (300, 3, 32, 32), generator=draw, dtype=torch.uint8)
+        return (x[:200], torch.arange(200) % 10), (x[200:], torch.arange(100) % 10)
+    found = resolve("cifar10", None, print)
+    arrays = found.train_images, found.train_labels, found.test_images, found.test_labels
+    x, y, test_x, test_y = map(torch.from_numpy, arrays)
+    return (x.view(-1, 3, 32, 32), y.long()), (test_x.view(-1, 3, 32, 32), test_y.long())
+
+
+def scaled(images):
+    return (images.float() / 255 - MEAN) / STD
+
+
+def train(model, masks, data, first, last, steps, rate=1e-3, batch=64):
+    """AdamW from step `first` up to `last`, the rate along a cosine; half of the images mirrored."""
+    optimizer = sparselth.MaskedAdamW(model.parameters(), rate, weight_decay=0.05, masks=masks)
+    draw = torch.Generator().manual_seed(first)
+    model.train()
+    for step in range(first, last):
+        warm = min(1.0, (step + 1) / (0.05 * steps + 1))
+        optimizer.param_groups[0]["lr"] = warm * rate * (1 + cos(pi * step / steps)) / 2
+        index = torch.randint(len(data[1]), (batch,), generator=draw)
+        images, mirrored = data[0][index], torch.rand(batch, generator=draw) < 0.5
+        images[mirrored] = images[mirrored].flip(-1)
+        optimizer.zero_grad()
+        F.cross_entropy(model(scaled(images)), data[1][index]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+@torch.no_grad()
+def accuracy(model, data):
+    model.eval()
+    chunks = zip(data[0].split(250), data[1].split(250), strict=True)
+    return sum(int((model(scaled(x)).argmax(1) == y).sum()) for x, y in chunks) / len(data[1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=2, help="each prunes half of what is left")
+    parser.add_argument("--steps", type=int, default=300, help="of each training")
+    parser.add_argument("--rewind", type=int, default=50, help="the step that tickets go back to")
+    parser.add_argument("--out", default="vit.safetensors")
+    parser.add_argument("--quick", action="store_true", help="a few steps on noise, to see that it runs")
+    asked = parser.parse_args()
+    steps, rewind = (3, 1) if asked.quick else (asked.steps, asked.rewind)
+
+    torch.manual_seed(0)
+    began, (training, test) = time.perf_counter(), load(asked.quick)
+    model = VisionTransformer(32, 4, 4, 4, 96, 192, num_classes=10)
+    train(model, None, training, 0, rewind, steps)
+    start, masks, found = sparselth.snapshot(model), None, []
+    for level in range(asked.rounds + 1):
+        if level:  # the embedding of patches and the last layer stay; so does what is no matrix
+            exclude = "conv_proj", "heads", "*pos_embedding"
+            masks = sparselth.prune(
+                model, sparsity=1 - 0.5**level, scope="layer", exclude=exclude, masks=masks
+            )
+            sparselth.rewind(model, masks, start)
+        train(model, masks, training, rewind, steps, steps)
+        found.append(accuracy(model, test))
+        took, said = time.perf_counter() - began, repr(masks) if masks else "dense"
+        print(f"level {level}: {said}, test accuracy {100 * found[-1]:.2f} %, {took:.0f} s")
+
+    notes = {"accuracy": found[-1], "dense_accuracy": found[0], "steps": steps, "rewind_step": rewind}
+    file = sparselth.save_ticket(asked.out, model, masks, start, notes)
+    size, whole = file.stat().st_size, sparselth.load_ticket(file).dense_bytes
+    print(
+        f"{file}: accuracy {100 * found[-1]:.2f} %, {size:,} bytes beside {whole:,} dense, {size / whole:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
