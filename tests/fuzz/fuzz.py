@@ -45,8 +45,8 @@ from rot import ELSEWHERE
 from sparselth import compare, data, diverged, machine, strong_tickets, tickets
 from sparselth.cli import main as command_line
 from sparselth.config import Cell, Recipe, config_from_json
-from sparselth.data import DATASETS, DatasetSpec
-from sparselth.data.batches import Resident
+from sparselth.data import DATASETS, DatasetSpec, own
+from sparselth.data.batches import Batches, Resident
 from sparselth.data.sets import CifarFile, IdxFile
 from sparselth.engine import break_even
 from sparselth.engine.state import Job
@@ -588,6 +588,40 @@ def arrays_of_plugins(draw: Random, folder: Path) -> None:
         data.load("given", folder)
 
 
+def data_of_users(draw: Random, folder: Path) -> None:
+    """What a function of a user's own file may give: tensors, arrays, lists, Datasets, or nothing of use."""
+    of = np.random.default_rng(draw.randrange(10**6))
+    x = draw.choice(
+        (
+            of.integers(256, size=(30, 1, 4, 4), dtype=np.uint8),
+            of.normal(size=(30, 5)).astype(np.float32),
+            of.integers(9, size=(30, 4)),
+        )
+    )
+    y = draw.choice((np.arange(30) % 3, of.integers(9, size=(30, 4)), of.normal(size=30)))
+    found = rot.arrays(draw, {"a": x[:20], "b": y[:20], "c": x[20:], "d": y[20:]})
+    parts = [*found.values()]
+    with suppress(TypeError, RuntimeError):  # of kinds that torch has not
+        parts = [torch.from_numpy(part) if draw.random() < 0.3 else part for part in parts]
+    if draw.random() < 0.2:
+        parts[draw.randrange(len(parts))] = draw.choice((None, "x", {}, [[1], [2, 3]], 3, float("nan"), b"x"))
+    given: Any = tuple(parts)
+    if len(parts) == 4 and draw.random() < 0.3:
+        with suppress(TypeError):  # of numbers that are no row
+            given = [list(zip(*pair, strict=False)) for pair in (parts[:2], parts[2:])]
+    elif len(parts) == 4 and draw.random() < 0.3:
+        given = (parts[0], parts[1]), (parts[2], parts[3])
+    if draw.random() < 0.1:
+        given = draw.choice((None, (), 3, "four", given[:3], [given], (None, None), ([], [])))
+    with mock.patch("sparselth.user_files.function", return_value=lambda: given):
+        images = own._Reader("mine.py:load").images()
+    spec, held = images.spec, Resident(images, "cpu", 7)
+    a, b = Batches(held, [Cell(0, "ticket", 0)], 3).first(1)
+    assert a.shape == (1, 3, *spec.shape)
+    assert torch.isfinite(a.double()).all()
+    assert spec.classes is None or 0 <= int(b.min()) <= int(b.max()) < spec.classes
+
+
 def results(draw: Random, folder: Path) -> None:
     """Files of bench/results: prices of another device, what has run on GPUs."""
     shared = {"op": "train_step", "ours": True, "model": "fuzz", "optimizer": "adam", "batch_size": 10}
@@ -616,7 +650,7 @@ VALUES = (
     "0.5", "-0.0", "", " ", ",", "0-", "-", "0-99999999999", "1,0", "0,0", "x", "ticket", "\udcff", "\x00",
     "64x64", "0x0", "1x1p99", "64x64x3x3@32x32/0", "99999x99999", "lenet-300-100", "fuzz", "adam", "sgd",
     "²", "٣", "../x", "magnitude", "true",
-    "models", "arms", "experiments", "datasets", "runs",
+    "models", "arms", "experiments", "datasets", "runs", "nowhere.py:load", ".py:", "a:b", "crop-flip", "fc1",
 )  # fmt: skip
 
 
@@ -674,6 +708,7 @@ KINDS: dict[str, Case] = {
     "caches": caches,
     "datasets": datasets,
     "arrays of plugins": arrays_of_plugins,
+    "data of users": data_of_users,
     "results": results,
     "command lines": command_lines,
 }
