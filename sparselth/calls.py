@@ -27,7 +27,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from sparselth import pruning
 from sparselth.errors import UsageError
-from sparselth.masks import Masks, by_parameter, unwrapped
+from sparselth.masks import Masks, by_parameter, refuse_shards, unwrapped
 from sparselth.params import Params, TensorSpec, aligned
 from sparselth.scores import SCORES, ranked
 
@@ -131,6 +131,7 @@ def rewind(model: nn.Module, masks: AnyMasks, snapshot: Mapping[str, Any]) -> No
 
 def prunable(module: nn.Module, exclude: Exclude = ()) -> dict[str, nn.Parameter]:
     """The weights that pruning ranks, by name, in the model's order."""
+    refuse_shards(module.parameters())
     return {spec.name: module.get_parameter(spec.name) for spec in Params.of(module, exclude).weights}
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from sparselth.kernels._choose import use_triton
 from sparselth.kernels.bitmask import pack, unpack
 from sparselth.kernels.masked_update import alike, is_dense
-from sparselth.masks import by_parameter, checked
+from sparselth.masks import by_parameter, checked, refuse_shards
 
 if TYPE_CHECKING:
     from sparselth.masks import AnyMasks
@@ -107,6 +107,7 @@ class Masked(torch.optim.Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
+            refuse_shards(self.param_groups[-1]["params"])
             for param in self.param_groups[-1]["params"]:
                 _check(param)
         except ValueError:

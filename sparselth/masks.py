@@ -182,6 +182,16 @@ def checked(name: str, mask: object, shape: tuple[int, ...] | None = None) -> Te
     return mask.detach().bool()
 
 
+def refuse_shards(params: Iterable[Tensor]) -> None:
+    """Raise MaskError where a parameter is a shard: which weights go is said of whole ones."""
+    for param in params:
+        if type(param).__name__ == "DTensor" or "_local_tensor" in vars(param):
+            raise MaskError(
+                f"a parameter {[*param.shape]}: is a shard (DTensor), expected a whole one; prune before "
+                "fully_shard, train by DistributedDataParallel"
+            )
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside torch.compile, DataParallel and DistributedDataParallel."""
     from torch.nn.parallel import DataParallel, DistributedDataParallel

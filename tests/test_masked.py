@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -396,3 +398,80 @@ def test_an_average_of_the_weights_keeps_zeros() -> None:
         for average in averages:
             average.update_parameters(net)
             assert not awake(average.module, masks)
+
+
+PROCESS = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+import sparselth
+
+rank, file = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+torch.manual_seed(0)
+inner = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
+start = sparselth.snapshot(inner)
+model = nn.parallel.DistributedDataParallel(inner)
+masks = sparselth.prune(model, 0.8)
+sparselth.rewind(model, masks, start)
+optimizer = sparselth.MaskedAdamW(model.parameters(), lr=0.01, masks=masks)
+
+def step():
+    optimizer.zero_grad()
+    model(torch.randn(8, 20, generator=draw)).square().mean().backward()
+    optimizer.step()
+    for name, mask in masks.items():
+        assert not inner.get_parameter(name)[~mask].any()
+    weights = torch.cat([p.detach().flatten() for p in inner.parameters()])
+    both = [torch.empty_like(weights) for _ in range(2)]
+    dist.all_gather(both, weights)
+    assert torch.equal(*both)
+
+draw = torch.Generator().manual_seed(rank)
+for i in range(5):
+    step()
+state = get_optimizer_state_dict(model, optimizer)
+optimizer = sparselth.MaskedAdamW(model.parameters(), lr=0.01)
+set_optimizer_state_dict(model, optimizer, state)
+inner.load_state_dict(start)
+for i in range(5):
+    step()
+
+shards = nn.Linear(8, 8)
+fully_shard(shards, mesh=dist.init_device_mesh("cpu", (2,)))
+for call in (lambda: sparselth.prune(shards, 0.5), lambda: sparselth.MaskedSGD(shards.parameters())):
+    try:
+        call()
+    except ValueError as error:
+        assert "shard" in str(error) and "\\n" not in str(error), error
+    else:
+        raise AssertionError("a shard is no whole parameter")
+dist.destroy_process_group()
+print("fine")
+"""
+
+
+@pytest.mark.host
+@pytest.mark.whole
+def test_two_processes_keep_the_same_masked_weights(tmp_path: Path, environment: dict[str, str]) -> None:
+    (tmp_path / "process.py").write_text(PROCESS)
+    command = [sys.executable, str(tmp_path / "process.py")]
+    both = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "meet")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in both:
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        assert said.endswith("fine\n")
