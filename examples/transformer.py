@@ -30,7 +30,8 @@ class Transformer(nn.Module):
         )
         self.layers = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
         self.head = nn.Linear(WIDTH, characters, bias=False)
-        nn.init.normal_(self.embed.weight, std=0.02)
+        for embedding in (self.embed, self.place):  # torch's own are too large for a last layer
+            nn.init.normal_(embedding.weight, std=0.02)
         self.head.weight = self.embed.weight  # tied
 
     def forward(self, tokens):

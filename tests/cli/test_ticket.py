@@ -105,6 +105,47 @@ def test_strong_tickets_are_verified_too(cli: Cli, document: Document, tmp_path:
         assert found["ok"], found
         assert found["accuracy"] == found["stated_accuracy"]
         assert cli("ticket", "inspect", str(cell), "--no-times")[0] == 0
+        out = str(tmp_path / "x.pt")
+        assert cli("ticket", "export", str(cell), "--to", "torch", "--out", out, "--trained")[0] == 0
+        ticket: Any = load_ticket(cell)
+        right, exported = ticket.trained().state_dict(), torch.load(out, weights_only=True)
+        assert all(torch.equal(exported[name], tensor) for name, tensor in right.items())
+
+
+NET = """from torch import nn
+
+dataset = "mnist5k"
+
+
+def make(classes):
+    layers = nn.Conv2d(1, 4, 5, stride=3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(4 * 64, classes))
+"""
+
+
+@pytest.mark.whole
+def test_tickets_of_runs_of_a_user_s_module(
+    cli: Cli, document: Document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(NET)
+    words = ["--model", "net.py:make", "--seeds", "0", "--steps", "30", "--levels", "1", "--arms", "ticket"]
+    assert cli("imp", *words, "--out", "run", "--quiet")[0] == 0
+    first, second = (f"run/cells/seed0-ticket-0{level}.safetensors" for level in (0, 1))
+    found = document("ticket", "verify", second, "--run", "run")
+    assert found["ok"], found
+    assert found["accuracy"] == found["stated_accuracy"]
+    speeds = document("ticket", "inspect", second)["speeds"]
+    assert [one["name"] for one in speeds] == ["0.weight", "4.weight"]
+    assert not any(one["missing"] for one in speeds)  # it knows what each layer reads
+    total = document("ticket", "diff", first, second)["total"]
+    assert total["both"] == total["kept"][1] < total["kept"][0]
+    assert total["differ"] == 0  # of the rewind step, both
+    for trained in ((), ("--trained",)):
+        assert cli("ticket", "export", second, "--to", "torch-prune", "--out", "x.pt", *trained)[0] == 0
+    assert cli("ticket", "import", "x.pt", "--from", "torch-prune", "--out", "back")[0] == 0
+    module = load_ticket(second).apply(load_ticket(second).trained())  # type: ignore[attr-defined]
+    assert load_ticket("back").masks == module
 
 
 def test_diff(file: Path, cli: Cli, document: Document) -> None:
