@@ -4,7 +4,9 @@
 
 On a CPU every call of a step is timed alone, warm, thousands of times in turn with the others; "between
 them" is what the whole step takes beyond their sum. Masks are random at the densities of the levels of
-`sparselth imp`. On CUDA torch's profiler counts the kernels of the replayed step of many replicas.
+`sparselth imp`. Of a network that goes through the vendor's layers, as resnet20, torch's profiler counts the
+operators of dense steps by the recipe of the paper. On CUDA it counts the kernels of the
+replayed step of many replicas.
 """
 
 from __future__ import annotations
@@ -13,18 +15,21 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sparselth import machine, pruning
 from sparselth.config import Cell, Recipe
-from sparselth.data import load
+from sparselth.data import Images, get_dataset, load
 from sparselth.data.batches import Resident
 from sparselth.engine.break_even import break_even
 from sparselth.engine.choose import prepare
 from sparselth.engine.compressed import CompressedSteps
 from sparselth.engine.dense import init_weights
+from sparselth.engine.layout import compressible
 from sparselth.engine.paths import choose
 from sparselth.engine.state import Batch, Job, State
 from sparselth.models import Model, get_model
@@ -94,6 +99,38 @@ def on_cpu(model: Model, data: Resident, recipe: Recipe) -> None:
         print(f"{name:<20}" + "".join(f"{cell:>16}" for cell in cells))
 
 
+KINDS = {  # operators of torch by what they are for; the rest is our update, Python and small change
+    "convolutions": ("mkldnn_convolution", "convolution_backward"),
+    "batch norms": ("native_batch_norm", "native_batch_norm_backward"),
+    "ReLU": ("clamp_min", "clamp_min_", "threshold_backward"),
+    "sums of shortcuts": ("add",),
+    "images": ("index_select", "gather", "addcmul", "constant_pad_nd", "copy_", "clone"),
+}
+
+
+def by_vendor(model: Model, recipe: Recipe, steps_taken: int = 12) -> None:
+    """Self times of torch's operators over dense steps."""
+    draw, spec = np.random.default_rng(0), get_dataset(model.dataset)
+    pixels = draw.integers(256, size=(10_000, prod(model.input)), dtype=np.uint8)
+    labels = draw.integers(model.classes, size=10_000)
+    resident = Resident(Images(spec, pixels, labels, pixels[:100], labels[:100], "", ""), "cpu", 100)
+    steps = prepare(model, resident, [job(model, recipe, 0, "cpu")], recipe)
+    steps.advance(0, 2, lambda: False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        began = time.perf_counter()
+        steps.advance(2, steps_taken, lambda: False)
+        whole = 1e6 * (time.perf_counter() - began)
+    found = {row.key.removeprefix("aten::"): row.self_cpu_time_total for row in profile.key_averages()}
+    told = 0.0
+    print(f"{machine.cpu_name()}, torch {torch.__version__}, {torch.get_num_threads()} thread")
+    print(f"{model.name}, batch {recipe.batch_size}, {recipe.optimizer}, {recipe.augment}; ms a step\n")
+    for kind, names in KINDS.items():
+        told += (taken := sum(found.get(name, 0.0) for name in names))
+        print(f"{kind:<20}{taken / steps_taken / 1e3:10.2f} {100 * taken / whole:6.1f} %")
+    print(f"{'else':<20}{(whole - told) / steps_taken / 1e3:10.2f} {100 * (1 - told / whole):6.1f} %")
+    print(f"{'whole':<20}{whole / steps_taken / 1e3:10.2f}")
+
+
 def on_cuda(model: Model, data: Resident, recipe: Recipe, replicas: int = 100) -> None:
     from sparselth.engine.replay import Replay
 
@@ -115,6 +152,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = get_model(args.model)
+    if model.convolves and not compressible(model):
+        by_vendor(model, model.recipes["paper"])
+        return
     recipe = Recipe(steps=10**5, lr=1.2e-3, batch_size=60, eval_every=10**5)
     images = load("mnist5k", Path())
     on_cpu(model, Resident(images, "cpu", 500), recipe)
