@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparselth import masks, module_tickets, strong_tickets
+from sparselth import masks, module_tickets, strong_tickets, user_files
 from sparselth.data import get_dataset
 from sparselth.errors import SparselthError, UsageError
-from sparselth.files import Arrays, load_arrays, load_header, save_arrays
+from sparselth.files import Arrays, load_arrays, load_header, read_json, save_arrays
 from sparselth.masks import Masks, unwrapped
 from sparselth.models import Model, get_model
 from sparselth.models.module import is_module
@@ -339,8 +339,8 @@ def load(file: str | Path) -> RunTicket:
     """The ticket in a file of a run, cells/seed0-ticket-05.safetensors, of this version or an older one.
 
     A control arm's file is read too, and a strong ticket's. Where the run's network is a function of a user's
-    file, my_net.py:make, that file is imported. SparselthError when the file is none or cannot be read,
-    UsageError when nobody knows its model.
+    file, my_net.py:make, that file is imported, of tickets in the folder of their run. SparselthError when
+    the file is none or cannot be read, UsageError when nobody knows its model.
     """
     file = Path(file)
     if not file.is_file():
@@ -351,9 +351,13 @@ def load(file: str | Path) -> RunTicket:
     strong = head.get("schema") == strong_tickets.SCHEMA
     if not (strong or head.get("schema") == SCHEMA) or not isinstance(head.get("model"), str):
         raise SparselthError(f"{file}: expected a ticket, {SCHEMA}, found {head.get('schema')!r}")
+    module, dataset = is_module(head["model"]), str(head.get("dataset"))
+    for key, name in (("model", head["model"]), ("dataset", dataset)) if module else ():
+        if user_files.is_file(name):
+            _check_run(file, key, name)
     model = get_model(head["model"])
-    if is_module(head["model"]):
-        model = model.on(get_dataset(str(head.get("dataset"))))
+    if module:
+        model = model.on(get_dataset(dataset))
     if strong:
         return _strong(file, model)
     found, head = load_arrays(file, most=_most(model.params))
@@ -363,6 +367,20 @@ def load(file: str | Path) -> RunTicket:
     if start is None and first.is_file() and load_header(first).get("schema") == SCHEMA:
         start = read(first, model.params)[0].rewound
     return RunTicket(model, head, content, start, file)
+
+
+def _check_run(file: Path, key: str, name: str) -> None:
+    """Raise SparselthError unless a ticket lies in its run: code that a lone file names is not imported."""
+    config = file.absolute().parents[1] / "config.json"
+    try:
+        named = read_json(config)[key]
+    except (OSError, ValueError, LookupError, TypeError):
+        named = None
+    if named != name:
+        raise SparselthError(
+            f"{file}: its {key} is code, {name}, which is imported for tickets in the folder of their run "
+            "alone; save_ticket makes one of it that needs no code"
+        )
 
 
 def _strong(file: Path, model: Model) -> RunTicket:

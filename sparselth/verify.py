@@ -82,8 +82,7 @@ def _accuracy(
     from sparselth.train import accuracies_on_test
 
     config, strong = record.config, "frozen" in ticket.header
-    name = ticket.header.get("dataset") or config.dataset
-    resident = Resident(data.look(name, data_dir), "cpu", *config.evaluation)
+    resident = Resident(data.look(config.dataset, data_dir), "cpu", *config.evaluation)
     weights = torch.from_numpy(ticket.content.weights.copy())[None]
     state = State.start(weights, config.recipe, config.recipe.steps)
     job = Job(cell, state, torch.from_numpy(ticket.content.mask.copy()), config.recipe.steps)

@@ -144,6 +144,12 @@ def test_tickets_of_runs_of_a_user_s_module(
     for trained in ((), ("--trained",)):
         assert cli("ticket", "export", second, "--to", "torch-prune", "--out", "x.pt", *trained)[0] == 0
     assert cli("ticket", "import", "x.pt", "--from", "torch-prune", "--out", "back")[0] == 0
+    shutil.copy(second, "alone.safetensors")
+    Path("net.py").write_text("raise SystemExit('ran')")  # nobody may import it for a lone file
+    code, out, err = cli("ticket", "inspect", "alone.safetensors")
+    assert (code, out) == (1, "")
+    assert "its model is code, net.py:make, which is imported for tickets in the folder of their run" in err
+    Path("net.py").write_text(NET)
     module = load_ticket(second).apply(load_ticket(second).trained())  # type: ignore[attr-defined]
     assert load_ticket("back").masks == module
 
