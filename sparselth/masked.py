@@ -56,6 +56,16 @@ def _check(param: Tensor) -> None:
         )
 
 
+@dataclass(slots=True)
+class _Met:
+    """The parameters and moments of a group's last step, as they lay then."""
+
+    looks: Any = None
+    held: Sequence[Any] = ()
+    masked: Sequence[int] = ()  # which of the parameters are
+    plain: bool = False  # all on a CPU, and torch's kernels step them
+
+
 def _sum(masks: Iterable[Tensor]) -> int:
     """A checksum of masks in any order."""
     return sum(crc32(bits.cpu().numpy().tobytes()) for bits in masks)
@@ -90,8 +100,9 @@ class Masked(torch.optim.Optimizer, ABC):
         # packed [1, bytes], in the order of memory that the strides say
         self._bits: dict[int, tuple[tuple[int, ...], Tensor]] = {}
         self._rates: dict[tuple[int, torch.device], tuple[float | None, Tensor]] = {}
-        self._met: dict[int, tuple[Any, Sequence[Any]]] = {}  # parameters and moments of a group's last step
+        self._met: dict[int, _Met] = {}
         self._seen: dict[int, _Seen] = {}
+        self._under: dict[int, list[Tensor]] = {}  # masked parameters of a group
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -125,7 +136,8 @@ class Masked(torch.optim.Optimizer, ABC):
             raise ValueError(f"expected a parameter of this optimizer, got a tensor {list(param.shape)}")
         self._integers.pop(id(param), None)
         self._bits.pop(id(param), None)
-        self._seen.clear()
+        for made in (self._met, self._seen, self._under):
+            made.clear()
         self._masks.pop(param, None)
         if mask is not None:
             mask = checked(f"a parameter {list(param.shape)}", mask, tuple(param.shape)).to(param.device)
@@ -220,7 +232,10 @@ class Masked(torch.optim.Optimizer, ABC):
 
     def _look(self, group: dict[str, Any]) -> list[Tensor]:
         """Set the group's pruned weights to 0 where others may have written; its masked parameters."""
-        masked = [param for param in group["params"] if id(param) in self._integers]
+        masked = self._under.get(id(group))
+        if masked is None:
+            masked = [param for param in group["params"] if id(param) in self._integers]
+            self._under[id(group)] = masked
         if not masked:
             return masked
         seen = self._seen.get(id(group))
@@ -273,6 +288,30 @@ class Masked(torch.optim.Optimizer, ABC):
         if mixed:
             ours = group["fused"] = False  # to torch's loop over tensors, which takes them
         masked = self._look(group)
+        if params and ours and (met := self._met[id(group)]).plain:
+            for i in met.masked:
+                live = self._live(params[i])
+                grads[i].view(live.dtype).bitwise_and_(live)
+            lists = [entries for entries in (params, grads, *state) if entries]
+            self._torch_step(group, *lists)
+            for entries in lists:
+                entries.clear()
+        else:
+            self._mixed_step(group, params, grads, state, ours, mixed)
+        if masked:  # what torch may go on to do is not counted: its fused kernels are no writes to it
+            self._seen[id(group)].writes = sum(map(_VERSION, masked))
+        return found
+
+    def _mixed_step(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        state: Sequence[list[Any]],
+        ours: bool,
+        mixed: bool,
+    ) -> None:
+        """Of parameters on several devices, of several kernels, or such that are left to torch."""
         asked, on_cpu = self._kernels == "triton", True
         launches: dict[torch.device, list[int]] = {}
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
@@ -280,10 +319,8 @@ class Masked(torch.optim.Optimizer, ABC):
             if ours and (asked or not cpu) and self._on_triton(param):
                 launches.setdefault(param.device, []).append(i)
                 continue
-            if (place := id(param)) in self._integers:
-                live = self._integers[place]
-                if live is None:
-                    live = self._integers[place] = self._make_integers(param)
+            if id(param) in self._integers:
+                live = self._live(param)
                 if mixed:
                     grad.masked_fill_(live == 0, 0)
                 else:
@@ -299,9 +336,12 @@ class Masked(torch.optim.Optimizer, ABC):
             self._torch_step(group, *lists)
             for entries in lists:
                 entries.clear()
-        if masked:  # what torch may go on to do is not counted: its fused kernels are no writes to it
-            self._seen[id(group)].writes = sum(map(_VERSION, masked))
-        return found
+
+    def _live(self, param: Tensor) -> Tensor:
+        live = self._integers[id(param)]
+        if live is None:
+            live = self._integers[id(param)] = self._make_integers(param)
+        return live
 
     # Kernels run over memory as it lies; `module.to` and `.data` may have laid a parameter out anew.
     def _match(self, group: dict[str, Any], params: list[Tensor], *columns: list[Any]) -> bool:
@@ -309,8 +349,8 @@ class Masked(torch.optim.Optimizer, ABC):
         strides, dtypes = [*map(Tensor.stride, params)], [*map(_DTYPE, params)]
         now = strides, dtypes, [*map(_ON_CPU, params)], [*map(Tensor.numel, params)]
         held = [*params, *chain.from_iterable(columns[1:])]
-        before, known = self._met.get(id(group), (None, ()))
-        same = now == before and len(held) == len(known) and all(map(is_, held, known))
+        met = self._met.get(id(group), _Met())
+        same = now == met.looks and len(held) == len(met.held) and all(map(is_, held, met.held))
         if same and ([*map(Tensor.stride, columns[0])], [*map(_DTYPE, columns[0])]) == (strides, dtypes):
             return False
         mixed = False
@@ -323,7 +363,12 @@ class Masked(torch.optim.Optimizer, ABC):
                 if live.shape != param.shape:
                     raise _refusal(param, "mask", live.bool())
                 self._integers[id(param)] = live if alike(live, self._empty_integers(param)) else None
-        self._met[id(group)] = (None, ()) if mixed else (now, held)
+        if mixed:
+            self._met[id(group)] = _Met()
+        else:
+            masked = [i for i, param in enumerate(params) if id(param) in self._integers]
+            plain = all(now[2]) and self._kernels != "triton"
+            self._met[id(group)] = _Met(now, held, masked, plain)
         return mixed
 
     def _lay(self, param: Tensor, column: list[Tensor], i: int) -> bool:
