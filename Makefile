@@ -31,7 +31,7 @@ help:
 	@echo "make same-bits BEFORE=REV  set up, then hold HEAD against that revision: bits, bench, steps"
 	@echo "make science  set up, then the tests that train for minutes"
 	@echo "make soak     set up, then a run of 100,000 cells that cost nothing: stopped, gone on with, damaged"
-	@echo "make properties  set up, then the kernels' property tests with 2,000 cases each"
+	@echo "make properties  set up, then the kernels' property tests with 2,000 cases each, and 500 random networks converted"
 	@echo "make kill-test  set up, then kill runs at 200 moments and compare what they come to"
 	@echo "make sanitize set up, then the native kernels' tests under the address and undefined-behaviour sanitizers"
 	@echo "make mutants ROOMS=\"config train\"  plant small faults into rooms of pure Python; which no test notices"
@@ -79,6 +79,7 @@ soak: $(STAMP)
 
 properties: $(STAMP)
 	SPARSELTH_CASES=2000 SPARSELTH_EVERY=1 $(BIN)/python -m pytest -q tests/kernels tests/test_optim.py
+	SPARSELTH_GRAPHS=500 $(BIN)/python -m pytest -q tests/sparse/test_graphs.py
 
 # CASES=N and SEED=N: others. What it tried and what it lost is printed; a short form runs in `make test`.
 fuzz: $(STAMP)

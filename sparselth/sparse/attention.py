@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,19 +16,18 @@ from sparselth.sparse.compaction import is_hooked
 class Attention(nn.Module):
     """What an nn.MultiheadAttention computes at inference, with the same arguments."""
 
-    def __init__(self, like: nn.MultiheadAttention) -> None:
+    def __init__(self, like: nn.MultiheadAttention, own: bool) -> None:
+        """`own`: whether it is called with queries, keys and values that are one tensor."""
         super().__init__()
         self.embed_dim, self.num_heads, self.batch_first = like.embed_dim, like.num_heads, like.batch_first
         self.head_dim, self.in_proj_bias = like.head_dim, like.in_proj_bias
         self._qkv_same_embed_dim = like._qkv_same_embed_dim
-        whole = like.in_proj_weight
-        weights = [like.q_proj_weight, like.k_proj_weight, like.v_proj_weight]
-        biases: Any = [None] * 3 if like.in_proj_bias is None else like.in_proj_bias.chunk(3)
-        self.one = (
-            None if whole is None else _linear(whole, like.in_proj_bias)
-        )  # where q, k and v are the same
-        parts = weights if whole is None else whole.chunk(3)
-        self.q, self.k, self.v = (_linear(w, b) for w, b in zip(parts, biases, strict=True))
+        weight, bias = like.in_proj_weight, like.in_proj_bias
+        self.one = _linear(weight, bias) if own and weight is not None else None  # for all three
+        if self.one is None:
+            weights = weight.chunk(3) if weight is not None else _apart(like)
+            biases: Any = [None] * 3 if bias is None else bias.chunk(3)
+            self.q, self.k, self.v = (_linear(w, b) for w, b in zip(weights, biases, strict=True))
         self.out = _linear(like.out_proj.weight, like.out_proj.bias)
         self.eval()
 
@@ -45,10 +45,12 @@ class Attention(nn.Module):
         """As torch's: (outputs, weights of the attention or None)."""
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask: expected one where is_causal is set")
-        if self.one is not None and query is key and key is value:
-            q, k, v = self.one(query).chunk(3, -1)
-        else:
+        if self.one is None:
             q, k, v = self.q(query), self.k(key), self.v(value)
+        elif query is key and key is value:
+            q, k, v = self.one(query).chunk(3, -1)
+        else:  # never seen so: right, if slow
+            q, k, v = (self.one(t).chunk(3, -1)[i] for i, t in enumerate((query, key, value)))
         alone = q.dim() == 2  # no batch
         axis = 0 if alone or self.batch_first else 1
         q, k, v = (self._heads(t.unsqueeze(0) if alone else t.movedim(axis, 0)) for t in (q, k, v))
@@ -83,27 +85,47 @@ class Attention(nn.Module):
         return found
 
 
-def split_attention(model: nn.Module) -> None:
-    """Put an Attention in the place of every nn.MultiheadAttention that it can stand for."""
-    found = {m: Attention(m) for m in model.modules() if _is_plain(m)}  # type: ignore[arg-type]
+def split_attention(model: nn.Module, call: Callable[[], object]) -> nn.Module:
+    """The model with an Attention for every nn.MultiheadAttention that `call` calls and it can stand for."""
+    own: dict[nn.Module, bool] = {}
+
+    def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = "query", "key", "value"
+        given = dict(zip(names, args, strict=False)) | kwargs
+        own[module] = own.get(module, True) and given["query"] is given["key"] is given["value"]
+
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # or torch reads the weights past the layers
+    plain = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and _is_plain(m)]
+    hooks = [module.register_forward_pre_hook(seen, with_kwargs=True) for module in plain]
+    call()
+    for hook in hooks:
+        hook.remove()
+    found = {m: Attention(m, own[m]) for m in plain if m in own}
     for module in [*model.modules()]:
         for name, child in module._modules.items():
             if child in found:
                 module._modules[name] = found[child]
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # or torch reads the weights past the layers
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
+    return found.get(model, model)  # type: ignore[call-overload,no-any-return]
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.MultiheadAttention) -> bool:
     return (
-        isinstance(module, nn.MultiheadAttention)
-        and type(module).forward is nn.MultiheadAttention.forward
+        type(module).forward is nn.MultiheadAttention.forward
         and not is_hooked(module)
         and module.bias_k is None
         and not module.add_zero_attn
     )
+
+
+def _apart(like: nn.MultiheadAttention) -> list[Tensor]:
+    assert like.q_proj_weight is not None
+    assert like.k_proj_weight is not None
+    assert like.v_proj_weight is not None
+    return [like.q_proj_weight, like.k_proj_weight, like.v_proj_weight]
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

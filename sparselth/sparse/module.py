@@ -20,7 +20,7 @@ from sparselth.sparse.compaction import Part, check_evaluation, is_known, plain
 from sparselth.sparse.converted import ConvertedModule
 from sparselth.sparse.device import Device
 from sparselth.sparse.forms.stage import without_weight
-from sparselth.sparse.reference import Given, Reference, masked_copy
+from sparselth.sparse.reference import Given, Reference, Samples, masked_copy
 from sparselth.sparse.report import Report
 from sparselth.sparse.segment import Segment
 from sparselth.sparse.times import Cache
@@ -58,7 +58,11 @@ def convert_module(
         )
         plain_call = _caller(original, given, False)
         networks = {"original": plain_call, "converted": call}
-        checks = {name: reference.check(run(), words, work.terms) for name, run in networks.items()}
+        samples = Samples.of(model, masks, given, reference)
+        checks = {
+            "original": samples.check(lambda g: _caller(original, g, False)(), words, work.terms),
+            "converted": samples.check(lambda g: _caller(network, g, like is not None)(), words, work.terms),
+        }
         times = _race(networks, network, given, device)
     fast = not checks["converted"].fault and MARGIN * times["converted"] < times["original"]
     if not fast:
@@ -225,8 +229,7 @@ def _traced(
 def _layered(original: nn.Module, given: Given) -> nn.Module:
     """A copy to be changed, its attention in layers."""
     twin = masked_copy(original, {}, given)
-    split_attention(twin)
-    return twin
+    return split_attention(twin, _caller(twin, given, False))
 
 
 def _same_copy(

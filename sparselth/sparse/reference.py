@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,11 +83,16 @@ class Given:
         left = iter(tensors)
         return replace(self, leaves=tuple(next(left) if isinstance(x, Tensor) else x for x in self.leaves))
 
-    def other(self) -> Given:
-        """Other inputs of this kind: the last of each batch comes first, and numbers shrink."""
-        return self.to(
-            [(0.7 * t if t.is_floating_point() else t).flip(0) if t.dim() else t for t in self.tensors]
-        )
+    def other(self, seed: int = 0) -> Given:
+        """Other inputs of this kind: the last of each batch comes first, and numbers are others."""
+        g = torch.Generator().manual_seed(seed)
+
+        def drawn(t: Tensor) -> Tensor:
+            noise = torch.randn(t.shape, generator=g, dtype=torch.float32, device="cpu")
+            return 0.7 * t + 0.1 * noise.to(t)
+
+        others = [drawn(t) if t.is_floating_point() else t for t in self.tensors]
+        return self.to([t.flip(0) if t.dim() else t for t in others])
 
     def bare(self) -> Given:
         """Without numbers, for its kind alone."""
@@ -145,6 +150,47 @@ class Reference:
             most.append(_wrong(f"{len(leaves)} outputs instead of {len(self.own)}"))
         right = Checked(0.0, 1.0, 0.0, 1.0)
         return max(most, key=lambda c: (c.fault is not None, c.error / (c.allowed or 1.0)), default=right)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The example and, where its outputs are few numbers, other inputs: one number is right by luck."""
+
+    calls: list[tuple[Given, Reference]]
+
+    @staticmethod
+    def of(model: nn.Module, found: Mapping[Tensor, Tensor], given: Given, reference: Reference) -> Samples:
+        calls = [(given, reference)]
+        sizes = [leaf.numel() for leaf in reference.own if isinstance(leaf, Tensor)]
+        for seed in range(MORE if min(sizes, default=FEW) < FEW else 0):
+            other = given.other(seed)
+            try:
+                calls.append((other, Reference.of(model, found, other)))
+            except ValueError:  # the model takes no other inputs of this kind
+                break
+        return Samples(calls)
+
+    def check(self, call: Callable[[Given], Any], words: str, terms: int) -> Checked:
+        """What `call` gives for the inputs, as `Reference.check` has it, over all of them at once."""
+        outs = [pytree.tree_leaves(call(given)) for given, _ in self.calls]
+        alone = self.calls[0][1].check(outs[0], words, terms)
+        if len(outs) == 1 or alone.mismatch or len({len(out) for out in outs}) > 1:
+            return alone
+        many = Reference(
+            [_joined(leaves) for leaves in zip(*(r.own for _, r in self.calls), strict=True)],
+            [_joined(leaves) for leaves in zip(*(r.exact for _, r in self.calls), strict=True)],
+            self.calls[0][1].spec,
+        )
+        return many.check([_joined(leaves) for leaves in zip(*outs, strict=True)], words, terms)
+
+
+FEW, MORE = 256, 7  # numbers of an output; further inputs where it has fewer
+
+
+def _joined(leaves: tuple[Any, ...]) -> Any:
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        return repr(leaves)
+    return torch.cat([leaf.flatten() for leaf in leaves])
 
 
 def masked_copy(model: nn.Module, found: Mapping[Tensor, Tensor], given: Given) -> nn.Module:
