@@ -7,7 +7,9 @@ who else trains nor on where training was resumed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +17,17 @@ from torch import Tensor
 
 from sparselth.config import Cell
 from sparselth.data.batches import Batches, Chunk
-from sparselth.engine.memory import Held
+from sparselth.engine.memory import Held, is_out_of_memory
 from sparselth.engine.paths import Paths
 from sparselth.engine.state import Batch, Stopped, never
 from sparselth.engine.update import bind_update
+from sparselth.errors import SparselthError
 from sparselth.models import Model
 from sparselth.models.module import IGNORED, ModuleModel
 from sparselth.models.torch import network, tensors
 from sparselth.params import copy_floats, floats
 from sparselth.streams import drawing_apart, number, seed_everything
+from sparselth.user_files import said
 
 
 def takes_autograd(model: Model, paths: Paths) -> bool:
@@ -31,7 +35,30 @@ def takes_autograd(model: Model, paths: Paths) -> bool:
     return isinstance(model, ModuleModel) or paths.masked_linear.takes == "autograd"
 
 
-class Bound:
+@contextmanager
+def errors_named(model: Model, where: str) -> Iterator[None]:
+    """What a user's code raises as an error of a line; where memory is short others must know it."""
+    try:
+        yield
+    except (SparselthError, Stopped):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise SparselthError(f"`model` {model.name}: in {where}: {said(error)}") from error
+
+
+def one_number(name: str, value: Any) -> Tensor:
+    """What a user's `loss` or `accuracy` gave; SparselthError for anything but one number."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise SparselthError(
+            f"`{name}(output, target)` gives {what}; expected one number, the mean of a batch"
+        )
+    return value.reshape(())
+
+
+class AutogradNetwork:
     """A network whose tensors are views of a flat buffer [1, P], and its gradients of another.
 
     Called it gives the output for samples [B, ...], images channels-last where the network takes them so.
@@ -75,7 +102,7 @@ class Bound:
     def mean_loss(self, output: Tensor, target: Tensor) -> Tensor:
         """The loss whose gradient trains, a number."""
         if self.loss is not None:
-            return self.loss(output, target)
+            return one_number("loss", self.loss(output, target))
         return F.cross_entropy(output.flatten(0, -2), target.flatten())
 
     def sums(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -87,11 +114,11 @@ class Bound:
             losses = F.cross_entropy(output.flatten(0, -2), y.flatten(), reduction="none")
             loss = losses.double().sum()
         else:
-            loss = self.loss(output, y).double() * count
+            loss = one_number("loss", self.loss(output, y)).double() * count
         if self.right is None:
             right = (output.argmax(-1) == y).double().sum()  # what is ignored is no class
         else:
-            right = torch.as_tensor(self.right(output, y), device=output.device).double() * count
+            right = one_number("accuracy", torch.as_tensor(self.right(output, y))).double() * count
         return loss, right, count
 
     @torch.no_grad()
@@ -101,7 +128,7 @@ class Bound:
         """(loss, accuracy) in evaluation mode, a list of one each; Stopped where `should_stop` says so."""
         found, who, device = [], self.who, str(self.flat.device)
         self.net.eval()
-        with drawing_apart(device):
+        with drawing_apart(device), errors_named(self.model, "evaluation"):
             seed_everything(number(who.seed, who.arm, who.level, "evaluation", who.draw), device)
             for x, y in chunks:
                 if should_stop():
@@ -122,7 +149,7 @@ class AutogradSteps:
         model, recipe, n = batch.model, batch.recipe, batch.model.params.trained_size
         self.batch, self.job, self.recipe = batch, job, recipe
         self.grad = torch.zeros(1, n, dtype=torch.float32, device=batch.weights.device)
-        self.network = Bound(model, job.who, batch.weights, self.grad)
+        self.network = AutogradNetwork(model, job.who, batch.weights, self.grad)
         self.batches = Batches(batch.data, batch.who, recipe.batch_size, recipe.augment)
         live = None if int(job.mask.sum()) == model.params.prunable else batch.mask
         moments = [moment[:, :n] for moment in batch.moments]
@@ -133,7 +160,7 @@ class AutogradSteps:
         who, network, device = self.job.who, self.network, self.batches.data.device
         start, taken = self.job.start_step, 0
         network.net.train()
-        with drawing_apart(device):
+        with drawing_apart(device), errors_named(network.model, "training"):
             while taken < steps and not should_stop():
                 now = step + taken
                 seed_everything(number(who.seed, who.arm, who.level, f"step/{now}", who.draw), device)

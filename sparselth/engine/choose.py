@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparselth.config import Recipe
 from sparselth.data.batches import Chunk, Resident
-from sparselth.engine.autograd import AutogradSteps, Bound, takes_autograd
+from sparselth.engine.autograd import AutogradNetwork, AutogradSteps, takes_autograd
 from sparselth.engine.batch import DenseForward, DenseSteps
 from sparselth.engine.break_even import gain
 from sparselth.engine.compressed import CompressedForward, CompressedSteps
@@ -57,7 +57,7 @@ class Group:
     ) -> tuple[list[float], list[float]]:
         """(loss, accuracy) of weights [R, P] under the jobs' masks, each a list of R; may raise Stopped."""
         if takes_autograd(self.model, self.paths):
-            return Bound(self.model, self.jobs[0].who, weights).measure(chunks, should_stop)
+            return AutogradNetwork(self.model, self.jobs[0].who, weights).measure(chunks, should_stop)
         if not self.compressed:
             dense = DenseForward(self.model, weights, _takes_vendor(self.model, self.paths))
             return measure(dense, chunks, should_stop)

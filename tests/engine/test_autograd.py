@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Batches, Resident
-from sparselth.engine.autograd import AutogradSteps, Bound
+from sparselth.engine.autograd import AutogradNetwork, AutogradSteps
 from sparselth.engine.choose import prepare
 from sparselth.engine.dense import init_weights
 from sparselth.engine.state import Job, State
-from sparselth.errors import UsageError
+from sparselth.errors import SparselthError, UsageError
+from sparselth.kernels._triton import INTERPRET
 from sparselth.models import Add, AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, Node, ReLU
 from sparselth.models.torch import network
 from sparselth.streams import number, stream
@@ -94,7 +95,10 @@ def test_a_job_is_the_same_whoever_trains_beside_it(name: str) -> None:
     assert accuracies_on_test(model, data, together) == singly
 
 
-@pytest.mark.parametrize("kernels", ["auto", "torch", "reference"])
+interpreted = pytest.mark.skipif(not INTERPRET, reason="Triton's interpreter is off")
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch", "reference", pytest.param("triton", marks=interpreted)])
 @pytest.mark.parametrize("name", KINDS)
 def test_pruned_weights_and_their_moments_stay_exactly_zero(name: str, kernels: str) -> None:
     kind = KINDS[name]
@@ -191,7 +195,7 @@ def test_loss_and_accuracy_of_a_users_own() -> None:
     )
     one = job(model, kind.recipe)
     net, chunks = network(model, one.state.weights[0]).eval(), data.validation_first(0)
-    loss, right = Bound(model, one.who, one.state.weights).measure(chunks)
+    loss, right = AutogradNetwork(model, one.who, one.state.weights).measure(chunks)
     x, y = (torch.cat(column) for column in zip(*chunks, strict=True))
     output = net(x)[:, 0].detach()
     assert loss[0] == pytest.approx(float((output - y).square().mean()), rel=1e-5)
@@ -200,12 +204,46 @@ def test_loss_and_accuracy_of_a_users_own() -> None:
     assert one.state.best_loss < loss[0]
 
 
+class Fails(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise ValueError("no more\nof this")
+        return super().forward(x)
+
+
+def test_what_a_users_code_raises_is_said_in_a_line() -> None:
+    data, shape = samples(KINDS["averages"]), KINDS["averages"].shape
+
+    def failing(**more: Any) -> str:
+        model = module_model(lambda: (Fails if not more else nn.Linear)(6, 3), shape, **more)
+        with pytest.raises(SparselthError) as caught:
+            fit(model, data, [job(model, ADAM)], ADAM)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert failing() == "`model` net.py:make: in training: ValueError: no more of this"
+    each = failing(loss=lambda output, target: F.cross_entropy(output, target, reduction="none"))
+    assert each == "`loss(output, target)` gives shape [7]; expected one number, the mean of a batch"
+    none = failing(loss=lambda output, target: None)
+    assert "gives NoneType" in none
+    assert "in training: KeyError" in failing(loss=lambda output, target: {}["x"])
+
+
+def test_running_out_of_memory_is_left_to_those_who_can_halve_a_batch() -> None:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    model = module_model(lambda: nn.Linear(6, 3), (6,), loss=loss)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        fit(model, samples(KINDS["averages"]), [job(model, ADAM)], ADAM)
+
+
 def test_targets_that_are_left_out_count_nowhere() -> None:
     kind = KINDS["words"]
     model, data = model_of(kind), samples(kind)
     model.check_labels(np.array([[0, -100, 2, 3, 10]]))
     one = job(model, kind.recipe)
-    bound, (x, y) = Bound(model, one.who, one.state.weights), data.validation_first(0)[0]
+    bound, (x, y) = AutogradNetwork(model, one.who, one.state.weights), data.validation_first(0)[0]
     bound.net.eval()
     y = y.clone()
     y[:, 2:] = -100

@@ -25,7 +25,7 @@ from typing import Any
 from sparselth.cli.main import run
 from sparselth.data.batches import Batches
 from sparselth.engine import break_even
-from sparselth.engine.autograd import Bound
+from sparselth.engine.autograd import AutogradNetwork
 from sparselth.engine.batch import DenseForward
 from sparselth.engine.compressed import CompressedForward
 from sparselth.experiments import jobs
@@ -40,7 +40,7 @@ CALLS: list[tuple[Any, str, str]] = [
     (Batches, "index", "step"),
     (DenseForward, "sums", "images"),
     (CompressedForward, "sums", "images"),
-    (Bound, "sums", "images"),
+    (AutogradNetwork, "sums", "images"),
 ]
 TIMEOUT = 120.0
 Act = Callable[[int], None]  # given the process id of the command
