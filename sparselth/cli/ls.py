@@ -80,6 +80,7 @@ def _models() -> Listing:
             how = f"{recipe.optimizer} {recipe.lr:g}, {recipe.steps:,} steps of {recipe.batch_size}"
             how += "" if recipe.augment == "none" else f", {recipe.augment}"
             lines.append(f"  --recipe {name:<8}{how}")
+    lines.append("my_net.py:make, torchvision:NAME, timm:NAME: any network, see docs/any-network.md")
     return rows, lines
 
 

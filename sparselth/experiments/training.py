@@ -57,7 +57,11 @@ def evaluated_images(recipe: Recipe, dataset: DatasetSpec) -> int:
 class Training(Experiment):
     """A network, a data set, seeds and a recipe; a subclass has `cells`, `start` and `table` at least."""
 
-    model: str = option("lenet5", "The network; see `sparselth ls models`.", choices=MODELS)
+    model: str = option(
+        "lenet5",
+        "The network; see `sparselth ls models`. Or one of yours, my_net.py:make; or torchvision:NAME.",
+        choices=MODELS,
+    )
     dataset: str = option(
         "",
         "The data set; see `sparselth ls datasets`; or a function of yours, my_data.py:load.  "
