@@ -176,9 +176,7 @@ class Ticket(ABC):
         here, there = model.state_dict(keep_vars=True), self.snapshot
         wrong = f"{self.file}: does not fit the model:"
         for name in [*there, *here]:
-            ticket, found = (
-                f"{name} {list(side[name].shape)}" if name in side else f"no {name}" for side in (there, here)
-            )
+            ticket, found = _said(name, there), _said(name, here)
             if ticket != found:
                 raise SparselthError(f"{wrong} the ticket has {ticket}, the model {found}")
         for name, first in module_tickets.first_names(model).items():
@@ -290,12 +288,12 @@ def save_ticket(
     module = unwrapped(model)
     names, kept = module_tickets.first_names(module), Masks(masks, module)
     given = {_bare(name, names): tensor for name, tensor in snapshot.items()}
-    for name, tensor in module.state_dict().items():
-        found = given.get(name)
-        if found is None or found.shape != tensor.shape:
-            there = "nothing" if found is None else f"{list(found.shape)}"
+    here = module.state_dict()
+    for name in here:
+        wanted, found = _said(name, here), _said(name, given)
+        if wanted != found:
             raise UsageError(
-                f"snapshot: expected {name} {list(tensor.shape)} of the model, found {there}; "
+                f"snapshot: expected {wanted} of the model, found {found}; "
                 "take it of this model, by sparselth.snapshot(model)"
             )
     if other := next((name for name in given if name not in names), None):
@@ -306,6 +304,15 @@ def save_ticket(
     words = {"network": network, "layers": module_tickets.layer_words(module, kept)}
     module_tickets.save(Path(path), kept, state, tied, notes=dict(notes or {}), **words)
     return Path(path)
+
+
+def _said(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """A name with its tensor's shape, in words."""
+    from torch.nn.parameter import is_lazy
+
+    if name not in tensors:
+        return f"no {name}"
+    return f"{name} without a shape yet" if is_lazy(tensors[name]) else f"{name} {list(tensors[name].shape)}"
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

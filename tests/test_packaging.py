@@ -195,6 +195,8 @@ def test_kernels_folder_is_reached_by_the_link_and_shadows_nobody() -> None:
         ["bench", "--help"],
         ["show", "--help"],
         ["ls", "--help"],
+        ["ticket", "--help"],
+        ["ticket", "inspect", "--help"],
         ["doctor", "--help"],
         ["ls", "models"],
     ],

@@ -111,7 +111,9 @@ def commands() -> list[str]:
     found = []
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
-        found += re.findall(r"^    (sparselth (?:imp|bench|show|subset-sum) [^#\n|]*)", text, re.MULTILINE)
+        found += re.findall(
+            r"^    (sparselth (?:imp|bench|show|subset-sum|ticket) [^#\n|]*)", text, re.MULTILINE
+        )
     return sorted({" ".join(line.split()) for line in found})
 
 
@@ -119,5 +121,8 @@ def commands() -> list[str]:
 def test_commands_of_the_pages_are_understood(line: str) -> None:
     _, name, *words = shlex.split(line)
     command = main.cli.get_command(click.Context(main.cli), name)
+    if isinstance(command, click.Group):
+        name, *words = words
+        command = command.get_command(click.Context(command), name)
     assert command is not None
     command.make_context(name, words)
