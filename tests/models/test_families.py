@@ -193,22 +193,25 @@ def test_a_run_leaves_out_what_it_is_told_and_an_old_one_goes_on_as_it_began(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lenet = get_model("lenet-300-100")
-    monkeypatch.setitem(MODELS.things, lenet.name, replace(lenet, exempt=("fc3.weight",)))
+    moved = {"short": replace(lenet.recipes["short"], augment="crop-flip")}
+    monkeypatch.setitem(MODELS.things, lenet.name, replace(lenet, exempt=("fc3.weight",), recipes=moved))
     record = imp(*FLAGS, out="now")
     assert record.config.exclude == ("fc3.weight",)
+    assert record.config.recipe.augment == "crop-flip"
     left = [point["weights_remaining"] for point in record.points if point["arm"] == "ticket"]
     assert left == pytest.approx([1, (132_600 + 1000) / 266_200, (66_300 + 1000) / 266_200], abs=1e-9)
     plan = ("imp", "--model", lenet.name, *FLAGS, "--dataset", "mnist5k", "--dry-run")
     code, _, said = cli(*plan)
     assert code == 0
     assert "fc3.weight not at all" in " ".join(said.split())
-    none = imp(*FLAGS, "--exclude", "", out="none")
+    none = imp(*FLAGS, "--exclude", "", "--augment", "none", out="none")
     assert none.config.exclude == ()
     left = [point["weights_remaining"] for point in none.points if point["arm"] == "ticket"]
     assert left == pytest.approx([1, 0.5, 0.25], abs=1e-5)
-    # as a version without the field wrote it
+    # as a version without the fields wrote it
     whole, file = run_contents(none.path), none.path / "config.json"
     data = {k: v for k, v in read_json(file).items() if k not in ("exclude", "code", "sha256")}
+    assert data["recipe"].pop("augment") == "none"
     file.write_text(json.dumps(data))
     (none.path / "cells" / "seed0-ticket-02.safetensors").unlink()
     before = config_from_json(data)
