@@ -50,6 +50,8 @@ def errors_named(model: Model, where: str) -> Iterator[None]:
 
 def one_number(name: str, value: Any) -> Tensor:
     """What a user's `loss` or `accuracy` gave; SparselthError for anything but one number."""
+    if isinstance(value, int | float):
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
     if not isinstance(value, Tensor) or value.numel() != 1:
         what = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise SparselthError(
@@ -118,7 +120,7 @@ class AutogradNetwork:
         if self.right is None:
             right = (output.argmax(-1) == y).double().sum()  # what is ignored is no class
         else:
-            right = one_number("accuracy", torch.as_tensor(self.right(output, y))).double() * count
+            right = one_number("accuracy", self.right(output, y)).double() * count
         return loss, right, count
 
     @torch.no_grad()
