@@ -35,7 +35,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BITS = {2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}
 _VERSION, _VALUE = attrgetter("_version"), attrgetter("value")
 _DTYPE, _ON_CPU = attrgetter("dtype"), attrgetter("is_cpu")
-PROBES, LOOKS = 2, 128
+PROBES, LOOKS = 2, 32
 
 
 @dataclass(slots=True)

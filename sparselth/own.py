@@ -63,7 +63,8 @@ if TYPE_CHECKING:
     from sparselth.params import Params
 
 Make = Callable[[int], nn.Module]
-Train = Callable[[nn.Module, Masks, "Turn"], Real | Mapping[str, Real]]
+Metric = float | Tensor
+Train = Callable[[nn.Module, Masks, "Turn"], Metric | Mapping[str, Metric]]
 Point = dict[str, Any]
 SCHEMA = "sparselth.own/1"
 OF_CELL = ("seed", "arm", "level", "draw", "weights_remaining", "seconds")
