@@ -263,6 +263,17 @@ def test_onnx_computes_the_same(ticket: Ticket, tmp_path: Path) -> None:
             torch.testing.assert_close(torch.from_numpy(found), plain.eval()(x), rtol=1e-4, atol=1e-5)
 
 
+def test_onnx_of_a_network_that_gives_zeros_is_not_said_to_be_checked(tmp_path: Path) -> None:
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model = small()
+    nn.init.zeros_(model[5].weight)
+    nn.init.zeros_(model[5].bias)
+    ticket = load_ticket(save_ticket(tmp_path / "t", model, drawn(model), model.state_dict()))
+    said = export_ticket(ticket, "onnx", tmp_path / "x", module=small(), example=torch.randn(2, 3, 6, 6))
+    assert "all outputs are 0" in said
+
+
 def test_onnx_without_its_packages_or_the_network_is_one_line(
     ticket: Ticket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
