@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -302,6 +303,44 @@ def test_the_file_of_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert images.spec.shape == (1, 28, 28)
     assert np.array_equal(images.test_images, digits.test_images)
     check_model(images.spec, get_model("lenet-300-100"))
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(
+    cli: Callable[..., tuple[int, str, str]],
+    run_contents: Callable[[Path], dict[str, bytes]],
+    environment: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SIGKILL behind the first cell, images moved."""
+    monkeypatch.chdir(tmp_path)
+    Path("digits.py").write_text(DIGITS.format(x="(lambda x: x.reshape(-1, 1, 28, 28))", after=""))
+    words = ["imp", "--model", "lenet-300-100", "--dataset", "digits.py:load", "--levels", "2"]
+    words += [
+        "--seeds",
+        "0,1",
+        "--augment",
+        "crop-flip",
+        "--steps",
+        "300",
+        "--workers",
+        "1",
+        "--quiet",
+        "--resume",
+        "--out",
+    ]
+    killed, whole, lines = Path("killed"), Path("whole"), Path("killed") / "cells.jsonl"
+    process = subprocess.Popen([sys.executable, "-m", "sparselth", *words, "killed"], env=environment)
+    until = time.monotonic() + 120
+    while not (lines.exists() and lines.stat().st_size) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert 0 < len(lines.read_text().splitlines()) < 7
+    for out in (killed, whole):
+        code, _, said = cli(*words, str(out))
+        assert code == 0, said
+    assert run_contents(killed) == run_contents(whole)
 
 
 @pytest.mark.parametrize("given", ["images", "images[:, :2]", "images[:, 0]", "floats", "images / 255"])
