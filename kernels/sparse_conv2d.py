@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparselth.kernels import _native
+from sparselth.kernels import _native, _pieces
 from sparselth.kernels._choose import use_native
 
 CELL = 16  # columns of the batch that are worked on at a time; 64 bytes
@@ -434,11 +434,7 @@ def _bind(
     ring = 0 if direct else taps.window * taps.channels * taps.step * taps.length * CELL
     every = kept + taps.filters
     slot = ring + CELL * (every if dv is not None else 0) + CELL * PIXELS * taps.filters
-    work = torch.empty(
-        kept + 2 * CELL + threads * slot + (pieces * every if dv is not None else 0),
-        dtype=torch.float32,
-        device="cpu",
-    )
+    work = _pieces.take([kept + 2 * CELL + threads * slot + (pieces * every if dv is not None else 0)])
     aligned = work.data_ptr() + -work.data_ptr() % (4 * CELL)
     arguments = _Arguments(
         starts=taps.starts.data_ptr(),

@@ -22,7 +22,9 @@
     X(hash_weights) \
     X(score_update) \
     X(seed_linear) \
-    X(subset_sum)
+    X(subset_sum) \
+    X(batch_norm) \
+    X(batch_norm_backward)
 
 #define FIRST_LEVEL
 #define LEVEL plain
@@ -38,6 +40,7 @@
 #include "hash_weights.inc"
 #include "seed_linear.inc"
 #include "subset_sum.inc"
+#include "batch_norm.inc"
 #undef VEC
 #undef LEVEL
 #undef FIRST_LEVEL
@@ -64,6 +67,7 @@
 #include "hash_weights.inc"
 #include "seed_linear.inc"
 #include "subset_sum.inc"
+#include "batch_norm.inc"
 #undef VEC
 #undef BELOW
 #undef LEVEL
@@ -97,6 +101,7 @@
 #include "hash_weights.inc"
 #include "seed_linear.inc"
 #include "subset_sum.inc"
+#include "batch_norm.inc"
 #undef VEC
 #undef BELOW
 #undef LEVEL

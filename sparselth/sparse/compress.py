@@ -35,6 +35,7 @@ from sparselth.kernels import _native
 from sparselth.kernels.sparse_conv2d import Conv2dIndex
 from sparselth.masks import by_parameter, unwrapped
 from sparselth.params import TensorSpec
+from sparselth.sparse import columns
 from sparselth.sparse.forms.conv import Filters
 from sparselth.sparse.trainable import Compressed, CompressedConv2d, CompressedLinear
 
@@ -143,6 +144,8 @@ def compress(model: nn.Module, masks: AnyMasks, example: Any = None, below: floa
     for module in copy.modules():
         if isinstance(module, nn.TransformerEncoderLayer):  # its fast path would read dense weights
             module.was_relu_or_gelu, module.activation_relu_or_gelu = module.activation_relu_or_gelu, 0  # type: ignore[assignment]
+    if any(isinstance(module, CompressedConv2d) for module in copy.modules()):
+        columns.enter(copy)
     copy.compression = Compression(left.values())  # type: ignore[assignment]
     return copy
 
@@ -155,6 +158,7 @@ def dense(model: nn.Module) -> nn.Module:
             module.undo()
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = module.__dict__.pop("was_relu_or_gelu")
+    columns.leave(copy)
     copy.__dict__.pop("compression", None)
     return copy
 

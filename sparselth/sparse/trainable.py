@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparselth.errors import UsageError
-from sparselth.kernels import bitmask
+from sparselth.kernels import _pieces, bitmask
 from sparselth.kernels.csr_linear import CsrIndex, csr_input_grad, csr_linear, csr_weight_grad
 from sparselth.kernels.sparse_conv2d import (
     Conv2dIndex,
@@ -29,6 +29,7 @@ from sparselth.kernels.sparse_conv2d import (
     sparse_conv2d_input_grad,
 )
 from sparselth.kernels.step_parts import bind_columns, bind_rows
+from sparselth.sparse.columns import refuse_second
 from sparselth.sparse.forms.conv import Filters
 
 COLUMNS = 16  # a batch is padded to a multiple where rows are laid anew: one cache line
@@ -193,11 +194,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise UsageError(
-                "compressed layers have no second derivative: expected create_graph=False; "
-                "sparselth.dense(model) has one"
-            )
+        refuse_second()
         index: Index = ctx.index
         x, values = ctx.saved_tensors
         rows, drows, v = columns(x), columns(dy), values.float()
@@ -245,9 +242,7 @@ def columns(x: Tensor) -> Tensor:
     beside = batch == 1 or turned.stride(-1) == 1
     if x.dtype == torch.float32 and beside and min(apart, default=batch) >= batch:
         return turned
-    found = torch.empty(
-        *turned.shape[:-1], -(-batch // COLUMNS) * COLUMNS, dtype=torch.float32, device="cpu"
-    )[..., :batch]
+    found = _pieces.take((*turned.shape[:-1], -(-batch // COLUMNS) * COLUMNS))[..., :batch]
     bind_columns(found.flatten(0, -2))(x.float().contiguous())
     return found
 
@@ -261,4 +256,4 @@ def _room(after: tuple[int, ...], batch: int) -> Tensor:
     for size in reversed(after):
         strides.insert(1, step)
         step *= size
-    return torch.empty_strided((batch, *after), strides, dtype=torch.float32, device="cpu")
+    return _pieces.take((batch, *after), strides)
