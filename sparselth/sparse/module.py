@@ -25,6 +25,7 @@ from sparselth.sparse.report import Report
 from sparselth.sparse.segment import Segment
 from sparselth.sparse.times import Cache
 from sparselth.sparse.tracing import chain_at, trace
+from sparselth.sparse.units import compact_graph
 
 
 def convert_module(
@@ -50,19 +51,21 @@ def convert_module(
             reason = one_line(str(error).strip() or type(error).__name__)
             how = f"one by one in a copy: torch.fx cannot trace it: {reason[:160]}"
         else:
+            if compact:
+                again = partial(_traced, original, model, masks, given, reference)
+                traced = work.compacted(traced, again, given, reference)
             network, how, like = work.chains(traced, given.tensors), "a graph by torch.fx", reference.spec
         call = _caller(network, given, like is not None)
         work.layers(network, call)
-        words = max(
-            (device.precision(m) for m in (nn.Linear(1, 1), nn.Conv2d(1, 1, 1))), key=ROUNDING.__getitem__
-        )
-        plain_call = _caller(original, given, False)
+        plain_call = _caller(original, given)
         networks = {"original": plain_call, "converted": call}
         samples = Samples.of(model, masks, given, reference)
-        checks = {
-            "original": samples.check(lambda g: _caller(original, g, False)(), words, work.terms),
-            "converted": samples.check(lambda g: _caller(network, g, like is not None)(), words, work.terms),
+        flat = like is not None
+        of = {
+            "original": lambda g: _caller(original, g)(),
+            "converted": lambda g: _caller(network, g, flat)(),
         }
+        checks = {name: samples.check(run, work.words, work.terms) for name, run in of.items()}
         times = _race(networks, network, given, device)
     fast = not checks["converted"].fault and MARGIN * times["converted"] < times["original"]
     if not fast:
@@ -92,6 +95,8 @@ class _Work:
         self.units: list[Any] = []
         self.left_out: dict[str, str] = {}
         self.terms = 1
+        kinds = nn.Linear(1, 1, device="meta"), nn.Conv2d(1, 1, 1, device="meta")
+        self.words = max((device.precision(module) for module in kinds), key=ROUNDING.__getitem__)
 
     def segment(self, parts: list[Part], x: Tensor, tokens: bool) -> Segment:
         rows = x.reshape(-1, x.shape[-1]) if tokens else x
@@ -101,6 +106,21 @@ class _Work:
         weights = [p.module.weight for p in parts if isinstance(p.module, nn.Linear | nn.Conv2d)]
         self.terms = max(self.terms, *(w[0].numel() for w in weights))
         return Segment(choice.plan, tokens)
+
+    def compacted(
+        self, traced: fx.GraphModule, again: Callable[[], fx.GraphModule], given: Given, reference: Reference
+    ) -> fx.GraphModule:
+        """The graph without units that are dead; as it was, where that is not right."""
+        try:
+            units = compact_graph(traced, given.tensors)
+            fault = reference.check(traced(*given.tensors), self.words, 1000).fault
+        except Exception as error:  # a graph that does what no rule foresees
+            fault = one_line(str(error).strip() or type(error).__name__)
+        if fault:
+            self.left_out["compaction of the graph"] = fault
+            return again()
+        self.units += units
+        return traced
 
     def chains(self, traced: fx.GraphModule, tensors: list[Tensor]) -> fx.GraphModule:
         """The graph with a segment in the place of layers that follow each other."""
@@ -229,14 +249,14 @@ def _traced(
 def _layered(original: nn.Module, given: Given) -> nn.Module:
     """A copy to be changed, its attention in layers."""
     twin = masked_copy(original, {}, given)
-    return split_attention(twin, _caller(twin, given, False))
+    return split_attention(twin, _caller(twin, given))
 
 
 def _same_copy(
     twin: nn.Module, model: nn.Module, masks: Mapping[Tensor, Tensor], given: Given, reference: Reference
 ) -> None:
     """ValueError unless the copy computes what the model does."""
-    fault = reference.as_is.check(_caller(twin, given, False)(), "fp32", 1).fault
+    fault = reference.as_is.check(_caller(twin, given)(), "fp32", 1).fault
     if not fault:
         return
     again = Reference.of(model, masks, given, double=False)
@@ -253,7 +273,7 @@ def _same_copy(
     )
 
 
-def _caller(network: nn.Module, given: Given, flat: bool) -> Callable[[], Any]:
+def _caller(network: nn.Module, given: Given, flat: bool = False) -> Callable[[], Any]:
     if flat:
         return partial(network, *given.tensors)
     args, kwargs = given.call(given.tensors)
