@@ -28,6 +28,7 @@ from sparselth.machine import memory_bytes
 
 LEAST = 8  # training samples; an eighth is held back for validation
 IGNORED = -100  # the target that torch's cross-entropy leaves out
+TWICE = 8  # samples of a Dataset that are read twice; a coin that mirrors them is noticed but once in 256
 TELLS = 2.0  # seconds between two words of progress
 EXPECTED = "expected (train_x, train_y, test_x, test_y), ((x, y), (x, y)) or two torch Datasets"
 
@@ -123,27 +124,26 @@ class _Reader:
         raise self.wrong(f"gives a {type(found).__name__}{many}; {EXPECTED}")
 
     def read(self, dataset: Any) -> tuple[Any, Any]:
-        """All samples of a torch Dataset, each asked for once; the first twice, for it must stay as it is."""
+        """All samples of a torch Dataset; the first are asked for twice, for they must stay as they are."""
         n = len(dataset)
         if not n:
             raise self.wrong("gives an empty Dataset")
-        x, y = self.sample(dataset, 0)
-        again, _ = self.sample(dataset, 0)
-        if x.shape != again.shape or not np.array_equal(x, again, equal_nan=x.dtype.kind == "f"):
-            raise self.wrong(
-                "its Dataset gives another sample 0 each time; leave out random transforms, the samples are "
-                "read once (`augment` crop-flip shifts and flips images in training)"
-            )
-        if (needed := n * x.nbytes) > (there := memory_bytes()):
+        first, _ = self.sample(dataset, 0)
+        if (needed := n * first.nbytes) > (there := memory_bytes()):
             raise self.wrong(
                 f"its {n:,} samples take {needed / 1e9:,.0f} GB in memory, there are {there / 1e9:.0f}"
             )
-        xs, ys = np.empty((n, *x.shape), x.dtype), [y]
-        xs[0], told = x, time.monotonic()
-        for i in range(1, n):
+        xs, ys, told = np.empty((n, *first.shape), first.dtype), [], time.monotonic()
+        for i in range(n):
             x, y = self.sample(dataset, i)
-            if x.shape != xs.shape[1:]:
-                raise self.wrong(f"sample {i} is {[*x.shape]}, sample 0 is {[*xs.shape[1:]]}")
+            again = self.sample(dataset, i)[0] if i < TWICE else x
+            if (x.shape, x.dtype) != (first.shape, first.dtype):
+                raise self.wrong(f"sample {i} is {_said(x)}, sample 0 is {_said(first)}; expected the same")
+            if again.shape != x.shape or not np.array_equal(x, again, equal_nan=x.dtype.kind == "f"):
+                raise self.wrong(
+                    f"its Dataset gives another sample {i} each time; leave out random transforms, the "
+                    "samples are read once (`augment` crop-flip shifts and flips images in training)"
+                )
             xs[i] = x
             ys.append(y)
             if time.monotonic() - told > TELLS:

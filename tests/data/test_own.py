@@ -129,11 +129,12 @@ def load():
     picture, label = module.FakeData(20, (3, 6, 5), 3)[7]
     assert np.array_equal(images.train_images[7].reshape(3, 6, 5), np.asarray(picture).transpose(2, 0, 1))
     assert images.train_labels[7] == label
-    assert module.asked == [0, 0, *range(1, 20), 0, 0, *range(1, 5)]
+    twice = [i for i in range(8) for _ in range(2)]  # whether they stay as they are
+    assert module.asked == [0, *twice, *range(8, 20), 0, *twice[:10]]
     load(name, Path())
-    assert len(module.asked) == 27
-    assert told[3] == (name, 4, 20)
-    assert len(told) == 19 + 4
+    assert len(module.asked) == 29 + 11
+    assert told[3] == (name, 3, 20)
+    assert len(told) == 20 + 5
 
 
 REFUSED = [
@@ -166,8 +167,10 @@ REFUSED = [
     ("(Stream(), Stream())", "gives a Dataset without a length"),
     ("(Own(images[:9], y[:2]), Own(images, y))", "sample 2: IndexError: index 2 is out of bounds"),
     ("([*images], [*y])", "sample 0 of its Dataset is a ndarray; expected (x, y)"),
-    ("(Own([images[0], images[0][:2]], y), Own(images, y))", "sample 1 is [2, 8, 8], sample 0 is [3, 8, 8]"),
+    ("(Own([images[0], images[0][:2]], y), Own(images, y))", "1 is uint8 [2, 8, 8], sample 0 is uint8"),
     ("(Large(), Large())", "its 1,000,000,000,000 samples take 192,000 GB in memory, there are"),
+    ("(Own([images[0], floats[0]], y), Own(images, y))", "sample 1 is float32 [5], sample 0 is uint8"),
+    ("(Own([images[0], images[0] / 2], y), Own(images, y))", "sample 1 is float64 [3, 8, 8], sample 0"),
     ("1 / 0", "ZeroDivisionError: division by zero"),
 ]  # fmt: skip
 
@@ -182,14 +185,15 @@ def test_what_is_no_data_set_is_said_in_a_line(given: str, said: str, mine: Call
     assert "\n" not in str(found.value)
 
 
-def test_random_transforms_are_not_frozen_in_silence(mine: Callable[[str], str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "moves", ["self.x[i] + draw.normal(size=(3, 8, 8))", "self.x[i][:, :, :: draw.choice([1, -1])]"]
+)
+def test_random_transforms_are_not_frozen_in_silence(moves: str, mine: Callable[[str], str]) -> None:
     name = mine("(Noisy(images, y), Noisy(images, y))")
     file = Path(name.rpartition(":")[0])
-    file.write_text(
-        file.read_text() + "\nclass Noisy(Own):\n    def __getitem__(self, i):\n"
-        "        return self.x[i] + draw.normal(size=(3, 8, 8)), self.y[i]\n"
-    )
-    with pytest.raises(UsageError, match="gives another sample 0 each time; leave out random transforms"):
+    noisy = f"class Noisy(Own):\n    def __getitem__(self, i):\n        return {moves}, self.y[i]\n"
+    file.write_text(f"{file.read_text()}\n{noisy}")
+    with pytest.raises(UsageError, match=r"gives another sample \d each time; leave out random transforms"):
         get_dataset(name)
 
 
