@@ -100,24 +100,27 @@ class Results:
     def __str__(self) -> str:
         arms = list(dict.fromkeys(point["arm"] for point in self.points))
         levels = sorted({point["level"] for point in self.points})
-        rows = [["level", "weights", *arms, *(f"ticket - {arm}" for arm in arms[1:])]]
+        means = [["level", "weights", *arms]]
+        gaps = [["level", *(f"ticket - {arm}" for arm in arms[1:])]]
         for level in levels:
             found = {arm: self._values(arm, level) for arm in arms}
             left = next(p["weights_remaining"] for p in self.points if p["level"] == level)
-            cells = [_mean([*values.values()]) for values in found.values()]
-            gaps = [
-                _mean([found["ticket"][seed] - value for seed, value in found[arm].items()], "+")
-                for arm in arms[1:]
-            ]
-            rows.append([str(level), f"{100 * left:.1f} %", *cells, *gaps])
-        wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(f"{cell:>{w}}" for cell, w in zip(row, wide, strict=True)).rstrip() for row in rows
-        ]
+            means.append([str(level), f"{100 * left:.1f} %", *(_mean([*v.values()]) for v in found.values())])
+            gaps.append(
+                [
+                    str(level),
+                    *(
+                        _mean([found["ticket"][s] - v for s, v in found[arm].items()], "+")
+                        for arm in arms[1:]
+                    ),
+                ]
+            )
         seeds = len({point["seed"] for point in self.points})
+        if seeds == 1:
+            return "\n".join([*_aligned(means), f"{self.metric} of one seed: too few to tell arms apart"])
         told = f"{self.metric}, mean of {seeds} seeds and its 95 % interval; differences seed by seed"
         return "\n".join(
-            [*lines, told if seeds > 1 else f"{self.metric} of one seed: too few to tell arms apart"]
+            [*_aligned(means), *(["", *_aligned(gaps[:1] + gaps[2:])] if arms[1:] else []), told]
         )
 
     def _values(self, arm: str, level: int) -> dict[int, float]:
@@ -418,6 +421,11 @@ def _mean(values: list[float], sign: str = "") -> str:
         return ""
     mean, half = mean_interval(values)
     return f"{mean:{sign}.4f}" + ("" if half is None else f" ± {half:.4f}")
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, wide, strict=True)).rstrip() for row in rows]
 
 
 def _json(data: Mapping[str, Any]) -> bytes:

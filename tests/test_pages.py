@@ -95,7 +95,7 @@ def test_the_experiment_of_the_page_on_any_network_runs(
         {"x": x, "y": y, "test_x": x, "test_y": y},
     )
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 11
     assert lines[0].split()[:3] == ["level", "weights", "ticket"]
     assert (tmp_path / "runs" / "mine" / "cells" / "seed1-ticket-03.safetensors").exists()
 
