@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,42 @@ def test_damaged_files_are_computed_again(name: str, computed: list[str], tmp_pa
     second = sparselth.imp(make, train, levels=2, seeds=(0,), out=tmp_path)
     assert [cell.arm for cell, _, _ in train.called] == computed
     assert bare(first) == bare(second)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_killed_at_any_file_it_comes_to_the_same(
+    before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small: dict[str, Any] = {"levels": 1, "seeds": (0,), "arms": ("reinit",), "rewind": 1}
+    whole = sparselth.imp(make, Train(), **small)
+    replace, written = os.replace, 0
+
+    def dies(at: int) -> Callable[[Any, Any], None]:
+        def then(source: Any, target: Any) -> None:
+            nonlocal written
+            written += 1
+            if written == at and before:
+                raise Killed
+            replace(source, target)
+            if written == at:
+                raise Killed
+
+        return then
+
+    for at in range(1, 8):  # the settings, tickets of levels 0 to 2, three cells
+        folder, written = tmp_path / str(at), 0
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", dies(at))
+            with pytest.raises(Killed):
+                sparselth.imp(make, Train(), **small, out=folder)
+        again = sparselth.imp(make, Train(), **small, out=folder)
+        assert bare(again) == bare(whole)
+        assert again.tickets == whole.tickets
+    assert len(list((tmp_path / "7" / "cells").iterdir())) == 6
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
