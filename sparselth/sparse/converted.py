@@ -47,6 +47,10 @@ class Converted(nn.Module):
         super().train(False)
         return self
 
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What torch calls instead of `forward` while it traces."""
+        raise ValueError("torch.jit.trace cannot see inside a converted network: save it with torch.save")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Converted:
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         if (probe.dtype, probe.device) != (self.dtype, self.device):
@@ -75,7 +79,7 @@ class ConvertedChain(Converted, Segment):
             y = _outside(self.answer, (x,), {})
             return y
         fits = x.dtype is self.dtype and x.shape[1:] == self.before and x.device == self.device
-        if fits and not torch.is_grad_enabled() and len(x) and not _special(self.device):
+        if fits and not torch.is_grad_enabled() and len(x) and not torch._C._is_any_autocast_enabled():
             y = self.run(x)
             return y
         return self.answer(x)
@@ -159,14 +163,8 @@ def weight_bytes(converted: Converted) -> int:
 
 def refuse(tensors: list[Tensor]) -> None:
     """ValueError for what a converted network cannot be asked for."""
-    if torch._C._get_tracing_state() is not None:
-        raise ValueError("torch.jit.trace cannot see inside a converted network: save it with torch.save")
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise ValueError("expected an input without gradient, got requires_grad=True: use torch.no_grad()")
-
-
-def _special(device: torch.device) -> bool:
-    return torch._C._get_tracing_state() is not None or torch.is_autocast_enabled(device.type)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

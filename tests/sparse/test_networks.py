@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -111,6 +112,10 @@ def test_networks_that_people_use(name: str, monkeypatch: pytest.MonkeyPatch) ->
         twin.float()
         for found, exact, torchs in zip(pytree.tree_leaves(converted(*inputs)), right, own, strict=True):
             assert check(found, exact, "fp32", terms=2000, own=torchs).fault is None
+    again = pickle.loads(pickle.dumps(converted))
+    assert [form.name for form in again.forms] == [form.name for form in converted.forms]
+    for found, wanted in zip(*(pytree.tree_leaves(net(*example)) for net in (again, converted)), strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("weights", [True, False])
