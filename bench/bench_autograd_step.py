@@ -2,8 +2,9 @@
 
 (a) the plain loop on resident tensors: torch.optim.SGD(fused=True), images and network as torch has them;
 (b) the same, channels-last; (c) the autograd engine, which gathers bytes, scales them, seeds whatever the
-forward may draw and updates one flat buffer. Each lives in a process of its own. Before anything is timed, (b) and (c) must have trained to equal
-weights, and (a) to nearly those: torch rounds batch norms otherwise in another layout.
+forward may draw and updates one flat buffer. Each lives in a process of its own. Before anything is timed,
+(b) and (c) must have trained to equal weights, (a) to nearly those: in its layout torch rounds batch norms
+otherwise.
 """
 
 from __future__ import annotations
