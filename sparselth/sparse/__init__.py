@@ -1,8 +1,8 @@
 """Pruned networks made small and fast: `compact`, `convert`, `explain`, `weight_bytes`, and in training:
-`compress`, `dense`."""
+`compress`, `dense`, `masks_left`."""
 
 from sparselth.sparse.compaction import Compacted, Units, compact
-from sparselth.sparse.compress import compress, dense
+from sparselth.sparse.compress import compress, dense, masks_left
 from sparselth.sparse.convert import convert
 from sparselth.sparse.converted import Converted, explain, weight_bytes
 
@@ -15,5 +15,6 @@ __all__ = [
     "convert",
     "dense",
     "explain",
+    "masks_left",
     "weight_bytes",
 ]

@@ -17,7 +17,7 @@ from sparselth.check import check
 from sparselth.errors import UsageError
 from sparselth.masks import Masks
 from sparselth.optim import MaskedAdam, MaskedSGD
-from sparselth.sparse import compress, dense
+from sparselth.sparse import compress, dense, masks_left
 from sparselth.sparse.compress import compressed_state
 from sparselth.sparse.trainable import CompressedConv2d, CompressedLinear
 
@@ -401,7 +401,28 @@ def test_every_layer_has_its_reason() -> None:
     }
     assert fast.head.weight is fast.embed.weight
     assert "1 of 7 layers compressed" in str(fast.compression)
+    assert "25 %" in str(fast.compression)
+    assert "always" in str(compress(model, masks, below=2.0).compression)
     assert fast(torch.randint(7, (2, 5))).shape == (2, 5, 7)
+
+
+def test_what_stays_dense_is_pruned_too_and_stays_so_under_the_masks_left() -> None:
+    model = Tied()
+    masks = {n: random_mask(tuple(p.shape), 0.2) for n, p in model.named_parameters() if p.dim() > 1}
+    given: dict[str, Tensor] | Masks
+    for given in (masks, Masks(masks, model)):
+        fast = compress(model, given, below=1.0)
+        left = masks_left(fast, given)
+        assert len(left) == len(masks) - 3  # free, full and last are compressed
+        optimizer = MaskedAdam(fast.parameters(), 0.1, masks=left)
+        for _ in range(2):
+            optimizer.zero_grad()
+            y = fast(torch.randint(7, (2, 5))).square().sum()
+            (y + fast.grouped(torch.randn(1, 4, 5, 5)).square().sum()).backward()
+            optimizer.step()
+        for name in ("embed.weight", "grouped.weight", "dilated.weight"):
+            assert not fast.get_parameter(name)[~masks[name]].any()
+            assert model.get_parameter(name)[~masks[name]].any()
 
 
 def test_a_transformer_layer_takes_no_fast_path() -> None:
