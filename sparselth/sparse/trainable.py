@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparselth.errors import UsageError
-from sparselth.kernels import _pieces, bitmask
+from sparselth.kernels import _native, _pieces, bitmask
 from sparselth.kernels.csr_linear import CsrIndex, csr_input_grad, csr_linear, csr_weight_grad
 from sparselth.kernels.sparse_conv2d import (
     Conv2dIndex,
@@ -174,10 +174,16 @@ class CompressedConv2d(Compressed, nn.Conv2d):
         return y if x.dim() == 4 else y[0]
 
 
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Without autocast, which torch's products would follow; those in C know of none."""
+    return function if _native.LIB is not None else torch.autocast("cpu", enabled=False)(function)
+
+
 class _Product(torch.autograd.Function):
     """act(W x + b) of images or vectors, batch first under any strides, to features-major memory."""
 
     @staticmethod
+    @_plain
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, index: Index) -> Tensor:
         rows = columns(x)
         after = (index.shape[0], *index.out) if isinstance(index, Conv2dIndex) else index.shape[:1]
@@ -193,6 +199,7 @@ class _Product(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
+    @_plain
     def backward(ctx: Any, dy: Tensor) -> Any:
         refuse_second()
         index: Index = ctx.index
