@@ -18,6 +18,7 @@ from torch import Tensor
 LEAST = 1 << 18  # floats: what is smaller comes from memory that the C library keeps
 AGE = 256  # how many pieces may be asked for since a free one was, before it is given back
 
+_USES = getattr(torch._C, "_storage_Use_Count", None)  # torch's own; without it nothing is known to be free
 _LOCK = threading.Lock()
 _PIECES: dict[int, list[_Piece]] = {}
 _asked = 0
@@ -32,7 +33,7 @@ class _Piece:
     def free(self) -> bool:
         """Whether nobody else holds it, nor may in another process, nor has changed its size."""
         storage = self.storage
-        alone = torch._C._storage_Use_Count(storage._cdata) == 1 and sys.getrefcount(storage) == 3
+        alone = _USES(storage._cdata) == 1 and sys.getrefcount(storage) == 3
         return alone and not storage.is_shared() and storage.nbytes() == 4 * self.size
 
 
@@ -44,7 +45,7 @@ def take(shape: Sequence[int], strides: Sequence[int] | None = None) -> Tensor:
         for n in reversed(shape[1:]):
             strides.insert(0, strides[0] * n)
     size = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if all(shape) else 0
-    if size < LEAST:
+    if size < LEAST or _USES is None:
         return torch.empty_strided(tuple(shape), tuple(strides), dtype=torch.float32, device="cpu")
     size = -(-size // (part := 1 << size.bit_length() - 4)) * part
     with _LOCK:

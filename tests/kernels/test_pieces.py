@@ -89,3 +89,9 @@ def test_what_is_not_asked_for_any_more_is_given_back() -> None:
 def test_pieces_are_little_larger_than_asked_for(size: int) -> None:
     taken = _pieces.take((size,))
     assert size <= taken.untyped_storage().nbytes() // 4 <= size * 9 / 8
+
+
+def test_without_torchs_count_memory_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_pieces, "_USES", None)
+    assert _pieces.take((SIZE,)).shape == (SIZE,)
+    assert not _pieces.held()
