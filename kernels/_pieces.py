@@ -33,7 +33,7 @@ class _Piece:
     def free(self) -> bool:
         """Whether nobody else holds it, nor may in another process, nor has changed its size."""
         storage = self.storage
-        alone = _USES(storage._cdata) == 1 and sys.getrefcount(storage) == 3
+        alone = _USES is not None and _USES(storage._cdata) == 1 and sys.getrefcount(storage) == 3
         return alone and not storage.is_shared() and storage.nbytes() == 4 * self.size
 
 
