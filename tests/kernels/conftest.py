@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from covering import covering
 from oracle import poisoned
@@ -41,6 +42,17 @@ def poison() -> Iterator[None]:
     """What an op allocates, or a test for it, is full of NaN, which shows where it is left unwritten."""
     with poisoned(guard=0):
         yield
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """The level of the native kernels and torch's threads are what they were, whatever a test chose."""
+    threads = torch.get_num_threads()
+    yield
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+    if _native.LEVEL:
+        _native.choose(_native.LEVEL)
 
 
 @contextmanager

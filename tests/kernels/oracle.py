@@ -20,7 +20,7 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sparselth.check import ROUNDING, check
-from sparselth.kernels import _graphs
+from sparselth.kernels import _graphs, _native
 from sparselth.measure.floors import precision as precision
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,6 +33,14 @@ FLOATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 MOST = {"fp32": 1e-6, "tf32": 2e-3}
 NAN, INF = float("nan"), float("inf")
 T = TypeVar("T")
+
+
+def kernels_of(way: str) -> str:
+    """The argument `kernels` for a level of the native kernels, which is chosen, or for its own name."""
+    if way in _native.LEVELS:
+        _native.choose(way)
+        return "native"
+    return way
 
 
 class Wrong(AssertionError):

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oracle import kernels_of
 from sparselth.check import check
 from sparselth.kernels import _native
 from sparselth.kernels.batch_norm import batch_norm, batch_norm_backward, floor
 
 WAYS = [*_native.levels(), "reference"]
 SHAPES = [(1, 2), (3, 7), (5, 64), (4, 2048), (2, 2049), (3, 5000), (7, 33)]
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    yield
-    if _native.LEVEL:
-        _native.choose(_native.LEVEL)
-
-
-def kernels_of(way: str) -> str:
-    if way in _native.LEVELS:
-        _native.choose(way)
-        return "native"
-    return way
 
 
 def right(x: Tensor, scale: Tensor, shift: Tensor, dy: Tensor, eps: float) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from oracle import kernels_of
 from sparselth.kernels import _native
 from sparselth.kernels.csr_linear import (
     CsrIndex,
@@ -30,23 +30,6 @@ CASES = int(os.environ.get("SPARSELTH_CASES", "25"))
 CANARY = 12345.0
 WAYS = [*_native.levels(), "torch", "reference"]  # levels of the native kernels, then the others
 needs_native = pytest.mark.skipif(_native.LIB is None, reason=f"native kernels: {_native.WHY}")
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    if _native.LEVEL:
-        _native.choose(_native.LEVEL)
-
-
-def kernels_of(way: str) -> str:
-    """The argument `kernels` for one of WAYS, whose level is chosen."""
-    if way in _native.LEVELS:
-        _native.choose(way)
-        return "native"
-    return way
 
 
 def padded(t: Tensor, ld: int, offset: int, filling: float) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,6 @@ def run(code: str, environment: dict[str, str]) -> None:
 
 
 needs_native = pytest.mark.skipif(_native.LIB is None, reason=f"native kernels: {_native.WHY}")
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    yield
-    if _native.LEVEL:
-        _native.choose(_native.LEVEL)
 
 
 @needs_native

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from oracle import kernels_of
 from sparselth.kernels import _native
 from sparselth.kernels._triton import INTERPRET
 from sparselth.kernels.score_update import RULES, bind_score_update, floor, top
@@ -22,21 +23,6 @@ WAYS = [*_native.levels(), "reference"]
 VALUES = [-2.0, -1.0, -0.5, -0.0, 0.0, 0.25, 1.0, 2.0, float("inf"), -float("inf"), float("nan"), 1e-40]
 GROUPS = [[(0, 300)], [(304, 41), (352, 1), (368, 130)]]  # gaps between, and one behind
 KEEP, SIZE = [150, 20], 512
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    yield
-    if _native.LEVEL:
-        _native.choose(_native.LEVEL)
-
-
-def kernels_of(way: str) -> str:
-    """The argument `kernels` for one of WAYS, whose level is chosen."""
-    if way in _native.LEVELS:
-        _native.choose(way)
-        return "native"
-    return way
 
 
 def largest(values: Tensor, keep: int, signed: bool) -> set[int]:

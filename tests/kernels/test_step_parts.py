@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from oracle import kernels_of
 from sparselth.engine import dense, layers
 from sparselth.kernels import _native
 from sparselth.kernels.step_parts import (
@@ -43,23 +43,6 @@ WILD = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-40, 3e38, -3e38]
 needs_native = pytest.mark.skipif(_native.LIB is None, reason=f"native kernels: {_native.WHY}")
 sizes = st.sampled_from([*range(1, 20), 31, 32, 33, 59, 60, 64, 65, 100, 127, 128, 130])
 seeds = st.integers(0, 10**6)
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    if _native.LEVEL:
-        _native.choose(_native.LEVEL)
-
-
-def kernels_of(way: str) -> str:
-    """The argument `kernels` for one of WAYS, whose level is chosen."""
-    if way in _native.LEVELS:
-        _native.choose(way)
-        return "native"
-    return way
 
 
 class Laid:
