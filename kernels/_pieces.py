@@ -30,11 +30,23 @@ class _Piece:
         self.size, self.last = size, 0
 
     @property
+    def holders(self) -> tuple[int, int]:
+        """How many hold the storage in C++ and in Python, as this very line counts them."""
+        storage = self.storage
+        return (_USES(storage._cdata) if _USES else 0), sys.getrefcount(storage)
+
+    @property
+    def lost(self) -> bool:
+        """Whether it will never be free: another process may hold it, or its size was changed."""
+        return self.storage.is_shared() or self.storage.nbytes() != 4 * self.size
+
+    @property
     def free(self) -> bool:
         """Whether nobody else holds it, nor may in another process, nor has changed its size."""
-        storage = self.storage
-        alone = _USES is not None and _USES(storage._cdata) == 1 and sys.getrefcount(storage) == 3
-        return alone and not storage.is_shared() and storage.nbytes() == 4 * self.size
+        return _USES is not None and self.holders == _ALONE and not self.lost
+
+
+_ALONE = _Piece(1).holders  # versions of Python and torch count differently
 
 
 def take(shape: Sequence[int], strides: Sequence[int] | None = None) -> Tensor:
@@ -73,7 +85,8 @@ def clear() -> None:
 
 
 def _give_back(everything: bool = False) -> None:
+    oldest = _asked + 1 if everything else _asked - AGE
     for size, pieces in [*_PIECES.items()]:
-        pieces[:] = [one for one in pieces if not one.free or (one.last >= _asked - AGE and not everything)]
+        pieces[:] = [p for p in pieces if not p.lost and (p.last >= oldest or not p.free)]
         if not pieces:
             del _PIECES[size]

@@ -18,7 +18,7 @@ from math import sqrt
 from torch import Tensor, nn
 
 from sparselth.kernels.hash_weights import hash_weights, matrix
-from sparselth.kernels.seed_conv2d import seed_conv2d
+from sparselth.kernels.seed_conv2d import seed_conv2d, sizes
 from sparselth.kernels.seed_linear import SeedWeight, seed_linear
 from sparselth.models import Model
 from sparselth.models.torch import network
@@ -94,6 +94,8 @@ class SeedConv2d(Seeded):
         self.stride, self.padding = stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
+        if not len(x):
+            return x.new_zeros(0, self.shape[0], *sizes(x, [*self.shape], self.stride, self.padding))
         kept, turned = self.drawn()
         y = seed_conv2d(x, kept, stride=self.stride, padding=self.padding)
         if turned is None:

@@ -246,7 +246,8 @@ class RunTicket(Ticket):
 
         from sparselth.models.torch import network
 
-        return network(self.model, torch.from_numpy(weights))
+        seed = re.match(r"seed(\d+)-", str(self.header.get("cell")))
+        return network(self.model, torch.from_numpy(weights), int(seed[1]) if seed else 0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -187,3 +187,11 @@ def test_what_is_no_strong_ticket_is_a_line(tmp_path: Path) -> None:
     tickets.save(weak, model.params, content, model=model.name, cell=weak.stem, **where)
     with pytest.raises(SparselthError, match=r"expected a strong ticket, .* found 'sparselth.cell/1'"):
         strong_tickets.load(weak)
+
+
+def test_no_images_give_no_outputs(tmp_path: Path) -> None:
+    model = MODELS["conv2@0.1"]
+    frozen = frozen_by("edge-popup", 3)
+    flat = METHODS["edge-popup"].start(frozen, model.params, torch.Generator().manual_seed(1))
+    net = seeded(model, effective(frozen, model.params, flat), 3)
+    assert net(torch.zeros(0, *model.input)).shape == (0, 10)

@@ -48,13 +48,14 @@ class Graph(nn.Module):
         return values[-1]
 
 
-def network(model: Model, flat: Tensor) -> nn.Module:
+def network(model: Model, flat: Tensor, seed: int = 0) -> nn.Module:
     """The model in training mode, with the weights of a flat buffer [P]; "conv1.weight" is one of them.
 
-    A chain is a plain nn.Sequential, any other model a `Graph`; what is a module already is made again.
+    A chain is a plain nn.Sequential, any other model a `Graph`; what is a module already is made again:
+    of `seed`, whose draws are also in what no buffer saves.
     """
     if isinstance(model, ModuleModel):
-        net = model.build(0)
+        net = model.build(seed)
         model.params.scatter(flat, net)
         return net
     return _joined(model, _layers(model, flat))

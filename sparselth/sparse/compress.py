@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -37,6 +36,7 @@ from sparselth.masks import by_parameter, unwrapped
 from sparselth.params import TensorSpec
 from sparselth.sparse import columns
 from sparselth.sparse.forms.conv import Filters
+from sparselth.sparse.reference import copied
 from sparselth.sparse.trainable import Compressed, CompressedConv2d, CompressedLinear
 
 if TYPE_CHECKING:
@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 
 # Without an example: the least break-even of nine layers of a ResNet-18 and a LeNet on an AMD EPYC was 0.37
 BELOW = 0.25
+FAST_PATHS = (  # of torch, which would read dense weights: what is False where it is not taken
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu"),
+    (nn.TransformerEncoder, "use_nested_tensor"),  # which that path alone takes
+)
 ENOUGH = 32  # images: from two cache lines of the batch on a convolution's times grow with it
 
 
@@ -119,7 +123,7 @@ def compress(model: nn.Module, masks: AnyMasks, example: Any = None, below: floa
     if elsewhere := next((f"{n} on {p.device}" for n, p in model.named_parameters() if not p.is_cpu), None):
         raise UsageError(f"compress: expected a model on a CPU, got {elsewhere}; model.cpu() moves it there")
     masked = {id(p): mask for p, mask in by_parameter(model, masks).items()}
-    copy = deepcopy(model)
+    copy = copied(model)
     layers: dict[str, _Layer] = {}
     left: dict[str, Choice] = {}
     names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
@@ -149,8 +153,10 @@ def compress(model: nn.Module, masks: AnyMasks, example: Any = None, below: floa
             kind = CompressedConv2d if isinstance(layer.module, nn.Conv2d) else CompressedLinear
             kind.of(layer.module, layer.mask)
     for module in copy.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):  # its fast path would read dense weights
-            module.was_relu_or_gelu, module.activation_relu_or_gelu = module.activation_relu_or_gelu, 0  # type: ignore[assignment]
+        for type_, name in FAST_PATHS:
+            if isinstance(module, type_) and hasattr(module, name):
+                module.__dict__.setdefault(f"was_{name}", getattr(module, name))
+                setattr(module, name, False)
     if any(isinstance(module, CompressedConv2d) for module in copy.modules()):
         columns.enter(copy)
     copy.compression = Compression(left.values())  # type: ignore[assignment]
@@ -159,12 +165,13 @@ def compress(model: nn.Module, masks: AnyMasks, example: Any = None, below: floa
 
 def dense(model: nn.Module) -> nn.Module:
     """A copy of a compressed model with dense layers again, 0 where they are pruned."""
-    copy = deepcopy(unwrapped(model))
+    copy = copied(unwrapped(model))
     for module in copy.modules():
         if isinstance(module, Compressed):
             module.undo()
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = module.__dict__.pop("was_relu_or_gelu")
+        for _, name in FAST_PATHS:
+            if f"was_{name}" in module.__dict__:
+                setattr(module, name, module.__dict__.pop(f"was_{name}"))
     columns.leave(copy)
     copy.__dict__.pop("compression", None)
     return copy
@@ -244,10 +251,11 @@ def _run(model: nn.Module, layers: Mapping[str, _Layer], example: Any) -> None:
     kernels = "torch" if _native.LIB is None else "native"
 
     def note(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-            layer, (x, *_) = layers[name], args
+        def hook(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], y: Tensor) -> None:
+            layer, x = layers[name], args[0] if args else named["input"]
             spec = TensorSpec(name, tuple(layer.mask.shape), 0)
-            if isinstance(module, nn.Conv2d) and x.dim() == 4:
+            if isinstance(module, nn.Conv2d):
+                x, y = (t if t.dim() == 4 else t[None] for t in (x, y))
                 filters, size = Filters.of(module, layer.mask), module.kernel_size[0]
                 assert filters is not None
                 kind: models.Layer = models.Conv(len(y[0]), size, filters.padding, filters.stride)
@@ -259,7 +267,9 @@ def _run(model: nn.Module, layers: Mapping[str, _Layer], example: Any) -> None:
 
         return hook
 
-    hooks = [layer.module.register_forward_hook(note(name)) for name, layer in layers.items()]
+    hooks = [
+        layer.module.register_forward_hook(note(name), with_kwargs=True) for name, layer in layers.items()
+    ]
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -198,16 +198,7 @@ def masked_copy(model: nn.Module, found: Mapping[Tensor, Tensor], given: Given) 
 
     ValueError where it cannot be copied.
     """
-    with _as_it_was(model):
-        for module in model.modules():  # torch copies no results of a graph
-            made = {
-                k: v for k, v in module.__dict__.items() if isinstance(v, Tensor) and v.grad_fn is not None
-            }
-            module.__dict__.update({name: made[name].detach() for name in made})
-        try:
-            twin = copy.deepcopy(model)
-        except Exception as error:
-            raise ValueError(f"model: cannot be copied: {one_line(str(error))}") from error
+    twin = copied(model)
     own = dict(twin.named_parameters(remove_duplicate=False))
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter in found:
@@ -218,6 +209,20 @@ def masked_copy(model: nn.Module, found: Mapping[Tensor, Tensor], given: Given) 
     for module in [*twin.modules()]:
         _bake(module)
     return twin.eval()
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy; ValueError where it cannot be copied."""
+    with _as_it_was(model):
+        for module in model.modules():  # torch copies no results of a graph
+            made = {
+                k: v for k, v in module.__dict__.items() if isinstance(v, Tensor) and v.grad_fn is not None
+            }
+            module.__dict__.update({name: made[name].detach() for name in made})
+        try:
+            return copy.deepcopy(model)
+        except Exception as error:
+            raise ValueError(f"model: cannot be copied: {one_line(str(error))}") from error
 
 
 ENDS = "orig", "mask", "g", "v", "u"  # of what torch's hooks make a weight of

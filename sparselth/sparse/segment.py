@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselth.sparse.forms import FORMS, Formed
+from sparselth.sparse.forms import FORMS, Formed, Stage
 from sparselth.sparse.network import BATCHES, network
 
 
@@ -77,9 +77,7 @@ class Segment(nn.Module):
                 pool = replace(pool, before=shape, after=tuple(pool.module(y).shape[1:]))
                 shape = pool.after
             stage = replace(stage, part=part, pool=pool, select=select)
-            again = FORMS[form.name]
-            fits = again.fits(stage, form.device, form.batch) and again.layout == form.layout
-            plan.append((again if fits else FORMS["dense"]).of(stage, form.device, form.batch))
+            plan.append(_formed(form, stage))
         return plan
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -119,7 +117,7 @@ class Segment(nn.Module):
                         own[what] = new.detach().to(old).contiguous()
                 weight = own["weight"]
                 assert weight is not None
-                form = FORMS[form.name].of(stage.dressed(weight, own["bias"]), form.device, form.batch)
+                form = _formed(form, stage.dressed(weight, own["bias"]))
             plan.append(form)
         if strict:
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
@@ -132,3 +130,10 @@ class Segment(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._link()
+
+
+def _formed(like: Formed, stage: Stage) -> Formed:
+    """A stage in the form of another where that fits it, else dense."""
+    form = FORMS[like.name]
+    fits = form.fits(stage, like.device, like.batch) and form.layout == like.layout
+    return (form if fits else FORMS["dense"]).of(stage, like.device, like.batch)

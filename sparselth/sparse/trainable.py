@@ -140,9 +140,9 @@ class CompressedLinear(Compressed, nn.Linear):
 
     dense_type = nn.Linear
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[..., N]"""
-        n, k = self.shape
+        x, (n, k) = input, self.shape
         if x.shape[-1:] != (k,):
             raise UsageError(f"CompressedLinear: expected an input [..., {k}], got {[*x.shape]}")
         if not self._takes(x):
@@ -156,9 +156,9 @@ class CompressedConv2d(Compressed, nn.Conv2d):
 
     dense_type = nn.Conv2d
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[B, N, P, Q]"""
-        channels = self.shape[1]
+        x, channels = input, self.shape[1]
         if x.dim() not in (3, 4) or x.shape[-3] != channels:
             raise UsageError(f"CompressedConv2d: expected images [B, {channels}, H, W], got {[*x.shape]}")
         if not self._takes(x):

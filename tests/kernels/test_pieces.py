@@ -96,3 +96,11 @@ def test_without_torchs_count_memory_is_fresh(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(_pieces, "_USES", None)
     assert _pieces.take((SIZE,)).shape == (SIZE,)
     assert _pieces.held() == held
+
+
+def test_what_can_never_be_free_is_not_held() -> None:
+    held = _pieces.held()
+    for _ in range(4):
+        _pieces.take((SIZE,)).share_memory_()
+        _pieces.take((SIZE,)).untyped_storage().resize_(0)
+    assert _pieces.held() <= held + 4 * SIZE

@@ -19,6 +19,7 @@ from sparselth.errors import SparselthError, UsageError
 from sparselth.models import MODELS, get_model
 from sparselth.models.module import ModuleModel
 from sparselth.streams import stream
+from sparselth.tickets import Content, RunTicket
 
 FILE = '''
 """Networks of a user's."""
@@ -208,3 +209,25 @@ def test_what_needs_known_layers_is_told_that_there_are_none(what: str) -> None:
 def test_a_word_model_with_its_own_output() -> None:
     model = module_model(lambda: Words(7), (5,), tokens=True)
     assert [spec.name for spec in model.weights if spec.output] == ["head.weight"]
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_ticket_is_the_network_of_its_seed(seed: int, folder: Path) -> None:
+    """With what `make` draws and no state holds, too."""
+    (folder / "shuffled.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.register_buffer('order', torch.randperm(784), persistent=False)\n"
+        "        self.fc = nn.Linear(784, 10)\n\n"
+        "    def forward(self, x):\n        return self.fc(x.flatten(1)[:, self.order])\n\n\n"
+        "def make():\n    return Net()\n"
+    )
+    model = fitted("shuffled.py:make")
+    net = model.build(seed)
+    flat = model.params.gather(net)
+    mask = np.ones(model.params.mask_size, bool)
+    ticket = RunTicket(
+        model, {"cell": f"seed{seed}-ticket-01"}, Content(mask, flat[0].numpy()), None, Path("t")
+    )
+    x = torch.randn(4, 1, 28, 28)
+    torch.testing.assert_close(ticket.trained()(x), net.eval()(x))

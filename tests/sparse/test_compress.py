@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from sparselth.check import check
 from sparselth.errors import UsageError
@@ -481,3 +482,58 @@ def test_refusals_in_one_line() -> None:
     conv, _, _ = pair(nn.Conv2d(3, 4, 3), 0.5)
     with pytest.raises(UsageError, match=r"expected images \[B, 3, H, W\], got \[1, 4, 5, 5\]"):
         conv(torch.randn(1, 4, 5, 5))
+
+
+def test_a_transformer_takes_padding_in_evaluation() -> None:
+    """Whose batch torch makes nested there, for a fast path that would read dense weights."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0), 2)
+    wide = {name: p for name, p in model.named_parameters() if "linear" in name and p.dim() > 1}
+    masks = {name: random_mask(tuple(p.shape), 0.1) for name, p in wide.items()}
+    for name, p in wide.items():
+        p.data.mul_(masks[name])
+    fast = compress(model, masks, below=0.5).eval()
+    again, right = dense(fast), deepcopy(model).double().eval()
+    assert (again.use_nested_tensor, right.use_nested_tensor, fast.use_nested_tensor) == (True, True, False)
+    right.use_nested_tensor = False
+    x, padding = torch.randn(3, 7, 32), torch.zeros(3, 7, dtype=torch.bool)
+    padding[1, 5:] = True
+    with torch.no_grad():
+        expected = right(x.double(), src_key_padding_mask=padding)[~padding]
+        for net in (fast, again):
+            check(net(x, src_key_padding_mask=padding)[~padding], expected, "fp32", terms=256)
+
+
+def test_a_model_whose_weights_a_hook_makes_is_copied_after_a_forward() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    prune.l1_unstructured(model[0], "weight", 0.9)
+    x = torch.randn(4, 64)
+    y = model(x)
+    y.sum().backward()
+    fast = compress(model, {"2.weight": torch.ones(10, 32, dtype=torch.bool)}, below=2.0)
+    assert isinstance(fast[2], CompressedLinear)
+    torch.testing.assert_close(fast(x), y)
+    fast(x).sum().backward()
+    torch.testing.assert_close(dense(fast)(x), y)
+
+
+class ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(48, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(input=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "name"),
+    [
+        (ByName(), torch.randn(5, 48), "fc.weight"),
+        (nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(3, 8, 8), "0.weight"),
+    ],
+)
+def test_an_example_by_keyword_or_of_one_image(model: nn.Module, x: Tensor, name: str) -> None:
+    mask = random_mask(tuple(model.get_parameter(name).shape), 0.1)
+    model.get_parameter(name).data.mul_(mask)
+    fast = compress(model, {name: mask}, x)
+    torch.testing.assert_close(fast(x), model(x))

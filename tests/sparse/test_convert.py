@@ -30,12 +30,16 @@ from conversions import (
     weights,
 )
 from sparselth import sparse
+from sparselth.check import check
 from sparselth.engine.dense import init_weights
 from sparselth.kernels import _native
 from sparselth.kernels.step_parts import Call
 from sparselth.models import MODELS
 from sparselth.models.torch import sequential
-from sparselth.sparse.forms import Formed
+from sparselth.sparse.compaction import Part
+from sparselth.sparse.device import Device
+from sparselth.sparse.forms import FORMS, Formed, Stage
+from sparselth.sparse.segment import Segment
 
 choosing = importlib.import_module("sparselth.sparse.choice")
 
@@ -302,3 +306,17 @@ def test_without_native_kernels(environment: dict[str, str], tmp_path: Path) -> 
     assert "native kernels: off by SPARSELTH_NATIVE" in done.stdout
     assert "CSR" in done.stdout
     assert "Warning" not in done.stderr
+
+
+def test_weights_that_no_longer_fit_a_form_are_loaded_as_dense() -> None:
+    draw = torch.Generator().manual_seed(0)
+    model = nn.Linear(256, 256).requires_grad_(False)
+    blocks = torch.rand(8, 8, generator=draw) < 0.3
+    model.weight *= blocks.repeat_interleave(32, 0).repeat_interleave(32, 1)
+    x = torch.randn(5, 256, generator=draw)
+    stage = Stage(Part("0", model, (256,), (256,)))
+    net = Segment([FORMS["block_linear"].of(stage, Device.of(x), 64)])
+    weight = torch.randn(256, 256, generator=draw) * (torch.rand(256, 256, generator=draw) < 0.3)
+    bias = torch.randn(256, generator=draw)
+    net.load_state_dict({"0.weight": weight, "0.bias": bias})
+    check(net(x), nn.functional.linear(x.double(), weight.double(), bias.double()), "fp32", terms=256)
