@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from sparselth import pruning
 from sparselth.errors import UsageError
@@ -241,7 +241,10 @@ def _units(module: nn.Module, spec: TensorSpec) -> Tensor:
             groups, 1, shape[2], *(1 for _ in shape[3:])
         )
     else:
-        numbers = torch.arange(shape[0], device="cpu").view(-1, *(1 for _ in shape[1:]))
+        at = 0  # what is no layer's, a table of places [1, T, K], has its units behind axes of one
+        if not isinstance(owner, nn.Linear | nn.Bilinear | _ConvNd):
+            at = next((i for i, n in enumerate(shape) if n > 1), 0)
+        numbers = torch.arange(shape[at], device="cpu").view(-1, *(1 for _ in shape[at + 1 :]))
     return numbers.expand(shape).reshape(-1)
 
 

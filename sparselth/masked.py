@@ -26,7 +26,7 @@ from torch import Tensor
 from sparselth.kernels._choose import use_triton
 from sparselth.kernels.bitmask import pack, unpack
 from sparselth.kernels.masked_update import alike, is_dense
-from sparselth.masks import by_parameter, checked, refuse_shards
+from sparselth.masks import Masks, by_parameter, checked, refuse_shards
 
 if TYPE_CHECKING:
     from sparselth.masks import AnyMasks
@@ -92,6 +92,7 @@ class Masked(torch.optim.Optimizer, ABC):
         params = [*zip(names, self._params(), strict=True)] if named else self._params()
         for param, mask in by_parameter(params, masks or {}).items():
             self.set_mask(param, mask)
+        self._given = masks if isinstance(masks, Masks) else None  # of parameters that are added later, too
 
     def _forget(self) -> None:
         """Empty what is made from masks and learning rates on demand, by `id` of parameter or group."""
@@ -125,6 +126,12 @@ class Masked(torch.optim.Optimizer, ABC):
             self.param_groups.pop()
             raise
         self.param_groups[-1].setdefault("masked", 0)
+        given = getattr(self, "_given", None)
+        if given is not None and given.model is not None:
+            added = {*map(id, self.param_groups[-1]["params"])}
+            for param, mask in by_parameter(given.model, given).items():
+                if id(param) in added:
+                    self.set_mask(param, mask)
 
     @torch.no_grad()
     def set_mask(self, param: Tensor, mask: Tensor | None) -> None:
@@ -187,7 +194,7 @@ class Masked(torch.optim.Optimizer, ABC):
         return {**found, "state": states, "masks": masks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load moments, options and masks; without masks, as in torch's own checkpoints, masks stay.
+        """Load moments, options and masks; without any, as in torch's own or dense checkpoints, masks stay.
 
         Weights that the masks prune are set to 0. ValueError where the state was saved under other masks than
         those it holds or, without any, those that are set.
@@ -199,7 +206,7 @@ class Masked(torch.optim.Optimizer, ABC):
         bits = {number: state.pop("mask") for number, state in states.items() if "mask" in state}
         masks = {i: self._masks.get(param) for i, param in enumerate(params)}
         loaded = {i: bits[number] for i, number in enumerate(numbers) if number in bits}
-        if "masks" in state_dict:
+        if state_dict.get("masks"):
             masks, loaded = dict.fromkeys(masks), state_dict["masks"]
         for i, packed in loaded.items():
             size = -(-params[i].numel() // 8) if i in masks else None
@@ -207,8 +214,9 @@ class Masked(torch.optim.Optimizer, ABC):
                 raise ValueError(f"expected {size} bytes of mask for parameter {i}, got {list(packed.shape)}")
             masks[i] = packed.to(torch.uint8)  # torch's own optimizers cast it to the parameter's type
         said = [int(group["masked"]) for group in groups if "masked" in group]
-        if len(said) == len(groups) and sum(said) != _sum(
-            packed for packed in masks.values() if packed is not None
+        if len(said) == len(groups) and sum(said) not in (
+            0,
+            _sum(packed for packed in masks.values() if packed is not None),
         ):
             raise ValueError(
                 f"the optimizer's state was saved under masks that are gone, it holds {len(loaded)}: give "

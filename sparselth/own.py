@@ -52,7 +52,7 @@ from sparselth.calls import (
 from sparselth.config import Cell
 from sparselth.errors import SparselthError, UsageError, check_number
 from sparselth.experiments.arms import ARMS, Arm, Reinit
-from sparselth.files import read_json, sealed, unsealed, write_atomically
+from sparselth.files import checksum, read_json, sealed, unsealed, write_atomically
 from sparselth.lock import locked
 from sparselth.masks import Masks, by_parameter, unwrapped
 from sparselth.report.stats import mean_interval
@@ -205,9 +205,7 @@ class _Run:
             "schema": SCHEMA,
             "rate": self.rate,
             "scope": self.scope,
-            "score": self.score
-            if isinstance(self.score, str)
-            else getattr(self.score, "__qualname__", "function"),
+            "score": self.score if isinstance(self.score, str) else _called(self.score),
             "exclude": [entry if isinstance(entry, str) else entry.__name__ for entry in excluded],
             "rewind": self.rewind,
         }
@@ -397,6 +395,18 @@ def _watched(model: nn.Module, step: int) -> Iterator[list[dict[str, Any]]]:
         yield found
     finally:
         handle.remove()
+
+
+def _called(score: Any) -> str:
+    """The name of a function; behind that of a lambda, which all have, 8 hex digits of what it computes."""
+    name, code = getattr(score, "__qualname__", "function"), getattr(score, "__code__", None)
+    if code is None or not name.endswith("<lambda>"):
+        return str(name)
+    plain = [
+        one for one in code.co_consts if isinstance(one, int | float | str)
+    ]  # repr of a set has any order
+    said = repr((code.co_code.hex(), code.co_names, plain))
+    return f"{name} {checksum(said.encode())[:8]}"
 
 
 def _metrics(found: Any) -> dict[str, float]:

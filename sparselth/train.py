@@ -18,7 +18,7 @@ from sparselth.engine.state import Batch, Job, Stopped, never
 from sparselth.models import Model
 from sparselth.models.module import ModuleModel
 
-DIVERGED_LOSS = 1e6  # a network that knows nothing loses ln(classes)
+DIVERGED_LOSS = 1e6  # of cross-entropy: a network that knows nothing loses ln(classes)
 
 
 def fit(
@@ -158,11 +158,13 @@ def _find_diverged(batch: Batch, losses: list[float]) -> None:
     """Mark the jobs that have diverged."""
     # buffers of a module may be infinite from the first, as masks of attention are
     n = batch.model.params.trained_size if isinstance(batch.model, ModuleModel) else batch.weights.shape[1]
+    own = isinstance(batch.model, ModuleModel) and batch.model.loss is not None  # whose scale is the user's
+    most = float("inf") if own else DIVERGED_LOSS
     finite = (
         torch.stack([t[:, :n].isfinite().all(1) for t in (batch.weights, *batch.moments)]).all(0).tolist()
     )
     for job, loss, good in zip(batch.jobs, losses, finite, strict=True):
-        if not (loss < DIVERGED_LOSS and good):
+        if not (loss < most and good):
             job.diverged = (
                 f"training diverged before step {job.state.step} (validation loss {loss:g}, "
                 f"weights up to {job.state.weights.abs().max():g}); use a smaller `lr`"

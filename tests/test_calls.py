@@ -292,3 +292,16 @@ def test_the_example_runs() -> None:
     found = doctest.testmod(calls)
     assert found.attempted > 8
     assert not found.failed
+
+
+def test_units_of_a_table_of_places_are_places() -> None:
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.arange(40.0).view(1, 5, 8))
+            self.layer = nn.Linear(8, 1)  # one neuron: it is a unit, however wide it is
+
+    net = Places()
+    masks = sparselth.prune(net, 0.4, "unit")
+    assert masks["table"][0].all(1).tolist() == [False, False, True, True, True]
+    assert masks["layer.weight"].all()

@@ -475,3 +475,34 @@ def test_two_processes_keep_the_same_masked_weights(tmp_path: Path, environment:
         said, _ = process.communicate(timeout=300)
         assert process.returncode == 0, said
         assert said.endswith("fine\n")
+
+
+@every
+def test_a_checkpoint_from_before_pruning_leaves_the_masks(name: str) -> None:
+    ours, _, options = OPTIONS[name]
+    net = network()
+    optimizer = ours(net.parameters(), **options)
+    backward(net)
+    optimizer.step()
+    early = optimizer.state_dict()
+    masks = some(net)
+    optimizer = ours(net.parameters(), **options, masks=masks)
+    for state in (early, {key: value for key, value in early.items() if key != "masks"}):
+        optimizer.load_state_dict(state)
+        backward(net)
+        optimizer.step()
+        assert not awake(net, masks)
+        check_state(optimizer, net, masks)
+
+
+@every
+def test_parameters_that_are_added_later_have_their_masks(name: str) -> None:
+    ours, _, options = OPTIONS[name]
+    net = network()
+    masks = some(net)
+    optimizer = ours(net[3:].parameters(), **options, masks=masks)
+    optimizer.add_param_group({"params": [*net[0].parameters()], "lr": 1e-3})
+    backward(net)
+    optimizer.step()
+    assert not awake(net, masks)
+    assert net[0].weight.grad is not None

@@ -305,3 +305,14 @@ def test_cells_are_plain_json(tmp_path: Path) -> None:
     sparselth.imp(make, Train(), levels=1, seeds=(0,), arms=(), out=tmp_path)
     point = json.loads((tmp_path / "cells" / "seed0-ticket-01.json").read_text())
     assert {"seed", "arm", "level", "accuracy", "loss", "weights_remaining", "sha256"} <= point.keys()
+
+
+def test_another_lambda_is_another_score(tmp_path: Path) -> None:
+    def run(score: Any) -> object:
+        return sparselth.imp(make, Train(), levels=1, seeds=(0,), arms=(), score=score, out=tmp_path)
+
+    first = run(lambda name, w: w.abs())
+    assert run(lambda name, w: w.abs()).tickets == first.tickets  # type: ignore[attr-defined]
+    for other in (lambda name, w: -w.abs(), lambda name, w: w.abs() * 2, lambda name, w: w.square()):
+        with pytest.raises(UsageError, match="`score`"):
+            run(other)

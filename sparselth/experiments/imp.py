@@ -265,16 +265,17 @@ def find_mask(config: ImpConfig, place: Place, cell: Cell) -> Tensor:
     from sparselth import pruning, scores, tickets
     from sparselth.engine.paths import choose
     from sparselth.runs import cell_path
-    from sparselth.streams import stream
+    from sparselth.streams import drawing_apart, number, seed_everything, stream
 
     model, seed, level = config.network, cell.seed, cell.level
     if not level:
         return model.params.full_mask()
     before, _ = tickets.read(cell_path(place.run, config.pruned(cell)), model.params)
     weights, mask = (torch.from_numpy(array).to(config.device) for array in (before.weights, before.mask))
-    found = scores.SCORES[config.score].score(
-        model, weights, mask, _batch(model, place, seed, level), stream(seed, "ticket", level, "score")
-    )
+    batch, generator = _batch(model, place, seed, level), stream(seed, "ticket", level, "score")
+    with drawing_apart(config.device):  # a forward may draw, as dropout does
+        seed_everything(number(seed, "ticket", level, "score forward"), config.device)
+        found = scores.SCORES[config.score].score(model, weights, mask, batch, generator)
     kernels = choose(config.kernels, config.device).magnitude_threshold.takes
     mask = pruning.prune(
         model.params,
@@ -295,7 +296,7 @@ def _batch(model: Model, place: Place, seed: int, level: int) -> tuple[Tensor, T
 
     data = place.data
     assert data is not None
-    images, count = data.split(seed)[0], min(PER_CLASS * model.classes, data.n_train)
+    images, count = data.split(seed)[0], min(PER_CLASS * (model.classes or 10), data.n_train)
     order = torch.randperm(len(images), generator=stream(seed, "ticket", level, "score images"), device="cpu")
     x, y = Gather(data, 1, count).first(images[order[:count]].to(data.device))
     return x[0].reshape(count, *model.input), y[0]

@@ -241,10 +241,11 @@ class ModuleModel(Model):
             )
         if self.loss is not None and self.accuracy is not None:
             return
-        if output[:-1] != labels.shape[1:]:
+        if not output or output[:-1] != labels.shape[1:]:
             raise UsageError(
                 f"`model` {self.name}: gives {list(output)} for a sample, whose labels in {self.samples} are "
-                f"{list(labels.shape[1:])}; expected {[*labels.shape[1:], 'classes']}"
+                f"{list(labels.shape[1:])}; expected {[*labels.shape[1:], 'classes']}, or "
+                "`accuracy(output, target)` in the file of the network"
             )
         labels = labels[labels != IGNORED]
         if labels.size and not 0 <= labels.min() <= labels.max() < output[-1]:

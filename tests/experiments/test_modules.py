@@ -65,6 +65,11 @@ def three():
     return x, (y > 0).astype("int64") * 2, test[0], (test[1] > 0).astype("int64") * 2
 
 def two(): return nn.Linear(3, 2)
+def flat(): return nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
+
+def houses():
+    x, y, *test = load()
+    return x, 3e5 + 5e4 * y, test[0], 3e5 + 5e4 * test[1]
 '''
 TINY = ["--seeds", "0", "--steps", "20", "--eval-every", "10", "--batch-size", "20", "--quiet"]
 Contents = Callable[[Path], dict[str, bytes]]
@@ -77,12 +82,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files = {
         "my_net": NET,
         "words": WORDS,
-        "line": LINE.replace("def loss", "def loss"),
+        "line": LINE,
         "saliency": SALIENCY,
     }
     for name, text in files.items():
         Path(f"{name}.py").write_text(text)
     Path("no_loss.py").write_text(LINE.replace("def loss", "def lost"))
+    Path("no_accuracy.py").write_text(LINE.replace("def accuracy", "def rightness"))
     return tmp_path
 
 
@@ -158,6 +164,39 @@ def test_a_loss_and_an_accuracy_of_the_files_own(folder: Path, cli: Cli) -> None
     assert json.loads(out)["points"][0]["final_accuracy"] > 0.5
 
 
+def test_a_loss_of_its_own_has_its_own_scale(folder: Path, cli: Cli) -> None:
+    """Squares of prices are 1e11 from the first and have not diverged."""
+    words = ["imp", "--model", "line.py:make", "--dataset", "line.py:houses", *TINY, "--levels", "1"]
+    code, out, err = cli(*words, "--rate", "0.4", "--out", "run", "--json")
+    assert code == 0, err
+    (dense, *_) = json.loads(out)["points"]
+    assert dense["validation_loss_at_early_stop"] > 1e10
+
+
+@pytest.mark.parametrize(
+    ("model", "data"), [("my_net.py:make", "mnist5k"), ("words.py:make", "words.py:load")]
+)
+def test_all_arms_have_one_mask_by_a_score_whose_forward_draws(
+    model: str, data: str, folder: Path, cli: Cli
+) -> None:
+    text = SALIENCY.replace("net(x)", "net(x).flatten(0, -2)").replace(", y)", ", y.flatten())")
+    assert text.count("flatten(") > SALIENCY.count("flatten(") + 1
+    name = f"saliency-{data.partition('.')[0]}"  # one of a name in a process
+    Path("drawing.py").write_text(text.replace('"saliency"', f'"{name}"'))
+    words = ["imp", "--model", model, "--dataset", data, *TINY, "--levels", "1", "--rate", "0.5"]
+    words += ["--workers", "1", "--score", name, "--plugin", "drawing.py"]
+    code, _, err = cli(*words, "--arms", "ticket,reinit", "--out", "run")
+    assert code == 0, err
+    ticket, reinit = (
+        tickets.load(Path(f"run/cells/seed0-{arm}-01.safetensors")) for arm in ("ticket", "reinit")
+    )
+    for layer, mask in ticket.masks.items():
+        assert torch.equal(mask, reinit.masks[layer]), layer
+        if mask.numel() > 100:  # by gradients that are not 0: the lowest places are not all that goes
+            gone = (~mask).flatten().nonzero()[:, 0]
+            assert gone.max() > len(gone), layer
+
+
 def test_a_plan_has_a_price_and_figures_are_drawn(folder: Path, cli: Cli, figures: bool) -> None:
     words = ["imp", "--model", "words.py:make", "--dataset", "words.py:load", *TINY, "--levels", "1"]
     code, out, err = cli(*words, "--dry-run", "--json")
@@ -210,6 +249,10 @@ def test_a_file_that_was_changed_is_another_run(folder: Path, cli: Cli) -> None:
         (
             "imp --model no_loss.py:make --dataset line.py:load --levels 1 --rate 0.4",
             "are no labels; expected `loss(output, target)`",
+        ),
+        (
+            "imp --model no_accuracy.py:flat --dataset no_accuracy.py:three --levels 1 --rate 0.4",
+            "or `accuracy(output, target)` in the file of the network",
         ),
         ("imp --model my_net.py:make@0.5 --dataset mnist5k", "no function 'make@0.5'"),
         ("strong edge-popup --model my_net.py:make", "takes networks of known layers alone"),
