@@ -51,12 +51,14 @@ FLAGS = ("--levels", "1", "--seeds", "0", "--arms", "ticket,reinit", "--workers"
 
 
 def older(record: RunRecord) -> None:
-    """Make a folder that of a version before: config.json had no experiment, score or eval_images, nothing a
-    checksum, and headers of cells the digest of a configuration with its cells.
+    """Make a folder that of a version before: config.json had no experiment, score, eval_images, exclude,
+    code or augment, nothing a checksum, and headers of cells the digest of a configuration with its cells.
     """
     file = record.path / "config.json"
     data = json.loads(file.read_text())
-    assert [data.pop(name) for name in ("experiment", "score", "eval_images")] == ["imp", "magnitude", 0]
+    added = {"experiment": "imp", "score": "magnitude", "eval_images": 0, "exclude": [], "code": []}
+    assert {name: data.pop(name) for name in added} == added
+    assert data["recipe"].pop("augment") == "none"
     del data["sha256"]
     names = ("model", "dataset", "seeds", "arms", "levels", "rate", "scope", "one_shot", "rewind", "reinits")
     order = (*names, "device", "kernels", "recipe")  # in which it wrote them
@@ -460,7 +462,7 @@ def test_the_mask_of_a_file_that_was_altered_is_not_read(tmp_path: Path) -> None
     lenet = get_model("lenet-300-100")
     params, cell = lenet.params, Cell(3, "ticket", 1)
     mask = params.full_mask().numpy() & (np.arange(params.mask_size) % 3 > 0)
-    config: Any = SimpleNamespace(model=lenet.name)
+    config: Any = SimpleNamespace(model=lenet.name, network=lenet)
     (tmp_path / "cells").mkdir()
     file = cell_path(tmp_path, cell)
     tickets.save(file, params, tickets.Content(mask, np.zeros(params.size, np.float32)), cell=cell.key)

@@ -97,7 +97,7 @@ class Training(Experiment):
         if self.recipe is None:
             object.__setattr__(self, "recipe", next(iter(self.recipes(vars(self)).values())))
         if not self.code:
-            named = {name: getattr(self, name) for name in ("model", "dataset")}
+            named = {name: str(getattr(self, name)) for name in ("model", "dataset")}  # not yet checked
             files = [(kind, name) for kind, name in named.items() if user_files.is_file(name)]
             code = tuple(f"{name} {user_files.code(kind, name)}" for kind, name in files)
             object.__setattr__(self, "code", code)
