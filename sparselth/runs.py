@@ -438,7 +438,8 @@ def _gone_on(
         raise read_only
     folder = RunFolder(path, config, ledger, read_only is not None)
     in_order = [*ledger.entries] == [cell for cell in cells if cell in ledger.entries]
-    if not read_only and (missing or ledger.problems or config != theirs or not in_order):
+    left = not missing and any((path / "checkpoints").glob("*"))  # it was killed as it removed the last one
+    if not read_only and (missing or ledger.problems or config != theirs or left or not in_order):
         loaded = [str(file) for file in plugins()]
         if needed := [*dict.fromkeys([*there.get("plugins", []), *loaded])]:
             there["plugins"] = needed

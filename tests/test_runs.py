@@ -414,6 +414,19 @@ def test_a_run_that_goes_on_remembers_plugins_and_drops_what_is_none(
         assert folder.missing == 6
 
 
+def test_what_a_finished_run_left_is_removed(tmp_path: Path, simulated: None) -> None:
+    """It was killed behind the last cell's lines, before that cell's checkpoint was removed."""
+    begun(tmp_path, len(CELLS))
+    with open_run(tmp_path, CONFIG, HERE, resume=True) as folder:
+        folder.complete()
+    before = files_of(tmp_path)
+    header = {"schema": "sparselth.checkpoint/1", "config": CONFIG.digest, "cell": CELLS[-1].key}
+    save_arrays(checkpoint_path(tmp_path, CELLS[-1]), {}, header)
+    with open_run(tmp_path, CONFIG, HERE, resume=True) as folder:
+        assert not folder.missing
+    assert files_of(tmp_path) == before
+
+
 def test_a_folder_holds_a_run_or_nothing_or_something_else(tmp_path: Path, simulated: None) -> None:
     assert not runs._begun(tmp_path / "none")
     (tmp_path / "file").touch()
