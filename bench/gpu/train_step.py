@@ -445,13 +445,14 @@ def benchmarks(here: Here) -> Iterator[Case]:
 
 
 class Watch(Watcher):
-    """Stops a run after some seconds, as a user would."""
+    """Stops a run after some seconds, as a user would: once, since a second signal ends the process."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
 
     def tick(self) -> None:
         if time.monotonic() > self.end:
+            self.end = float("inf")
             signal.raise_signal(signal.SIGTERM)
 
 

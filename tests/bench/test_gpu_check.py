@@ -972,3 +972,15 @@ def test_a_whole_run_and_one_for_which_time_is_short(
     assert (found["networks"], found["of"]) == (finished, 3)
     assert found["predicted_seconds"] > 0
     assert found["images"] == "made-up images"
+
+
+def test_a_run_for_which_time_is_up_is_stopped_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second signal ends the process, whatever it does: the workers may take longer than a tick to save."""
+    from gpu import train_step
+
+    sent: list[int] = []
+    monkeypatch.setattr(train_step.signal, "raise_signal", sent.append)
+    watch = train_step.Watch(-1.0)
+    for _ in range(3):
+        watch.tick()
+    assert sent == [train_step.signal.SIGTERM]
