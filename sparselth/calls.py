@@ -176,6 +176,12 @@ def _scores(
                 f"`score` {score!r}: takes gradients of a batch, and has none here; give a function "
                 "(name, parameter) -> numbers of its shape, such as lambda name, w: (w * w.grad).abs()"
             )
+        if known.start:
+            raise UsageError(
+                f"`score` {score!r}: compares with the weights that training began with, and has none here; "
+                "give a function (name, parameter) -> numbers of its shape, such as "
+                "lambda name, w: (w - start[name]).abs()"
+            )
         numbers = _joined(params, weights, mask.device)
         return known.score(cast(Any, module), numbers, mask, cast(Any, None), torch.default_generator)
     found = {}

@@ -3,7 +3,8 @@
 A score is `score(network, weights, mask, batch, generator)`: the model, its trained weights [P], the mask [M]
 so far, a batch (x [B, ...], y [B]) of training images, and a generator of the cell's own. It gives one number
 a weight, [M]; those of pruned weights do not matter. What needs gradients takes them from the network that
-`sparselth.models.torch` makes of the model.
+`sparselth.models.torch` makes of the model. One registered with start=True is given `start`, too: the weights
+[P] that training began with, those of the rewind step. Whoever calls a score does so by `Scored.of`.
 
     >>> from sparselth.models import Model
     >>> from sparselth.scores import Batch, register
@@ -25,7 +26,7 @@ from sparselth.models import Model
 from sparselth.registry import Registry
 
 Batch = tuple[Tensor, Tensor]  # x [B, C, H, W] fp32 as the network takes them, labels [B] int64
-Score = Callable[[Model, Tensor, Tensor, Batch, torch.Generator], Tensor]
+Score = Callable[..., Tensor]  # (network, weights, mask, batch, generator), and start=
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,30 @@ class Scored:
     score: Score
     meaning: str
     autograd: bool = True  # whether it may take gradients by torch's autograd
+    start: bool = False  # whether it compares with the weights that training began with
+
+    def of(
+        self,
+        network: Model,
+        weights: Tensor,
+        mask: Tensor,
+        batch: Batch,
+        generator: torch.Generator,
+        start: Callable[[], Tensor],
+    ) -> Tensor:
+        """The scores [M]; `start` reads the weights [P] that training began with, where they are wanted."""
+        more = {"start": start()} if self.start else {}
+        return self.score(network, weights, mask, batch, generator, **more)
 
 
 SCORES: Registry[Scored] = Registry("score")
 
 
-def register(name: str, meaning: str, autograd: bool = True) -> Callable[[Score], Score]:
+def register(name: str, meaning: str, autograd: bool = True, start: bool = False) -> Callable[[Score], Score]:
     """Make a function known as a score under a name, which must be free."""
 
     def add(score: Score) -> Score:
-        SCORES.add(name, Scored(score, meaning, autograd))
+        SCORES.add(name, Scored(score, meaning, autograd, start))
         return score
 
     return add
@@ -55,6 +70,30 @@ def magnitude(
     network: Model, weights: Tensor, mask: Tensor, batch: Batch, generator: torch.Generator
 ) -> Tensor:
     return weights[: mask.numel()].abs()
+
+
+@register(
+    "change",
+    "how much larger than at the rewind step the trained weight is, |w| - |w0| (Zhou et al. 2019)",
+    autograd=False,
+    start=True,
+)
+def change(
+    network: Model, weights: Tensor, mask: Tensor, batch: Batch, generator: torch.Generator, start: Tensor
+) -> Tensor:
+    return weights[: mask.numel()].abs() - start[: mask.numel()].abs()
+
+
+@register(
+    "movement",
+    "how far the trained weight is from that of the rewind step, |w - w0| (Zhou et al. 2019)",
+    autograd=False,
+    start=True,
+)
+def movement(
+    network: Model, weights: Tensor, mask: Tensor, batch: Batch, generator: torch.Generator, start: Tensor
+) -> Tensor:
+    return (weights[: mask.numel()] - start[: mask.numel()]).abs()
 
 
 @register("random", "a uniform draw of the seed and level: what others are held against", autograd=False)

@@ -192,6 +192,11 @@ def test_a_registered_score_ranks_weights(monkeypatch: pytest.MonkeyPatch) -> No
         sparselth.prune(nn.Linear(8, 8), 0.5, score="slope")
 
 
+def test_a_score_that_compares_with_the_start_is_refused() -> None:
+    with pytest.raises(UsageError, match="`score` 'movement': compares with the weights that training began"):
+        sparselth.prune(nn.Linear(8, 8), 0.5, score="movement")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

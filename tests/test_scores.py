@@ -93,6 +93,31 @@ def test_random_is_the_generators_draw() -> None:
     assert one.shape == mask.shape
 
 
+def test_change_and_movement_compare_with_the_start_by_hand() -> None:
+    """Of weights that grew, shrank, changed sign and stayed; padding and biases behind them are not read."""
+    model = Model("", (1, 1, 2), (Linear(2),), {}, "")
+    mask = model.params.full_mask()
+    start, weights = torch.full((2, model.params.size), torch.nan)
+    mask[4:] = False
+    start[:4], weights[:4] = torch.tensor([1.0, -2.0, 0.5, 3.0]), torch.tensor([4.0, -0.5, -0.5, 3.0])
+    draw = torch.Generator()
+    found = {
+        name: SCORES[name].of(model, weights, mask, BATCH, draw, start=lambda: start)[:4].tolist()
+        for name in ("change", "movement")
+    }
+    assert found == {"change": [3.0, -1.5, 0.0, 0.0], "movement": [3.0, 1.5, 1.0, 0.0]}
+
+
+def test_the_start_is_read_where_it_is_wanted_alone() -> None:
+    def never() -> Tensor:
+        raise AssertionError
+
+    weights, mask = torch.ones(MODEL.params.size), MODEL.params.full_mask()
+    SCORES["magnitude"].of(MODEL, weights, mask, BATCH, torch.Generator(), start=never)
+    with pytest.raises(AssertionError):
+        SCORES["movement"].of(MODEL, weights, mask, BATCH, torch.Generator(), start=never)
+
+
 def test_a_score_is_known_with_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SCORES, "things", dict(SCORES.items()))
 

@@ -275,7 +275,10 @@ def find_mask(config: ImpConfig, place: Place, cell: Cell) -> Tensor:
     batch, generator = _batch(model, place, seed, level), stream(seed, "ticket", level, "score")
     with drawing_apart(config.device):  # a forward may draw, as dropout does
         seed_everything(number(seed, "ticket", level, "score forward"), config.device)
-        found = scores.SCORES[config.score].score(model, weights, mask, batch, generator)
+        found = scores.SCORES[config.score].of(
+            *(model, weights, mask, batch, generator),
+            start=lambda: rewound_weights(config, place, seed).to(config.device),
+        )
     kernels = choose(config.kernels, config.device).magnitude_threshold.takes
     mask = pruning.prune(
         model.params,
@@ -304,20 +307,22 @@ def _batch(model: Model, place: Place, seed: int, level: int) -> tuple[Tensor, T
 
 def start_weights(config: ImpConfig, place: Place, cell: Cell) -> Tensor:
     """The weights [P] a cell starts from, before its mask."""
-    import torch
-
-    from sparselth import tickets
     from sparselth.engine.dense import init_weights
-    from sparselth.runs import cell_path
     from sparselth.streams import stream
 
     model, generator = config.network, stream(cell.seed, cell.arm, cell.level, "init", cell.draw)
-
-    def rewound() -> Tensor:
-        first, _ = tickets.read(cell_path(place.run, Cell(cell.seed, "ticket", 0)), model.params)
-        assert first.rewound is not None
-        return torch.from_numpy(first.rewound)
-
     if not cell.level:
         return init_weights(model, generator)
-    return ARMS[cell.arm].weights(model, rewound, generator)
+    return ARMS[cell.arm].weights(model, lambda: rewound_weights(config, place, cell.seed), generator)
+
+
+def rewound_weights(config: ImpConfig, place: Place, seed: int) -> Tensor:
+    """The weights [P] of a seed's dense network at the rewind step."""
+    import torch
+
+    from sparselth import tickets
+    from sparselth.runs import cell_path
+
+    first, _ = tickets.read(cell_path(place.run, Cell(seed, "ticket", 0)), config.network.params)
+    assert first.rewound is not None
+    return torch.from_numpy(first.rewound)
