@@ -38,6 +38,7 @@ def option(
     before: Any = MISSING,
     extends: bool = False,
     argument: bool = False,
+    also: str = "",
 ) -> Any:
     """A field of a configuration; without `help` it has no flag, and an `argument` stands without one.
 
@@ -45,11 +46,12 @@ def option(
     been written, with `before`, their default unless given: with it they leave a configuration's digest as it
     was, and a config.json without them has it. Values that are not `ordered` are sorted, so that equal plans
     are equal: numbers by size, names as `choices` has them. A field that `extends` says which cells there
-    are, and nothing of what one computes: a run goes on with more.
+    are, and nothing of what one computes: a run goes on with more. `also` is another name of the flag, told
+    first, or what the argument is called.
     """
     metadata = {"help": help, "check": check, "choices": choices, "added": added, "ordered": ordered}
     metadata |= {"before": default if before is MISSING else before, "extends": extends}
-    metadata |= {"argument": argument}
+    metadata |= {"argument": argument, "also": also}
     return field(default=default, metadata=metadata)
 
 
@@ -356,7 +358,7 @@ EXPERIMENTS: Registry[type[Config]] = Registry(
             "plan",
             "pool",
         ),
-        *("price", "run", "single_relu", "strong_jobs", "sweep", "training"),
+        *("price", "run", "single_relu", "source", "strong_jobs", "sweep", "training"),
     ),
 )
 

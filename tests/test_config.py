@@ -207,10 +207,10 @@ def test_ranges_hold_their_ends() -> None:
 
 def test_what_a_field_knows() -> None:
     bare = {"help": "", "check": None, "choices": None, "added": False, "ordered": True, "extends": False}
-    bare |= {"argument": False}
+    bare |= {"argument": False, "also": ""}
     assert dict(option(3).metadata) == bare | {"before": 3}
     whole = {"help": "How.", "check": positive, "choices": ("a",), "added": True, "ordered": False}
-    more = {"before": 2, "extends": True, "argument": True}
+    more = {"before": 2, "extends": True, "argument": True, "also": "or"}
     made = option(3, **whole, **more)
     assert (made.default, dict(made.metadata)) == (3, whole | more)
 

@@ -73,6 +73,7 @@ ORDER = [
     "experiments.sweep",
     "experiments.arms",
     "experiments.imp",
+    "experiments.source",
     "experiments.strong_jobs",
     "experiments.strong",
     "experiments.single_relu",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO, get_type_hints
 import click
 
 from sparselth import user_files
-from sparselth.cli.options import PATH, argument, as_flags, data_dir, flag, output
+from sparselth.cli.options import PATH, argument, as_flags, data_dir, flag, metavar, output
 from sparselth.config import Recipe
 from sparselth.errors import Interrupted, UsageError, unknown
 from sparselth.experiments.base import Experiment
@@ -82,7 +82,7 @@ def _params(experiment: type[Experiment]) -> Iterator[click.Parameter]:
             "on a CPU always so.",
         )
     words = [] if experiment.name == "imp" else [experiment.name]
-    words += [f.name for f in named if f.metadata["argument"]]
+    words += [metavar(f) for f in named if f.metadata["argument"]]
     words += ["model", "dataset", "hash"] if trains else ["hash"]
     folder = "-".join(words).upper()
     yield click.Option(["--out"], type=PATH, help=f"Folder of the run.  [default: runs/{folder}]")

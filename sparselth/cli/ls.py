@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from sparselth.cli.options import PATH, as_flags, data_dir, output
+from sparselth.cli.options import PATH, as_flags, data_dir, metavar, output
 from sparselth.config import EXPERIMENTS
 from sparselth.errors import SparselthError, unknown
 from sparselth.experiments.arms import ARMS
@@ -160,7 +160,8 @@ def _experiments() -> Listing:
         row: dict[str, Any] = {"name": name, "meaning": meaning, "options": []}
         for f in options:
             row["options"].append({"name": f.name, "default": f.default, "help": f.metadata["help"]})
-            shown = f.name.upper() if f.metadata["argument"] else f"--{f.name.replace('_', '-')}"
+            name = f.metadata["also"] or f.name
+            shown = metavar(f) if f.metadata["argument"] else f"--{name.replace('_', '-')}"
             lines.append(f"  {shown:<16}{as_flags(f.metadata['help'])}")
         rows.append(row)
     return rows, lines

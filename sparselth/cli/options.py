@@ -120,12 +120,18 @@ def flag(of: Field[Any], kind: Any, recipes: bool = False) -> click.Option:
         words["type"] = kind
     name = of.name.replace("_", "-")
     switch = f"--{name}/--no-{name}" if kind is bool and recipes else f"--{name}"  # which may have it on
-    return click.Option([switch], **words)
+    also = [f"--{of.metadata['also']}"] if of.metadata["also"] else []
+    return click.Option([*also, switch, of.name], **words)
 
 
 def argument(of: Field[Any]) -> click.Argument:
     """The word of a field that stands without a flag, and may be left out."""
-    return click.Argument([of.name], required=False, default=of.default, metavar=of.name.upper())
+    return click.Argument([of.name], required=False, default=of.default, metavar=metavar(of))
+
+
+def metavar(of: Field[Any]) -> str:
+    """What an argument is called in help."""
+    return str(of.metadata["also"] or of.name).upper()
 
 
 def shown(values: tuple[Any, ...]) -> str:
