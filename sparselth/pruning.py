@@ -6,7 +6,7 @@ weights exactly round(rate * n) go, the smallest magnitudes first, equal ones by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from math import floor
 
@@ -92,6 +92,33 @@ def prune(
     for spec, bits in zip(ranked, split(buffer, tensors), strict=True):
         matrix(spec, new).copy_(bitmask.unpack(bits[0], spec.matrix[1]))
     return new
+
+
+def schedule(first: dict[str, int], last: dict[str, int], rounds: int) -> list[dict[str, int]]:
+    """Rungs from behind `first` to `last`, in each of which every part keeps the same share of what it has.
+
+    After round i of `rounds` it is n (k / n)^(i / rounds), rounded, of n weights that end as k; of those that
+    end as none the last goes in the last round.
+    """
+    found = []
+    for i in range(1, rounds + 1):
+        way = {name: n * (max(last[name], 1) / n) ** (i / rounds) if n else 0 for name, n in first.items()}
+        found.append({name: rounded(n) for name, n in way.items()})
+    found[-1] = {name: last[name] for name in first}
+    return found
+
+
+def in_rounds(
+    params: Params,
+    mask: Tensor,
+    keep: Sequence[dict[str, int]],
+    ranks: Callable[[Tensor], Tensor],
+    kernels: str = "auto",
+) -> Tensor:
+    """The mask [M] after all rungs of `keep`; `ranks` gives numbers from 0 on, [M], for the mask so far."""
+    for rung in keep:
+        mask = prune(params, ranks(mask), mask, rung, kernels)
+    return mask
 
 
 def shuffle(params: Params, mask: Tensor, generator: torch.Generator) -> Tensor:

@@ -125,3 +125,30 @@ def test_shuffle_is_the_generator_s_draw() -> None:
     )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+def test_a_schedule_takes_the_same_share_in_every_round() -> None:
+    rungs = pruning.schedule({"all": 1000, "fc2.weight": 30}, {"all": 1, "fc2.weight": 30}, 3)
+    assert rungs == [{"all": n, "fc2.weight": 30} for n in (100, 10, 1)]
+    assert pruning.schedule({"all": 7}, {"all": 0}, 1) == [{"all": 0}]
+    assert [rung["all"] for rung in pruning.schedule({"all": 64}, {"all": 0}, 3)] == [16, 4, 0]
+    long = [rung["all"] for rung in pruning.schedule({"all": 266_200}, {"all": 2_662}, 100)]
+    assert long == sorted(long, reverse=True)
+    assert (len(long), long[-1]) == (100, 2_662)
+
+
+def test_rounds_rank_what_the_last_one_left() -> None:
+    params, seen = LENET.params, list[int]()
+
+    def ranks(mask: torch.Tensor) -> torch.Tensor:
+        """The other way round in every round: what stays is what neither would prune."""
+        seen.append(int(mask.sum()))
+        numbers = torch.arange(len(mask), dtype=torch.float32)
+        return numbers if len(seen) % 2 else len(mask) - numbers
+
+    keep = [{"all": 200_000}, {"all": 150_000}]
+    mask = pruning.in_rounds(params, params.full_mask(), keep, ranks)
+    assert seen == [266_200, 200_000]
+    places = mask.nonzero()[:, 0]
+    full = params.full_mask().nonzero()[:, 0]
+    assert torch.equal(places, full[66_200 : 66_200 + 150_000])

@@ -1,4 +1,4 @@
-"""Scores: what ranks prunable weights. The largest stay.
+"""Scores: what ranks prunable weights. The largest stay. A family is a file of this folder that registers it.
 
 A score is `score(network, weights, mask, batch, generator)`: the model, its trained weights [P], the mask [M]
 so far, a batch (x [B, ...], y [B]) of training images, and a generator of the cell's own. It gives one number
@@ -37,6 +37,7 @@ class Scored:
     meaning: str
     autograd: bool = True  # whether it may take gradients by torch's autograd
     start: bool = False  # whether it compares with the weights that training began with
+    rounds: int = 1  # in which a network that was not trained is pruned by it
 
     def of(
         self,
@@ -52,14 +53,16 @@ class Scored:
         return self.score(network, weights, mask, batch, generator, **more)
 
 
-SCORES: Registry[Scored] = Registry("score")
+SCORES: Registry[Scored] = Registry("score", "sparselth.scores", but=("gradients",))
 
 
-def register(name: str, meaning: str, autograd: bool = True, start: bool = False) -> Callable[[Score], Score]:
+def register(
+    name: str, meaning: str, autograd: bool = True, start: bool = False, rounds: int = 1
+) -> Callable[[Score], Score]:
     """Make a function known as a score under a name, which must be free."""
 
     def add(score: Score) -> Score:
-        SCORES.add(name, Scored(score, meaning, autograd, start))
+        SCORES.add(name, Scored(score, meaning, autograd, start, rounds))
         return score
 
     return add
@@ -94,6 +97,18 @@ def movement(
     network: Model, weights: Tensor, mask: Tensor, batch: Batch, generator: torch.Generator, start: Tensor
 ) -> Tensor:
     return (weights[: mask.numel()] - start[: mask.numel()]).abs()
+
+
+@register(
+    "magnitude-at-init",
+    "the size of the weight at the rewind step, |w0|",
+    autograd=False,
+    start=True,
+)
+def magnitude_at_init(
+    network: Model, weights: Tensor, mask: Tensor, batch: Batch, generator: torch.Generator, start: Tensor
+) -> Tensor:
+    return start[: mask.numel()].abs()
 
 
 @register("random", "a uniform draw of the seed and level: what others are held against", autograd=False)
