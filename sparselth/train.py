@@ -42,7 +42,7 @@ def fit(
     """
     if not jobs:
         return
-    for group in groups(model, jobs, kernels, break_even):
+    for group in groups(model, jobs, kernels, break_even, data):
         group.enter(recipe)
         try:
             _fit(group, data, recipe, on_evaluation, should_stop, lambda: should_stop() or should_pause())

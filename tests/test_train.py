@@ -385,7 +385,7 @@ def test_training_enters_and_leaves_its_groups(digits: Resident, monkeypatch: py
             on_evaluation=print,
             should_stop=never_,
         )
-    assert given == [(LENET, jobs, "torch", even)]
+    assert given == [(LENET, jobs, "torch", even, digits)]
     assert seen == [PLAN, (digits, PLAN, print, never_), "left"]
     fit(LENET, digits, [], PLAN)
     assert len(given) == 1

@@ -78,8 +78,8 @@ def _params(experiment: type[Experiment]) -> Iterator[click.Parameter]:
         yield click.Option(
             ["--deterministic"],
             is_flag=True,
-            help="The same bits whoever trains beside a network: on CUDA our kernels alone; "
-            "on a CPU always so.",
+            help="The same bits whoever trains beside a network: on CUDA our kernels alone, modules of "
+            "torch's one by one; on a CPU so unless --replicas is given.",
         )
     words = [] if experiment.name == "imp" else [experiment.name]
     words += [metavar(f) for f in named if f.metadata["argument"]]

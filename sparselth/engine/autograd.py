@@ -23,7 +23,7 @@ from sparselth.engine.state import Batch, Stopped, never
 from sparselth.engine.update import bind_update
 from sparselth.errors import SparselthError
 from sparselth.models import Model
-from sparselth.models.module import IGNORED, ModuleModel
+from sparselth.models.module import IGNORED, Judge, ModuleModel
 from sparselth.models.torch import network, tensors
 from sparselth.params import copy_floats, floats
 from sparselth.streams import drawing_apart, number, seed_everything
@@ -60,6 +60,35 @@ def one_number(name: str, value: Any) -> Tensor:
     return value.reshape(())
 
 
+def judges(model: Model) -> tuple[Judge | None, Judge | None]:
+    """A user's own loss and accuracy, None where they are cross-entropy and the share of right labels."""
+    return (model.loss, model.accuracy) if isinstance(model, ModuleModel) else (None, None)
+
+
+def mean_loss(model: Model, output: Tensor, target: Tensor) -> Tensor:
+    """The loss whose gradient trains, a number."""
+    if (loss := judges(model)[0]) is not None:
+        return one_number("loss", loss(output, target))
+    return F.cross_entropy(output.flatten(0, -2), target.flatten())
+
+
+def sums(model: Model, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Summed loss and number of right answers, float64, and of how many."""
+    own_loss, own_accuracy = judges(model)
+    known = y != IGNORED if own_loss is None or own_accuracy is None else None
+    count = len(y) if known is None else int(known.sum())
+    if own_loss is None:
+        losses = F.cross_entropy(output.flatten(0, -2), y.flatten(), reduction="none")
+        loss = losses.double().sum()
+    else:
+        loss = one_number("loss", own_loss(output, y)).double() * count
+    if own_accuracy is None:
+        right = (output.argmax(-1) == y).double().sum()  # what is ignored is no class
+    else:
+        right = one_number("accuracy", own_accuracy(output, y)).double() * count
+    return loss, right, count
+
+
 class AutogradNetwork:
     """A network whose tensors are views of a flat buffer [1, P], and its gradients of another.
 
@@ -68,10 +97,8 @@ class AutogradNetwork:
 
     def __init__(self, model: Model, who: Cell, flat: Tensor, grad: Tensor | None = None) -> None:
         self.model, self.flat, self.who = model, flat, who
-        self.loss = self.right = None
         if isinstance(model, ModuleModel):
             self.net = model.build(who.seed)
-            self.loss, self.right = model.loss, model.accuracy
             self.channels_last = model.seen.channels_last and model.convolves
         else:
             self.net = network(model, torch.zeros(model.params.size, dtype=torch.float32, device="cpu"))
@@ -101,28 +128,6 @@ class AutogradNetwork:
             if found[spec.name].data_ptr() != place.data_ptr():
                 place.copy_(floats(found[spec.name]))
 
-    def mean_loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss whose gradient trains, a number."""
-        if self.loss is not None:
-            return one_number("loss", self.loss(output, target))
-        return F.cross_entropy(output.flatten(0, -2), target.flatten())
-
-    def sums(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Summed loss and number of right answers, float64, and of how many."""
-        output = self(x)
-        known = y != IGNORED if self.loss is None or self.right is None else None
-        count = len(y) if known is None else int(known.sum())
-        if self.loss is None:
-            losses = F.cross_entropy(output.flatten(0, -2), y.flatten(), reduction="none")
-            loss = losses.double().sum()
-        else:
-            loss = one_number("loss", self.loss(output, y)).double() * count
-        if self.right is None:
-            right = (output.argmax(-1) == y).double().sum()  # what is ignored is no class
-        else:
-            right = one_number("accuracy", self.right(output, y)).double() * count
-        return loss, right, count
-
     @torch.no_grad()
     def measure(
         self, chunks: Sequence[Chunk], should_stop: Callable[[], bool] = never
@@ -135,7 +140,7 @@ class AutogradNetwork:
             for x, y in chunks:
                 if should_stop():
                     raise Stopped
-                found.append(self.sums(x, y))
+                found.append(sums(self.model, self(x), y))
         total = sum(count for *_, count in found)
         loss, right = (sum(column) / total for column in (*zip(*found, strict=True),)[:2])
         return [float(loss)], [float(right)]
@@ -168,7 +173,7 @@ class AutogradSteps:
                 seed_everything(number(who.seed, who.arm, who.level, f"step/{now}", who.draw), device)
                 x, y = self.batches.first(now)
                 self.grad.zero_()
-                network.mean_loss(network(x[0]), y[0]).backward()  # type: ignore[no-untyped-call]
+                mean_loss(network.model, network(x[0]), y[0]).backward()  # type: ignore[no-untyped-call]
                 self.update(now - start + 1, self.recipe.lr_at(now))
                 taken += 1
         network.keep()

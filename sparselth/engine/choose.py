@@ -1,8 +1,8 @@
 """The one door to the engines: who trains together, and through which of them.
 
 Jobs that take the same way train as the replicas of one batch; on a CPU, where one network fills the
-caches, and through autograd they train one after another. A job's mask and the paths alone decide, so that
-what a job computes does not depend on the others.
+caches, built-in ones train one after another. A job's mask and the paths alone decide, so that what a job
+computes does not depend on the others. Modules train side by side, where they can, if several are given.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from sparselth.engine.layout import Layout, compressible
 from sparselth.engine.paths import Paths, choose
 from sparselth.engine.popup import PopupSteps
 from sparselth.engine.replay import Replay
+from sparselth.engine.side_by_side import SideBySideSteps, refusal
 from sparselth.engine.state import Batch, Job, Steps, measure, never
 from sparselth.errors import UsageError
 from sparselth.models import Conv, Model
+from sparselth.models.module import EXAMPLES, ModuleModel
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Group:
     ) -> tuple[list[float], list[float]]:
         """(loss, accuracy) of weights [R, P] under the jobs' masks, each a list of R; may raise Stopped."""
         if takes_autograd(self.model, self.paths):
-            return AutogradNetwork(self.model, self.jobs[0].who, weights).measure(chunks, should_stop)
+            (job,) = self.jobs
+            return AutogradNetwork(self.model, job.who, weights).measure(chunks, should_stop)
         if not self.compressed:
             dense = DenseForward(self.model, weights, _takes_vendor(self.model, self.paths))
             return measure(dense, chunks, should_stop)
@@ -68,12 +71,16 @@ class Group:
 
 
 def groups(
-    model: Model, jobs: Sequence[Job], kernels: str = "auto", break_even: Mapping[str, float] | None = None
+    model: Model,
+    jobs: Sequence[Job],
+    kernels: str = "auto",
+    break_even: Mapping[str, float] | None = None,
+    data: Resident | None = None,
 ) -> Iterator[Group]:
     """The jobs by how they train: `kernels` as in `engine.paths`.
 
     On a CPU layers with a smaller share of survivors than `break_even`, by name, are compressed where there
-    are kernels for it.
+    are kernels for it. Several of one module train side by side if `data` says on what.
     """
     together: tuple[list[Job], list[Job]] = [], []  # trained, frozen
     device = jobs[0].state.weights.device.type
@@ -84,6 +91,11 @@ def groups(
                 f"`kernels` {kernels}: autograd trains no scores over frozen weights; use `kernels` auto and "
                 "a network of known layers"
             )
+        if data is not None and len(jobs) > 1 and isinstance(model, ModuleModel):
+            seeds = [job.who.seed for job in jobs]
+            if not refusal(model, data.labels[:EXAMPLES], seeds):
+                yield Group(model, jobs, paths)
+                return
         yield from (Group(model, [job], paths) for job in jobs)
         return
     for job in jobs:
@@ -102,7 +114,8 @@ def groups(
 def steps(batch: Batch) -> Steps:
     """The engine of jobs that are in the form in which they train."""
     if takes_autograd(batch.model, batch.paths):
-        return AutogradSteps(batch)
+        # one of several whose others are behind, or have diverged, has the bits of one alone
+        return SideBySideSteps(batch) if len(batch.jobs) > 1 else AutogradSteps(batch)
     if batch.jobs[0].frozen is not None:
         return PopupSteps(batch, _takes_vendor(batch.model, batch.paths))
     if batch.jobs[0].state.layout is not None:
@@ -121,7 +134,7 @@ def prepare(
     break_even: Mapping[str, float] | None = None,
 ) -> Steps:
     """What takes the steps of one group of jobs in `train.fit`, to time it; states stay as it has them."""
-    (group,) = groups(model, jobs, kernels, break_even)
+    (group,) = groups(model, jobs, kernels, break_even, data)
     group.enter(recipe)
     return steps(Batch(model, data, group.jobs, recipe, group.paths))
 

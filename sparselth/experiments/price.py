@@ -32,6 +32,7 @@ from sparselth.experiments.training import Training
 from sparselth.files import read_json
 from sparselth.machine import RESULTS
 from sparselth.models import Model
+from sparselth.models.module import ModuleModel
 
 LONG: dict[str, Any] = {"steps": 20_000, "eval_every": 20_000, "lr_drops": (), "warmup": 0}
 STRETCH = 5  # least steps between looks at the clock
@@ -212,7 +213,9 @@ def measured(
     batches, validation = dict[int, float](), dict[int, float]()
     batches[1], validation[1] = timed(0, 1)
     paths = choose(config.kernels, data.device)
-    alone = takes_autograd(config.widest, paths) or trains_alone(paths, data.device)
+    alone = trains_alone(paths, data.device)
+    if takes_autograd(config.widest, paths):  # modules of which several are asked for can train so
+        alone = not isinstance(config.widest, ModuleModel)
     while limit > 1 and not alone:  # alone, a batch takes what its replicas take one after another
         try:
             batches[limit], validation[limit] = timed(0, limit)

@@ -26,7 +26,7 @@ from sparselth.experiments.pool import Pool, available_workers, stopped
 from sparselth.experiments.price import replica_bytes
 from sparselth.experiments.training import Training, evaluated_images
 from sparselth.models import get_model
-from sparselth.models.module import ModuleModel
+from sparselth.models.module import EXAMPLES, ModuleModel
 from sparselth.registry import plugins
 from sparselth.signals import name_of
 
@@ -86,14 +86,16 @@ def plan(
     if plugins():
         environment["plugins"] = [str(file) for file in plugins()]
     together, cuda = widest(config), config.device == "cuda"
-    side_by_side = cuda and not (isinstance(config, Training) and takes_autograd(config.widest, paths))
+    limit = replicas or (together if cuda else 1)
+    if images is not None and isinstance(config, Training) and takes_autograd(config.widest, paths):
+        limit = _side_by_side(config, images, replicas, deterministic, note)
     return Plan(
         config,
         images,
         Path(out) if out else _place(config),
         why,
         1 if cuda else min(workers or available_workers(config.device), together),
-        min(replicas or (together if side_by_side else 1), together),
+        min(limit, together),
         environment,
     )
 
@@ -181,6 +183,29 @@ def _priced(plan: Plan, pool: Pool) -> Plan:
         return plan
     price, limit = pool.price(plan.limit)
     return replace(plan, price=price, limit=limit)
+
+
+def _side_by_side(
+    config: Training,
+    images: data.Images,
+    replicas: int | None,
+    deterministic: bool,
+    note: Callable[[str], None],
+) -> int:
+    """How many networks train at once through autograd, at most; says so where they should and cannot."""
+    model, asked = config.network, replicas or (MOST_REPLICAS if config.device == "cuda" else 1)
+    if deterministic or not isinstance(model, ModuleModel):
+        return 1 if deterministic else replicas or 1
+    if asked > 1:
+        import torch
+
+        from sparselth.engine.side_by_side import refusal
+
+        labels = torch.from_numpy(images.train_labels[:EXAMPLES])
+        if why := refusal(model, labels, config.seeds[:2]):
+            note(f"note: networks of {model.name} train one after another: {why}")
+            return 1
+    return asked
 
 
 def _place(config: Experiment) -> Path:

@@ -32,7 +32,7 @@ from sparselth.params import Params, TensorSpec
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
-    Judge = Callable[[Tensor, Tensor], Tensor]
+Judge = Callable[["Tensor", "Tensor"], "Tensor"]  # a user's loss or accuracy
 
 RECIPE = Recipe(steps=1000, lr=1e-3)  # of a network that says nothing else
 PACKAGES = ("torchvision", "timm")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sparselth import tickets
+from sparselth.engine.side_by_side import DRAWS
 from sparselth.runs import read
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "any-network.md").read_text()
@@ -143,6 +144,37 @@ def test_a_run_has_the_same_files_whoever_trains_beside(
     every = "ticket,reinit,random-mask"
     assert cli(*words, "--arms", every, "--out", "three", "--resume")[0] == 0
     assert run_contents(Path("three")) == found[0]  # what came later, too
+
+
+def test_replicas_are_side_by_side_where_they_can_and_it_is_said_where_they_cannot(
+    folder: Path, cli: Cli, run_contents: Contents
+) -> None:
+    Path("plain.py").write_text(NET.replace("        nn.Dropout(0.1),\n", ""))
+    words = ["imp", "--dataset", "mnist5k", *TINY[:-1], "--levels", "1", "--workers", "1", "--arms", "ticket"]
+    words += [
+        "--optimizer",
+        "sgd",
+        "--lr",
+        "0.05",
+    ]  # Adam makes steps of what is rounding before a batch norm
+    words[words.index("--seeds") + 1] = "0,1"
+    flags = {"alone": [], "together": ["--replicas", "3"], "strict": ["--replicas", "3", "--deterministic"]}
+    for out, more in flags.items():
+        code, _, err = cli(*words, "--model", "plain.py:make", "--out", out, "--quiet", *more)
+        assert code == 0, err
+        assert "one after another" not in err
+    alone, together = (read(Path(out)).points for out in ("alone", "together"))
+    losses = "validation_loss_at_early_stop"
+    for one, other in zip(alone, together, strict=True):
+        assert one["kept"] == other["kept"]
+        assert one[losses] == pytest.approx(other[losses], rel=1e-3)
+        assert one["final_accuracy"] == pytest.approx(other["final_accuracy"], abs=0.003)
+    assert [point[losses] for point in alone] != [point[losses] for point in together]
+    assert run_contents(Path("alone")) == run_contents(Path("strict"))
+    code, _, err = cli(*words, "--model", "my_net.py:make", "--replicas", "3", "--dry-run")
+    assert code == 0
+    (said,) = [line for line in err.splitlines() if line.startswith("note: networks")]
+    assert said == f"note: networks of my_net.py:make train one after another: {DRAWS}"
 
 
 def test_a_built_in_network_goes_through_autograd_on_request(folder: Path, cli: Cli) -> None:
