@@ -42,6 +42,9 @@ COUNT = {"adam": 2, "sgd": 1}
 PARTS = ["adam", "sgd", "tf32"]  # tf32: Adam, products in TF32
 TRITON = pytest.mark.skipif("triton" not in KERNELS, reason="neither Triton's interpreter nor a CUDA device")
 LENET = [(300, 784), (100, 300), (10, 100)]
+# Of a few weights one may be the whole RMS: then each of the dozen roundings of its update counts, which lose as
+# much as so many terms of a sum: 12 (0.5 / 0.2)^2, see `sparselth.check`
+FEW, CHAIN = 100, 75
 GAP = 16  # floats of NaN around every tensor
 
 
@@ -204,7 +207,7 @@ def held(
     for name in list(named)[::2]:
         must_be_zero(named[name], ~layer.live.to(DEVICE), f"pruned {name}")
     must_repeat(again.named(), named)
-    terms = dict.fromkeys(named, shape[3])
+    terms = dict.fromkeys(named, shape[3] + (CHAIN if layer.live.sum() < FEW else 0))
     compare(named, layer.named(wanted), theirs.named(), unit_of(part), terms)
 
 
