@@ -42,8 +42,8 @@ COUNT = {"adam": 2, "sgd": 1}
 PARTS = ["adam", "sgd", "tf32"]  # tf32: Adam, products in TF32
 TRITON = pytest.mark.skipif("triton" not in KERNELS, reason="neither Triton's interpreter nor a CUDA device")
 LENET = [(300, 784), (100, 300), (10, 100)]
-# Of a few weights one may be the whole RMS: then each of the dozen roundings of its update counts, which lose as
-# much as so many terms of a sum: 12 (0.5 / 0.2)^2, see `sparselth.check`
+# Of a few weights one may be the whole RMS: then each of the dozen roundings of its update counts, and they
+# lose as much as so many terms of a sum: 12 (0.5 / 0.2)^2, see `sparselth.check`
 FEW, CHAIN = 100, 75
 GAP = 16  # floats of NaN around every tensor
 
