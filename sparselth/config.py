@@ -20,6 +20,11 @@ from sparselth.registry import Registry
 
 OPTIMIZERS = ("adam", "sgd")
 AUGMENTS = ("none", "crop-flip")
+INPUTS = {  # what images are given as, in words
+    "standard": "standardised inputs",
+    "unit": "inputs in [0, 1]",
+    "norm": "inputs of norm 1",
+}
 SCOPES = ("layer", "global")
 KERNELS = ("auto", "native", "torch", "triton", "reference", "autograd")
 FIRST = "imp"  # the experiment of a config.json that names none
@@ -242,6 +247,13 @@ class Recipe(Options):
         choices=AUGMENTS,
         added=True,
     )
+    inputs: Literal["standard", "unit", "norm"] = option(
+        "standard",
+        "What images are given as: standardised by mean and deviation of each channel, in [0, 1], or each "
+        "divided by its Euclidean norm.",
+        choices=tuple(INPUTS),
+        added=True,
+    )
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update that takes `step` to `step + 1`."""
@@ -332,7 +344,7 @@ class Config(Options):
         """Every setting that differs: its name, its value here, its value there."""
         ours, theirs = self.to_json(), other.to_json()
         for data in (ours, theirs):
-            data |= data.pop("recipe", {})
+            data |= data.pop("recipe", {}) | data  # an experiment's own field before the recipe's
         for name in ours | theirs:
             if ours.get(name) != theirs.get(name):
                 yield name, ours.get(name), theirs.get(name)

@@ -82,7 +82,9 @@ def _accuracy(
     from sparselth.train import accuracies_on_test
 
     config, strong = record.config, "frozen" in ticket.header
-    resident = Resident(data.look(config.dataset, data_dir), "cpu", *config.evaluation)
+    chunk, most = config.evaluation
+    images = data.look(config.dataset, data_dir)
+    resident = Resident(images, "cpu", chunk, most, config.shown_as)
     weights = torch.from_numpy(ticket.content.weights.copy())[None]
     state = State.start(weights, config.recipe, config.recipe.steps)
     job = Job(cell, state, torch.from_numpy(ticket.content.mask.copy()), config.recipe.steps)

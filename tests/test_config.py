@@ -99,6 +99,7 @@ def test_config_json_gives_an_equal_configuration_and_only_adds_fields() -> None
     now = EQUAL.to_json()
     assert now["recipe"].pop("cosine") is False
     assert now["recipe"].pop("augment") == "none"
+    assert now["recipe"].pop("inputs") == "standard"
     assert {name: value for name, value in now.items() if name in before} == before
 
 

@@ -46,7 +46,7 @@ def command(experiment: type[Experiment]) -> click.Command:
 
 def _params(experiment: type[Experiment]) -> Iterator[click.Parameter]:
     kinds, trains = get_type_hints(experiment), issubclass(experiment, Training)
-    named = [f for f in fields(experiment) if f.metadata.get("help")]
+    named, taken = [f for f in fields(experiment) if f.metadata.get("help")], _taken(experiment)
     yield from (argument(f) for f in named if f.metadata["argument"])
     own = [f for f in named if not f.metadata["argument"]]
     for f in own:
@@ -63,7 +63,8 @@ def _params(experiment: type[Experiment]) -> Iterator[click.Parameter]:
             help=experiment.recipe_help,
         )
         kinds |= get_type_hints(Recipe)
-        yield from (flag(f, kinds[f.name], recipes=True) for f in fields(Recipe) if f.metadata["help"])
+        more = [f for f in fields(Recipe) if f.metadata["help"] and f.name not in taken]
+        yield from (flag(f, kinds[f.name], recipes=True) for f in more)
     yield from (flag(f, kinds[f.name]) for f in own if f.name in MACHINE)
     yield click.Option(
         ["--workers"], type=int, help="Worker processes on a CPU, one thread each.  [default: one per core]"
@@ -101,6 +102,11 @@ def _params(experiment: type[Experiment]) -> Iterator[click.Parameter]:
             help="With --dry-run: the price on a device with recorded results too, e.g. h200.",
         )
     yield from output(click.command()(lambda: None)).params
+
+
+def _taken(experiment: type[Experiment]) -> set[str]:
+    """The names of its own fields; one of a recipe that is called the same has no flag."""
+    return {f.name for f in fields(experiment)}
 
 
 def _option(decorator: Any) -> click.Parameter:
@@ -190,7 +196,7 @@ def _inherit(experiment: type[Experiment], flags: dict[str, Any], given: set[str
     if not isinstance(theirs, experiment):
         return
     values = dict(vars(theirs))
-    values |= vars(values.pop("recipe")) if isinstance(theirs, Training) else {}
+    values = vars(values.pop("recipe")) | values if isinstance(theirs, Training) else values
     for name, value in values.items():
         if name in flags and name not in given:
             flags[name] = value
@@ -202,7 +208,9 @@ def _configured(experiment: type[Experiment], flags: dict[str, Any]) -> Experime
         recipes, name = experiment.recipes(values), flags["recipe"]
         if name not in recipes:
             raise unknown("recipe", name, recipes)
-        own = [f.name for f in fields(Recipe) if f.metadata["help"] and flags[f.name] is not None]
+        taken = _taken(experiment)
+        own = [f.name for f in fields(Recipe) if f.metadata["help"] and f.name not in taken]
+        own = [name for name in own if flags[name] is not None]
         values["recipe"] = replace(recipes[name], **{name: flags[name] for name in own})
     return experiment(**values)
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from sparselth.cli.options import PATH, as_flags, data_dir, metavar, output
-from sparselth.config import EXPERIMENTS
+from sparselth.config import EXPERIMENTS, INPUTS
 from sparselth.errors import SparselthError, unknown
 from sparselth.experiments.arms import ARMS
 from sparselth.models import MODELS
@@ -79,6 +79,7 @@ def _models() -> Listing:
         for name, recipe in model.recipes.items():
             how = f"{recipe.optimizer} {recipe.lr:g}, {recipe.steps:,} steps of {recipe.batch_size}"
             how += "" if recipe.augment == "none" else f", {recipe.augment}"
+            how += "" if recipe.inputs == "standard" else f", {INPUTS[recipe.inputs]}"
             lines.append(f"  --recipe {name:<8}{how}")
     lines.append("my_net.py:make, torchvision:NAME, timm:NAME: any network, see docs/any-network.md")
     return rows, lines

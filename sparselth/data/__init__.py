@@ -8,6 +8,7 @@ from sparselth.data.sets import (
     DatasetSpec,
     Images,
     MissingData,
+    check_inputs,
     get_dataset,
     register,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "DatasetSpec",
     "Images",
     "MissingData",
+    "check_inputs",
     "data_dir",
     "fetch",
     "get_dataset",

@@ -19,7 +19,7 @@ from torch import Tensor
 from sparselth.config import Cell
 from sparselth.data import Images
 from sparselth.data.augment import moves, sources
-from sparselth.data.sets import check_batch, n_validation
+from sparselth.data.sets import check_batch, check_inputs, n_validation
 from sparselth.streams import stream
 
 Chunk = tuple[Tensor, Tensor]  # images [1, K, B] fp32, labels [1, 1, B] int64; or both with B first
@@ -28,17 +28,28 @@ Chunk = tuple[Tensor, Tensor]  # images [1, K, B] fp32, labels [1, 1, B] int64; 
 class Resident:
     """A data set as tensors on one device, with its split into training and validation images."""
 
-    def __init__(self, images: Images, device: str, chunk: int, most: int = 0) -> None:
-        """`chunk`: images of one evaluation batch; `most`: of an evaluation, at most, 0 is all."""
-        self.images = torch.from_numpy(images.train_images).to(device)
+    def __init__(
+        self, images: Images, device: str, chunk: int, most: int = 0, inputs: str = "standard"
+    ) -> None:
+        """`chunk`: images of one evaluation batch; `most`: of an evaluation, at most, 0 is all.
+
+        `inputs` as a recipe has it; images of norm 1 are held as floats, and moved as such.
+        """
+        check_inputs(inputs, images)
+        train, test = (torch.from_numpy(each) for each in (images.train_images, images.test_images))
+        if inputs == "norm":
+            train, test = _of_norm_1(train), _of_norm_1(test)
+        self.images = train.to(device)
         self.labels = torch.from_numpy(images.train_labels).to(device)
-        self._test = torch.from_numpy(images.test_images), torch.from_numpy(images.test_labels)
+        self._test = test, torch.from_numpy(images.test_labels)
         self.device, self.chunk, self.most, self.shape = device, chunk, most, images.spec.shape
         pixels = self.images.shape[1] // len(images.spec.mean)
         mean, std = (
             torch.tensor(values, dtype=torch.float32, device="cpu").repeat_interleave(pixels)[:, None]
             for values in (images.spec.mean, images.spec.std)
         )
+        if inputs != "standard":
+            mean, std = torch.zeros_like(mean), torch.ones_like(std)
         self.holds_bytes, self.holds_tokens = (
             self.images.dtype == kind for kind in (torch.uint8, torch.int64)
         )
@@ -126,6 +137,13 @@ class Resident:
             return images.view(-1, *self.shape), labels
         x = torch.addcmul(self.shift.mT, images.float(), self.scale.mT)
         return x.view(-1, *self.shape), labels
+
+
+def _of_norm_1(images: Tensor) -> Tensor:
+    """Rows divided by their Euclidean norm, fp32; a black one stays black."""
+    found = images.float()
+    norm = torch.linalg.vector_norm(found, dim=1, keepdim=True, dtype=torch.float64)
+    return found.div_(norm.where(norm > 0, 1.0).float())
 
 
 class Gather:

@@ -158,6 +158,17 @@ def check_batch(batch: int, images: int) -> None:
         raise UsageError(f"`batch_size` {batch}: expected at most the {most} training images")
 
 
+def check_inputs(inputs: str, images: Images) -> None:
+    """Raise UsageError where samples cannot be given so: tokens, and floats, whose range nobody knows."""
+    kind = images.train_images.dtype
+    if inputs == "standard" or kind == np.uint8 or (inputs == "norm" and kind == np.float32):
+        return
+    what = "tokens" if images.spec.tokens else "floats, which are taken as they are"
+    raise UsageError(
+        f"`inputs` {inputs}: expected images of bytes, {images.spec.name} has {what}; use `inputs` standard"
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Images:
     """A data set in memory; a row of images is one sample, flattened, of an image channel first."""

@@ -74,6 +74,11 @@ class Experiment(Config):
         """Images of an evaluation batch, and of an evaluation at most; 0 is all."""
         return 500, 0
 
+    @property
+    def shown_as(self) -> str:
+        """What images are given as: `Recipe.inputs`."""
+        return "standard"
+
     def urgency(self, cell: Cell) -> Any:
         """What cells that can start are sorted by: the least goes first."""
         return cell.level

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from sparselth.config import SCOPES, Cell, at_least, option
+from sparselth.config import INPUTS, SCOPES, Cell, at_least, option
 from sparselth.errors import UsageError
 from sparselth.experiments.arms import ARMS
 from sparselth.experiments.base import Place, register
@@ -200,6 +200,8 @@ class ImpConfig(Training):
             scope = "over all layers"
         draws = f", {self.reinits} fresh draws" if self.reinits > 1 else ""
         rewind = f"rewound to step {self.rewind:,}"
+        if self.recipe.inputs != "standard":
+            draws += f", {INPUTS[self.recipe.inputs]}"
         return f"{how} pruning by {self.score}, {100 * self.rate:g} % a level {scope}, {rewind}{draws}"
 
     def plan(self, images: Images | None, finished: int) -> dict[str, str]:

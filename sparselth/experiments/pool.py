@@ -316,7 +316,7 @@ def _work(connection: Connection, stop: Flag, parent: int, work: Work) -> None:
             if task is None:
                 return
             if data is None and work.images is not None:
-                data = Resident(work.images, config.device, *config.evaluation)
+                data = Resident(work.images, config.device, *config.evaluation, inputs=config.shown_as)
             if isinstance(task, int):
                 assert data is not None
                 assert isinstance(config, Training)

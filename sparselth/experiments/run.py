@@ -58,6 +58,7 @@ def plan(
         model = model.on(images.spec)
         if isinstance(model, ModuleModel):
             model.check_labels(images.train_labels, images.test_labels)
+        data.check_inputs(config.shown_as, images)
         device, why = machine.choose_device(config.device)
         kernels = config.kernels
         if deterministic and device == "cuda" and not config.autograd:

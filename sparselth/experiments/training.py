@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sparselth import user_files
-from sparselth.config import KERNELS, Cell, Recipe, option
+from sparselth.config import INPUTS, KERNELS, Cell, Recipe, option
 from sparselth.experiments.base import Diverged, Experiment, Finished, Place
 from sparselth.models import MODELS, Model, get_model
 from sparselth.models.module import is_module
@@ -150,6 +150,10 @@ class Training(Experiment):
         return get_model(self.model).dataset
 
     @property
+    def shown_as(self) -> str:
+        return self.recipe.inputs
+
+    @property
     def evaluation(self) -> tuple[int, int]:
         return self.network.evaluation_batch, self.eval_images or 0
 
@@ -249,9 +253,10 @@ class Training(Experiment):
         rate += ", along a cosine" if recipe.cosine else ""
         rate += f", a tenth from {', '.join(f'{s:,}' for s in recipe.lr_drops)}" if recipe.lr_drops else ""
         rate += "" if recipe.augment == "none" else "; images shifted and flipped"
+        inputs = "" if recipe.inputs == "standard" else f"; {INPUTS[recipe.inputs]}"
         return {
             "model": f"{model.name}, {model.params.prunable:,} prunable weights",
-            "data": f"{images.spec.title} from {images.source}",
+            "data": f"{images.spec.title} from {images.source}{inputs}",
             "cells": f"seeds {', '.join(map(str, self.seeds))}; {counted(len(self.cells()), finished)}",
             "training": f"{recipe.steps:,} steps of {recipe.batch_size} with {recipe.optimizer}, {rate}",
         }

@@ -78,7 +78,7 @@ def bench_run(
     who, point = _cell(record, level, seed)
     model, config = get_model(record.config.model), record.config
     images = data.resolve(config.dataset, data_dir, say)
-    resident = Resident(images, "cpu", images.spec.n_test)
+    resident = Resident(images, "cpu", images.spec.n_test, inputs=config.recipe.inputs)
     (chunk, labels), *_ = resident.test()
     x, labels = chunk[0].T.reshape(-1, *model.input).contiguous(), labels.flatten()
     first = Cell(who.seed, "ticket", 0)

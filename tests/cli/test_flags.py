@@ -100,11 +100,12 @@ FIELDS: dict[str, tuple[str, Any]] = {
     "cosine": ("", True),
     "eval_images": ("200", 200),
     "augment": ("crop-flip", "crop-flip"),
+    "inputs": ("unit", "unit"),
     "exclude": ("fc1,conv*", ("conv*", "fc1")),
 }
 # of strong: its own, and those it shares with imp
 SHARED = ("seeds", "device", "kernels", "steps", "lr", "batch_size", "weight_decay", "warmup", "lr_drops")
-SHARED += ("eval_every", "eval_images", "augment")
+SHARED += ("eval_every", "eval_images", "augment", "inputs")
 OF_STRONG: dict[str, tuple[str, Any]] = {name: FIELDS[name] for name in SHARED} | {
     "model": ("lenet5", "lenet5"),
     "arms": ("ticket,dense", ("ticket", "dense")),

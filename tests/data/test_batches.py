@@ -112,6 +112,51 @@ def test_every_channel_is_scaled_by_its_own_mean_and_deviation(kind: str) -> Non
     assert torch.equal(torch.cat([y for _, y in data.test()], 2).flatten(), data.labels[:5])
 
 
+@pytest.mark.parametrize("augment", ["none", "crop-flip"])
+@pytest.mark.parametrize("inputs", ["unit", "norm"])
+def test_inputs_in_0_to_1_and_of_norm_1(inputs: str, augment: str) -> None:
+    """In training, validation and test, laid out either way; black stays 0, also where it is moved in."""
+    pixels = np.random.default_rng(0).integers(256, size=(16, 3072), dtype=np.uint8)
+    pixels[3] = 0
+    labels = np.arange(16) % 10
+    images = Images(get_dataset("cifar10"), pixels, labels, pixels[:5], labels[:5], "", "")
+    data = Resident(images, "cpu", 2, inputs=inputs)
+    expected = torch.from_numpy(pixels).double() / 255
+    if inputs == "norm":
+        expected /= expected.norm(dim=1, keepdim=True).clamp(min=1e-9)
+    shown = torch.cat([expected, torch.zeros(16, 1, dtype=torch.float64)], 1)
+    batches = Batches(data, [TICKET], 4, augment)
+    for step in range(3):
+        index = batches.index(step)
+        move, which = (index // 16, index % 16) if augment != "none" else (None, index)
+        right = expected[which] if move is None else shown[which].gather(1, data.sources[move])
+        x, _ = batches.at(step)
+        torch.testing.assert_close(x[0].T.double(), right, rtol=1e-6, atol=1e-7)
+        x, _ = batches.first(step)
+        torch.testing.assert_close(x[0].flatten(1).double(), right, rtol=1e-6, atol=1e-7)
+    validated, tested = expected[data.split(0)[1]], expected[:5]
+    for last, first, right in (
+        (data.validation(0), data.validation_first(0), validated),
+        (data.test(), data.test_first(), tested),
+    ):
+        seen = torch.cat([x for x, _ in last], 2)[0].T
+        torch.testing.assert_close(seen.double(), right, rtol=1e-6, atol=1e-7)
+        seen = torch.cat([x for x, _ in first]).flatten(1)
+        torch.testing.assert_close(seen.double(), right, rtol=1e-6, atol=1e-7)
+
+
+def test_inputs_that_make_no_sense_are_refused() -> None:
+    labels, spec = np.zeros(16, np.int64), get_dataset("mnist")
+    floats = np.ones((16, 784), np.float32)
+    given = Images(spec, floats, labels, floats, labels, "", "")
+    with pytest.raises(UsageError, match="`inputs` unit: expected images of bytes, mnist has floats"):
+        Resident(given, "cpu", 2, inputs="unit")
+    assert Resident(given, "cpu", 2, inputs="norm").images.norm(dim=1).tolist() == pytest.approx([1] * 16)
+    words = replace(given, spec=replace(spec, tokens=True), train_images=np.ones((16, 784), np.int64))
+    with pytest.raises(UsageError, match="`inputs` norm: expected images of bytes, mnist has tokens"):
+        Resident(words, "cpu", 2, inputs="norm")
+
+
 def test_batch_larger_than_the_data_is_named(digits: Resident) -> None:
     with pytest.raises(UsageError, match="`batch_size` 3501: expected at most the 3500 training images"):
         Batches(digits, [TICKET], 3501)
