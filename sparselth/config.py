@@ -362,6 +362,7 @@ EXPERIMENTS: Registry[type[Config]] = Registry(
             "agenda",
             "arms",
             "base",
+            "connectivity_jobs",
             "flag",
             "jobs",
             "memory",

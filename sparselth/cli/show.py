@@ -44,7 +44,7 @@ def report(record: RunRecord, as_json: bool, wall: dict[str, Any] | None = None)
                 "run": str(record.path),
                 "config": config.to_json(),
                 "complete": record.complete,
-                "points": record.points,
+                "points": config.told(record),
                 "diverged": record.diverged,
                 "not_computed": [point(cell) for cell in record.not_computed],
                 "summary": config.summary(record),

@@ -117,6 +117,18 @@ class Resident:
         """The same as x [B, *shape] and labels [B, ...]."""
         return [self._first(x, y) for x, y in self._chunks(*self._tested())]
 
+    def training(self, seed: int, most: int) -> list[Chunk]:
+        """So many training images of a seed at most, in evaluation batches."""
+        return [self._last(x, y) for x, y in self._chunks(*self._trained(seed, most))]
+
+    def training_first(self, seed: int, most: int) -> list[Chunk]:
+        """The same as x [B, *shape] and labels [B, ...]."""
+        return [self._first(x, y) for x, y in self._chunks(*self._trained(seed, most))]
+
+    def _trained(self, seed: int, most: int) -> Chunk:
+        index = self.split(seed)[0][:most].to(self.device)
+        return self.images[index], self.labels[index]
+
     def _validated(self, seed: int) -> Chunk:
         index = self.split(seed)[1][: self.n_validated].to(self.device)
         return self.images[index], self.labels[index]

@@ -164,7 +164,7 @@ class AutogradSteps:
         self.state_bytes = 4 * self.grad.numel() + size
 
     def advance(self, step: int, steps: int, should_stop: Callable[[], bool]) -> int:
-        who, network, device = self.job.who, self.network, self.batches.data.device
+        who, network, device = self.job.drawn, self.network, self.batches.data.device
         start, taken = self.job.start_step, 0
         network.net.train()
         with drawing_apart(device), errors_named(network.model, "training"):

@@ -62,7 +62,7 @@ class Group:
             (job,) = self.jobs
             return AutogradNetwork(self.model, job.who, weights).measure(chunks, should_stop)
         if not self.compressed:
-            dense = DenseForward(self.model, weights, _takes_vendor(self.model, self.paths))
+            dense = DenseForward(self.model, weights, takes_vendor(self.model, self.paths))
             return measure(dense, chunks, should_stop)
         (job,) = self.jobs
         layout, kernels = Layout(self.model, job.mask, self.compressed), self.paths.csr_linear.takes
@@ -117,12 +117,12 @@ def steps(batch: Batch) -> Steps:
         # one of several whose others are behind, or have diverged, has the bits of one alone
         return SideBySideSteps(batch) if len(batch.jobs) > 1 else AutogradSteps(batch)
     if batch.jobs[0].frozen is not None:
-        return PopupSteps(batch, _takes_vendor(batch.model, batch.paths))
+        return PopupSteps(batch, takes_vendor(batch.model, batch.paths))
     if batch.jobs[0].state.layout is not None:
         return CompressedSteps(batch)
     if batch.paths.masked_update.takes == "triton":
         return Replay(batch)
-    return DenseSteps(batch, _takes_vendor(batch.model, batch.paths))
+    return DenseSteps(batch, takes_vendor(batch.model, batch.paths))
 
 
 def prepare(
@@ -175,6 +175,6 @@ def compressed_layers(
     return frozenset(found | set(convs) if pay else found - set(convs))
 
 
-def _takes_vendor(model: Model, paths: Paths) -> bool:
+def takes_vendor(model: Model, paths: Paths) -> bool:
     """Whether dense networks go through `VendorNetwork`, one at a time: they have convolutions."""
     return paths.masked_conv2d.takes == "vendor" and model.convolves

@@ -107,6 +107,7 @@ class Job:
     optimizer started at (its own count begins there; the learning rate is that of the true step); weights
     are copied to `state.kept_weights` when `keep_step` is reached. A job that diverges says why, and its
     state stays where it was noticed. With `frozen` scores are trained, and no weights; then the mask is full.
+    Its data order and all else that training draws are those of `draws`, where that is not who it is.
     """
 
     who: Cell
@@ -116,6 +117,12 @@ class Job:
     keep_step: int | None = None
     diverged: str | None = None
     frozen: Frozen | None = None
+    draws: Cell | None = None
+
+    @property
+    def drawn(self) -> Cell:
+        """Whose random streams its training has."""
+        return self.draws or self.who
 
     def network(self, model: Model, best: bool = False) -> Tensor:
         """The weights [1, P] that its network computes with now, or at the evaluation of minimum loss."""
@@ -139,7 +146,7 @@ class Batch:
     ) -> None:
         self.model, self.data, self.recipe, self.paths = model, data, recipe, paths
         self.jobs = sorted(jobs, key=lambda job: (job.start_step, job.who.seed))
-        self.who = [job.who for job in self.jobs]
+        self.who = [job.drawn for job in self.jobs]
         self.weights, *self.moments = _stack([job.state for job in self.jobs])  # each [R, P]
 
     @property

@@ -121,6 +121,10 @@ class Experiment(Config):
         """The report of a run, finished or not, as text."""
         raise NotImplementedError
 
+    def told(self, record: RunRecord) -> list[dict[str, Any]]:
+        """The points that --json prints: those of all finished cells, unless some answer no question."""
+        return record.points
+
     def summary(self, record: RunRecord) -> list[dict[str, Any]]:
         """The same as JSON objects."""
         return []

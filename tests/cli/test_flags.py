@@ -250,6 +250,31 @@ CASES: dict[tuple[str, str], Case] = (
         for base in (IMP, STRONG, NEURONS, SUMS, "bench", "show run", "ls arms", "doctor")
     }
 )
+CONNECTIVITY = "connectivity --dataset mnist5k"
+OF_CONNECTIVITY = {name: OF_STRONG[name] for name in (*SHARED, "model", "scope")} | {
+    "optimizer": ("sgd", "sgd"),
+    "cosine": ("", True),
+    "rewind": ("0,9", (0, 9)),
+    "levels": ("0,2", (0, 2)),
+    "rate": ("0.5", 0.5),
+    "exclude": ("fc1", ("fc1",)),
+    "points": ("5", 5),
+    "line_images": ("70", 70),
+}
+CASES |= of_scores("connectivity", CONNECTIVITY) | {
+    ("connectivity", name): Case(CONNECTIVITY, f"--{name.replace('_', '-')} {word}", setting(name), value)
+    for name, (word, value) in OF_CONNECTIVITY.items()
+}
+CASES |= {
+    ("connectivity", "momentum"): Case(
+        f"{CONNECTIVITY} --optimizer sgd", "--momentum 0.5", setting("momentum"), 0.5
+    ),
+    ("connectivity", "recipe"): Case(CONNECTIVITY, "--recipe paper", setting("steps"), 50_000),
+    ("connectivity", "debug"): Case(
+        f"{CONNECTIVITY} --points 1", "--debug", lambda seen: type(seen.raised), UsageError
+    ),
+    ("connectivity", "plugin"): Case(CONNECTIVITY, "--plugin mine.py", loaded),
+}
 SILENT = ("show", "ls", "doctor")  # say nothing but what was asked for, so that --quiet changes nothing
 
 

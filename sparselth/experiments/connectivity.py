@@ -1,0 +1,257 @@
+"""Linear mode connectivity: when does training stop to depend on the order of its data (Frankle et al. 2020)?
+
+    start     train to the rewind step k, once a seed
+    from-k    two copies of its weights, each with a data order of its own, to the end; draw 0 is pruned by
+              magnitude and goes back to step k, as a ticket, level by level
+    path-k    the two of a level are ends of a straight line: how far above them its worst point is
+
+A network is stable where that barrier of the error, its instability, is below 2 %. Copies begin with a fresh
+optimizer and the learning rate of step k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from sparselth.config import SCOPES, Cell, at_least, option
+from sparselth.experiments.base import Diverged, Finished, Place, register
+from sparselth.experiments.training import Training, counted
+from sparselth.models import MODELS, get_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparselth.data import Images
+    from sparselth.runs import RunRecord
+
+STABLE = 0.02  # of the error, below which a network is stable (Frankle et al. 2020, section 3)
+START, FROM, PATH = "start", "from", "path"  # before the rewind step in the arm of a cell
+COPIES = (0, 1)  # draws of a network that differ in their data order
+MOST_LEVEL, MOST_REWINDS = 100, 100
+
+
+def _levels(levels: tuple[int, ...]) -> str | None:
+    right = levels and len(set(levels)) == len(levels) and 0 <= min(levels) <= max(levels) <= MOST_LEVEL
+    return None if right else f"expected different levels from 0, the dense network, to {MOST_LEVEL}"
+
+
+def _share(rate: float) -> str | None:
+    expected = "expected a number between 0 and 1, the share of the remaining weights that one level prunes"
+    return None if 0 < rate < 1 else expected
+
+
+def _images(images: int | None) -> str | None:
+    return None if images is None or images >= 1 else "expected 1 or more"
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class ConnectivityConfig(Training):
+    """From which step on does a network, dense or a ticket, end in the same place whatever its data order?
+
+    Trains to each rewind step, then two copies with different orders of the data, and measures the error
+    along the straight line between them: the instability of Frankle et al. 2020, below 2 % where a network is
+    stable. Levels above 0 are tickets, pruned by magnitude level by level and rewound to that step; their
+    line to the dense network is measured, too. Ends with a table, figures and a folder that `sparselth show`
+    reads; a run that was stopped goes on with `resume`.
+    """
+
+    name: ClassVar[str] = "connectivity"
+    has_usual: ClassVar[bool] = False
+
+    model: str = option("lenet-300-100", "The network; see `sparselth ls models`.", choices=MODELS)
+    seeds: tuple[int, ...] = option(
+        (0, 1, 2),
+        "One network each: 3, 0-4 or 0,2,5.",
+        Training.__dataclass_fields__["seeds"].metadata["check"],
+        ordered=False,
+        extends=True,
+    )
+    rewind: tuple[int, ...] = option(  # type: ignore[assignment]  # several at once
+        None,
+        "Steps that the copies start at: 0,100,500.  [default: 0, a 50th and a tenth of the steps]",
+        ordered=False,
+        extends=True,
+    )
+    levels: tuple[int, ...] = option(
+        (0, 7),
+        "Levels of pruning: 0 is the dense network.",
+        _levels,
+        ordered=False,
+        extends=True,
+    )
+    rate: float = option(0.2, "Share of the remaining weights that one level prunes.", _share)
+    scope: Literal["layer", "global"] = option(
+        "layer", "Rank weights within each layer, at the paper's rates; or all together.", choices=SCOPES
+    )
+    exclude: tuple[str, ...] = option(
+        None,
+        "Weights that are not pruned, by name, layer or glob: fc1,conv1*.  [default: under scope global "
+        "what the papers leave out, shortcuts and the output layer of vgg and resnet; else none]",
+        ordered=False,
+    )
+    points: int = option(30, "Even points along a line, its ends among them.", at_least(3, most=1000))
+    line_images: int | None = option(
+        None,
+        "Test images, and training images, that the error of a point is counted on, at most.  "
+        "[default: 10,000, fewer where lines would take longer than training]",
+        _images,
+    )
+
+    def __post_init__(self) -> None:
+        if self.exclude is None:
+            exempt = get_model(self.model).exempt if self.scope == "global" else ()
+            object.__setattr__(self, "exclude", exempt)
+        super().__post_init__()
+        steps, batch = self.recipe.steps, self.recipe.batch_size
+        if self.rewind is None:
+            object.__setattr__(self, "rewind", tuple(sorted({0, steps // 50, steps // 10})))
+        if self.line_images is None:
+            # a line looks at 2 * points * n images; two trainings are worth 6 * steps * batch of them
+            most = max(1000, min(10_000, 3 * steps * batch // self.points))
+            object.__setattr__(self, "line_images", most)
+
+    def check(self) -> None:
+        super().check()
+        steps = self.recipe.steps
+        right = self.rewind and len(set(self.rewind)) == len(self.rewind) <= MOST_REWINDS
+        if not right or min(self.rewind) < 0 or max(self.rewind) >= steps:
+            raise self.wrong(
+                "rewind",
+                f"expected different steps from 0 to {steps - 1}, because training ends at step {steps}",
+            )
+        rungs = self.rungs()
+        for level, (before, after) in enumerate(pairwise(rungs), 1):
+            if before == after:
+                raise self.wrong(
+                    "levels",
+                    f"level {level} would prune nothing: at `rate` {self.rate:g} it rounds to no weight of "
+                    f"the {sum(before.values()):,} that are left",
+                )
+
+    # ---- cells
+
+    def cells(self) -> list[Cell]:
+        """Starts, copies, of levels in between one alone, and lines."""
+        found, last = list[Cell](), max(self.levels)
+        for seed in self.seeds:
+            for k in self.rewind:
+                first = Cell(seed, f"{START}-{k}", 0)
+                found += [first] if k else []
+                for level in range(last + 1):
+                    both = level in self.levels
+                    found += [self.other(first, FROM, level, draw) for draw in COPIES[: 1 + both]]
+                    found += [self.other(first, PATH, level)] if both else []
+        return found
+
+    def kind(self, cell: Cell) -> str:
+        """START, FROM or PATH."""
+        return cell.arm.partition("-")[0]
+
+    def step_of(self, cell: Cell) -> int:
+        """The rewind step that a cell is about."""
+        return int(cell.arm.partition("-")[2])
+
+    def other(self, cell: Cell, kind: str, level: int = 0, draw: int = 0) -> Cell:
+        """Another cell of its seed and rewind step."""
+        return Cell(cell.seed, f"{kind}-{self.step_of(cell)}", level, draw)
+
+    def needs(self, cell: Cell) -> tuple[Cell, ...]:
+        begun = (self.other(cell, START),) if self.step_of(cell) else ()
+        if self.kind(cell) == START:
+            return ()
+        if self.kind(cell) == FROM:
+            return (*begun, self.other(cell, FROM, cell.level - 1)) if cell.level else begun
+        dense = (self.other(cell, FROM),) if cell.level else ()
+        return (*dense, *(self.other(cell, FROM, cell.level, draw) for draw in COPIES))
+
+    def urgency(self, cell: Cell) -> tuple[bool, bool, int]:
+        """What others wait for first, by level."""
+        kind = self.kind(cell)
+        return kind != START, kind == PATH or cell.draw > 0, cell.level
+
+    def start_step(self, cell: Cell) -> int:
+        """Where training starts, as the price counts it: its steps are those until the end."""
+        steps, k = self.recipe.steps, self.step_of(cell)
+        if self.kind(cell) != PATH:
+            return k if self.kind(cell) == FROM else steps - k
+        assert self.line_images is not None
+        lines = 1 + (cell.level > 0)
+        looked = lines * 2 * self.points * self.line_images  # a third of what training on an image takes
+        return steps - looked // (3 * self.recipe.batch_size)
+
+    def rungs(self) -> list[dict[str, int]]:
+        from sparselth.pruning import ladder
+
+        return ladder(self.network.params, max(self.levels), self.rate, self.scope, self.exclude)
+
+    def rung(self, cell: Cell) -> int:
+        return cell.level if self.kind(cell) == FROM else 0
+
+    def start(self, cell: Cell, place: Place) -> tuple[Tensor, Tensor]:
+        from sparselth.experiments.connectivity_jobs import start
+
+        return start(self, cell, place)
+
+    def compute(self, cells: Sequence[Cell], place: Place) -> Sequence[Finished | Diverged] | None:
+        from sparselth.experiments.connectivity_jobs import compute
+
+        return compute(self, cells, place)
+
+    # ---- what is said of it
+
+    @property
+    def method(self) -> str:
+        """How the tickets are pruned, in a line."""
+        scope = "over all layers" if self.scope == "global" else "by layer"
+        return f"pruned by magnitude, {100 * self.rate:g} % a level {scope}"
+
+    @property
+    def how(self) -> str:
+        """What is looked at, in a line."""
+        left = [f"{100 * self.remaining()[level]:.1f}" for level in self.levels]
+        tickets = f", {self.method}" if max(self.levels) else ""
+        steps = f"step{'s' * (len(self.rewind) > 1)} {', '.join(f'{k:,}' for k in self.rewind)}"
+        return f"two copies from {steps}; {', '.join(left)} % left{tickets}"
+
+    def about(self, cell: Cell) -> str:
+        return "" if self.kind(cell) == START else f"{100 * self.remaining()[cell.level]:.1f} %"
+
+    def said(self, line: dict[str, Any]) -> str:
+        if "instability" not in line:
+            return super().said(line)
+        return f"{100 * line['weights_remaining']:.1f} %: instability {100 * line['instability']:.2f} %"
+
+    def plan(self, images: Images | None, finished: int) -> dict[str, str]:
+        rows = super().plan(images, finished)
+        seeds = f"seeds {', '.join(map(str, self.seeds))}"
+        rows["cells"] = f"{seeds}; {counted(len(self.cells()), finished)}"
+        more = {
+            "copies": self.how,
+            "lines": f"{self.points} points, {self.line_images:,} test and training images each at most",
+        }
+        return {"model": rows.pop("model")} | more | rows
+
+    def told(self, record: RunRecord) -> list[dict[str, Any]]:
+        """Lines alone: what stands at their ends is in the run's folder."""
+        return [p for p in record.points if self.kind(Cell.of(p)) == PATH]
+
+    def table(self, record: RunRecord) -> str:
+        from sparselth.report import connectivity
+
+        return connectivity.table(record)
+
+    def summary(self, record: RunRecord) -> list[dict[str, Any]]:
+        from sparselth.report import connectivity
+
+        return connectivity.summary(record)
+
+    def draw(self, record: RunRecord, folder: Path) -> None:
+        from sparselth.report.connectivity_figures import draw
+
+        if self.told(record):
+            draw(record, folder)
