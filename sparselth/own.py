@@ -24,10 +24,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,8 @@ from sparselth.experiments.arms import ARMS, Arm, Reinit
 from sparselth.files import checksum, read_json, sealed, unsealed, write_atomically
 from sparselth.lock import locked
 from sparselth.masks import Masks, by_parameter, unwrapped
-from sparselth.report.stats import mean_interval
+from sparselth.module_tickets import bits, first_names
+from sparselth.own_results import OF_CELL, Point, Results
 from sparselth.streams import stream
 from sparselth.tickets import load_ticket, save_ticket
 
@@ -65,9 +67,7 @@ if TYPE_CHECKING:
 Make = Callable[[int], nn.Module]
 Metric = float | Tensor
 Train = Callable[[nn.Module, Masks, "Turn"], Metric | Mapping[str, Metric]]
-Point = dict[str, Any]
 SCHEMA = "sparselth.own/1"
-OF_CELL = ("seed", "arm", "level", "draw", "weights_remaining", "seconds")
 
 
 @dataclass(frozen=True)
@@ -78,53 +78,6 @@ class Turn(Cell):
     """
 
     start_step: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Results:
-    """What an experiment came to; printed, a table of the first metric.
-
-    points: one a cell, {"seed", "arm", "level", "draw", "weights_remaining", "seconds"} and train's metrics.
-    tickets: masks by (seed, level), of the level after the last, too; snapshots: by seed, where they go back.
-    """
-
-    points: list[Point]
-    tickets: dict[tuple[int, int], Masks] = field(repr=False)
-    snapshots: dict[int, dict[str, Any]] = field(repr=False)
-
-    @property
-    def metric(self) -> str:
-        """The first of train's metrics."""
-        return next(name for name in self.points[0] if name not in OF_CELL)
-
-    def __str__(self) -> str:
-        arms = list(dict.fromkeys(point["arm"] for point in self.points))
-        levels = sorted({point["level"] for point in self.points})
-        means = [["level", "weights", *arms]]
-        gaps = [["level", *(f"ticket - {arm}" for arm in arms[1:])]]
-        for level in levels:
-            found = {arm: self._values(arm, level) for arm in arms}
-            left = next(p["weights_remaining"] for p in self.points if p["level"] == level)
-            means.append([str(level), f"{100 * left:.1f} %", *(_mean([*v.values()]) for v in found.values())])
-            gaps.append(
-                [
-                    str(level),
-                    *(
-                        _mean([found["ticket"][s] - v for s, v in found[arm].items()], "+")
-                        for arm in arms[1:]
-                    ),
-                ]
-            )
-        seeds = len({point["seed"] for point in self.points})
-        if seeds == 1:
-            return "\n".join([*_aligned(means), f"{self.metric} of one seed: too few to tell arms apart"])
-        told = f"{self.metric}, mean of {seeds} seeds and its 95 % interval; differences seed by seed"
-        return "\n".join(
-            [*_aligned(means), *(["", *_aligned(gaps[:1] + gaps[2:])] if arms[1:] else []), told]
-        )
-
-    def _values(self, arm: str, level: int) -> dict[int, float]:
-        return {p["seed"]: p[self.metric] for p in self.points if (p["arm"], p["level"]) == (arm, level)}
 
 
 def imp(
@@ -154,12 +107,17 @@ def imp(
     UsageError for what cannot be, settings other than the folder's among it; SparselthError where train
     leaves a pruned weight other than 0.
     """
+    levels, rewind = _whole("levels", levels), _whole("rewind", rewind)
     check_number("levels", levels, 1, 1000)
     check_number("rewind", rewind, 0, 10**9)
-    if not 0 < rate < 1:
-        raise UsageError(f"`rate` {rate}: expected a share between 0 and 1, such as 0.2")
+    if not isinstance(rate, Real) or not 0 < rate < 1:
+        raise UsageError(f"`rate` {rate!s:.40}: expected a share between 0 and 1, such as 0.2")
+    rate = float(rate)
+    if not isinstance(seeds, Iterable) or isinstance(seeds, str):
+        raise UsageError(f"`seeds` {seeds!s:.60}: expected different whole numbers, such as (0, 1, 2)")
+    seeds = [_whole("seeds", seed) for seed in seeds]
     if not seeds or len(set(seeds)) != len(seeds):
-        raise UsageError(f"`seeds` {list(seeds)!s:.60}: expected different whole numbers")
+        raise UsageError(f"`seeds` {seeds!s:.60}: expected different whole numbers")
     named = {name: ARMS[name] for name in ("ticket", *arms)}
     for name, arm in named.items():
         if type(arm).weights not in (Arm.weights, Reinit.weights):
@@ -246,6 +204,8 @@ class _Run:
         model = self._build(arm, turn)
         turn = Turn(seed, turn.arm, level, start_step=arm.start_step(self.rewind) if level else 0)
         weights = prunable(unwrapped(model), self.exclude)
+        if self.folder is not None and turn.arm == "ticket" and not level:
+            _check_savable(unwrapped(model))
         if level:
             masks = self._masks(arm, turn, laid_out(weights), model)
             if arm.fresh:
@@ -357,6 +317,24 @@ class _Run:
         return self.folder / "cells" / f"seed{seed}-ticket-{level:02d}.safetensors"
 
 
+def _whole(name: str, value: Any) -> int:
+    """A whole number of Python's, from one of numpy's or torch's, too."""
+    try:
+        return index(value)
+    except TypeError:
+        raise UsageError(f"`{name}` {value!s:.40}: expected whole numbers") from None
+
+
+def _check_savable(model: nn.Module) -> None:
+    """UsageError, before anything is trained, where a ticket's file could not hold the module."""
+    try:
+        first_names(model)
+        for name, tensor in model.state_dict().items():
+            bits(name, tensor)
+    except UsageError as error:
+        raise UsageError(f"`out`: {error}; leave out `out`, or change the module") from None
+
+
 def _made(make: Make, number: int) -> nn.Module:
     with _seeded(torch.Generator().manual_seed(number)):
         model = make(number)
@@ -424,18 +402,6 @@ def _metrics(found: Any) -> dict[str, float]:
     if not metrics:
         raise UsageError("`train`: expected a number or a dict of numbers, got an empty dict")
     return metrics
-
-
-def _mean(values: list[float], sign: str = "") -> str:
-    if not values:
-        return ""
-    mean, half = mean_interval(values)
-    return f"{mean:{sign}.4f}" + ("" if half is None else f" ± {half:.4f}")
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, wide, strict=True)).rstrip() for row in rows]
 
 
 def _json(data: Mapping[str, Any]) -> bytes:

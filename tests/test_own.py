@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -282,6 +283,11 @@ def forgets(model: nn.Module, masks: Masks, cell: Turn) -> float:
         ({"rewind": 7}, "`rewind` 7: train took fewer steps"),
         ({"rewind": -1}, "`rewind` -1: expected 0 or more"),
         ({"score": "magnitud"}, "did you mean 'magnitude'"),
+        ({"seeds": 3}, r"`seeds` 3: expected different whole numbers, such as \(0, 1, 2\)"),
+        ({"seeds": np.array([0.5])}, "`seeds` 0.5: expected whole numbers"),
+        ({"seeds": np.array([])}, r"`seeds` \[\]: expected different"),
+        ({"levels": 1.5}, "`levels` 1.5: expected whole numbers"),
+        ({"rate": "half"}, "`rate` half: expected a share"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(change: dict[str, Any], says: str) -> None:
@@ -289,6 +295,67 @@ def test_what_cannot_be_is_said_in_one_line(change: dict[str, Any], says: str) -
     with pytest.raises(SparselthError, match=says) as error:
         sparselth.imp(**arguments)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    plain = sparselth.imp(make, Train(), levels=1, seeds=(0, 1), rate=0.5, arms=())
+    numpy = {"levels": np.int64(1), "seeds": np.arange(2), "rate": np.float32(0.5), "rewind": np.int32(0)}
+    assert bare(sparselth.imp(make, Train(), arms=(), out=tmp_path, **numpy)) == bare(plain)
+    assert json.loads((tmp_path / "config.json").read_text())["rate"] == 0.5
+
+
+def test_metrics_may_have_other_names_at_another_level() -> None:
+    def train(model: nn.Module, masks: Masks, cell: Turn) -> dict[str, float]:
+        if cell.arm == "reinit":
+            return {"error": 0.5} if cell.seed else {"accuracy": 0.25}
+        return {"accuracy": 0.5} if cell.level < 2 else {"loss": 0.5}
+
+    results = sparselth.imp(make, train, levels=2, seeds=(0, 1), arms=("reinit",))
+    means, gaps = str(results).split("\n\n")
+    assert [line.split() for line in means.splitlines()[1:]] == [
+        ["0", "100.0", "%", "0.5000", "±", "0.0000"],
+        ["1", "80.0", "%", "0.5000", "±", "0.0000", "0.2500"],
+        ["2", "64.0", "%", "0.2500"],  # the ticket has no accuracy there
+    ]
+    assert gaps.splitlines()[1].split() == ["1", "+0.2500"]
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 1}
+
+    def set_extra_state(self, state: Any) -> None: ...
+
+
+class Complex(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(12, 3)
+        self.register_buffer("angles", torch.zeros(2, dtype=torch.complex128))
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (
+            lambda: Extra(12, 3),
+            "`out`: _extra_state: a ticket holds tensors alone, got dict; leave out `out`",
+        ),
+        (Complex, "`out`: angles: a ticket has dense numbers of at most 64 bits, got torch.complex128"),
+    ],
+)
+def test_what_no_ticket_can_hold_is_refused_before_anything_is_trained(
+    kind: Callable[[], nn.Module], says: str, tmp_path: Path
+) -> None:
+    def train(model: nn.Module, masks: Masks, cell: Turn) -> float:
+        trained.append(cell)
+        return 1.0
+
+    trained = list[Turn]()
+    with pytest.raises(UsageError, match=says):
+        sparselth.imp(lambda seed: kind(), train, levels=1, seeds=(0,), arms=(), out=tmp_path)
+    assert not trained
+    sparselth.imp(lambda seed: kind(), train, levels=1, seeds=(0,), arms=())  # without files it goes
+    assert len(trained) == 2
 
 
 def test_an_arm_that_makes_weights_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

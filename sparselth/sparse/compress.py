@@ -114,15 +114,15 @@ def compress(model: nn.Module, masks: AnyMasks, example: Any = None, below: floa
     is tied, not pruned, or of another kind stays dense. Batch norms and pools become such that take images
     as the convolutions leave them. What has a mask and stays dense is 0 where it is pruned, but a plain
     optimizer wakes it: `masks_left(fast, masks)` are the masks that a masked optimizer still needs.
-    `print(fast.compression)` says which layer took what, and why. UsageError for a model that is not on a
-    CPU, or masks that do not fit. The copy has no second derivative.
+    `print(fast.compression)` says which layer took what, and why. What is compressed already stays as it is.
+    UsageError for a model that is not on a CPU, or masks that do not fit. The copy has no second derivative.
     """
     model = unwrapped(model)
     if below is not None and not below >= 0:
         raise UsageError(f"`below` {below}: expected a density, 0 or more")
     if elsewhere := next((f"{n} on {p.device}" for n, p in model.named_parameters() if not p.is_cpu), None):
         raise UsageError(f"compress: expected a model on a CPU, got {elsewhere}; model.cpu() moves it there")
-    masked = {id(p): mask for p, mask in by_parameter(model, masks).items()}
+    masked = {id(p): mask for p, mask in by_parameter(model, _of_the_rest(model, masks)).items()}
     copy = copied(model)
     layers: dict[str, _Layer] = {}
     left: dict[str, Choice] = {}
@@ -131,6 +131,9 @@ def compress(model: nn.Module, masks: AnyMasks, example: Any = None, below: floa
         for name, param in old.named_parameters(recurse=False):
             whole, mask = f"{path}.{name}".lstrip("."), masked.get(id(param))
             if mask is None and not (name == "weight" and isinstance(old, nn.Linear | nn.Conv2d)):
+                continue
+            if isinstance(old, Compressed) and name == "weight":
+                left[whole] = Choice(whole, old.shape, param.numel(), None, True, "compressed before")
                 continue
             kept = param.numel() if mask is None else int(mask.sum())
             why = _why_not(old, name, mask, names[id(param)])
@@ -192,6 +195,24 @@ def compressed_state(model: nn.Module) -> dict[str, Any]:
         if isinstance(module, Compressed):
             state[f"{name}.weight".lstrip(".")] = module.values.detach()
     return state
+
+
+def _of_the_rest(model: nn.Module, masks: AnyMasks) -> AnyMasks:
+    """Masks without those of layers that are compressed already, which must be the ones they have."""
+    names = {
+        f"{n}.weight".lstrip("."): one for n, one in model.named_modules() if isinstance(one, Compressed)
+    }
+    rest = dict[Any, Tensor]()
+    for key, mask in masks.items():
+        one = names.get(key) if isinstance(key, str) else None
+        if one is None:
+            rest[key] = mask
+        elif mask.shape != one.shape or not bool((mask.bool() == one.mask.to(mask.device)).all()):
+            raise UsageError(
+                f"{key}: is compressed under another mask; expected the same, or a dense model, as "
+                "sparselth.dense(model) is"
+            )
+    return rest if names else masks
 
 
 def _why_not(module: nn.Module, name: str, mask: Tensor | None, names: int) -> str:

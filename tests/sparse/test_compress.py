@@ -407,6 +407,29 @@ def test_every_layer_has_its_reason() -> None:
     assert fast(torch.randint(7, (2, 5))).shape == (2, 5, 7)
 
 
+def test_what_is_compressed_already_stays_so_and_says_it() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 16), nn.Linear(16, 4)
+    )
+    masks = {n: random_mask(tuple(p.shape), 0.1) for n, p in model.named_parameters() if p.dim() > 1}
+    some = {name: masks[name] for name in ("0.weight", "4.weight")}
+    once, x = compress(model, some), torch.randn(5, 3, 6, 6)
+    for again in (masks, {"5.weight": masks["5.weight"]}):
+        twice = compress(once, again)
+        became = {one.name: (one.compressed, one.kept, one.shape, one.why) for one in twice.compression}
+        assert became == {
+            "0.weight": (True, int(masks["0.weight"].sum()), (8, 3, 3, 3), "compressed before"),
+            "4.weight": (True, int(masks["4.weight"].sum()), (16, 128), "compressed before"),
+            "5.weight": (True, int(masks["5.weight"].sum()), (4, 16), ""),
+        }
+        assert "3 of 3 layers compressed" in str(twice.compression)
+        assert torch.equal(twice.eval()(x), compress(model, masks).eval()(x))
+        twice.train()(x).sum().backward()
+        assert twice[4].weight.grad.shape == once[4].weight.shape
+    with pytest.raises(UsageError, match=r"4.weight: is compressed under another mask; expected the same"):
+        compress(once, masks | {"4.weight": torch.ones(16, 128)})
+
+
 def test_what_stays_dense_is_pruned_too_and_stays_so_under_the_masks_left() -> None:
     model = Tied()
     masks = {n: random_mask(tuple(p.shape), 0.2) for n, p in model.named_parameters() if p.dim() > 1}
