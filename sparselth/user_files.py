@@ -1,6 +1,7 @@
 """Functions in files of a user's own, by names such as "my_net.py:make".
 
-The file is imported once a process, under a name of its own; its text is known by 16 hex digits.
+The file is imported once a process, under a name of its own, and again where a new configuration finds that
+its text has changed; the text is known by 16 hex digits.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import wraps
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from sparselth.errors import SparselthError, UsageError
 
-_modules: dict[Path, ModuleType] = {}
+_modules: dict[Path, tuple[str, ModuleType]] = {}  # the text that was imported, and what came of it
+_imported = count()
 
 
 def is_file(name: str) -> bool:
@@ -33,7 +36,17 @@ def short(name: str) -> str:
 
 def code(kind: str, name: str) -> str:
     """16 hex digits that name the text of the file."""
-    return hashlib.sha256(_text(kind, name)).hexdigest()[:16]
+    return _digest(_text(kind, name))
+
+
+def refresh(kind: str, name: str) -> None:
+    """Let go of a file that has changed since it was imported: it is imported again when it is asked for.
+
+    For those who begin something; whoever is amidst it goes on with what there was.
+    """
+    path = _path(name).resolve()
+    if path in _modules and _modules[path][0] != code(kind, name):
+        del _modules[path]
 
 
 def function(kind: str, name: str) -> Callable[..., Any]:
@@ -59,10 +72,10 @@ def function(kind: str, name: str) -> Callable[..., Any]:
 
 def module(kind: str, name: str) -> ModuleType:
     """The file of a name as a module, for what else it says."""
-    text, path = _text(kind, name), _path(name).resolve()
+    path = _path(name).resolve()
     if path in _modules:
-        return _modules[path]
-    called = f"sparselth_user_{path.stem}_{len(_modules)}"
+        return _modules[path][1]
+    text, called = _text(kind, name), f"sparselth_user_{path.stem}_{next(_imported)}"
     spec = importlib.util.spec_from_file_location(called, path)
     assert spec is not None
     found = importlib.util.module_from_spec(spec)
@@ -73,7 +86,7 @@ def module(kind: str, name: str) -> ModuleType:
     except Exception as error:
         del sys.modules[called]
         raise SparselthError(f"`{kind}` {name}: {said(error)}") from error
-    _modules[path] = found
+    _modules[path] = _digest(text), found
     return found
 
 
@@ -83,6 +96,10 @@ def said(error: Exception) -> str:
         return str(error)
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text:.300}" if text else type(error).__name__
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def _path(name: str) -> Path:

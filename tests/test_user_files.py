@@ -22,8 +22,13 @@ def test_a_file_is_loaded_once_and_known_by_its_text(tmp_path: Path) -> None:
     assert [user_files.function("dataset", name)(), user_files.function("dataset", name)()] == [1, 2]
     before = user_files.code("dataset", name)
     assert len(before) == 16
+    user_files.refresh("dataset", name)
+    assert user_files.function("dataset", name)() == 3  # nothing has changed
     file.write_text(file.read_text() + "\n")
     assert user_files.code("dataset", name) != before
+    assert user_files.function("dataset", name)() == 4  # who is amidst something goes on with it
+    user_files.refresh("dataset", name)
+    assert user_files.function("dataset", name)() == 1
 
 
 @pytest.mark.parametrize(

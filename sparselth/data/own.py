@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from math import prod
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -39,21 +40,25 @@ def unheard(name: str, done: int, samples: int) -> None:
 
 progress: Callable[[str, int, int], None] = unheard  # the command line puts its own here
 
-_loaded: dict[tuple[Path, str], Images] = {}
+# with the file that read them as it was imported; None: another process read them
+_loaded: dict[tuple[Path, str], tuple[ModuleType | None, Images]] = {}
 
 
 def images(name: str) -> Images:
-    """The data of that name, computed once a process; raises UsageError where they are no data set."""
+    """The data of that name, computed once until the file is refreshed; UsageError where they are none."""
     place = _place(name)
-    if place not in _loaded:
-        _loaded[place] = _Reader(name).images()
-    return _loaded[place]
+    if place in _loaded and _loaded[place][0] is None:
+        return _loaded[place][1]
+    imported = user_files.module("dataset", name)
+    if place not in _loaded or _loaded[place][0] is not imported:
+        _loaded[place] = imported, _Reader(name).images()
+    return _loaded[place][1]
 
 
 def remember(images: Images) -> None:
     """Take data that another process has read as those of their name."""
     if user_files.is_file(images.spec.name):
-        _loaded[_place(images.spec.name)] = images
+        _loaded[_place(images.spec.name)] = None, images
 
 
 def _place(name: str) -> tuple[Path, str]:

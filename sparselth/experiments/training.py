@@ -94,11 +94,13 @@ class Training(Experiment):
     rewind = 0  # the step that tickets go back to; an option where there is a choice
 
     def __post_init__(self) -> None:
+        named = {name: str(getattr(self, name)) for name in ("model", "dataset")}  # not yet checked
+        files = [(kind, name) for kind, name in named.items() if not self.code and user_files.is_file(name)]
+        for kind, name in files:
+            user_files.refresh(kind, name)
         if self.recipe is None:
             object.__setattr__(self, "recipe", next(iter(self.recipes(vars(self)).values())))
-        if not self.code:
-            named = {name: str(getattr(self, name)) for name in ("model", "dataset")}  # not yet checked
-            files = [(kind, name) for kind, name in named.items() if user_files.is_file(name)]
+        if files:
             code = tuple(f"{name} {user_files.code(kind, name)}" for kind, name in files)
             object.__setattr__(self, "code", code)
         super().__post_init__()

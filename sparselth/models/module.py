@@ -15,12 +15,15 @@ Imports torch when a network is made.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparselth import user_files
@@ -200,7 +203,7 @@ class ModuleModel(Model):
         import torch
 
         try:
-            with torch.no_grad():
+            with torch.no_grad(), redirect_stdout(sys.stderr):  # stdout is for results
                 return net(x)
         except Exception as error:
             what = "tokens" if self.tokens else "samples"
@@ -216,7 +219,7 @@ class ModuleModel(Model):
         if self.tokens or len(self.input) != 3:
             return False
         try:
-            with torch.no_grad():
+            with torch.no_grad(), redirect_stdout(sys.stderr):
                 net(self.example().contiguous(memory_format=torch.channels_last))
         except Exception:
             return False
@@ -260,7 +263,8 @@ class ModuleModel(Model):
         return 100 if self.convolves or prod(self.input) > 4096 else 500
 
 
-_named: dict[str, ModuleModel] = {}  # by name, of a file by its whole path
+# by name, of a file by its whole path, with the file as it was imported
+_named: dict[str, tuple[ModuleType | None, ModuleModel]] = {}
 
 
 def is_module(name: str) -> bool:
@@ -269,14 +273,15 @@ def is_module(name: str) -> bool:
 
 
 def module_model(name: str) -> ModuleModel:
-    """The network of that name, always the same object; UsageError where it is not there."""
-    key, (package, _, wanted) = name, name.partition(":")
+    """The network of that name, one object until its file is refreshed; UsageError where it is not there."""
+    key, (package, _, wanted), imported = name, name.partition(":"), None
     if user_files.is_file(name):
         file, _, function = name.rpartition(":")
-        key = f"{Path(file).expanduser().resolve()}:{function}"
-    if key not in _named:
-        _named[key] = _of_file(name) if user_files.is_file(name) else _of_package(name, package, wanted)
-    return _named[key]
+        key, imported = f"{Path(file).expanduser().resolve()}:{function}", user_files.module("model", name)
+    if key not in _named or _named[key][0] is not imported:
+        model = _of_file(name) if user_files.is_file(name) else _of_package(name, package, wanted)
+        _named[key] = imported, model
+    return _named[key][1]
 
 
 def _of_file(name: str) -> ModuleModel:

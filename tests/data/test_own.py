@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparselth import user_files
 from sparselth.data import get_dataset, load, look, own, resolve
 from sparselth.data.batches import Batches, Resident
 from sparselth.data.sets import check_model
@@ -123,7 +124,6 @@ def load():
     monkeypatch.setattr(own, "progress", lambda *words: told.append(words))
     name = f"{file}:load"
     images = load(name, Path())
-    from sparselth import user_files
 
     module = user_files.module("dataset", name)
     picture, label = module.FakeData(20, (3, 6, 5), 3)[7]
@@ -409,6 +409,7 @@ def test_a_worker_that_is_spawned_does_not_read_again(mine: Callable[[str], str]
     images = load(name, Path())
     Path(name.rpartition(":")[0]).unlink()
     own._loaded.clear()
+    user_files._modules.clear()
     with pytest.raises(UsageError, match="cannot be read"):
         load(name, Path())
     own.remember(pickle.loads(pickle.dumps(images)))

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparselth import tickets
+from sparselth import tickets, user_files
+from sparselth.data import load
 from sparselth.engine.side_by_side import DRAWS
+from sparselth.experiments.imp import ImpConfig
 from sparselth.runs import read
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "any-network.md").read_text()
@@ -72,6 +74,16 @@ def houses():
     x, y, *test = load()
     return x, 3e5 + 5e4 * y, test[0], 3e5 + 5e4 * test[1]
 '''
+TALKS = """
+class Talks(nn.Linear):
+    def forward(self, x):
+        print("forward")
+        return super().forward(x)
+
+def make():
+    print("make")
+    return Talks(3, 1)
+"""
 TINY = ["--seeds", "0", "--steps", "20", "--eval-every", "10", "--batch-size", "20", "--quiet"]
 Contents = Callable[[Path], dict[str, bytes]]
 Cli = Callable[..., tuple[int, str, str]]
@@ -261,6 +273,33 @@ def test_a_file_that_was_changed_is_another_run(folder: Path, cli: Cli) -> None:
     assert code == 1
     assert "run: holds a run with another code (" in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_file_that_was_changed_is_read_again_by_what_begins_then(folder: Path) -> None:
+    def config() -> ImpConfig:
+        return ImpConfig(model="line.py:make", dataset="line.py:load", seeds=(0,), levels=1, rate=0.4)
+
+    first = config()
+    network, images = first.network, load("line.py:load", Path())
+    assert (network.params.prunable, len(images.train_images)) == (3, 100)
+    Path("line.py").write_text(LINE.replace("[:100]", "[:120]").replace("nn.Linear(3, 1)", "nn.Linear(3, 4)"))
+    assert first.network is network  # it has begun
+    second = config()
+    assert second.code != first.code
+    assert (second.network.params.prunable, load("line.py:load", Path()).spec.n_train) == (12, 120)
+    assert config().network is second.network
+
+
+def test_what_a_network_prints_is_no_result(folder: Path, cli: Cli) -> None:
+    text = LINE.replace("def make(): return nn.Linear(3, 1)", TALKS)
+    Path("talks.py").write_text(text)
+    words = ["imp", "--model", "talks.py:make", "--dataset", "talks.py:load", *TINY, "--levels", "1"]
+    code, out, err = cli(*words, "--rate", "0.4", "--out", "run", "--json", "--workers", "1")
+    assert code == 0, err
+    assert json.loads(out)["config"]["model"] == "talks.py:make"
+    Path("talks.py").write_text(text + "\n")  # and imported anew
+    user_files.refresh("model", "talks.py:make")
+    assert json.loads(cli("show", "run", "--json")[1])["run"] == "run"
 
 
 @pytest.mark.parametrize(
