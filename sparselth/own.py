@@ -120,6 +120,11 @@ def imp(
         raise UsageError(f"`seeds` {seeds!s:.60}: expected different whole numbers")
     named = {name: ARMS[name] for name in ("ticket", *arms)}
     for name, arm in named.items():
+        if arm.goes_on or type(arm).recipe is not Arm.recipe:
+            raise UsageError(
+                f"arm {name!r}: goes on from trained weights, or sets the learning rate, which `train` does "
+                "here; leave it out"
+            )
         if type(arm).weights not in (Arm.weights, Reinit.weights):
             raise UsageError(
                 f"arm {name!r}: makes weights of built-in networks, which these are not; leave it out"

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from sparselth.config import INPUTS, SCOPES, Cell, at_least, option
+from sparselth.config import INPUTS, SCOPES, Cell, Recipe, at_least, option
 from sparselth.errors import UsageError
 from sparselth.experiments.arms import ARMS
 from sparselth.experiments.base import Place, register
@@ -118,6 +118,8 @@ class ImpConfig(Training):
             )
         if self.reinits > 1 and not any(ARMS[arm].fresh for arm in self.arms):
             raise self.wrong("reinits", "has no effect without an arm of fresh weights; add reinit to `arms`")
+        for arm in self.arms:
+            ARMS[arm].recipe(self.recipe)
         self.cells()
         rungs = self.rungs()
         for level, (before, after) in enumerate(pairwise(rungs), 1):
@@ -145,12 +147,13 @@ class ImpConfig(Training):
         ]
 
     def needs(self, cell: Cell) -> tuple[Cell, ...]:
-        """The ticket that is pruned."""
+        """The network that is pruned."""
         return (self.pruned(cell),) if cell.level else ()
 
     def pruned(self, cell: Cell) -> Cell:
-        """The ticket whose trained weights tell the mask of a cell above level 0."""
-        return Cell(cell.seed, "ticket", 0 if self.one_shot else cell.level - 1)
+        """The network whose trained weights tell the mask of a cell above level 0: a ticket, or its own."""
+        level = 0 if self.one_shot else cell.level - 1
+        return Cell(cell.seed, cell.arm if level and ARMS[cell.arm].alone else "ticket", level)
 
     def urgency(self, cell: Cell) -> tuple[bool, int]:
         """Tickets first, because everything waits for them; then by level."""
@@ -158,6 +161,9 @@ class ImpConfig(Training):
 
     def start_step(self, cell: Cell) -> int:
         return ARMS[cell.arm].start_step(self.rewind) if cell.level else 0
+
+    def recipe_of(self, cell: Cell) -> Recipe:
+        return ARMS[cell.arm].recipe(self.recipe) if cell.level else self.recipe
 
     def keep_step(self, cell: Cell) -> int | None:
         return None if cell.level else self.rewind
@@ -279,7 +285,7 @@ def find_mask(config: ImpConfig, place: Place, cell: Cell) -> Tensor:
         seed_everything(number(seed, "ticket", level, "score forward"), config.device)
         found = scores.SCORES[config.score].of(
             *(model, weights, mask, batch, generator),
-            start=lambda: rewound_weights(config, place, seed).to(config.device),
+            start=lambda: rewound_weights(config, place, cell).to(config.device),
         )
     kernels = choose(config.kernels, config.device).magnitude_threshold.takes
     mask = pruning.prune(
@@ -315,16 +321,29 @@ def start_weights(config: ImpConfig, place: Place, cell: Cell) -> Tensor:
     model, generator = config.network, stream(cell.seed, cell.arm, cell.level, "init", cell.draw)
     if not cell.level:
         return init_weights(model, generator)
-    return ARMS[cell.arm].weights(model, lambda: rewound_weights(config, place, cell.seed), generator)
+    arm = ARMS[cell.arm]
+    before = trained_weights if arm.goes_on else rewound_weights
+    return arm.weights(model, lambda: before(config, place, cell), generator)
 
 
-def rewound_weights(config: ImpConfig, place: Place, seed: int) -> Tensor:
-    """The weights [P] of a seed's dense network at the rewind step."""
+def trained_weights(config: ImpConfig, place: Place, cell: Cell) -> Tensor:
+    """The trained weights [P] that the mask of a cell above level 0 is found in."""
     import torch
 
     from sparselth import tickets
     from sparselth.runs import cell_path
 
-    first, _ = tickets.read(cell_path(place.run, Cell(seed, "ticket", 0)), config.network.params)
+    before, _ = tickets.read(cell_path(place.run, config.pruned(cell)), config.network.params)
+    return torch.from_numpy(before.weights)
+
+
+def rewound_weights(config: ImpConfig, place: Place, cell: Cell) -> Tensor:
+    """The weights [P] of its seed's dense network at the rewind step."""
+    import torch
+
+    from sparselth import tickets
+    from sparselth.runs import cell_path
+
+    first, _ = tickets.read(cell_path(place.run, Cell(cell.seed, "ticket", 0)), config.network.params)
     assert first.rewound is not None
     return torch.from_numpy(first.rewound)

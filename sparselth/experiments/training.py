@@ -173,6 +173,10 @@ class Training(Experiment):
         """The step that a cell starts at, with the learning rate of that step."""
         return 0
 
+    def recipe_of(self, cell: Cell) -> Recipe:
+        """How a cell is trained."""
+        return self.recipe
+
     def keep_step(self, cell: Cell) -> int | None:
         """The step whose weights a cell's file keeps."""
         return None
@@ -216,13 +220,6 @@ class Training(Experiment):
     def compute(self, cells: Sequence[Cell], place: Place) -> Sequence[Finished | Diverged] | None:
         from sparselth.experiments.jobs import job, train
 
-        jobs = [
-            job(
-                *(cell, place, self.recipe, self.start(cell, place)),
-                *(self.start_step(cell), self.keep_step(cell)),
-            )
-            for cell in cells
-        ]
         where = {
             "model": self.model,
             "dataset": self.dataset,
@@ -230,7 +227,21 @@ class Training(Experiment):
             "cell": "",  # each its own
             "rewind_step": self.rewind,
         }
-        return train(self.network, jobs, self.recipe, self.kernels, place, where)
+        found: list[Finished | Diverged] = []
+        recipes = {cell: self.recipe_of(cell) for cell in cells}
+        for recipe in dict.fromkeys(recipes.values()):  # a batch has one
+            jobs = [
+                job(
+                    *(cell, place, recipe, self.start(cell, place)),
+                    *(self.start_step(cell), self.keep_step(cell)),
+                )
+                for cell in cells
+                if recipes[cell] == recipe
+            ]
+            if (done := train(self.network, jobs, recipe, self.kernels, place, where)) is None:
+                return found or None  # stopped: what is finished counts
+            found += done
+        return found
 
     @property
     def folder(self) -> str:

@@ -19,7 +19,6 @@ from sparselth.engine.dense import init_weights
 from sparselth.engine.state import Job, State, Stopped
 from sparselth.errors import SparselthError
 from sparselth.experiments import jobs
-from sparselth.experiments.arms import ARMS
 from sparselth.experiments.base import Finished, Place
 from sparselth.experiments.imp import ImpConfig
 from sparselth.files import load_arrays, save_arrays
@@ -48,7 +47,13 @@ def plan(config: Configs) -> Configs:
     """All arms of one level, of seed 1, with two draws; six steps of training."""
 
     def call(**changes: Any) -> ImpConfig:
-        values = {"levels": 1, "seeds": (1,), "arms": tuple(ARMS), "reinits": 2, "recipe": RECIPE}
+        values = {
+            "levels": 1,
+            "seeds": (1,),
+            "arms": ("ticket", "reinit", "random-mask", "random-reinit"),
+            "reinits": 2,
+            "recipe": RECIPE,
+        }
         return config(**values | changes)
 
     return call
