@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTHON := python3 python3.13 python3.12 python3.11
 PINS   := constraints/$$version.txt
-PARTS := kernels engine+experiments+bench
+PARTS := kernels engine+experiments+bench sparse+models+report+measure+theory
 TRITON_TESTS := compile sass dry races bitmask block_conv2d block_linear csr_lanes linear_grad_update \
   magnitude_threshold masked_conv2d masked_linear masked_update replica_parts slot_linear hash_weights seed_linear seed_conv2d
 GPU_PYTHON := build/gpu-env/bin/python
@@ -46,10 +46,10 @@ imp: $(STAMP)
 	@echo "== sparselth imp --model lenet5 (stop with Ctrl-C; the next 'make imp' goes on)"
 	@$(BIN)/sparselth imp --model lenet5 --resume
 
-# In three parts beside each other, each in a process of its own: two cores have enough to do while one part waits
+# In four parts beside each other, each in a process of its own: two cores have enough to do while one part waits
 # for runs that it kills. PARTS are folders of tests; all else is the part whose progress is shown.
 test: $(STAMP)
-	@echo "== pytest, three parts at a time: here is one, what the others said comes after it"
+	@echo "== pytest, four parts at a time: here is one, what the others said comes after it"
 	@logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; pids=; \
 	for part in $(PARTS); do \
 	  $(BIN)/python -m pytest -q -m "not science" $$(echo "tests/$$part" | sed 's#+# tests/#g') \
