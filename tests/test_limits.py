@@ -19,9 +19,11 @@ from sparselth.config import EXPERIMENTS, Config, Recipe
 from sparselth.errors import UsageError
 from sparselth.experiments.imp import ImpConfig
 from sparselth.experiments.run import most_workers, plan
+from sparselth.experiments.source import FromRun
 from sparselth.experiments.training import Training
 from sparselth.machine import cores
 from sparselth.models import get_model
+from sparselth.runs import RunRecord
 
 Cli = Callable[..., tuple[int, str, str]]
 NO_INT = (-1, -(10**30), 10**16, 10**400, 0.5, math.nan, "3", None, True)
@@ -40,10 +42,12 @@ def numbers(options: type[Any]) -> Iterator[tuple[Field[Any], Any]]:
             yield f, kind
 
 
-def test_every_number_of_a_configuration_has_a_range() -> None:
+def test_every_number_of_a_configuration_has_a_range(finished: Callable[..., RunRecord]) -> None:
     seen = set()
+    finished("--levels", "1", "--seeds", "0", "--arms", "ticket")  # in the folder `run`
     for name, experiment in EXPERIMENTS.items():
-        start: Any = experiment() if name != "imp" else TINY
+        words: dict[str, Any] = {"source": "run"} if issubclass(experiment, FromRun) else {}
+        start: Any = experiment(**words) if name != "imp" else TINY
         start.check()
         for part in ("recipe", ""):
             whole = getattr(start, part) if part and isinstance(start, Training) else start
@@ -125,8 +129,11 @@ BENCH = {
 }
 
 
-def test_every_number_of_a_command_has_a_range(cli: Cli, nothing_slow: None) -> None:
-    walked = []
+def test_every_number_of_a_command_has_a_range(
+    cli: Cli, finished: Callable[..., RunRecord], nothing_slow: None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    walked, source = [], tmp_path_factory.mktemp("source") / "run"
+    finished("--levels", "1", "--seeds", "0", "--arms", "ticket").path.rename(source)
     for name in group.list_commands(None):  # type: ignore[arg-type]
         command = group.get_command(None, name)  # type: ignore[arg-type]
         assert command is not None
@@ -145,6 +152,8 @@ def test_every_number_of_a_command_has_a_range(cli: Cli, nothing_slow: None) -> 
                 wrong = BENCH.get(flag, ())
             for value in wrong:
                 more = ["--run", "."] if flag in ("--level", "--seed") else []
+                if name in EXPERIMENTS and issubclass(EXPERIMENTS[name], FromRun):
+                    more = ["--from", str(source)] if name == "transfer" else [str(source)]
                 code, out, err = cli(name, "--quiet", *more, f"{flag}={value}")
                 assert (code, out) == (2, ""), (name, flag, value[:40], err)
                 assert len(err.splitlines()) == 1, (name, flag, value[:40], err)

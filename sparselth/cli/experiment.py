@@ -57,8 +57,8 @@ def _params(experiment: type[Experiment]) -> Iterator[click.Parameter]:
     if issubclass(experiment, Training):
         yield click.Option(
             ["--recipe"],
-            type=click.Choice(["short", "paper"]),
-            default="short",
+            type=click.Choice(experiment.recipe_names),
+            default=experiment.recipe_names[0],
             show_default=True,
             help=experiment.recipe_help,
         )

@@ -66,6 +66,7 @@ class ImpConfig(Training):
     """
 
     name: ClassVar[str] = "imp"
+    ticket: ClassVar[str] = "ticket"  # the arm whose cells are pruned
 
     arms: tuple[str, ...] = option(
         ("ticket", "reinit", "random-mask"),
@@ -153,7 +154,7 @@ class ImpConfig(Training):
     def pruned(self, cell: Cell) -> Cell:
         """The network whose trained weights tell the mask of a cell above level 0: a ticket, or its own."""
         level = 0 if self.one_shot else cell.level - 1
-        return Cell(cell.seed, cell.arm if level and ARMS[cell.arm].alone else "ticket", level)
+        return Cell(cell.seed, cell.arm if level and ARMS[cell.arm].alone else self.ticket, level)
 
     def urgency(self, cell: Cell) -> tuple[bool, int]:
         """Tickets first, because everything waits for them; then by level."""
@@ -344,6 +345,6 @@ def rewound_weights(config: ImpConfig, place: Place, cell: Cell) -> Tensor:
     from sparselth import tickets
     from sparselth.runs import cell_path
 
-    first, _ = tickets.read(cell_path(place.run, Cell(cell.seed, "ticket", 0)), config.network.params)
+    first, _ = tickets.read(cell_path(place.run, Cell(cell.seed, config.ticket, 0)), config.network.params)
     assert first.rewound is not None
     return torch.from_numpy(first.rewound)

@@ -41,6 +41,7 @@ class FromRun(Experiment):
             self.take(self.imp)
         super().__post_init__()
         if read and not self.source_files:
+            self._check(names=True)  # as many cells as there are levels and seeds are looked for
             object.__setattr__(self, "source_files", tuple(self._sums()))
 
     def check(self) -> None:

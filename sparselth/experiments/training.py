@@ -90,6 +90,7 @@ class Training(Experiment):
     code: tuple[str, ...] = option((), added=True)  # of a user's files, by name: found unless given
     recipe: Recipe = field(default=None)  # type: ignore[assignment]  # the model's first unless given
     recipe_help: ClassVar[str] = "How each network is trained: within minutes, or as in the 2019 paper."
+    recipe_names: ClassVar[tuple[str, ...]] = ("short", "paper")  # of `recipes`; the first is the default
     has_usual: ClassVar[bool] = True  # a loop that users write is what a run is compared with
     rewind = 0  # the step that tickets go back to; an option where there is a choice
 

@@ -9,7 +9,7 @@ a bootstrap's do not (Colas et al. 2019, arXiv:1904.06979), and an exact test th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from math import atan, fsum, inf, log, pi, sqrt
@@ -193,7 +193,11 @@ def tolerance(record: RunRecord) -> float:
 
     Where test images are few it is what they can tell of any network: the standard error of dense's accuracy.
     """
-    dense = per_seed(record, "ticket", 0, "accuracy_at_early_stop").values()
+    return tolerance_of(per_seed(record, "ticket", 0, "accuracy_at_early_stop").values(), record)
+
+
+def tolerance_of(dense: Collection[float], record: RunRecord) -> float:
+    """The same, from accuracies of dense networks."""
     if not dense:
         return TOLERANCE
     accuracy, _ = mean_interval(dense)

@@ -154,8 +154,48 @@ def of_scores(name: str, base: str) -> dict[tuple[str, str], Case]:
     }
 
 
+FROM = "transfer --from run --dataset mnist5k"
+
+
+def of_training(name: str, base: str, wrong: str) -> dict[tuple[str, str], Case]:
+    """The flags that all experiments have which train networks; `wrong`: what makes none of it."""
+    fields = {one: FIELDS[one] for one in (*SHARED, "optimizer", "cosine") if one != "seeds"}
+    return {
+        (name, one): Case(base, f"--{one.replace('_', '-')} {word}", setting(one), value)
+        for one, (word, value) in fields.items()
+    } | {
+        (name, "momentum"): Case(f"{base} --optimizer sgd", "--momentum 0.5", setting("momentum"), 0.5),
+        (name, "data_dir"): Case(base, "--data-dir there", of("run", "data_dir"), Path("there")),
+        (name, "workers"): Case(base, "--workers 3", of("run", "workers"), 3),
+        (name, "replicas"): Case(base, "--replicas 4", of("run", "replicas"), 4),
+        (name, "deterministic"): Case(base, "--deterministic", of("run", "deterministic")),
+        (name, "out"): Case(base, "--out there", of("run", "out"), Path("there")),
+        (name, "resume"): Case(base, "--resume", of("run", "resume")),
+        (name, "dry_run"): Case(base, "--dry-run --json", lambda seen: "run" not in seen.asked),
+        (name, "price_on"): Case(f"{base} --dry-run", "--price-on h200", of("recorded", "device"), "h200"),
+        (name, "as_json"): Case(base, "--json", lambda seen: seen.is_json),
+        (name, "quiet"): Case(base, "--quiet", lambda seen: seen.err, ""),
+        (name, "debug"): Case(f"{base} {wrong}", "--debug", lambda seen: type(seen.raised), UsageError),
+    }
+
+
+OF_TRANSFER = of_training("transfer", FROM, "--levels 0") | {
+    ("transfer", "source"): Case("transfer --to mnist", "--from run", lambda seen: "run" in seen.asked),
+    ("transfer", "model"): Case(FROM, "--to-model lenet-300-100@0.5", setting("model"), "lenet-300-100@0.5"),
+    ("transfer", "dataset"): Case(
+        "transfer --from run", "--to fashion-mnist", setting("dataset"), "fashion-mnist"
+    ),
+    ("transfer", "seeds"): Case(FROM, "--seeds 3", lambda seen: "no finished seed 3 ticket" in seen.err),
+    ("transfer", "levels"): Case(FROM, "--levels 2", lambda seen: "seed 0 ticket level 2" in seen.err),
+    ("transfer", "arms"): Case(FROM, "--arms own,mask", setting("arms"), ("own", "mask")),
+    ("transfer", "rewind"): Case(FROM, "--rewind 7", setting("rewind"), 7),
+    ("transfer", "recipe"): Case(FROM, "--recipe paper", setting("steps"), 50_000),
+}
+
+
 CASES: dict[tuple[str, str], Case] = (
-    of_scores("strong", STRONG)
+    OF_TRANSFER
+    | of_scores("strong", STRONG)
     | of_scores("neurons", NEURONS)
     | {
         ("neurons", name): Case(NEURONS, f"--{name.replace('_', '-')} {word}", setting(name), value)
@@ -247,7 +287,7 @@ CASES: dict[tuple[str, str], Case] = (
     }
     | {
         (base.partition(" ")[0], "plugin"): Case(base, "--plugin mine.py", loaded)
-        for base in (IMP, STRONG, NEURONS, SUMS, "bench", "show run", "ls arms", "doctor")
+        for base in (IMP, STRONG, NEURONS, SUMS, FROM, "bench", "show run", "ls arms", "doctor")
     }
 )
 CONNECTIVITY = "connectivity --dataset mnist5k"
