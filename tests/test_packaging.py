@@ -101,6 +101,7 @@ ORDER = [
     "measure",
     "report.bench_words",
     "report.bench_tables",
+    "report.layer_words",
     "report.network_tables",
     "report.bench_figures",
     "report.ticket_tables",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 DTYPES, MASKS = ("fp32", "tf32", "bf16", "fp16"), ("random", "block", "magnitude")
 NETWORK_BATCHES, MOST_BATCH = (1, 8, 64, 256), 1 << 20
+MODULE_BATCHES = (1,)
 STRONG = (0.5,)  # sparsities of --strong, where none is said
 SECONDS, QUICK = 210.0, 45.0  # for the default table; 4 minutes with imports, figures and a last slow row
 NOTHING = "interrupted before anything was measured; nothing is kept"
@@ -59,7 +60,13 @@ FEW = 60  # rows up to which every implementation is printed
 @click.option("--run", "run", type=PATH, help="A run of imp: its ticket, the whole network end to end.")
 @click.option("--level", type=int, help="The ticket's level.  [default: the last; with --mask, the nearest]")
 @click.option("--seed", type=int, help="The ticket's seed.  [default: the run's first]")
-@click.option("--model", help="A whole network with a random mask; see `sparselth ls models`.")
+@click.option(
+    "--model",
+    help="A whole network with a random mask: of `sparselth ls models`, my_net.py:make, torchvision:NAME or "
+    "timm:NAME.",
+)
+@click.option("--ticket", type=PATH, help="A ticket's file instead of a random mask, of --model or of a run.")
+@click.option("--input", "size", help="Samples of a module: 3x224x224.  [default: its own]")
 @click.option("--train", is_flag=True, help="A training step of --model instead of inference.")
 @click.option(
     "--strong",
@@ -97,6 +104,8 @@ def bench(
     level: int | None,
     seed: int | None,
     model: str | None,
+    ticket: Path | None,
+    size: str | None,
     train: bool,
     strong: bool,
     device: str,
@@ -134,10 +143,25 @@ def bench(
 
         shapes = tuple(dict.fromkeys(parse(shape).text for shape in shapes))
     question = Question(
-        sparsities, shapes, batches, dtypes, kinds, run, level, seed, model, train, threads, quick, strong
+        sparsities,
+        shapes,
+        batches,
+        dtypes,
+        kinds,
+        run,
+        level,
+        seed,
+        model,
+        train,
+        threads,
+        quick,
+        strong,
+        ticket,
+        _size(size),
     )
     question.check(given)
-    _check_memory(shapes, model, train, batches or (1,))
+    if not question.module:
+        _check_memory(shapes, model, train, batches or (1,))
     say = _nothing if quiet else _progress
     if quick and not question.default_table and not quiet:
         print("sparselth: --quick shortens the default table; what is named takes its time", file=sys.stderr)
@@ -196,6 +220,13 @@ def _measure(
             device, q.sparsities, q.shapes, q.batches, q.dtypes, q.kinds, q.run, q.level, q.seed, q.strong
         )
         return bench_layers(asked, QUICK if q.quick else SECONDS, say, keep)
+    if q.module:
+        from sparselth.measure.nets import net
+        from sparselth.measure.race_modules import bench_module
+
+        say("the network and its mask")
+        found = net(q.model, q.sparsities[0], q.ticket, q.size)
+        return bench_module(found, q.batches or MODULE_BATCHES, say, device, keep)
     batches, name = q.batches or NETWORK_BATCHES, q.model or MODEL
     if q.run is not None:
         return bench_run(q.run, q.level, q.seed, batches, data_dir, say, device, keep)
@@ -231,6 +262,7 @@ def _show(
         place = "\n".join([where(facts["type"]), *bench_tables.busy(facts)])
         text = network_tables.report(found, place, width())
         part = f"batch {', '.join(str(b) for b in dict.fromkeys(row['batch'] for row in rows))} was measured"
+        more = {"notes": found.notes} | {k: found.facts[k] for k in ("layers",) if k in found.facts}
     document = {"schema": "sparselth.bench/1", "device": facts, "rows": rows, "partial": not whole, **more}
     _clear()
     if as_json:
@@ -279,6 +311,15 @@ def _batches(words: Sequence[str] | None) -> tuple[int, ...]:
                 f"--batch {word}: expected whole numbers from 1 on, such as 1,64,4096, at most {MOST_BATCH:,}"
             )
     return tuple(dict.fromkeys(int(word) for word in words or ()))
+
+
+def _size(word: str | None) -> tuple[int, ...] | None:
+    if word is None:
+        return None
+    parts = word.split("x")
+    if not all(part.isdecimal() and len(part) < 6 and int(part) for part in parts) or len(parts) > 4:
+        raise UsageError(f"--input {word:.40}: expected the shape of a sample, such as 3x224x224 or 784")
+    return tuple(map(int, parts))
 
 
 def _known(kind: str, words: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:

@@ -31,11 +31,20 @@ class Question:
     threads: int | None
     quick: bool
     strong: bool = False
+    ticket: Path | None = None
+    size: tuple[int, ...] | None = None
 
     @property
     def network(self) -> bool:
         """Whether it is a whole network, not layers."""
-        return bool(self.model or self.train or (self.run and "magnitude" not in self.kinds))
+        return bool(self.model or self.train or self.ticket or (self.run and "magnitude" not in self.kinds))
+
+    @property
+    def module(self) -> bool:
+        """Whether it is a network that is more than one built-in layer behind another."""
+        from sparselth.measure.nets import is_plain_chain
+
+        return bool(self.ticket or self.size or (self.model and not is_plain_chain(self.model)))
 
     @property
     def default_table(self) -> bool:
@@ -73,6 +82,10 @@ class Question:
             raise UsageError("--sparsity: a whole network is measured at one; call once for each")
         if self.train and len(self.batches) > 1:
             raise UsageError("--batch: a step of training is measured at one; call once for each")
+        if self.ticket is not None and (run or "sparsity" in given):
+            raise UsageError("--ticket: has a mask of its own, without --sparsity and --run")
+        if self.size is not None and not (self.model or self.ticket):
+            raise UsageError("--input: the samples of a network, give its --model")
         if self.model is not None:
             from sparselth.models import get_model
 
@@ -84,12 +97,15 @@ class Question:
         if self.run is not None:
             words.append(self.run.resolve().name)
         elif self.network:
-            words += ["train"] * self.train + [self.model or MODEL]
+            words += ["train"] * self.train
+            words += [self.model or (MODEL if self.ticket is None else "ticket")]
+            words += [] if self.ticket is None else [self.ticket.stem]
+            words += ["x".join(map(str, self.size or ()))] * (self.size is not None)
         words += [
             f"{name}{value}" for name in ("level", "seed") if (value := getattr(self, name)) is not None
         ]
         words += sorted(self.shapes) + sorted(self.kinds)
-        if not (self.network and self.run):
+        if not (self.network and (self.run or self.ticket)):
             words.append(_joined(sorted(self.sparsities)))
         if self.batches:
             words.append(f"batch{_joined(sorted(self.batches))}")
@@ -97,7 +113,8 @@ class Question:
         words += [f"threads{self.threads}"] * (self.threads is not None)
         words += ["quick"] * (self.quick and self.default_table)
         whole = "-".join(words)
-        exact = whole if self.run is None else f"{whole} {self.run.resolve()}"
+        places = [place.resolve() for place in (self.run, self.ticket) if place is not None]
+        exact = " ".join([whole, *map(str, places)])
         safe = re.sub(r"[^\w.,@-]", "_", whole)
         if safe == exact and len(safe) <= LONGEST:
             return safe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,14 +83,14 @@ def check_batches(batches: Sequence[int]) -> None:
             raise UsageError(f"`batch` {batch}: expected 1 or more images")
 
 
-def row_of(case: Case, label: str, batch: int, times: Mapping[str, Timing], best: str, ours: bool) -> Row:
+def row_of(name: str, sparsity: float, label: str, batch: int, times: Mapping[str, Timing], best: str) -> Row:
     """What every row of a network has."""
     return {
         "implementation": label,
-        "network": case.model.name,
+        "network": name,
         "batch": batch,
         "dtype": "fp32",
-        "sparsity": round(case.sparsity, 4) if ours else 0.0,
+        "sparsity": round(sparsity, 4),
         "threads": torch.get_num_threads(),
         "median_s": times[label].median,
         "iqr_s": times[label].spread,
@@ -115,14 +115,14 @@ def best_of(times: Mapping[str, Timing], without: set[str]) -> str:
     return min(right, key=lambda label: times[label].median)
 
 
-def race(calls: Mapping[str, Call], device: str) -> dict[str, Timing]:
-    """All rivals in turn, warm; again while noise decides between ours and the fastest dense."""
+def race(calls: Mapping[str, Call], device: str, others: Collection[str] = ()) -> dict[str, Timing]:
+    """All rivals in turn, warm; again while noise decides between ours and the best not in `others`."""
     sample = warm if device == "cuda" else _rested
     found = Race({label: sample(call) for label, call in calls.items()}, watch=device == "cpu")
     for _ in range(noise.AGAIN + 1):
         rounds(found)
         times = found.timings()
-        if not noise.decides(times["sparselth"], times[best_of(times, {"sparselth"})]):
+        if not noise.decides(times["sparselth"], times[best_of(times, {"sparselth", *others})]):
             break
         found = found.only(calls, SHARE)
     return times

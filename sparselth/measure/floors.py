@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -112,6 +112,11 @@ def precision(dtype: str) -> Iterator[None]:
     finally:
         for s, value in zip(settings, before, strict=True):
             s.fp32_precision = value
+
+
+def fp32(device: str) -> AbstractContextManager[None]:
+    """No TF32 on CUDA; on a CPU nothing, since torch.export refuses to run beside that setting."""
+    return precision("fp32") if device == "cuda" else nullcontext()
 
 
 def _least(call: Callable[[], object], seconds: float) -> float:

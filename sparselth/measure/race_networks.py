@@ -30,7 +30,6 @@ from sparselth.data.batches import Resident
 from sparselth.errors import SparselthError, UsageError
 from sparselth.measure import energy, memory
 from sparselth.measure.case import (
-    Call,
     Case,
     Keep,
     Result,
@@ -44,13 +43,14 @@ from sparselth.measure.case import (
     random_case,
     row_of,
 )
-from sparselth.measure.floors import precision
+from sparselth.measure.contenders import Field, Ready, make_ready, outputs
+from sparselth.measure.floors import fp32
 from sparselth.measure.memory import Memory, held
-from sparselth.measure.onnx import onnx_call
-from sparselth.measure.rivals import quiet_compiler
+from sparselth.measure.sessions import RUNTIMES
 from sparselth.measure.training import memory_of_training
 from sparselth.models import Model, get_model
 from sparselth.models.torch import sequential
+from sparselth.sparse.reference import Given
 from sparselth.streams import stream
 
 TOLERANCE = {"cpu": LARGEST["fp32"], "cuda": 1e-4}  # cuDNN may convolve by transforms that lose some digits
@@ -95,7 +95,10 @@ def bench_run(
         "images": len(x),
         "data": images.spec.title,
     }
-    inference = _inference(case, x, batches, (dense_file, file), say, device, _so_far("ticket", facts, keep))
+    with fp32(device):
+        inference = _inference(
+            case, x, batches, (dense_file, file), say, device, _so_far("ticket", facts, keep)
+        )
     pairs = inference.memory
     if device == "cpu":
         say("memory of a training step")
@@ -147,7 +150,8 @@ def bench_model(
     )
     files = _stored(case, dense=True), _stored(case, dense=False)
     facts = {"network": name, "kept": 1 - case.sparsity}
-    found = _inference(case, images, batches, files, say, device, _so_far("model", facts, keep))
+    with fp32(device):
+        found = _inference(case, images, batches, files, say, device, _so_far("model", facts, keep))
     return Result("model", device, found.rows, found.memory, found.failed, facts, found.notes)
 
 
@@ -170,7 +174,6 @@ def _so_far(what: str, facts: dict[str, Any], keep: Keep) -> Callable[[_Inferenc
 
 
 @torch.no_grad()
-@precision("fp32")
 def _inference(
     case: Case,
     images: Tensor,
@@ -201,14 +204,14 @@ def _inference(
             "sparselth": memory.running(parts, partial(converted, x), device, files[1])
         }
         say(f"{case.model.name}, batch {batch}: dense at its best")
-        calls, why_not = _dense_rivals(dense, x)
+        ready, why_not = _dense_rivals(dense, x)
         found.notes += [note for note in why_not if note not in found.notes]
-        checks = {}
-        for label, call in calls.items():
-            checks[label] = _check(call(), dense, x)
-            footprints[label] = None  # not torch's allocator
-            if label != "onnxruntime":
-                footprints[label] = memory.running([*dense.parameters()], call, device, files[0])
+        given, checks = Given.of(dense, x), {}
+        calls = {label: one.bind(given) for label, one in ready.items()}
+        for label, one in ready.items():
+            (logits,) = outputs(calls[label]())
+            checks[label] = _check(logits, dense, x)
+            footprints[label] = one.memory(given, device, files[0])
         calls["sparselth"] = partial(converted, x)
         checks["sparselth"] = _check(converted(x), pruned, x)
         say(f"{case.model.name}, batch {batch}: timing")
@@ -223,12 +226,16 @@ def _inference(
         rows = []
         for label in calls:
             footprint = footprints[label]
-            row = row_of(case, label, batch, times, best, label == "sparselth")
+            row = row_of(
+                case.model.name, case.sparsity if label == "sparselth" else 0.0, label, batch, times, best
+            )
             row |= {
-                "weight_bytes": footprint.weights + footprint.indices if footprint else None,
+                "weight_bytes": footprint.weights + footprint.indices
+                if footprint and label not in RUNTIMES
+                else None,
                 "dense_weight_bytes": dense_bytes,
                 "peak_bytes": footprint.peak if footprint else None,
-                "file_bytes": files[label == "sparselth"],
+                "file_bytes": (label in ready and ready[label].file_bytes) or files[label == "sparselth"],
                 "max_rel_error": checks[label].largest if checks[label].finite else None,
                 "joules": energy.per_call(meter, calls[label], wait)
                 if label in (best, "sparselth")
@@ -241,8 +248,7 @@ def _inference(
             rows.append(row)
         found.rows += rows
         found.failed |= bool(wrong)
-        before, after = footprints[best], footprints["sparselth"]
-        before = before or footprints["dense"]
+        before, after = footprints["dense" if best in RUNTIMES else best], footprints["sparselth"]
         assert before is not None
         assert after is not None
         found.memory[f"inference, batch {batch}"] = before, after
@@ -250,29 +256,9 @@ def _inference(
     return found
 
 
-def _dense_rivals(net: nn.Module, x: Tensor) -> tuple[dict[str, Call], list[str]]:
+def _dense_rivals(net: nn.Module, x: Tensor) -> tuple[dict[str, Ready], list[str]]:
     """The dense network in every way this machine has, and why not in others."""
-    calls: dict[str, Call] = {"dense": partial(net, x)}
-    notes = []
-    if any(isinstance(module, nn.Conv2d) for module in net.modules()):
-        turned = copy.deepcopy(net).to(memory_format=torch.channels_last)
-        calls["dense channels-last"] = partial(turned, x.contiguous(memory_format=torch.channels_last))
-    others = {"dense compiled": _compiled} | ({} if x.is_cuda else {"onnxruntime": onnx_call})
-    for label, make in others.items():
-        try:
-            calls[label] = make(net, x)
-        except Exception as error:  # whatever stands between a user and a compiler, or a package
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            notes.append(f"{label} is not among the rivals: {reason}")
-    return calls, notes
-
-
-def _compiled(net: nn.Module, x: Tensor) -> Call:
-    quiet_compiler()
-    torch.compiler.reset()  # or the eighth batch size would no longer be compiled
-    call = partial(torch.compile(copy.deepcopy(net), dynamic=False), x)
-    call()
-    return call
+    return make_ready(Field(net, Given.of(net, x)), kinds=("dense",))
 
 
 def _logits(run: Callable[[Tensor], Tensor], images: Tensor, batch: int) -> Tensor:

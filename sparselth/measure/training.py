@@ -80,7 +80,7 @@ def bench_training(name: str, sparsity: float, batch: int, say: Say) -> Result:
     rows = []
     for label, step in steps.items():
         ours, footprint = label == "sparselth", footprints[label]
-        row = row_of(case, label, batch, times, best, ours)
+        row = row_of(name, case.sparsity if ours else 0.0, label, batch, times, best)
         row |= {
             "weight_bytes": footprint.weights + footprint.indices,
             "dense_weight_bytes": footprints["torch"].weights,

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from sparselth.measure.noise import EVEN
+from sparselth.report import layer_words
 from sparselth.report.bench_tables import WIDTH, Column, fill, fitting, head, line, share, width_of
 from sparselth.report.bench_words import ratio
 
@@ -43,6 +44,8 @@ def title(result: Result) -> str:
             f"{name}, seed {facts['seed']}, ticket of level {facts['level']} of {facts['run']}: "
             f"{kept} of the weights, on {facts['images']:,} test images of {facts['data']}"
         )
+    if result.what == "module":
+        return f"{name}, {facts['mask']}, {kept} of the weights"
     if result.what == "model":
         return f"{name}, random mask, {kept} of every layer's weights, on random images"
     return f"{name}, one step of training with Adam, random mask, {kept} of every layer's weights"
@@ -57,12 +60,19 @@ def sentences(result: Result) -> list[str]:
         if not result.facts.get("dead_are_zero", True):
             said.append("CHECK FAILED: pruned weights or their moments are not zero after these steps.")
         said += _failures(rows)
-    if result.what != "training":
+    if result.what in ("ticket", "model"):
         said.append(_agreement(result.rows))
+    said += layer_words.layers(_layers(result))
     said += result.notes
     if "accuracy" in result.facts:
         said += _of_ticket(result.facts)
     return said
+
+
+def _layers(result: Result) -> Sequence[Mapping[str, Any]]:
+    """What was chosen for the layers, at the last batch size."""
+    found: Sequence[Mapping[str, Any]] = result.facts.get("layers", ())
+    return found
 
 
 def _of_ticket(facts: Mapping[str, Any]) -> list[str]:
@@ -94,10 +104,16 @@ def _sentence(rows: Sequence[Mapping[str, Any]]) -> str:
 def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"CHECK FAILED: {row['implementation']} at batch {row['batch']} is off by {_off(row)} "
-        f"from float64, {row.get('differing_predictions', 0)} predictions differ; it counts for nothing."
+        f"from float64{_differ(row)}; it counts for nothing."
         for row in rows
         if row["check"] == "failed"
     ]
+
+
+def _differ(row: Mapping[str, Any]) -> str:
+    if "fault" in row:
+        return f" ({row['fault']})"
+    return f", {row.get('differing_predictions', 0)} predictions differ"
 
 
 def _agreement(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -161,6 +177,7 @@ COLUMNS = (
     Column("weights KB", 12, lambda row: _kb(row["weight_bytes"])),
     Column("peak KB", 12, lambda row: _kb(row["peak_bytes"])),
     Column("error", 9, lambda row: _off(row)),
+    Column("file KB", 12, lambda row: _kb(row.get("file_bytes"))),
     Column("make s", 8, _make),
     Column("pays after", 12, _pays),
 )

@@ -67,6 +67,15 @@ def setting(name: str) -> Callable[[Seen], Any]:
     return read
 
 
+def what(seen: Seen) -> Any:
+    return getattr(of("bench_module", "net")(seen), "what", None)
+
+
+def sample(seen: Seen) -> Any:
+    found = of("bench_module", "net")(seen)
+    return found and tuple(found.given(1).tensors[0].shape)
+
+
 def loaded(seen: Seen) -> bool:
     return [file.name for file in registry.plugins()] == ["mine.py"]
 
@@ -118,6 +127,7 @@ OF_STRONG: dict[str, tuple[str, Any]] = {name: FIELDS[name] for name in SHARED} 
     "redraw": ("0.5", 0.5),
     "optimizer": ("adam", "adam"),
 }
+CELL = "run/cells/seed0-ticket-01.safetensors"
 STRONG = "strong iterand --dataset mnist5k"
 IMP = "imp --dataset mnist5k"
 SUMS = "subset-sum --dataset mnist5k"
@@ -259,6 +269,8 @@ CASES: dict[tuple[str, str], Case] = (
         ("bench", "level"): Case("bench --run run", "--level 1", of("bench_run", "level"), 1),
         ("bench", "seed"): Case("bench --run run", "--seed 0", of("bench_run", "seed"), 0),
         ("bench", "model"): Case("bench", "--model conv2", of("bench_model", "name"), "conv2"),
+        ("bench", "ticket"): Case("bench", f"--ticket {CELL}", what, f"ticket of {CELL}"),
+        ("bench", "size"): Case("bench --model resnet20", "--input 3x8x8", sample, (1, 3, 8, 8)),
         ("bench", "train"): Case("bench --model conv2", "--train", of("bench_training", "name"), "conv2"),
         ("bench", "device"): Case("bench", "--device cpu", lambda seen: seen.err, ""),  # no word about CUDA
         ("bench", "threads"): Case("bench", "--threads 2", lambda seen: seen.threads, 2),
@@ -382,7 +394,12 @@ def see(
     catch("sparselth.experiments.price.recorded")
     catch("sparselth.measure.asked.Asked")
     catch("sparselth.measure.race_layers.bench_layers", lambda: outcome)
-    for function in ("race_networks.bench_run", "race_networks.bench_model", "training.bench_training"):
+    for function in (
+        "race_networks.bench_run",
+        "race_networks.bench_model",
+        "race_modules.bench_module",
+        "training.bench_training",
+    ):
         catch(f"sparselth.measure.{function}", lambda: outcome)
     catch("sparselth.report.bench_tables.report", lambda: "")
     monkeypatch.setattr("sparselth.report.network_tables.report", lambda *a: "")

@@ -22,9 +22,8 @@ from sparselth.config import Cell
 from sparselth.engine.dense import Network, init_weights
 from sparselth.errors import SparselthError, UsageError
 from sparselth.files import joined, plain, sealed, sealed_line
-from sparselth.measure import case, race_networks, training
+from sparselth.measure import case, contenders, outside, race_networks, training
 from sparselth.measure.case import Result
-from sparselth.measure.onnx import onnx_call
 from sparselth.measure.race_networks import bench_model, bench_run
 from sparselth.measure.training import bench_training
 from sparselth.models import get_model
@@ -40,12 +39,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place = tmp_path_factory.mktemp("networks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(place))
-        patch.setattr(torch, "compile", lambda net, dynamic: net)
-        patch.setattr(torch.compiler, "reset", lambda: None)
+        patch.setattr(contenders, "compiled", lambda net: net)
+        patch.setattr(outside, "need", nothing_installed)
         patch.setattr(case, "REST", 0.0)
         words = f"imp --model {MODEL} --dataset mnist5k --steps 60 --levels 3 --rate 0.5 --seeds 0-1"
         assert command([*words.split(), "--arms", "ticket", "--quiet", "--out", str(place / "run")]) == 0
         yield place
+
+
+def nothing_installed(*packages: str) -> None:
+    """Exports and other runtimes have tests of their own."""
+    raise SparselthError(f"{packages[0]} is not installed")
 
 
 @pytest.fixture
@@ -169,7 +173,7 @@ def test_other_predictions_fail(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("wrong", [float("nan"), 0.0, 1.0])
 def test_a_wrong_rival_is_nobodys_best(folder: Path, wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.full((16, 10), wrong)
-    monkeypatch.setattr(race_networks, "_compiled", lambda net, x: lambda: logits.clone())
+    monkeypatch.setattr(contenders, "compiled", lambda net: lambda x: logits.clone())
     found = ticket(folder / "run")
     assert found.failed
     row = only(found, "dense compiled")
@@ -183,12 +187,15 @@ def test_a_wrong_rival_is_nobodys_best(folder: Path, wrong: float, monkeypatch: 
 def test_one_logit_that_is_off_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By twice what is allowed of the largest, in one image of sixteen."""
 
-    def compiled(net: nn.Module, x: Tensor) -> Any:
-        y = net(x)
-        y[3, 4] += 2e-5 * float(y.abs().max())
-        return lambda: y
+    def compiled(net: nn.Module) -> Any:
+        def run(x: Tensor) -> Tensor:
+            y: Tensor = net(x)
+            y[3, 4] += 2e-5 * float(y.abs().max())
+            return y
 
-    monkeypatch.setattr(race_networks, "_compiled", compiled)
+        return run
+
+    monkeypatch.setattr(contenders, "compiled", compiled)
     found = ticket(folder / "run")
     assert found.failed
     assert only(found, "dense compiled")["check"] == "failed"
@@ -329,41 +336,30 @@ def test_predictions_differ_only_where_classes_do_not_tie() -> None:
     assert race_networks._differing(logits, expected, 1e-5) == (3, 1)
 
 
-def test_onnxruntime_is_a_rival_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    model = get_model("conv2")
-    net, x = (
-        sequential(model, init_weights(model, torch.Generator())),
-        torch.randn(2, 3, 32, 32),
-    )
-    with torch.no_grad():
-        y = onnx_call(net, x)()
-        assert isinstance(y, Tensor)
-        torch.testing.assert_close(y, net(x), rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.science
 def test_torch_compile_is_a_rival() -> None:
     code = (
-        "import torch; from torch import nn; from sparselth.measure import race_networks\n"
+        "import torch; from torch import nn; from sparselth.measure import contenders, race_networks\n"
         "net, x = nn.Sequential(nn.Linear(8, 4), nn.ReLU()).eval(), torch.randn(3, 8)\n"
         "with torch.no_grad():\n"
-        "    torch.testing.assert_close(race_networks._compiled(net, x)(), net(x))\n"
+        "    given = contenders.Given.of(net, x)\n"
+        "    found = contenders._compiled(contenders.Field(net, given)).bind(given)()\n"
+        "    torch.testing.assert_close(found, net(x))\n"
         "assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_missing_rival_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnx", None)
-
     def no_compiler(*a: object, **k: object) -> None:
         raise RuntimeError("no C++ compiler\nand a long story")
 
-    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(contenders, "compiled", no_compiler)
     net = nn.Sequential(nn.Linear(2, 2)).eval()
-    calls, notes = race_networks._dense_rivals(net, torch.zeros(1, 2))
-    assert [*calls] == ["dense"]
-    assert notes[0] == "dense compiled is not among the rivals: no C++ compiler"
-    assert notes[1].startswith("onnxruntime is not among the rivals: ")
+    ready, notes = race_networks._dense_rivals(net, torch.zeros(1, 2))
+    assert [*ready] == ["dense"]
+    assert notes == [
+        "dense compiled is not among the rivals: no C++ compiler",
+        "onnxruntime is not among the rivals: onnxruntime is not installed",
+        "openvino is not among the rivals: openvino is not installed",
+    ]

@@ -1,0 +1,260 @@
+"""Any network at inference: contenders whose checks can fail; masks, tickets, inputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparselth
+from sparselth.errors import SparselthError, UsageError
+from sparselth.measure import case, contenders, outside
+from sparselth.measure.case import Result
+from sparselth.measure.contenders import CONTENDERS, Contender, CsrLinear, Field, Ready
+from sparselth.measure.nets import Net, net, random_masks, zero
+from sparselth.measure.race_modules import bench_module
+from sparselth.report import layer_words, network_tables
+from sparselth.sparse.reference import Given
+
+FILE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.side, self.fc = nn.Conv2d(8, 8, 1), nn.Linear(8 * 16, 40)
+        self.head = nn.Linear(40, 5)
+
+    def forward(self, x):
+        y = self.norm(self.stem(x)).relu()
+        return self.head(self.fc((y + self.side(y)).flatten(1)).relu())
+
+def make():
+    return Net()
+
+def example(batch):
+    return torch.randn(batch, 3, 4, 4)
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No compiler, no runtimes of others, a cache of its own; a file of a network in the working folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(contenders, "compiled", lambda net: net)
+    monkeypatch.setattr(case, "REST", 0.0)
+
+    def need(*packages: str) -> None:
+        raise SparselthError(f"{packages[0]} is not installed")
+
+    monkeypatch.setattr(outside, "need", need)
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(FILE)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def quiet(line: str) -> None:
+    assert "\n" not in line
+
+
+def only(result: Result, implementation: str) -> dict[str, Any]:
+    (row,) = (row for row in result.rows if row["implementation"] == implementation)
+    return row
+
+
+def test_a_network_of_a_file_with_everything_that_is_said_of_it() -> None:
+    kept: list[Result] = []
+    found = net("net.py:make", 0.75)
+    result = bench_module(found, (1, 4), quiet, keep=kept.append)
+    json.dumps(result.rows, allow_nan=False)
+    assert not result.failed
+    assert [len({row["batch"] for row in one.rows}) for one in kept] == [1, 2]
+    rows = [row for row in result.rows if row["batch"] == 4]
+    names = ["dense", "dense channels-last", "dense compiled", "torch CSR", "sparselth"]
+    assert [row["implementation"] for row in rows] == names
+    assert all(0 < row["max_rel_error"] < 1e-5 and row["check"] == "passed" for row in rows)
+    assert {row["dense_best"] for row in rows} < {*names[:3]}  # CSR is no dense rival
+    weights = 8 * 27 + 64 + 40 * 128 + 200
+    dense = 4 * (weights + 8 + 8 + 40 + 5 + 4 * 8) + 8  # biases, the norm, and how many batches it saw
+    assert {row["dense_weight_bytes"] for row in rows} == {dense}
+    ours, csr = rows[-1], rows[-2]
+    assert csr["weight_bytes"] < dense
+    assert rows[0]["weight_bytes"] == dense
+    assert rows[0]["file_bytes"] > dense > ours["file_bytes"] > weights // 4 * 4
+    assert [row["sparsity"] for row in rows] == [0, 0, 0, 0.75, 0.75]
+    layers = result.facts["layers"]
+    assert {layer["layer"] for layer in layers} == {"stem", "side", "fc", "head"}
+    said = " ".join(network_tables.report(result, "here").split())
+    assert "net.py:make, random mask, 25 % of the weights" in said
+    assert "of 4 layers compute with kept weights alone" in said
+    assert "onnxruntime is not among the rivals: onnxruntime is not installed" in said
+    assert "deepsparse reached its end of life" in said
+
+
+def test_who_is_wrong_is_nobodys_best_even_on_fresh_inputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(field: Field) -> Ready:
+        return Ready(lambda given: lambda: field.net(*given.tensors) * (1 + 1e-4), (field.net.weight,))
+
+    def remembers(field: Field) -> Ready:
+        y = field.net(*field.given.tensors)
+        return Ready(lambda given: lambda: y, (field.net.weight,))
+
+    more = (Contender("off", "dense", off), Contender("remembers", "dense", remembers))
+    monkeypatch.setattr(contenders, "CONTENDERS", (*more, *CONTENDERS))
+    layer = nn.Linear(64, 64)
+    masks = random_masks({"weight": (64, 64)}, 0.5)
+    zero(layer, masks)
+    made = Net("layer", layer.eval(), masks, lambda batch: torch.randn(batch, 64))
+    result = bench_module(made, (3,), quiet)
+    assert result.failed
+    assert [row["implementation"] for row in result.rows if row["check"] == "failed"] == ["off", "remembers"]
+    assert only(result, "off")["max_rel_error"] == pytest.approx(1e-4, rel=0.1)
+    assert {row["dense_best"] for row in result.rows} <= {"dense", "dense compiled"}
+    said = " ".join(network_tables.report(result, "here").split())
+    assert "CHECK FAILED: remembers at batch 3" in said
+
+
+def test_masks_keep_an_exact_share_of_each_tensor() -> None:
+    masks = random_masks({"a": (7, 9), "b": (3,), "c": (40, 5, 3, 3)}, 0.9)
+    assert [int(m.sum()) for m in masks.values()] == [6, 1, 180]
+    again = random_masks({"a": (7, 9), "b": (3,), "c": (40, 5, 3, 3)}, 0.9)
+    assert all(torch.equal(masks[name], again[name]) for name in masks)
+    found = net("net.py:make", 0.9)
+    for name, mask in found.masks.items():
+        weight = found.module.get_parameter(name)
+        assert int((weight != 0).sum()) == int(mask.sum()) == round(0.1 * mask.numel())
+    with pytest.raises(UsageError, match="`sparsity` 1: expected"):
+        random_masks({"a": (2, 2)}, 1.0)
+
+
+def test_the_ticket_of_a_module_brings_its_masks_and_its_weights() -> None:
+    fresh = net("net.py:make", 0.0).module
+    start = sparselth.snapshot(fresh)
+    masks = sparselth.prune(fresh, sparsity=0.6)
+    sparselth.save_ticket("ticket.safetensors", fresh, masks, start)
+    found = net("net.py:make", 0.9, Path("ticket.safetensors"))
+    assert found.kept == pytest.approx(0.4, abs=1e-3)
+    assert found.what == "ticket of ticket.safetensors"
+    for name, mask in masks.items():
+        assert torch.equal(found.module.get_parameter(name), start[name] * mask)
+    with pytest.raises(UsageError, match="is of a module; name its network"):
+        net(None, 0.9, Path("ticket.safetensors"))
+    with pytest.raises(SparselthError, match="does not fit the model"):
+        net("resnet20", 0.9, Path("ticket.safetensors"))
+
+
+def test_what_is_wrong_with_a_file_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {
+        "no_call.py": FILE.replace("def example(batch):", "example = 3\ndef other(batch):"),
+        "raises.py": FILE.replace("torch.randn(batch, 3, 4, 4)", "1 / 0"),
+        "misfit.py": FILE.replace("torch.randn(batch, 3, 4, 4)", "torch.randn(batch, 5, 4, 4)"),
+    }
+    says = {
+        "no_call.py": "`example` is a int; expected `example.batch.`",
+        "raises.py": "`example.batch.`: ZeroDivisionError",
+        "misfit.py": "example: the model cannot compute it",
+    }
+    for name, text in wrong.items():
+        Path(name).write_text(text)
+        with pytest.raises(SparselthError, match=says[name]):
+            bench_module(net(f"{name}:make", 0.5), (1,), quiet)
+    Path("loss.py").write_text(FILE + "\ndef loss(output, target):\n    return (output - target).sum()\n")
+    with pytest.raises(UsageError, match=r"expected `target\(batch\)` beside it"):
+        net("loss.py:make", 0.5).objective(2)
+
+
+def test_inputs_are_the_same_for_a_seed_and_draw_from_no_one_elses_numbers() -> None:
+    found = net("net.py:make", 0.5)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one, same, other = found.given(2), found.given(2), found.given(2, seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(one.tensors[0], same.tensors[0])
+    assert not torch.equal(one.tensors[0], other.tensors[0])
+    assert net("net.py:make", 0.5, shape=(3, 4, 4)).given(7).tensors[0].shape == (7, 3, 4, 4)
+
+
+def test_csr_is_a_rival_of_linear_layers() -> None:
+    layer = nn.Linear(12, 7).eval()
+    layer.weight.data[torch.rand(7, 12) < 0.5] = 0
+    x = torch.randn(2, 3, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(CsrLinear(layer)(x), layer(x))
+    convolutions = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    masks = random_masks({"0.weight": (4, 2, 3, 3), "2.weight": (2, 4)}, 0.5)
+    with pytest.raises(SparselthError, match="most weights are elsewhere"):
+        contenders.csr_layers(convolutions, masks)
+    assert contenders.csr_layers(convolutions, {"2.weight": masks["2.weight"]}) == ["2"]
+
+
+class Two(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+def test_examples_go_to_convert_as_it_takes_them() -> None:
+    x, y = torch.ones(2), torch.zeros(2)
+    line = nn.Linear(2, 2)
+    assert contenders.example_of(Given.of(line, x)) is x
+    two = contenders.example_of(Given.of(Two(), (x, y)))
+    assert [*two] == ["x", "y"]
+    assert contenders.example_of(Given.of(Two(), {"y": y, "x": x})).keys() == {"x", "y"}
+
+
+def test_layers_that_are_not_worth_it_are_said_with_their_times() -> None:
+    def layer(name: str, dense: bool, ours: float | None, shape: str = "8x8") -> dict[str, Any]:
+        best = None if ours is None else "csr_tiled"
+        return {
+            "layer": name, "shape": shape, "kept": 0.1, "dense": dense, "dense_s": 2e-5,
+            "best_sparse": best, "best_sparse_s": ours,
+        }  # fmt: skip
+
+    found = [
+        layer("a", False, 1e-6),
+        layer("b", True, 3e-3),
+        layer("c", True, 3e-3),
+        layer("d", True, 1e-5, "4x4"),
+        layer("e", True, None, "2x2"),
+    ]
+    assert layer_words.layers(found) == [
+        "1 of 5 layers compute with kept weights alone. Not worth it here, so dense:",
+        "  b and 1 more, 8x8, 10 % kept: csr_tiled 3 ms, dense 20 us",
+        "  d, 4x4, 10 % kept: csr_tiled alone 10 us, dense 20 us; changes of layout eat it up",
+        "  e, 2x2, 10 % kept: no sparse form fits it",
+    ]
+    assert layer_words.layers([]) == []
+    assert layer_words.layers(found[:1]) == ["1 of 1 layers compute with kept weights alone."]
+
+
+def test_runtimes_of_others_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.undo()
+    torch.set_num_threads(1)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()).eval()
+    given = Given.of(module, torch.randn(2, 3, 8, 8))
+    exported = outside.Exported(module, given)
+    with torch.no_grad():
+        found = outside.onnxruntime(exported)
+        (y,) = found.bind(given)()
+        torch.testing.assert_close(y, module(*given.tensors), rtol=1e-4, atol=1e-5)
+        assert found.file_bytes == exported.bytes > 4 * 4 * 27
+        assert (found.peak_bytes(given) or 0) > 0
+
+
+def test_the_table_of_contenders() -> None:
+    """Names are unique, ours comes last, as tables take it, and every kind is known."""
+    names = [one.name for one in CONTENDERS]
+    assert len({*names}) == len(names)
+    assert names[-1] == contenders.OURS
+    assert {one.kind for one in CONTENDERS} == {"dense", "sparse", "ours"}
