@@ -44,6 +44,7 @@ def option(
     extends: bool = False,
     argument: bool = False,
     also: str = "",
+    epochs: bool = False,
 ) -> Any:
     """A field of a configuration; without `help` it has no flag, and an `argument` stands without one.
 
@@ -52,11 +53,11 @@ def option(
     was, and a config.json without them has it. Values that are not `ordered` are sorted, so that equal plans
     are equal: numbers by size, names as `choices` has them. A field that `extends` says which cells there
     are, and nothing of what one computes: a run goes on with more. `also` is another name of the flag, told
-    first, or what the argument is called.
+    first, or what the argument is called. One of `epochs` holds steps, and takes "2ep", those of two epochs.
     """
     metadata = {"help": help, "check": check, "choices": choices, "added": added, "ordered": ordered}
     metadata |= {"before": default if before is MISSING else before, "extends": extends}
-    metadata |= {"argument": argument, "also": also}
+    metadata |= {"argument": argument, "also": also, "epochs": epochs}
     return field(default=default, metadata=metadata)
 
 

@@ -148,6 +148,7 @@ def _done(
     experiment: type[Experiment], flags: dict[str, Any], given: set[str], results: TextIO
 ) -> tuple[RunRecord, Screen] | None:
     """What the run found, and who was told of it; None after --dry-run, printed as `results`."""
+    _usual(experiment, flags, given)
     _inherit(experiment, flags, given)
     config = _configured(experiment, flags)
     check_torch()
@@ -183,6 +184,17 @@ def _done(
         return None
     screen = Screen(flags["quiet"])
     return run(config, **arguments, resume=flags["resume"], watcher=screen), screen
+
+
+def _usual(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) -> None:
+    """Where a data set is named and no model, what is not given is as it is usual for that data set."""
+    name = flags.get("dataset")
+    if not issubclass(experiment, Training) or not name or "model" in given or user_files.is_file(name):
+        return
+    from sparselth.data import DATASETS
+
+    usual = DATASETS[name].usual if name in DATASETS else {}
+    flags.update({field: value for field, value in usual.items() if field in flags and field not in given})
 
 
 def _inherit(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) -> None:

@@ -39,6 +39,30 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
         return tuple(found)
 
 
+class Steps(Numbers):
+    """`500`, or `2ep`, the steps of two epochs, which stays a word until the data set is known."""
+
+    name = "steps"
+
+    def __init__(self, many: bool) -> None:
+        self.many = many
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        found: list[int | str] = []
+        for part in value.split(","):
+            if re.fullmatch(r"\d+(\.\d+)?ep", part.strip()):
+                found.append(part.strip())
+            elif self.many or part.strip().isdecimal():
+                found += super().convert(part, param, ctx)
+            else:
+                self.fail(f"{value!r:.60}: expected a step, 500, or epochs, 2ep", param, ctx)
+        if not self.many and len(found) > 1:
+            self.fail(f"{value!r:.60}: expected one step, 500, or epochs, 2ep", param, ctx)
+        return tuple(found) if self.many else found[0]
+
+
 class Floats(click.ParamType):  # type: ignore[type-arg]
     """`0.1,0.3,0.5` as a tuple of floats."""
 
@@ -109,7 +133,10 @@ def flag(of: Field[Any], kind: Any, recipes: bool = False) -> click.Option:
         known = "" if default in (MISSING, ()) else f", {default}"
         text, default = f"{text}  [default: the recipe's{known}]", None
     words: dict[str, Any] = {"default": default, "help": text, "show_default": default not in ("", None, ())}
-    if kind is bool:
+    if of.metadata["epochs"]:
+        words["type"] = Steps(many=get_origin(kind) is tuple)
+        words["default"] = shown(default) if isinstance(default, tuple) else default
+    elif kind is bool:
         words |= {"is_flag": True, "show_default": False}
     elif get_origin(kind) is tuple:
         words["type"] = {int: Numbers(), float: Floats()}.get(get_args(kind)[0], Names())

@@ -43,5 +43,6 @@ register(
         n_test=1000,
         licence="Apache 2.0; Greydanus, Kobak",
         read=read,
+        usual={"model": "mnist1d-mlp", "levels": 12},
     )
 )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -100,6 +100,8 @@ class DatasetSpec:
     torchvision: str | None = None  # the class that downloads it; None: inside the package
     read: Read | None = None
     tokens: bool = False  # samples are numbers of words, int64, and not to be scaled
+    # what a command has where it is given nothing but this data set: fields of the experiment by name
+    usual: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def n_validation(self) -> int:

@@ -98,7 +98,7 @@ class ImpConfig(Training):
         "magnitude", "What ranks the weights; see `sparselth ls scores`.", choices=_scores, added=True
     )
     one_shot: bool = option(False, "Prune the dense network straight to every level.")
-    rewind: int = option(0, "Step whose weights a ticket goes back to.")
+    rewind: int = option(0, "Step whose weights a ticket goes back to: 500, or in epochs, 2ep.", epochs=True)
     reinits: int = option(
         1, "Fresh draws per ticket in arms with fresh weights.", at_least(1, most=1000), extends=True
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sparselth import user_files
@@ -104,7 +105,23 @@ class Training(Experiment):
         if files:
             code = tuple(f"{name} {user_files.code(kind, name)}" for kind, name in files)
             object.__setattr__(self, "code", code)
+        for f in fields(self):
+            if f.metadata.get("epochs"):
+                object.__setattr__(self, f.name, self._steps_of(getattr(self, f.name)))
         super().__post_init__()
+
+    def _steps_of(self, value: Any) -> Any:
+        """Steps, or the name of so many epochs, "2ep", as steps of the data set and batch size."""
+        if isinstance(value, tuple):
+            return tuple(map(self._steps_of, value))
+        if not isinstance(value, str) or not re.fullmatch(r"\d+(\.\d+)?ep", value):
+            return value
+        from sparselth.data.sets import get_dataset, n_validation
+        from sparselth.pruning import rounded
+
+        images = get_dataset(self.dataset or get_model(self.model).dataset).n_train
+        batches = (images - n_validation(images)) // self.recipe.batch_size
+        return rounded(float(value.removesuffix("ep")) * batches)
 
     @classmethod
     def recipes(cls, values: Mapping[str, Any]) -> Mapping[str, Recipe]:

@@ -1,0 +1,44 @@
+"""A rewind step in epochs; what a data set brings that is named alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from click.core import ParameterSource
+
+from sparselth.cli import experiment
+from sparselth.experiments.imp import ImpConfig
+
+
+@pytest.mark.parametrize(
+    ("words", "step"),
+    [("--rewind 7", 7), ("--rewind 2ep", 2 * 58), ("--rewind 1.5ep --batch-size 100", 53)],
+)
+def test_a_rewind_step_in_epochs(words: str, step: int, document: Callable[..., dict[str, Any]]) -> None:
+    """Of mnist5k 3,500 images are trained on: 58 batches of 60, 35 of 100."""
+    command = "imp --model lenet-300-100 --dataset mnist5k --steps 1000 --dry-run --json --device cpu"
+    assert document(*command.split(), *words.split())["config"]["rewind"] == step
+
+
+@pytest.mark.parametrize("word", ["2e", "5,6", "ep", "1ep,2ep"])
+def test_a_rewind_step_that_is_none(word: str, cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, said = cli("imp", "--rewind", word, "--dry-run")
+    assert (code, len(said.splitlines())) == (2, 1)
+    assert "'--rewind'" in said
+    assert "500, or epochs, 2ep" in said
+
+
+def test_a_data_set_named_alone_brings_what_is_usual_for_it() -> None:
+    def of(*words: str) -> Any:
+        command = experiment.command(ImpConfig)
+        ctx = command.make_context("imp", [*words])
+        given = {n for n in ctx.params if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
+        experiment._usual(ImpConfig, ctx.params, given)
+        return ctx.params["model"], ctx.params["levels"]
+
+    assert of("--dataset", "mnist1d") == ("mnist1d-mlp", 12)
+    assert of("--dataset", "mnist1d", "--levels", "3") == ("mnist1d-mlp", 3)
+    assert of("--dataset", "mnist1d", "--model", "lenet5") == ("lenet5", 8)
+    assert of("--dataset", "mnist") == of("--dataset", "no-such") == of() == ("lenet5", 8)
