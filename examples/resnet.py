@@ -8,6 +8,7 @@ on a CPU, and less accurate than a stem made for them.
 """
 
 import argparse
+import copy
 import time
 from math import cos, pi
 
@@ -83,8 +84,16 @@ def main():
     train(model, masks, training, rewind, steps, steps)
     found = accuracy(model, test)
     print(f"ticket: {masks!r}, test accuracy {100 * found:.2f} %")
+    # the same start under other masks, of as many weights of each layer
+    random = {n: m.flatten()[torch.randperm(m.numel())].view_as(m) for n, m in masks.items()}
+    random = sparselth.Masks(random, other := copy.deepcopy(model))
+    sparselth.rewind(other, random, start)
+    train(other, random, training, rewind, steps, steps)
+    control = accuracy(other, test)
+    print(f"as many weights of each layer at random: test accuracy {100 * control:.2f} %")
 
-    notes = {"accuracy": found, "dense_accuracy": dense, "steps": steps, "rewind_step": rewind}
+    notes = {"accuracy": found, "random_accuracy": control, "dense_accuracy": dense}
+    notes |= {"steps": steps, "rewind_step": rewind}
     file = sparselth.save_ticket(asked.out, model, masks, start, notes)
     size, whole = file.stat().st_size, sparselth.load_ticket(file).dense_bytes
     print(f"{file}: accuracy {100 * found:.2f} %, {size:,} bytes beside {whole:,} dense, {size / whole:.3f}")

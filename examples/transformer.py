@@ -8,6 +8,7 @@ of every matrix and goes back to the weights of step --rewind; the embedding is 
 """
 
 import argparse
+import copy
 import time
 from math import cos, pi
 from pydoc_data.topics import topics
@@ -25,9 +26,8 @@ class Transformer(nn.Module):
     def __init__(self, characters):
         super().__init__()
         self.embed, self.place = nn.Embedding(characters, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        layer = nn.TransformerEncoderLayer(
-            WIDTH, HEADS, 4 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
+        more = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, **more)
         self.layers = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
         self.head = nn.Linear(WIDTH, characters, bias=False)
         for embedding in (self.embed, self.place):  # torch's own are too large for a last layer
@@ -77,7 +77,7 @@ def held_back(model, tokens):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=2, help="each prunes half of what is left")
+    parser.add_argument("--rounds", type=int, default=2, help="1 or more; each prunes half")
     parser.add_argument("--steps", type=int, default=300, help="of each training")
     parser.add_argument("--rewind", type=int, default=50, help="the step that tickets go back to")
     parser.add_argument("--out", default="transformer.safetensors")
@@ -92,16 +92,24 @@ def main():
     start, masks, found = sparselth.snapshot(model), None, []
     for level in range(asked.rounds + 1):
         if level:
-            masks = sparselth.prune(
-                model, sparsity=1 - 0.5**level, scope="layer", exclude="place", masks=masks
-            )
+            share = 1 - 0.5**level
+            masks = sparselth.prune(model, share, scope="layer", exclude="place", masks=masks)
             sparselth.rewind(model, masks, start)
         train(model, masks, training, rewind, steps, steps)
         found.append(held_back(model, test))
         took, said = time.perf_counter() - began, repr(masks) if masks else "dense"
         print(f"level {level}: {said}, loss {found[-1]:.3f}, {took:.0f} s")
 
-    notes = {"loss": found[-1], "dense_loss": found[0], "steps": steps, "characters": "".join(characters)}
+    # the same start under other masks, of as many weights of each layer
+    random = {n: m.flatten()[torch.randperm(m.numel())].view_as(m) for n, m in masks.items()}
+    random = sparselth.Masks(random, other := copy.deepcopy(model))
+    sparselth.rewind(other, random, start)
+    train(other, random, training, rewind, steps, steps)
+    control = held_back(other, test)
+    print(f"as many weights of each layer at random: loss {control:.3f}")
+
+    notes = {"loss": found[-1], "random_loss": control, "dense_loss": found[0], "steps": steps}
+    notes |= {"characters": "".join(characters)}
     file = sparselth.save_ticket(asked.out, model, masks, start, notes)
     size, whole = file.stat().st_size, sparselth.load_ticket(file).dense_bytes
     print(f"{file}: loss {found[-1]:.3f}, {size:,} bytes beside {whole:,} dense, {size / whole:.3f}")

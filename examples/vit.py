@@ -7,6 +7,7 @@ rounds: each prunes half of every matrix, goes back to the weights of step --rew
 """
 
 import argparse
+import copy
 import time
 from math import cos, pi
 
@@ -62,7 +63,7 @@ def accuracy(model, data):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=2, help="each prunes half of what is left")
+    parser.add_argument("--rounds", type=int, default=2, help="1 or more; each prunes half")
     parser.add_argument("--steps", type=int, default=300, help="of each training")
     parser.add_argument("--rewind", type=int, default=50, help="the step that tickets go back to")
     parser.add_argument("--out", default="vit.safetensors")
@@ -87,7 +88,16 @@ def main():
         took, said = time.perf_counter() - began, repr(masks) if masks else "dense"
         print(f"level {level}: {said}, test accuracy {100 * found[-1]:.2f} %, {took:.0f} s")
 
-    notes = {"accuracy": found[-1], "dense_accuracy": found[0], "steps": steps, "rewind_step": rewind}
+    # the same start under other masks, of as many weights of each layer
+    random = {n: m.flatten()[torch.randperm(m.numel())].view_as(m) for n, m in masks.items()}
+    random = sparselth.Masks(random, other := copy.deepcopy(model))
+    sparselth.rewind(other, random, start)
+    train(other, random, training, rewind, steps, steps)
+    control = accuracy(other, test)
+    print(f"as many weights of each layer at random: test accuracy {100 * control:.2f} %")
+
+    notes = {"accuracy": found[-1], "random_accuracy": control, "dense_accuracy": found[0]}
+    notes |= {"steps": steps, "rewind_step": rewind}
     file = sparselth.save_ticket(asked.out, model, masks, start, notes)
     size, whole = file.stat().st_size, sparselth.load_ticket(file).dense_bytes
     print(

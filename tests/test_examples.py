@@ -41,6 +41,11 @@ def test_an_example_ends_in_a_ticket(
     assert float(end[1]) == pytest.approx(100 * found if end[2] else found, abs=0.006)
     assert int(end[3].replace(",", "")) == size
     assert int(end[4].replace(",", "")) == ticket.dense_bytes
+    if name != "own_model":  # whose controls are arms
+        control = re.search(rf"at random: .*{EXAMPLES[name]} ([0-9.]+)", said)
+        assert control, said
+        beside = ticket.notes[f"random_{EXAMPLES[name]}"]
+        assert float(control[1]) == pytest.approx(100 * beside if end[2] else beside, abs=0.006)
     masks = ticket.masks
     rest = sum(t.numel() * t.element_size() for t in ticket.snapshot.values()) - 4 * masks.size
     assert size <= 4 * masks.kept + masks.size / 8 + rest + (1 << 17)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,17 @@ import torch
 from modules import KINDS, Words, model_of, module_model
 from torch import nn
 
-from sparselth.config import Recipe
-from sparselth.data import get_dataset
+from sparselth.config import Cell, Recipe
+from sparselth.data import Images, get_dataset
+from sparselth.data.batches import Resident
 from sparselth.engine.dense import init_weights
+from sparselth.engine.state import Job, State
 from sparselth.errors import SparselthError, UsageError
 from sparselth.models import MODELS, get_model
 from sparselth.models.module import ModuleModel
 from sparselth.streams import stream
 from sparselth.tickets import Content, RunTicket
+from sparselth.train import fit
 
 FILE = '''
 """Networks of a user's."""
@@ -164,6 +168,49 @@ def test_torchvisions_classifiers_have_the_classes_of_the_data() -> None:
     assert model.params.prunable == 11_166_912 + 5120  # convolutions and fc, from torchvision's table
     assert model.params.weights[-1].shape == (10, 512)
     assert model.params.weights[-1].output
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("resnet10t", (24, 1, 3, 3)),
+        ("vit_tiny_patch16_224", (192, 3, 16, 16)),
+        ("mobilenetv3_small_050", None),
+    ],
+)
+def test_timms_networks_read_the_images_of_the_data_and_train(
+    name: str, first: tuple[int, ...] | None
+) -> None:
+    pytest.importorskip("timm", reason="timm is an optional dependency")
+    dataset = get_dataset("mnist5k") if first and first[1] == 1 else get_dataset("cifar10")
+    model = get_model(f"timm:{name}").on(dataset)
+    shapes = [spec.shape for spec in model.params.weights]
+    assert first is None or first in shapes
+    assert model.params.weights[-1].output
+    assert shapes[-1][0] == 10
+    again = get_model(f"timm:{name}").on(dataset)
+    weights = init_weights(model, stream(0, "ticket", 0, "init"))
+    assert torch.equal(init_weights(again, stream(0, "ticket", 0, "init")), weights)
+    draw = np.random.default_rng(0)
+    x = draw.integers(256, size=(30, prod(dataset.shape)), dtype=np.uint8)
+    y = draw.integers(10, size=30)
+    data = Resident(Images(dataset, x[:20], y[:20], x[20:], y[20:], "", ""), "cpu", 10)
+    recipe = Recipe(steps=2, lr=0.01, batch_size=4, eval_every=2, optimizer="sgd")
+    mask = model.params.full_mask()
+    mask[::3] = False
+    weights[: len(mask)] *= mask
+    job = Job(Cell(0, "ticket", 1), State.start(weights[None], recipe), mask)
+    fit(model, data, [job], recipe)
+    assert job.diverged is None
+    assert not job.state.weights[0, : len(mask)][~mask].any()
+    assert not torch.equal(job.state.weights[0], weights)
+    assert 0 <= job.state.evaluations[-1]["validation_accuracy"] <= 1
+
+
+def test_timm_names_the_nearest_of_its_networks() -> None:
+    pytest.importorskip("timm", reason="timm is an optional dependency")
+    with pytest.raises(UsageError, match="did you mean 'resnet18'"):
+        get_model("timm:resnet18z")
 
 
 @pytest.mark.parametrize(
