@@ -362,6 +362,7 @@ EXPERIMENTS: Registry[type[Config]] = Registry(
         *(
             "agenda",
             "arms",
+            "at_init_jobs",
             "base",
             "connectivity_jobs",
             "flag",

@@ -61,8 +61,8 @@ USES = {
         f"strong by-size --model lenet-300-100 --dataset mnist5k --arms ticket {TINY}",
         1,
     ),
-    "at_init.py": Use(
-        "experiments", "at-init", f"at-init --model lenet-300-100 --dataset mnist5k --levels 2 {TINY}", 3
+    "halves.py": Use(
+        "experiments", "halves", f"halves --model lenet-300-100 --dataset mnist5k --levels 2 {TINY}", 3
     ),
 }
 
@@ -213,7 +213,7 @@ def test_spawned_workers_know_plugins(
 ) -> None:
     """As on CUDA: their configuration and data set are of classes and functions that plugins made."""
     plugins = [word for file in USES for word in ("--plugin", file)]
-    words = ["at-init", *plugins, "--model", "narrow-16", "--dataset", "stripes", "--quiet", *TINY.split()]
+    words = ["halves", *plugins, "--model", "narrow-16", "--dataset", "stripes", "--quiet", *TINY.split()]
     assert cli(*words, "--out", "forked")[0] == 0
     context = multiprocessing.get_context("spawn")
     monkeypatch.setattr("sparselth.experiments.pool.multiprocessing.get_context", lambda _: context)
@@ -226,13 +226,13 @@ def test_an_installed_package_names_its_module(files: Path, environment: dict[st
     info = files / "mine-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[sparselth]\nsigns = signs\nat-init = at_init\n")
+    (info / "entry_points.txt").write_text("[sparselth]\nsigns = signs\nhalves = halves\n")
     environment["PYTHONPATH"] = f"{files}:{environment['PYTHONPATH']}"
     command = [sys.executable, "-m", "sparselth", "ls", "arms"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "signs           the ticket's mask, one magnitude a layer" in done.stdout
-    command = [sys.executable, "-m", "sparselth", "at-init", "--help"]
+    command = [sys.executable, "-m", "sparselth", "halves", "--help"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "Prune by magnitude before any training" in done.stdout
 

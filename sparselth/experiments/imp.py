@@ -281,7 +281,7 @@ def find_mask(config: ImpConfig, place: Place, cell: Cell) -> Tensor:
         return model.params.full_mask()
     before, _ = tickets.read(cell_path(place.run, config.pruned(cell)), model.params)
     weights, mask = (torch.from_numpy(array).to(config.device) for array in (before.weights, before.mask))
-    batch, generator = _batch(model, place, seed, level), stream(seed, "ticket", level, "score")
+    batch, generator = score_batch(model, place, seed, level), stream(seed, "ticket", level, "score")
     with drawing_apart(config.device):  # a forward may draw, as dropout does
         seed_everything(number(seed, "ticket", level, "score forward"), config.device)
         found = scores.SCORES[config.score].of(
@@ -299,7 +299,7 @@ def find_mask(config: ImpConfig, place: Place, cell: Cell) -> Tensor:
     return ARMS[cell.arm].mask(model.params, mask, stream(seed, cell.arm, level, "mask", cell.draw))
 
 
-def _batch(model: Model, place: Place, seed: int, level: int) -> tuple[Tensor, Tensor]:
+def score_batch(model: Model, place: Place, seed: int, level: int) -> tuple[Tensor, Tensor]:
     """Training images of a seed for the score of a level, x [B, C, H, W] and labels [B]."""
     import torch
 

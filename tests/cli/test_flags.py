@@ -202,9 +202,30 @@ OF_TRANSFER = of_training("transfer", FROM, "--levels 0") | {
     ("transfer", "recipe"): Case(FROM, "--recipe paper", setting("steps"), 50_000),
 }
 
+AT_INIT = "at-init --dataset mnist5k"
+OF_AT_INIT = of_training("at-init", AT_INIT, "--sparsity 1") | {
+    ("at-init", name): Case(AT_INIT, f"--{name.replace('_', '-')} {word}", setting(name), value)
+    for name, (word, value) in {
+        "model": ("lenet5", "lenet5"),
+        "seeds": FIELDS["seeds"],
+        "arms": ("ticket,invert", ("ticket", "invert")),
+        "score": ("synflow,imp", ("synflow", "imp")),
+        "sparsity": ("0.5,0.98", (0.5, 0.98)),
+        "exclude": ("fc1", ("fc1",)),
+        "rate": ("0.5", 0.5),
+        "collapse": ("", True),
+    }.items()
+}
+OF_AT_INIT |= {
+    ("at-init", "dataset"): Case("at-init", "--dataset mnist5k", setting("dataset"), "mnist5k"),
+    ("at-init", "recipe"): Case(AT_INIT, "--recipe paper", setting("steps"), 50_000),
+    ("at-init", "plugin"): Case(AT_INIT, "--plugin mine.py", loaded),
+}
+
 
 CASES: dict[tuple[str, str], Case] = (
     OF_TRANSFER
+    | OF_AT_INIT
     | of_scores("strong", STRONG)
     | of_scores("neurons", NEURONS)
     | {
