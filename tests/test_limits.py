@@ -113,6 +113,7 @@ def nothing_slow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "measure.race_networks.bench_model",
         "measure.race_networks.bench_run",
         "measure.race_modules.bench_module",
+        "measure.train_modules.bench_module_training",
         "measure.training.bench_training",
         "engine.break_even.break_even",
         "experiments.run.Pool",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 DTYPES, MASKS = ("fp32", "tf32", "bf16", "fp16"), ("random", "block", "magnitude")
 NETWORK_BATCHES, MOST_BATCH = (1, 8, 64, 256), 1 << 20
-MODULE_BATCHES = (1,)
+MODULE_BATCHES, MODULE_STEP = (1,), (64,)
 STRONG = (0.5,)  # sparsities of --strong, where none is said
 SECONDS, QUICK = 210.0, 45.0  # for the default table; 4 minutes with imports, figures and a last slow row
 NOTHING = "interrupted before anything was measured; nothing is kept"
@@ -225,7 +225,11 @@ def _measure(
         from sparselth.measure.race_modules import bench_module
 
         say("the network and its mask")
-        found = net(q.model, q.sparsities[0], q.ticket, q.size)
+        found = net(q.model or (None if q.ticket else MODEL), q.sparsities[0], q.ticket, q.size)
+        if q.train:
+            from sparselth.measure.train_modules import bench_module_training
+
+            return bench_module_training(found, (q.batches or MODULE_STEP)[0], say)
         return bench_module(found, q.batches or MODULE_BATCHES, say, device, keep)
     batches, name = q.batches or NETWORK_BATCHES, q.model or MODEL
     if q.run is not None:
@@ -262,7 +266,8 @@ def _show(
         place = "\n".join([where(facts["type"]), *bench_tables.busy(facts)])
         text = network_tables.report(found, place, width())
         part = f"batch {', '.join(str(b) for b in dict.fromkeys(row['batch'] for row in rows))} was measured"
-        more = {"notes": found.notes} | {k: found.facts[k] for k in ("layers",) if k in found.facts}
+        more = {"notes": found.notes}
+        more |= {key: found.facts[key] for key in ("layers", "compression") if key in found.facts}
     document = {"schema": "sparselth.bench/1", "device": facts, "rows": rows, "partial": not whole, **more}
     _clear()
     if as_json:

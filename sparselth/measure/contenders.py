@@ -107,13 +107,14 @@ def make_ready(
         except Exception as error:  # whatever stands between a user and a compiler, or a package
             if one.kind == "ours" or one.name == "dense":
                 raise
-            notes.append(f"{one.name} is not among the rivals: {_reason(error)}")
+            notes.append(f"{one.name} is not among the rivals: {reason(error)}")
         else:
             found[one.name].seconds = time.perf_counter() - began
     return found, notes
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """The first line of what went wrong."""
     return f"{(str(error).strip() or type(error).__name__).splitlines()[0]:.160}"
 
 
@@ -206,7 +207,7 @@ class CsrLinear(nn.Module):
         return y.reshape(*x.shape[:-1], -1)
 
 
-def csr_layers(net: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:
+def csr_layers(net: nn.Module, masks: Mapping[str, Tensor], whose: str = "torch") -> list[str]:
     """Names of the pruned Linear layers; SparselthError where most that is pruned is in other layers."""
     pruned = {id(p): int((~m).sum()) for p, m in by_parameter(net, masks).items()}
     names = [
@@ -216,7 +217,7 @@ def csr_layers(net: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:
     ]
     inside = {id(p): pruned[id(p)] for p in (net.get_parameter(f"{n}.weight".lstrip(".")) for n in names)}
     if sum(inside.values()) < MOSTLY * sum(pruned.values()):
-        raise SparselthError("torch has CSR products for Linear layers alone, and most weights are elsewhere")
+        raise SparselthError(f"{whose} has sparse Linear layers alone, and most weights are elsewhere")
     return names
 
 

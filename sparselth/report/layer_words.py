@@ -32,6 +32,21 @@ def layers(found: Sequence[Layer]) -> list[str]:
     return lines
 
 
+def compressed(choices: Sequence[Layer]) -> list[str]:
+    """Lines on the layers that train as kept weights alone, and on those that do not and why."""
+    if not choices:
+        return []
+    dense = [one for one in choices if not one["compressed"]]
+    lines = [f"{len(choices) - len(dense)} of {len(choices)} layers train as their kept weights."]
+    groups: dict[str, list[str]] = {}
+    for one in dense:
+        groups.setdefault(one["why"], []).append(one["name"])
+    for why, names in groups.items():
+        more = "" if len(names) < 4 else f" and {len(names) - 3} more"
+        lines.append(f"  dense: {', '.join(names[:3])}{more}: {why}")
+    return lines
+
+
 def _group(group: Sequence[Layer]) -> str:
     one = max(group, key=lambda layer: layer["dense_s"])
     name = one["layer"] if len(group) == 1 else f"{one['layer']} and {len(group) - 1} more"

@@ -46,6 +46,8 @@ def title(result: Result) -> str:
         )
     if result.what == "module":
         return f"{name}, {facts['mask']}, {kept} of the weights"
+    if result.what == "module-training":
+        return f"{name}, one step of training with SGD and momentum, {facts['mask']}, {kept} of the weights"
     if result.what == "model":
         return f"{name}, random mask, {kept} of every layer's weights, on random images"
     return f"{name}, one step of training with Adam, random mask, {kept} of every layer's weights"
@@ -63,6 +65,7 @@ def sentences(result: Result) -> list[str]:
     if result.what in ("ticket", "model"):
         said.append(_agreement(result.rows))
     said += layer_words.layers(_layers(result))
+    said += layer_words.compressed(result.facts.get("compression", ()))
     said += result.notes
     if "accuracy" in result.facts:
         said += _of_ticket(result.facts)

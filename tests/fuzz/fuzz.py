@@ -677,6 +677,7 @@ def command_lines(draw: Random, folder: Path) -> None:
         "sparselth.data.resolve", "sparselth.measure.race_layers.bench_layers",
         "sparselth.measure.race_networks.bench_model", "sparselth.measure.race_networks.bench_run",
         "sparselth.measure.training.bench_training", "sparselth.measure.race_modules.bench_module",
+        "sparselth.measure.train_modules.bench_module_training",
     )  # fmt: skip
     out, err = io.StringIO(), io.StringIO()
     threads = torch.get_num_threads()
