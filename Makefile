@@ -17,7 +17,7 @@ SEED := 0
 NATIVE_TESTS := native csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows step_parts masked_update \
   hash_weights score_update seed_linear seed_conv2d subset_sum
 
-.PHONY: imp test test-oldest test-newest check bench same-bits science soak properties kill-test sanitize mutants \
+.PHONY: imp test test-oldest test-newest check bench bench-bars same-bits science soak properties kill-test sanitize mutants \
   fuzz constraints \
   gpu-dry gpu-bundle clean
 .DEFAULT_GOAL := help
@@ -28,6 +28,7 @@ help:
 	@echo "make test-oldest, make test-newest  the tests with the lower bounds, with what is newest"
 	@echo "make check    set up, then ruff and mypy"
 	@echo "make bench    set up, then the benchmarks"
+	@echo "make bench-bars  set up with the rivals, then whole networks beside their goals (ONLY=ViT: some)"
 	@echo "make same-bits BEFORE=REV  set up, then hold HEAD against that revision: bits, bench, steps"
 	@echo "make science  set up, then the tests that train for minutes"
 	@echo "make soak     set up, then a run of 100,000 cells that cost nothing: stopped, gone on with, damaged"
@@ -66,6 +67,12 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench --benchmark-only -q
+
+# ONLY=PART of a name; what was measured is kept in build/bars, AGAIN=--again measures it again.
+bench-bars: $(STAMP)
+	@$(BIN)/python -c 'import onnx, onnxruntime, onnxscript, openvino' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[rivals]'
+	@$(BIN)/python bench/bars.py --only "$(ONLY)" $(AGAIN)
 
 # SPARSELTH_DATA=FOLDER where MNIST, Fashion-MNIST and CIFAR-10 lie; runs on what is not there are left out.
 same-bits: $(STAMP)

@@ -59,14 +59,13 @@ def check_layers(
 def _layer(fast: Compressed, exact: nn.Module, mask: Tensor, x: Tensor, dy: Tensor) -> Checked:
     """The worst of four results; numbers that are added: inputs of an output, outputs, samples and pixels."""
     own = copy.deepcopy(exact).float()
-    places = dy[:, 0].numel() if dy.dim() > 2 and isinstance(exact, nn.Conv2d) else dy.numel() // dy.shape[-1]
+    by_unit = dy.movedim(1 if isinstance(exact, nn.Conv2d) else -1, 0).flatten(1)
+    places = by_unit.shape[1]
     weight = exact.weight
     assert isinstance(weight, Tensor)
     terms = weight[0].numel(), weight.numel() // max(1, weight.shape[1]), places, places
     found, right, torchs = (_results(one, mask, x, dy) for one in (fast, exact, own))
-    sums = (
-        dy.double().abs().transpose(0, 1).flatten(1).sum(1)
-    )  # a norm behind the layer lets the bias's cancel
+    sums = by_unit.double().abs().sum(1)  # the bias's own cancel where a norm is behind the layer
     checks = [
         check(a, b, "fp32", terms=n, own=c, scale=sums if i == BIAS else None)
         for i, (a, b, c, n) in enumerate(zip(found, right, torchs, terms, strict=False))

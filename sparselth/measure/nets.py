@@ -90,7 +90,6 @@ def net(
     sparsity: float,
     ticket: Path | None = None,
     shape: tuple[int, ...] | None = None,
-    exclude: tuple[str, ...] = (),
 ) -> Net:
     """The network of that name under a random mask, of which each layer keeps the same share, or a ticket's.
 
@@ -100,6 +99,13 @@ def net(
         return _of_ticket(name, ticket, shape)
     assert name is not None
     module, draw, more = _made(name, shape)
+    return of_module(name, module, sparsity, draw, **more)
+
+
+def of_module(
+    name: str, module: nn.Module, sparsity: float, draw: Draw, exclude: tuple[str, ...] = (), **more: Any
+) -> Net:
+    """A module under a random mask of what is prunable and not excluded; it is changed."""
     try:
         weights = Params.of(module, exclude).weights
     except SparselthError as error:
