@@ -373,7 +373,7 @@ EXPERIMENTS: Registry[type[Config]] = Registry(
             "plan",
             "pool",
         ),
-        *("price", "run", "single_relu", "source", "strong_jobs", "sweep", "training"),
+        *("predict_jobs", "price", "run", "single_relu", "source", "strong_jobs", "sweep", "training"),
     ),
 )
 

@@ -95,6 +95,14 @@ class FromRun(Experiment):
             found.append(tickets.read(file, self.imp.network.params)[0])
         return replace(found[0], rewound=found[1].rewound)
 
+    @property
+    def source_break_even(self) -> dict[str, float]:
+        """Below which density which layer was compressed there: with other kernels bits differ."""
+        from sparselth.begun import read_environment
+
+        found = read_environment(Path(self.source)).get("break_even")
+        return found if isinstance(found, dict) else {}
+
     def _sums(self) -> Iterator[str]:
         """Every ticket that is read with its checksum; SparselthError where it is not there or damaged."""
         from sparselth.files import file_sum

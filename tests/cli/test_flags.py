@@ -223,9 +223,25 @@ OF_AT_INIT |= {
 }
 
 
+PREDICT = "predict run"
+OF_PREDICT = {
+    ("predict", "seeds"): Case(PREDICT, "--seeds 3", lambda seen: "no finished seed 3 ticket" in seen.err),
+    ("predict", "levels"): Case(PREDICT, "--levels 2", lambda seen: "seed 0 ticket level 2" in seen.err),
+    ("predict", "at"): Case(PREDICT, "--at 9,3", setting("at"), (3, 9)),
+    ("predict", "workers"): Case(PREDICT, "--workers 3", of("run", "workers"), 3),
+    ("predict", "out"): Case(PREDICT, "--out there", of("run", "out"), Path("there")),
+    ("predict", "resume"): Case(PREDICT, "--resume", of("run", "resume")),
+    ("predict", "dry_run"): Case(PREDICT, "--dry-run --json", lambda seen: "run" not in seen.asked),
+    ("predict", "as_json"): Case(PREDICT, "--json", lambda seen: seen.is_json),
+    ("predict", "quiet"): Case(PREDICT, "--quiet", lambda seen: seen.err, ""),
+    ("predict", "debug"): Case(f"{PREDICT} --at 0", "--debug", lambda seen: type(seen.raised), UsageError),
+}
+
+
 CASES: dict[tuple[str, str], Case] = (
     OF_TRANSFER
     | OF_AT_INIT
+    | OF_PREDICT
     | of_scores("strong", STRONG)
     | of_scores("neurons", NEURONS)
     | {
@@ -320,7 +336,7 @@ CASES: dict[tuple[str, str], Case] = (
     }
     | {
         (base.partition(" ")[0], "plugin"): Case(base, "--plugin mine.py", loaded)
-        for base in (IMP, STRONG, NEURONS, SUMS, FROM, "bench", "show run", "ls arms", "doctor")
+        for base in (IMP, STRONG, NEURONS, SUMS, FROM, PREDICT, "bench", "show run", "ls arms", "doctor")
     }
 )
 CONNECTIVITY = "connectivity --dataset mnist5k"

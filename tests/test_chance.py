@@ -1,0 +1,83 @@
+"""Numbers and masks beside chance, by hand and by counting."""
+
+from __future__ import annotations
+
+import itertools
+from math import comb
+
+import numpy as np
+import pytest
+
+from sparselth.chance import Overlap, auc, ranks
+
+
+def test_equal_numbers_share_the_mean_of_their_ranks() -> None:
+    np.testing.assert_array_equal(ranks(np.array([3.0, 1.0, 3.0, 2.0, 3.0])), [4, 1, 4, 2, 4])
+    np.testing.assert_array_equal(ranks(np.array([7.0, 7.0])), [1.5, 1.5])
+
+
+def test_auc_by_hand() -> None:
+    # kept 5, 3, 2 against pruned 4, 3, 1: of 9 pairs won 3 + 1.5 + 1 = 5.5
+    numbers = np.array([5.0, 3.0, 2.0, 4.0, 3.0, 1.0])
+    kept = np.array([True, True, True, False, False, False])
+    assert auc(ranks(numbers), kept) == pytest.approx(5.5 / 9)
+    assert auc(ranks(-numbers), kept) == pytest.approx(3.5 / 9)
+    assert auc(ranks(np.ones(6)), kept) == 0.5
+    assert auc(ranks(numbers), np.ones(6, bool)) is None
+    assert auc(ranks(numbers), np.zeros(6, bool)) is None
+
+
+def test_auc_is_the_share_of_pairs_that_are_in_order() -> None:
+    draw = np.random.default_rng(0)
+    numbers, kept = draw.integers(5, size=40).astype(np.float32), draw.random(40) < 0.3
+    pairs = [(a > b) + (a == b) / 2 for a, b in itertools.product(numbers[kept], numbers[~kept])]
+    assert auc(ranks(numbers), kept) == pytest.approx(np.mean(pairs))
+
+
+def test_auc_of_many_weights_is_exact() -> None:
+    """Sums of ranks of a million weights do not fit 24 bits."""
+    kept = np.arange(1_000_000) % 2 == 0
+    found = auc(ranks(np.arange(1_000_000, dtype=np.float32)), kept)
+    assert found == pytest.approx(0.5 - 0.5 / 500_000, abs=1e-12)
+
+
+@pytest.mark.parametrize(("a", "b", "n"), [(3, 4, 9), (6, 7, 9), (1, 1, 2), (0, 3, 5), (5, 5, 5)])
+def test_overlap_by_chance_is_hypergeometric(a: int, b: int, n: int) -> None:
+    found = Overlap(0, a, b, n)
+    chances = [comb(a, k) * comb(n - a, b - k) / comb(n, b) if b >= k else 0.0 for k in range(a + 1)]
+    assert [found.chance(k) for k in range(a + 1)] == pytest.approx(chances)
+    assert sum(chances) == pytest.approx(1)
+    mean = sum(k * p for k, p in enumerate(chances))
+    assert found.expected == pytest.approx(mean)
+    assert found.deviation**2 == pytest.approx(
+        sum((k - mean) ** 2 * p for k, p in enumerate(chances)), abs=1e-12
+    )
+    assert found.chance(a + 1) == 0
+
+
+def test_random_masks_lie_within_the_interval_of_chance() -> None:
+    draw, n = np.random.default_rng(1), 400
+    masks = [np.isin(np.arange(n), draw.permutation(n)[:size]) for size in (80, 120) for _ in range(200)]
+    shared = [Overlap.of(one, other) for one, other in zip(masks[:200], masks[200:], strict=True)]
+    low, high = shared[0].interval()
+    assert (low, high) == (17, 31)
+    chances = [shared[0].chance(k) for k in range(81)]
+    assert sum(chances[:low]) <= 0.025 < sum(chances[: low + 1])
+    assert sum(chances[high + 1 :]) <= 0.025 < sum(chances[high:])
+    outside = sum(not low <= one.shared <= high for one in shared)
+    assert outside <= 200 * 0.05 + 3 * (200 * 0.05 * 0.95) ** 0.5
+    assert np.mean([one.shared for one in shared]) == pytest.approx(
+        24, abs=4 * shared[0].deviation / 200**0.5
+    )
+    same = Overlap.of(masks[0], masks[0])
+    assert same.share == 1
+    assert same.shared > same.interval()[1]
+
+
+def test_the_interval_of_large_masks_takes_no_time_and_that_of_none_is_there() -> None:
+    low, high = Overlap(0, 2 * 10**6, 3 * 10**6, 10**7).interval()
+    middle, deviation = 6e5, Overlap(0, 2 * 10**6, 3 * 10**6, 10**7).deviation
+    assert low == pytest.approx(middle - 1.96 * deviation, abs=3)
+    assert high == pytest.approx(middle + 1.96 * deviation, abs=3)
+    assert Overlap(0, 0, 5, 9).interval() == (0, 0)
+    assert Overlap(0, 0, 5, 9).share is None
