@@ -5,12 +5,14 @@ Imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from sparselth.config import config_from_json
 from sparselth.errors import SparselthError, UsageError
-from sparselth.files import read_json, unsealed
+from sparselth.files import load_header, read_json, unsealed
 from sparselth.registry import plugins
 
 
@@ -61,6 +63,37 @@ def read_environment(path: Path, proven: bool = False) -> dict[str, Any]:
         return unsealed(data)
     except (OSError, ValueError) as error:
         raise SparselthError(f"{file}: cannot be read ({error}); begin the run in another `out`") from error
+
+
+@contextmanager
+def recalled(path: Path) -> Iterator[None]:
+    """Within, the network of the run in `path` is what the run says of it: no file of a user's is imported.
+
+    A run of an older version says it by the tickets of its cells.
+    """
+    from sparselth.models.module import is_module
+    from sparselth.models.remembered import instead, of_shapes
+
+    try:
+        name = read_json(path / "config.json")["model"]
+    except (OSError, ValueError, LookupError, TypeError):
+        name = None  # whoever reads the run says so
+    if not isinstance(name, str) or not is_module(name):
+        yield
+        return
+    try:
+        said = read_environment(path).get("network")
+    except SparselthError:
+        said = None
+    if not isinstance(said, dict):
+        shapes = dict[str, Any]()
+        for file in sorted((path / "cells").glob("*.safetensors")):
+            with suppress(SparselthError):
+                shapes = load_header(file).get("shapes") or {}
+                break
+        said = of_shapes(shapes)
+    with instead(name, said):
+        yield
 
 
 def _plugins_not_loaded(path: Path) -> list[str]:

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 @output
 def show(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
     """Print the table of the run in folder RUN, finished or not; --json prints its points."""
+    from sparselth.begun import recalled
     from sparselth.runs import read
 
-    record = read(run)
-    if record.damage:
-        again = "" if record.complete else "; `resume` computes what is missing again"
-        print(as_flags(f"note: {run}: {record.damage}{again}"), file=sys.stderr)
-    report(record, as_json)
+    with recalled(run):
+        record = read(run)
+        if record.damage:
+            again = "" if record.complete else "; `resume` computes what is missing again"
+            print(as_flags(f"note: {run}: {record.damage}{again}"), file=sys.stderr)
+        report(record, as_json)
 
 
 def report(record: RunRecord, as_json: bool, wall: dict[str, Any] | None = None) -> None:

@@ -27,6 +27,7 @@ from sparselth.experiments.price import replica_bytes
 from sparselth.experiments.training import Training, evaluated_images
 from sparselth.models import get_model
 from sparselth.models.module import EXAMPLES, ModuleModel
+from sparselth.models.remembered import words
 from sparselth.registry import plugins
 from sparselth.signals import name_of
 
@@ -58,6 +59,7 @@ def plan(
         model = model.on(images.spec)
         if isinstance(model, ModuleModel):
             model.check_labels(images.train_labels, images.test_labels)
+            environment["network"] = words(model)
         data.check_inputs(config.shown_as, images)
         device, why = machine.choose_device(config.device)
         kernels = config.kernels

@@ -12,6 +12,7 @@ from sparselth.config import INPUTS, KERNELS, Cell, Recipe, option
 from sparselth.experiments.base import Diverged, Experiment, Finished, Place
 from sparselth.models import MODELS, Model, get_model
 from sparselth.models.module import is_module
+from sparselth.models.remembered import Remembered
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,7 +151,7 @@ class Training(Experiment):
     def network(self) -> Model:
         """The network of the run, for the samples and classes of its data set."""
         model = get_model(self.model)
-        if not is_module(self.model):  # nor is a user's data set read for it
+        if not is_module(self.model) or isinstance(model, Remembered):  # nor is a user's data set read for it
             return model
         from sparselth.data.sets import get_dataset
 

@@ -266,6 +266,8 @@ class ModuleModel(Model):
 # by name, of a file by its whole path, with the file as it was imported
 _named: dict[str, tuple[ModuleType | None, ModuleModel]] = {}
 
+standing_in: dict[str, Callable[[], ModuleModel]] = {}  # for networks whose runs are read (`remembered`)
+
 
 def is_module(name: str) -> bool:
     """Whether a name is a module's: of a user's file, or of a package that has models by name."""
@@ -274,6 +276,8 @@ def is_module(name: str) -> bool:
 
 def module_model(name: str) -> ModuleModel:
     """The network of that name, one object until its file is refreshed; UsageError where it is not there."""
+    if name in standing_in:
+        return standing_in[name]()
     key, (package, _, wanted), imported = name, name.partition(":"), None
     if user_files.is_file(name):
         file, _, function = name.rpartition(":")

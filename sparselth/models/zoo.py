@@ -36,7 +36,7 @@ class Models(Registry[Model]):
 
 
 _widened: dict[str, tuple[Model, Model]] = {}  # a name with a width: the model it was made of, and it
-MODELS = Models("model", "sparselth.models", but=("graph", "module", "zoo", "torch"))
+MODELS = Models("model", "sparselth.models", but=("graph", "module", "remembered", "zoo", "torch"))
 
 
 def register(model: Model) -> Model:

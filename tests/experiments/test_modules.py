@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from sparselth import tickets, user_files
-from sparselth.data import load
+from sparselth.begun import read_environment, recalled
+from sparselth.data import get_dataset, load
 from sparselth.engine.side_by_side import DRAWS
+from sparselth.errors import UsageError
 from sparselth.experiments.imp import ImpConfig
+from sparselth.files import sealed
+from sparselth.models import get_model
 from sparselth.runs import read
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "any-network.md").read_text()
@@ -290,16 +294,54 @@ def test_a_file_that_was_changed_is_read_again_by_what_begins_then(folder: Path)
     assert config().network is second.network
 
 
-def test_what_a_network_prints_is_no_result(folder: Path, cli: Cli) -> None:
-    text = LINE.replace("def make(): return nn.Linear(3, 1)", TALKS)
-    Path("talks.py").write_text(text)
-    words = ["imp", "--model", "talks.py:make", "--dataset", "talks.py:load", *TINY, "--levels", "1"]
-    code, out, err = cli(*words, "--rate", "0.4", "--out", "run", "--json", "--workers", "1")
-    assert code == 0, err
-    assert json.loads(out)["config"]["model"] == "talks.py:make"
-    Path("talks.py").write_text(text + "\n")  # and imported anew
-    user_files.refresh("model", "talks.py:make")
-    assert json.loads(cli("show", "run", "--json")[1])["run"] == "run"
+def test_a_run_is_shown_without_the_code_that_made_its_network(
+    folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["imp", "--model", "line.py:two", "--dataset", "no_loss.py:three", *TINY, "--levels", "1"]
+    Path("line.py").write_text(
+        LINE.replace("def loss", "def lost").replace("nn.Linear(3, 2)", "nn.Linear(3, 3)")
+    )
+    assert cli(*words, "--rate", "0.4", "--out", "run")[0] == 0
+    shown, said = cli("show", "run"), cli("show", "run", "--json")
+    assert shown[0] == said[0] == 0
+    assert "100.0" in shown[1]
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    for name in ("line", "no_loss"):  # an import would be an error
+        (folder / f"{name}.py").write_text("raise SystemExit(9)")
+    user_files._modules.clear()
+    assert cli("show", "../run")[1] == shown[1]
+    assert json.loads(cli("show", "../run", "--json")[1])["points"] == json.loads(said[1])["points"]
+    config = read(Path("../run")).config
+    with recalled(Path("../run")):
+        network = config.network
+        assert [(spec.name, spec.shape, spec.output) for spec in network.weights] == [
+            ("weight", (3, 3), True)
+        ]
+        assert (network.classes, network.params.trained_size, network.params.prunable) == (3, 32, 9)
+        with pytest.raises(UsageError, match="computes nothing"):
+            network.build(0)
+    with pytest.raises(UsageError, match="cannot be read"):  # and only within
+        _ = config.network
+    environment = read_environment(Path("../run"))
+    del environment["network"]  # a run of an older version, which has the tickets' shapes
+    Path("../run/environment.json").write_text(json.dumps(sealed(environment)))
+    assert cli("show", "../run")[1] == shown[1]
+    environment["network"] = {"weights": [["weight", [-3], 1]]}
+    Path("../run/environment.json").write_text(json.dumps(sealed(environment)))
+    code, _, err = cli("show", "../run")
+    assert code == 2
+    assert "what its run says of it cannot be read" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_what_a_network_prints_is_no_result(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("talks.py").write_text(LINE.replace("def make(): return nn.Linear(3, 1)", TALKS))
+    capsys.readouterr()
+    assert get_model("talks.py:make").on(get_dataset("line.py:load")).params.prunable == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert {"make", "forward"} <= {*err.split()}
 
 
 @pytest.mark.parametrize(
