@@ -104,6 +104,7 @@ ORDER = [
     "experiments.flag",
     "experiments.pool",
     "experiments.run",
+    "own_results",
     "own",
     "measure",
     "report.bench_words",

@@ -372,11 +372,10 @@ def test_what_a_network_prints_is_no_result(folder: Path, capsys: pytest.Capture
         ("strong edge-popup --model lenet5 --kernels autograd", "--kernels autograd: expected auto"),
         ("neurons --model my_net.py:make", "takes networks of known layers alone"),
         ("subset-sum --model my_net.py:make", "takes networks of known layers alone"),
-        ("bench --model my_net.py:make", "takes networks of known layers alone"),
     ],
 )
 def test_what_is_off_is_said_in_a_line(folder: Path, cli: Cli, words: str, said: str) -> None:
-    code, out, err = cli(*words.split(), *(["--quiet"] if not words.startswith("bench") else []))
+    code, out, err = cli(*words.split(), "--quiet")
     lines = [line for line in err.strip().splitlines() if "no CUDA device" not in line]
     assert code == 2
     assert len(lines) == 1
