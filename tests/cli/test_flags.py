@@ -364,6 +364,29 @@ CASES |= {
     ),
     ("connectivity", "plugin"): Case(CONNECTIVITY, "--plugin mine.py", loaded),
 }
+REWINDING = "rewinding --dataset mnist5k"
+OF_REWINDING = {name: OF_CONNECTIVITY[name] for name in OF_CONNECTIVITY if "line" not in name} | {
+    "levels": ("1,2", (1, 2)),
+    "rewind": ("9,0", (0, 9)),
+    "score": ("random", "random"),
+    "one_shot": ("", True),
+    "reinits": ("2", 2),
+}
+del OF_REWINDING["points"]
+CASES |= of_scores("rewinding", REWINDING) | {
+    ("rewinding", name): Case(REWINDING, f"--{name.replace('_', '-')} {word}", setting(name), value)
+    for name, (word, value) in OF_REWINDING.items()
+}
+CASES |= {
+    ("rewinding", "momentum"): Case(
+        f"{REWINDING} --optimizer sgd", "--momentum 0.5", setting("momentum"), 0.5
+    ),
+    ("rewinding", "recipe"): Case(REWINDING, "--recipe paper", setting("steps"), 50_000),
+    ("rewinding", "debug"): Case(
+        f"{REWINDING} --levels 0", "--debug", lambda seen: type(seen.raised), UsageError
+    ),
+    ("rewinding", "plugin"): Case(REWINDING, "--plugin mine.py", loaded),
+}
 SILENT = ("show", "ls", "doctor")  # say nothing but what was asked for, so that --quiet changes nothing
 
 
