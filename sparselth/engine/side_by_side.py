@@ -35,6 +35,8 @@ from sparselth.user_files import said
 
 DRAWS = "it draws random numbers in its forward, as dropout does"
 SHARED = "numpy or Python draws random numbers in its forward"
+COMPILED = "torch.compile makes its code for one network"
+_OF_COMPILED = "_compiled_call_impl", "dynamo_ctx"
 _TORCHS = {*vars(nn.Module())}  # attributes that every module has
 _PLAIN = int | float | complex | str | bytes | bool | torch.dtype | torch.device | type | None
 
@@ -196,6 +198,8 @@ def refusal(model: ModuleModel, labels: Tensor, seeds: Iterable[int]) -> str:
     """
     first, *others = dict.fromkeys(seeds)
     net = model.build(first)
+    if any(name.rpartition(".")[2] in _OF_COMPILED for name in _attributes(net)):
+        return COMPILED
     for seed in others:
         if name := _differs(_attributes(net), _attributes(model.build(seed))):
             return f"its {name}, which is neither parameter nor buffer, differs from seed to seed"

@@ -316,6 +316,42 @@ def test_autograd_is_within_rounding_of_the_fast_engines(
     assert float((reference - autograd).abs().max()) < most * size
 
 
+class Halves(nn.Sequential):
+    """Products in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+@pytest.mark.parametrize("way", ["compiled", "autocast"])
+def test_a_network_that_compiles_or_casts_itself_trains_under_its_mask(way: str) -> None:
+    def plain(kind: type[nn.Sequential] = nn.Sequential) -> nn.Module:
+        return kind(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+
+    def own() -> nn.Module:
+        if way == "autocast":
+            return plain(Halves)
+        net = plain()
+        net.compile(backend="eager")
+        return net
+
+    data, found = samples(KINDS["averages"]), []
+    for make in (plain, own):
+        model = module_model(make, (6,), classes=3)
+        one = job(model, SGD, 0.5)
+        fit(model, data, [one], SGD)
+        assert one.diverged is None
+        assert not one.state.weights[0, : len(one.mask)][~one.mask].any()
+        found.append(one)
+    first, second = (one.state.weights for one in found)
+    if way == "compiled":
+        assert same(*found)
+    else:
+        assert 0 < float((first - second).abs().max()) < 2**-6  # and a ReLU on the other side of 0
+        assert not torch.equal(second.bfloat16().float(), second)  # weights are whole
+
+
 def test_scores_over_frozen_weights_are_refused(digits: Resident) -> None:
     weights = torch.zeros(1, MLP.params.size)
     one = Job(Cell(0, "t", 0), State.start(weights, ADAM), MLP.params.full_mask(), frozen=object())  # type: ignore[arg-type]

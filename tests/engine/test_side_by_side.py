@@ -16,7 +16,7 @@ from sparselth.check import check
 from sparselth.config import Recipe
 from sparselth.data.batches import Batches, Resident
 from sparselth.engine.choose import prepare
-from sparselth.engine.side_by_side import DRAWS, SHARED, SideBySideSteps, refusal
+from sparselth.engine.side_by_side import COMPILED, DRAWS, SHARED, SideBySideSteps, refusal
 from sparselth.engine.state import Job
 from sparselth.errors import SparselthError
 from sparselth.models.module import ModuleModel
@@ -228,6 +228,12 @@ class Branches(nn.Module):
         return self.inner(x if float(x.detach().sum()) > 0 else -x)
 
 
+def compiled() -> nn.Module:
+    net = mlp()
+    net.compile(backend="eager")
+    return net
+
+
 class Noise(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -246,8 +252,10 @@ class Noise(nn.Module):
         (Fixed, "its signs, which is neither parameter nor buffer, differs from seed to seed"),
         (Branches, "vmap"),
         (Averages, "vmap"),
+        (compiled, COMPILED),
+        (lambda: torch.compile(mlp(), backend="eager"), COMPILED),
     ],
-    ids=["dropout", "numpy", "counts", "fixed", "branches", "averages"],
+    ids=["dropout", "numpy", "counts", "fixed", "branches", "averages", "compiled", "wrapped"],
 )
 def test_what_cannot_be_side_by_side_is_told_and_trains_one_by_one(
     make: Callable[[], nn.Module], why: str
