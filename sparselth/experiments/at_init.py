@@ -15,13 +15,13 @@ trained: how far can each score prune until some layer has no weight left?
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from sparselth.config import Cell, Config, option
+from sparselth.config import Cell, Config, Recipe, option
 from sparselth.errors import UsageError
 from sparselth.experiments.base import Diverged, Finished, Place, register
 from sparselth.experiments.training import Training
@@ -124,6 +124,15 @@ class AtInitConfig(Training):
     collapse: bool = option(
         False, "Train nothing: find the largest compression that leaves every layer a weight."
     )
+
+    @classmethod
+    def recipes(cls, values: Mapping[str, Any]) -> Mapping[str, Recipe]:
+        """The model's; within minutes, its networks are looked at once, where training ends."""
+        found = dict(super().recipes(values))
+        return {
+            name: replace(one, eval_every=one.steps) if name == "short" else one
+            for name, one in found.items()
+        }
 
     def check(self) -> None:
         super().check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 from typing import Any
 
 from sparselth.report.diverged import state
@@ -110,10 +111,16 @@ def _accuracy(found: Iterable[float]) -> str:
 def _legend(record: RunRecord) -> str:
     seeds = len(record.config.seeds)
     if seeds >= FEWEST:
-        said = "mean over the seeds ± 95 % interval; differences in pp, seed by seed, ± 95 % interval."
+        said = (
+            "mean over the seeds ± 95 % interval; - ticket: minus the ticket's in pp, seed by seed, ± 95 % "
+            "interval. An arm costs or gains where that lies beside 0, each read alone; else it is open."
+        )
     else:
-        said = f"differences in pp. {seeds} seed{'s' * (seeds > 1)}: no interval, luck is not excluded."
-    lines = [f"accuracy %: on the test set at the end of training, {said}"]
+        said = (
+            f"- ticket: minus the ticket's in pp. {seeds} seed{'s' * (seeds > 1)}: no interval, luck is not "
+            "excluded."
+        )
+    lines = [f"accuracy %: on the test set at the end of training; {said}"]
     return "\n".join([*lines, *filter(None, [_unfinished(record)])])
 
 
@@ -143,18 +150,29 @@ def _ended(record: RunRecord) -> list[str]:
 
 def sentences(record: RunRecord) -> list[str]:
     """What the run says, from finished points alone."""
-    config, found = record.config, []
-    sparsest = [max(config.sparsity)] if config.sparsity else []
-    for sparsity in sparsest:
-        at = {score: level for level, (score, one) in config.points.items() if one == sparsity}
-        where = f"{percent(1 - sparsity)} % of the weights"
-        for arm in config.arms[1:]:
-            gaps = {score: gap(record, (arm, level), ("ticket", level)) for score, level in at.items()}
-            said = [f"{score} {signed_pp(one)} ({verdict(one)})" for score, one in gaps.items() if one]
-            if said:
-                found.append(f"{CHECKS[arm]} at {where}: {', '.join(said)}.")
-        found += _against(record, at)
-    return found
+    config, found = record.config, list[str]()
+    if not (sparsity := _sparsest(record)):
+        some = any(values(record, "ticket", level) for level in config.points)
+        return ["All tickets guess: longer training, or a lower sparsity, tells more."] if some else []
+    at = {score: level for level, (score, one) in config.points.items() if one == sparsity}
+    where = f"{percent(1 - sparsity)} % of the weights"
+    for arm in config.arms[1:]:
+        gaps = {score: gap(record, (arm, level), ("ticket", level)) for score, level in at.items()}
+        said = [f"{score} {signed_pp(one)} ({verdict(one)})" for score, one in gaps.items() if one]
+        if said:
+            found.append(f"{CHECKS[arm]} at {where}: {', '.join(said)}.")
+    return found + _against(record, at)
+
+
+def _sparsest(record: RunRecord) -> float:
+    """The highest sparsity at which some ticket is right twice as often as chance; 0 where there is none."""
+    least = 2 / (record.config.network.classes or inf)
+    good = [
+        sparsity
+        for level, (_, sparsity) in record.config.points.items()
+        if (found := values(record, "ticket", level).values()) and mean_interval(found)[0] >= least
+    ]
+    return max(good, default=0.0)
 
 
 def verdict(one: Gap) -> str:
@@ -165,7 +183,7 @@ def verdict(one: Gap) -> str:
         return "costs"
     if one.low > 0:
         return "gains"
-    return f"open; no more than {100 * -one.low:.2f} pp lost"
+    return "open"
 
 
 def _against(record: RunRecord, at: dict[str, int]) -> list[str]:
@@ -185,8 +203,8 @@ def _against(record: RunRecord, at: dict[str, int]) -> list[str]:
         for name, other in others.items()
         if (one := gap(record, ("ticket", at[best]), other))
     ]
-    which = f"Of these scores {best} keeps most" if len(means) > 1 else f"{best} reaches"
-    return [f"{which}, {100 * means[best]:.2f} %: {', '.join(said)}."] if said else []
+    which = f"Of the scores at initialisation {best} keeps most," if len(means) > 1 else f"{best} reaches"
+    return [f"{which} {100 * means[best]:.2f} %: {', '.join(said)}."] if said else []
 
 
 # ---- compressions

@@ -14,6 +14,7 @@ from sparselth.report.at_init import compression, scores, values
 from sparselth.report.drawing import (
     DASHED,
     WIDTH,
+    all_of_it,
     band_note,
     head,
     heading,
@@ -22,10 +23,12 @@ from sparselth.report.drawing import (
     save_each,
     spread,
 )
+from sparselth.report.stats import mean_interval
 from sparselth.report.tables import percent
 from sparselth.runs import RunRecord
 
 END = "test accuracy (%)"
+NEAR = 15.0
 
 
 def draw(record: RunRecord, folder: Path) -> list[Path]:
@@ -70,10 +73,18 @@ def _points(record: RunRecord) -> Figure:
             colour, marker = look(i)
             axes.errorbar(x, centre, (centre - low, high - centre), fmt="none", ecolor=colour, elinewidth=0.8)
             axes.plot(x, centre, color=colour, marker=marker, linestyle="none", label=arm)
-    axes.set_xticks(range(len(config.score)), config.score)
+    long = sum(map(len, config.score)) > 30
+    axes.set_xticks(
+        range(len(config.score)),
+        config.score,
+        rotation=30 if long else 0,
+        ha="right" if long else "center",
+        rotation_mode="anchor",
+    )
     axes.set_xlim(-0.6, len(config.score) - 0.4)
     axes.grid(visible=False, axis="x")
     axes.set_ylabel(END)
+    _scaled(record, [axes])
     notes = [f"{percent(1 - config.sparsity[0])} % of the weights left"]
     notes += [note.replace("band", "bars") for note in band_note(len(config.seeds))]
     head(fig, axes, heading(record, notes))
@@ -108,8 +119,23 @@ def _curves(record: RunRecord) -> Figure:
         axes.set_title(arm)
     for axes in panels[::columns]:
         axes.set_ylabel(END)
+    _scaled(record, [*panels[: len(arms)]])
     head(fig, panels[0], heading(record, band_note(len(config.seeds))))
     return fig
+
+
+def _scaled(record: RunRecord, panels: list[Axes]) -> None:
+    """At full scale what is within NEAR pp of the best; what lies below, pressed together."""
+    config = record.config
+    means = [
+        100 * mean_interval(found.values())[0]
+        for level in (0, *config.points)
+        for arm in (config.arms if level else ("ticket",))
+        if (found := values(record, arm, level))
+    ]
+    top = max(means)
+    near = min(one for one in means if one > top - NEAR)
+    all_of_it(panels, near - max(0.5, 0.1 * (top - near)), 0.5, 100)
 
 
 def _dense(record: RunRecord, axes: Axes) -> None:
@@ -127,10 +153,9 @@ def _collapse(record: RunRecord) -> Figure | None:
     axes = fig.add_subplot()
     most = record.by_level["collapse", some[0][1]][0]["most"]
     axes.axvline(most, color="0.4", linestyle=DASHED, label="one weight a layer")
-    for place, (_, level) in enumerate(some):
-        found = compression(record, level)
-        label = "a seed" if not place else None
-        axes.plot(found, [place] * len(found), color=look(0)[0], marker="o", linestyle="none", label=label)
+    rows = [(one, place) for place, (_, level) in enumerate(some) for one in compression(record, level)]
+    x, y = zip(*rows, strict=True)
+    axes.plot(x, y, color=look(0)[0], marker="o", linestyle="none", label="a seed")
     axes.set_yticks(range(len(some)), [score for score, _ in some])
     axes.set_ylim(len(some) - 0.5, -0.5)
     axes.yaxis.set_minor_locator(NullLocator())

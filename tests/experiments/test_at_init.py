@@ -278,7 +278,7 @@ def test_table_sentences_json_and_figures(record: RunRecord, document: Document,
 def test_verdicts_are_those_of_the_interval() -> None:
     assert verdict(Gap(-0.05, 0.001, 5)) == "costs"
     assert verdict(Gap(0.05, 0.001, 5)) == "gains"
-    assert verdict(Gap(-0.001, 0.001, 5)).startswith("open; no more than 0.38 pp lost")
+    assert verdict(Gap(-0.001, 0.001, 5)) == verdict(Gap(0.0, 0.001, 5)) == "open"
     assert verdict(Gap(-0.05, None, 2)) == "too few seeds"
 
 
@@ -334,3 +334,25 @@ def test_a_score_of_a_plugin_and_a_module_of_a_user(document: Document, tmp_path
     assert gone["collapsed_layers"] == ["1"]
     assert gone["unreached_layers"] == ["3"]
     assert json.dumps(gone)
+
+
+def test_the_short_recipe_looks_at_networks_once() -> None:
+    model = get_model("lenet-300-100")
+    found = AtInitConfig.recipes({"model": "lenet-300-100"})
+    assert found["short"] == replace(model.recipes["short"], eval_every=model.recipes["short"].steps)
+    assert found["paper"] == model.recipes["paper"]
+    assert AtInitConfig().recipe == found["short"]
+
+
+def test_what_guesses_is_not_compared(record: RunRecord) -> None:
+    guessing = [point | {"final_accuracy": 0.1} for point in record.points]
+    assert sentences(replace(record, points=guessing)) == [
+        "All tickets guess: longer training, or a lower sparsity, tells more."
+    ]
+    sparse = [
+        point | {"final_accuracy": 0.1} if point["sparsity"] == 0.9 else point for point in record.points
+    ]
+    assert sentences(replace(record, points=sparse))[0].startswith(
+        "Shuffling within layers at 50.0 % of the weights: snip "
+    )
+    assert sentences(replace(record, points=[])) == []
