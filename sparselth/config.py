@@ -366,6 +366,7 @@ EXPERIMENTS: Registry[type[Config]] = Registry(
             "base",
             "connectivity_jobs",
             "flag",
+            "landscape_jobs",
             "jobs",
             "memory",
             "neuron_scores",

@@ -26,8 +26,9 @@ from sparselth.engine.paths import choose
 from sparselth.engine.state import Stopped, measure, never
 from sparselth.engine.vendor import VendorNetwork
 from sparselth.models import Model
+from sparselth.params import Params, matrix
 
-BATCHES = 10  # evaluation batches of training images that statistics are computed from
+BATCHES = 10  # that statistics are computed from, unless asked otherwise
 FLOATS = {"cpu": 1 << 24, "cuda": 1 << 29}  # of activations at once
 Make = Callable[[int, int], Tensor]  # the networks from one place to another, [r, P]
 Found = tuple[list[float], list[float]]  # loss and accuracy of each network
@@ -36,7 +37,10 @@ Found = tuple[list[float], list[float]]  # loss and accuracy of each network
 class Many:
     """Networks of a model on images of a data set, as `seed` divides them."""
 
-    def __init__(self, model: Model, data: Resident, seed: int, kernels: str = "auto") -> None:
+    def __init__(
+        self, model: Model, data: Resident, seed: int, kernels: str = "auto", batches: int = BATCHES
+    ) -> None:
+        """`batches`: evaluation batches of training images that statistics are computed from."""
         paths = choose(kernels, data.device)
         self.model, self.data, self.seed = model, data, seed
         self.one_by_one = takes_autograd(model, paths)
@@ -53,7 +57,7 @@ class Many:
                 if isinstance(one, _BatchNorm) and one.running_mean is not None
             ]
         if self.norms or (not self.one_by_one and model.params.statistics):
-            whole = self.training(BATCHES * data.chunk)
+            whole = self.training(batches * data.chunk)
             full = [chunk for chunk in whole if self._size(chunk) == data.chunk]
             self.settles = full or whole
 
@@ -81,7 +85,7 @@ class Many:
         """
         found: list[Found] = [([], []) for _ in images]
         forwards: dict[int, DenseForward] = {}  # by replicas, whose buffers are filled again
-        for start, end in self._parts(count):
+        for start, end in self.parts(count):
             weights = make(start, end)
             for lot, chunks in zip(found, images, strict=True):
                 if lot is found[0]:
@@ -113,7 +117,8 @@ class Many:
 
     # ---- how
 
-    def _parts(self, count: int) -> Iterator[tuple[int, int]]:
+    def parts(self, count: int) -> Iterator[tuple[int, int]]:
+        """Which networks are looked at together."""
         each = 1
         if not self.one_by_one and not self.vendor:
             each = max(1, FLOATS[self.data.device] // (self.data.chunk * sum(map(prod, self.model.shapes))))
@@ -181,6 +186,30 @@ def _with_grad(weights: Tensor) -> tuple[Tensor, Tensor]:
 def line(start: Tensor, end: Tensor, places: Tensor) -> Make:
     """The networks at `places` [N] between two, 0 the first and 1 the second: both are met exactly."""
     return lambda i, j: torch.lerp(start[None], end[None], places[i:j, None])
+
+
+def direction(params: Params, weights: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """A random direction [P] within what a mask [M] keeps, normalised by filter (Li et al. 2018, section 4).
+
+    Each row of a weight [N, K], a filter or a neuron, is as long as that of `weights` [P]. Biases, batch
+    norms and their statistics stay where they are.
+    """
+    found = torch.zeros(params.size, dtype=torch.float32, device="cpu")
+    for spec in params.weights:
+        found[spec.span] = torch.randn(spec.numel, generator=generator, dtype=torch.float32, device="cpu")
+    found = found.to(weights.device)
+    found[: params.mask_size] *= mask
+    for spec in params.weights:
+        rows, own = matrix(spec, found), matrix(spec, weights)
+        rows *= own.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    return found
+
+
+def square(points: int, radius: float) -> Tensor:
+    """Places (a, b) of a grid [points * points, 2] from -radius to radius, a by rows; 0 is met exactly."""
+    middle = (points - 1) / 2
+    side = (torch.arange(points, dtype=torch.float64, device="cpu") - middle) / middle * radius
+    return torch.cartesian_prod(side, side).float()
 
 
 def barrier(values: Sequence[float]) -> float:

@@ -387,6 +387,26 @@ CASES |= {
     ),
     ("rewinding", "plugin"): Case(REWINDING, "--plugin mine.py", loaded),
 }
+LANDSCAPE = "landscape run"
+CASES |= {
+    ("landscape", "arms"): Case(LANDSCAPE, "--arms reinit", lambda seen: "seed 0 reinit level 1" in seen.err),
+    ("landscape", "level"): Case(LANDSCAPE, "--level 0", setting("level"), (0,)),
+    ("landscape", "seeds"): Case(LANDSCAPE, "--seeds 3", lambda seen: "no finished seed 3 " in seen.err),
+    ("landscape", "grid"): Case(LANDSCAPE, "--grid 5", setting("grid"), 5),
+    ("landscape", "radius"): Case(LANDSCAPE, "--radius 0.5", setting("radius"), 0.5),
+    ("landscape", "images"): Case(LANDSCAPE, "--images 60", setting("images"), 60),
+    ("landscape", "device"): Case(LANDSCAPE, "--device cuda", lambda seen: "finds no CUDA" in seen.err),
+    ("landscape", "workers"): Case(LANDSCAPE, "--workers 3", of("run", "workers"), 3),
+    ("landscape", "out"): Case(LANDSCAPE, "--out there", of("run", "out"), Path("there")),
+    ("landscape", "resume"): Case(LANDSCAPE, "--resume", of("run", "resume")),
+    ("landscape", "dry_run"): Case(LANDSCAPE, "--dry-run --json", lambda seen: "run" not in seen.asked),
+    ("landscape", "as_json"): Case(LANDSCAPE, "--json", lambda seen: seen.is_json),
+    ("landscape", "quiet"): Case(LANDSCAPE, "--quiet", lambda seen: seen.err, ""),
+    ("landscape", "debug"): Case(
+        f"{LANDSCAPE} --grid 4", "--debug", lambda seen: type(seen.raised), UsageError
+    ),
+    ("landscape", "plugin"): Case(LANDSCAPE, "--plugin mine.py", loaded),
+}
 SILENT = ("show", "ls", "doctor")  # say nothing but what was asked for, so that --quiet changes nothing
 
 
