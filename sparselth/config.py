@@ -374,7 +374,17 @@ EXPERIMENTS: Registry[type[Config]] = Registry(
             "plan",
             "pool",
         ),
-        *("predict_jobs", "price", "run", "single_relu", "source", "strong_jobs", "sweep", "training"),
+        *(
+            "predict_jobs",
+            "price",
+            "run",
+            "schedule_jobs",
+            "single_relu",
+            "source",
+            "strong_jobs",
+            "sweep",
+            "training",
+        ),
     ),
 )
 

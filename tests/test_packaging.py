@@ -92,6 +92,8 @@ ORDER = [
     "experiments.transfer",
     "experiments.predict_jobs",
     "experiments.predict",
+    "experiments.schedule_jobs",
+    "experiments.schedule",
     "experiments.strong_jobs",
     "experiments.strong",
     "experiments.single_relu",

@@ -113,7 +113,7 @@ def train(
         nonlocal saved
         for job in some:
             if job.diverged is None:
-                _save_state(checkpoint_path(place.run, job.who), job.state.expanded(), where)
+                save_state(checkpoint_path(place.run, job.who), job.state.expanded(), where)
         saved = time.monotonic()
 
     def evaluated(some: Sequence[Job]) -> None:
@@ -160,7 +160,7 @@ def train(
     ]
 
 
-def _save_state(file: Path, state: State, where: dict[str, Any]) -> None:
+def save_state(file: Path, state: State, where: dict[str, Any]) -> None:
     arrays: Arrays = {
         "weights": state.weights.cpu().numpy(),
         "best_weights": state.best_weights.cpu().numpy(),

@@ -238,10 +238,30 @@ OF_PREDICT = {
 }
 
 
+SCHEDULE = "schedule --dataset mnist5k --eval-every 10"
+OF_SCHEDULE = of_training("schedule", SCHEDULE, "--keep 1") | {
+    ("schedule", name): Case(SCHEDULE, f"--{name} {word}", setting(name), value)
+    for name, (word, value) in {
+        "model": ("lenet5", "lenet5"),
+        "seeds": FIELDS["seeds"],
+        "schedules": ("cubic,one-shot", ("one-shot", "cubic")),
+        "rates": ("0.5,0.25", (0.25, 0.5)),
+        "scopes": ("global", ("global",)),
+        "keep": ("0.3", 0.3),
+        "rewind": ("7", 7),
+    }.items()
+}
+OF_SCHEDULE |= {
+    ("schedule", "dataset"): Case("schedule", "--dataset mnist5k", setting("dataset"), "mnist5k"),
+    ("schedule", "recipe"): Case(SCHEDULE, "--recipe paper", setting("steps"), 50_000),
+}
+
+
 CASES: dict[tuple[str, str], Case] = (
     OF_TRANSFER
     | OF_AT_INIT
     | OF_PREDICT
+    | OF_SCHEDULE
     | of_scores("strong", STRONG)
     | of_scores("neurons", NEURONS)
     | {
@@ -336,7 +356,19 @@ CASES: dict[tuple[str, str], Case] = (
     }
     | {
         (base.partition(" ")[0], "plugin"): Case(base, "--plugin mine.py", loaded)
-        for base in (IMP, STRONG, NEURONS, SUMS, FROM, PREDICT, "bench", "show run", "ls arms", "doctor")
+        for base in (
+            IMP,
+            STRONG,
+            NEURONS,
+            SUMS,
+            FROM,
+            SCHEDULE,
+            PREDICT,
+            "bench",
+            "show run",
+            "ls arms",
+            "doctor",
+        )
     }
 )
 CONNECTIVITY = "connectivity --dataset mnist5k"
