@@ -73,9 +73,11 @@ class ConnectivityConfig(Training):
     )
     rewind: tuple[int, ...] = option(  # type: ignore[assignment]  # several at once
         None,
-        "Steps that the copies start at: 0,100,500.  [default: 0, a 50th and a tenth of the steps]",
+        "Steps that the copies start at: 0,100,500, or in epochs, 0,2ep.  [default: 0, a 50th and a tenth of "
+        "the steps]",
         ordered=False,
         extends=True,
+        epochs=True,
     )
     levels: tuple[int, ...] = option(
         (0, 7),
@@ -110,6 +112,8 @@ class ConnectivityConfig(Training):
         steps, batch = self.recipe.steps, self.recipe.batch_size
         if self.rewind is None:
             object.__setattr__(self, "rewind", tuple(sorted({0, steps // 50, steps // 10})))
+        elif all(type(k) is int for k in self.rewind):  # and no word for epochs
+            object.__setattr__(self, "rewind", tuple(sorted(self.rewind)))
         if self.line_images is None:
             # a line looks at 2 * points * n images; two trainings are worth 6 * steps * batch of them
             most = max(1000, min(10_000, 3 * steps * batch // self.points))

@@ -170,7 +170,11 @@ class LandscapeConfig(FromRun):
         return max(1, self.images // self.network.evaluation_batch)
 
     def seconds(self, cell: Cell) -> float | None:
-        networks = self.grid**2 + 2 * LINE * (cell.level > 0) + 2
+        from sparselth.engine.planes import behind_first
+
+        known = not isinstance(self.network, ModuleModel) and self.kernels != "autograd"
+        slice_ = self.grid**2 * (0.25 if known and behind_first(self.network) else 1.0)
+        networks = slice_ + 2 * LINE * (cell.level > 0) + 2
         forwards = networks * (2 if self.network.params.statistics else 1) + 25 * 5
         return forwards * self.images * products(self.network) / RATE
 

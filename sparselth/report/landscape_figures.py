@@ -75,9 +75,12 @@ def _slices(record: RunRecord) -> Figure | None:
         for arm in by_level[level][:columns]
     }
     known = np.concatenate([grid[np.isfinite(grid) & (grid > 0)] for grid in grids.values()])
+    if not known.size:  # a loss of the user's own, below 0
+        return None
     high = float(known.max())
     low = max(float(known.min()), LEAST * high)
-    steps = np.geomspace(low, max(high, low * 1.01), LEVELS)
+    high = max(high, 1.01 * low)
+    steps = np.geomspace(low, high, LEVELS)
     radius, drawn = record.config.radius, None
     for row, level in zip(panels, levels, strict=True):
         for axes in row[len(by_level[level]) :]:
