@@ -62,6 +62,8 @@ ORDER = [
     "report.tables",
     "report.drawing",
     "report.mask_figures",
+    "report.masks",
+    "report.mask_laws",
     "report.figures",
     "report.strong",
     "report.strong_figures",

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("run", type=PATH)
+@click.option("--masks", is_flag=True, help="What the masks of a run of imp look like, beside chance.")
 @output
-def show(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+def show(run: Path, masks: bool, as_json: bool, quiet: bool, debug: bool) -> None:
     """Print the table of the run in folder RUN, finished or not; --json prints its points."""
     from sparselth.begun import recalled
     from sparselth.runs import read
@@ -28,7 +29,35 @@ def show(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
         if record.damage:
             again = "" if record.complete else "; `resume` computes what is missing again"
             print(as_flags(f"note: {run}: {record.damage}{again}"), file=sys.stderr)
-        report(record, as_json)
+        if masks:
+            _masks(record, as_json)
+        else:
+            report(record, as_json)
+
+
+def _masks(record: RunRecord, as_json: bool) -> None:
+    """Degrees, dead units and overlaps of the masks; figures and masks.json go into the run's folder."""
+    from sparselth.errors import UsageError
+    from sparselth.report.mask_laws import draw
+    from sparselth.report.masks import Numbers, table
+    from sparselth.runs import reporting
+
+    if record.config.name != "imp":
+        raise UsageError(
+            f"{record.path}: is a run of {record.config.name}; `masks` is about those of a run of imp"
+        )
+    with reporting(record):
+        numbers = Numbers(record)
+        document = {"schema": "sparselth.masks/1", "run": str(record.path)} | numbers.to_json()
+        print(json.dumps(document, indent=2) if as_json else table(numbers))
+        folder = record.path / "figures"
+        try:
+            written = draw(numbers, folder)
+        except OSError as error:
+            print(f"note: {folder} cannot be written ({error.strerror}), nothing is drawn", file=sys.stderr)
+            return
+    if written and not as_json:
+        print("\nfigures  " + ", ".join(str(file) for file in written if file.suffix != ".svg"))
 
 
 def report(record: RunRecord, as_json: bool, wall: dict[str, Any] | None = None) -> None:
