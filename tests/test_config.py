@@ -94,7 +94,7 @@ def test_config_json_gives_an_equal_configuration_and_only_adds_fields() -> None
     data = json.loads(json.dumps(config.to_json()))
     assert config_from_json(data) == config
     before = json.loads(BEFORE)
-    assert set(data) - set(before) == {"experiment", "score", "eval_images", "code", "exclude"}
+    assert set(data) - set(before) == {"experiment", "score", "eval_images", "code", "exclude", "pattern"}
     assert data["experiment"] == "imp"
     now = EQUAL.to_json()
     assert now["recipe"].pop("cosine") is False
@@ -108,6 +108,7 @@ def test_every_setting_tells_digests_apart_but_what_was_added_and_what_says_whic
         "model": "lenet5", "dataset": "mnist", "seeds": (1,), "arms": ("ticket",), "levels": 3, "rate": 0.3,
         "scope": "global", "one_shot": True, "rewind": 1, "reinits": 2, "device": "cuda", "kernels": "torch",
         "score": "random", "eval_images": 1000, "code": ("a.py:make 0123",), "exclude": ("fc1",),
+        "pattern": "unit",
         "recipe": replace(EQUAL.recipe, lr=1e-3),
     }  # fmt: skip
     assert set(other) == {f.name for f in fields(ImpConfig)}
@@ -208,10 +209,10 @@ def test_ranges_hold_their_ends() -> None:
 
 def test_what_a_field_knows() -> None:
     bare = {"help": "", "check": None, "choices": None, "added": False, "ordered": True, "extends": False}
-    bare |= {"argument": False, "also": ""}
+    bare |= {"argument": False, "also": "", "epochs": False}
     assert dict(option(3).metadata) == bare | {"before": 3}
     whole = {"help": "How.", "check": positive, "choices": ("a",), "added": True, "ordered": False}
-    more = {"before": 2, "extends": True, "argument": True, "also": "or"}
+    more = {"before": 2, "extends": True, "argument": True, "also": "or", "epochs": True}
     made = option(3, **whole, **more)
     assert (made.default, dict(made.metadata)) == (3, whole | more)
 

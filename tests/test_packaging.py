@@ -37,6 +37,7 @@ ORDER = [
     "data",
     "scores",
     "pruning",
+    "patterns",
     "elastic",
     "chance",
     "calls",

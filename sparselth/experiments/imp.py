@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sparselth.config import INPUTS, SCOPES, Cell, Recipe, at_least, option
 from sparselth.errors import UsageError
-from sparselth.experiments.arms import ARMS
+from sparselth.experiments.arms import ARMS, RandomMask
 from sparselth.experiments.base import Place, register
 from sparselth.experiments.training import Training
 from sparselth.models import Model, get_model
+from sparselth.patterns import UNSTRUCTURED, get_pattern, in_words, known
 from sparselth.user_files import short
 
 if TYPE_CHECKING:
@@ -97,6 +98,13 @@ class ImpConfig(Training):
     score: str = option(
         "magnitude", "What ranks the weights; see `sparselth ls scores`.", choices=_scores, added=True
     )
+    pattern: str = option(
+        UNSTRUCTURED,
+        "How weights are pruned: unstructured, one by one; 2:4, the best 2 of every 4 in a row, once; "
+        "block:16, blocks of 16 x 16; unit, whole neurons or filters.",
+        known,
+        added=True,
+    )
     one_shot: bool = option(False, "Prune the dense network straight to every level.")
     rewind: int = option(0, "Step whose weights a ticket goes back to: 500, or in epochs, 2ep.", epochs=True)
     reinits: int = option(
@@ -121,6 +129,7 @@ class ImpConfig(Training):
             raise self.wrong("reinits", "has no effect without an arm of fresh weights; add reinit to `arms`")
         for arm in self.arms:
             ARMS[arm].recipe(self.recipe)
+        self._check_pattern()
         self.cells()
         rungs = self.rungs()
         for level, (before, after) in enumerate(pairwise(rungs), 1):
@@ -130,6 +139,23 @@ class ImpConfig(Training):
                     f"level {level} would prune nothing: at `rate` {self.rate:g} it rounds to no weight of "
                     f"the {sum(before.values()):,} that are left",
                 )
+
+    def _check_pattern(self) -> None:
+        if (pattern := get_pattern(self.pattern)) is None:
+            return
+        if self.scope != "layer":
+            raise self.wrong(
+                "pattern", "groups of layers differ in size and are ranked by `scope` layer alone"
+            )
+        if self.pattern == "2:4" and self.levels > 1:
+            raise self.wrong("levels", "2:4 keeps half of the weights, once; expected 1")
+        from sparselth.pruning import excluded
+
+        params = self.network.params
+        whole = pattern.whole(params, self.exclude)
+        if len(whole) + len(excluded(params, self.exclude)) == len(params.weights):
+            said = "; ".join(f"{name}: {why}" for name, why in whole.items())
+            raise self.wrong("pattern", f"fits no layer of {self.model} ({said})")
 
     def cells(self) -> list[Cell]:
         """Level 0 exists once a seed, as a ticket; UsageError where there are too many to be listed."""
@@ -181,6 +207,8 @@ class ImpConfig(Training):
     def rungs(self) -> list[dict[str, int]]:
         from sparselth.pruning import ladder
 
+        if pattern := get_pattern(self.pattern):
+            return pattern.ladder(self.network.params, self.levels, self.rate, self.exclude)
         return ladder(self.network.params, self.levels, self.rate, self.scope, self.exclude)
 
     # ---- what is said of it
@@ -205,10 +233,14 @@ class ImpConfig(Training):
         how, scope = "one-shot" if self.one_shot else "iterative", "by layer"
         if self.scope == "global":
             scope = "over all layers"
+        if self.pattern != UNSTRUCTURED:
+            scope = f"{scope} in {in_words(self.pattern)}"
         draws = f", {self.reinits} fresh draws" if self.reinits > 1 else ""
         rewind = f"rewound to step {self.rewind:,}"
         if self.recipe.inputs != "standard":
             draws += f", {INPUTS[self.recipe.inputs]}"
+        if self.pattern == "2:4":
+            return f"pruning by {self.score}, the best 2 of every 4 in a row, {rewind}{draws}"
         return f"{how} pruning by {self.score}, {100 * self.rate:g} % a level {scope}, {rewind}{draws}"
 
     def plan(self, images: Images | None, finished: int) -> dict[str, str]:
@@ -225,15 +257,21 @@ class ImpConfig(Training):
     def _slower(self) -> str:
         """Which layers are pruned at another rate, or not at all."""
         whole = f"; {', '.join(self.exclude)} not at all" if self.exclude else ""
+        weights, odd = self.network.params.weights, dict[str, str]()
+        if pattern := get_pattern(self.pattern):
+            odd = pattern.whole(self.network.params, self.exclude)
+            whole += f"; whole: {', '.join(f'{n} ({why})' for n, why in odd.items())}" if odd else ""
+            if self.pattern == "2:4":
+                return whole
         if self.scope == "global":
             return whole
-        weights = self.network.params.weights
         scales = sorted({s.rate_scale for s in weights if not s.output} - {1.0})
-        return (
-            "; the output layer at half the rate"
-            + "".join(f", convolutions at {scale:g} of it" for scale in scales)
-            + whole
+        slower = ["the output layer at half the rate"] * (
+            not any(s.output and s.name in odd for s in weights)
         )
+        of = "it" if slower else "the rate"
+        slower += [f"convolutions at {scale:g} of {of}" for scale in scales]
+        return (f"; {', '.join(slower)}" if slower else "") + whole
 
     def _levels(self) -> str:
         rungs = self.remaining()
@@ -288,15 +326,16 @@ def find_mask(config: ImpConfig, place: Place, cell: Cell) -> Tensor:
             *(model, weights, mask, batch, generator),
             start=lambda: rewound_weights(config, place, cell).to(config.device),
         )
-    kernels = choose(config.kernels, config.device).magnitude_threshold.takes
-    mask = pruning.prune(
-        model.params,
-        scores.ranked(config.score, found, mask),
-        mask,
-        config.rungs()[level],
-        "triton" if kernels == "triton" else "reference",
-    ).cpu()
-    return ARMS[cell.arm].mask(model.params, mask, stream(seed, cell.arm, level, "mask", cell.draw))
+    arm, draw = ARMS[cell.arm], stream(seed, cell.arm, level, "mask", cell.draw)
+    ranks, rung = scores.ranked(config.score, found, mask), config.rungs()[level]
+    if pattern := get_pattern(config.pattern):
+        mask = pattern.prune(model.params, found, mask, rung)
+        shuffles = isinstance(arm, RandomMask)
+        return pattern.shuffled(model.params, mask, draw) if shuffles else arm.mask(model.params, mask, draw)
+    takes = choose(config.kernels, config.device).magnitude_threshold.takes
+    kernels = "triton" if takes == "triton" else "reference"
+    mask = pruning.prune(model.params, ranks, mask, rung, kernels).cpu()
+    return arm.mask(model.params, mask, draw)
 
 
 def score_batch(model: Model, place: Place, seed: int, level: int) -> tuple[Tensor, Tensor]:

@@ -110,6 +110,7 @@ FIELDS: dict[str, tuple[str, Any]] = {
     "eval_images": ("200", 200),
     "augment": ("crop-flip", "crop-flip"),
     "inputs": ("unit", "unit"),
+    "pattern": ("unit", "unit"),
     "exclude": ("fc1,conv*", ("conv*", "fc1")),
 }
 # of strong: its own, and those it shares with imp

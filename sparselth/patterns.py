@@ -1,0 +1,226 @@
+"""Weights that are pruned in groups, so that what is left runs fast: 2:4, blocks, whole units.
+
+    2:4         of every 4 weights that lie side by side in a row the best 2 stay, half of a layer, once
+    block:16    blocks of 16 x 16 of the matrix [N, K]; of a convolution 16 filters by 16 channels at one tap
+    unit        all that feeds a neuron or filter; the output layer stays whole
+
+The score of a group is the sum of its weights' scores. Of n groups that are left in a layer exactly
+round(rate * n) go at a level, the lowest first, equal ones by lowest index. A layer that is no multiple of
+the groups stays whole, and says why.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparselth.params import Params, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+UNSTRUCTURED = "unstructured"
+EXPECTED = "expected unstructured, 2:4, unit, or blocks of 2 to 128, block:16"
+
+
+class Pattern(ABC):
+    """How the weights of a layer lie in groups."""
+
+    @abstractmethod
+    def misfit(self, spec: TensorSpec) -> str:
+        """Why a layer stays whole; "" where it does not."""
+
+    @abstractmethod
+    def groups(self, spec: TensorSpec) -> Tensor:
+        """The number of the group of each of its weights, [numel], from 0 on; all groups are of one size."""
+
+    @abstractmethod
+    def next(self, spec: TensorSpec, kept: int, rate: float) -> int:
+        """Weights that a level leaves of `kept`."""
+
+    @abstractmethod
+    def pick(self, groups: Tensor, scores: Tensor, mask: Tensor, keep: int) -> Tensor:
+        """The mask of a layer that keeps so many weights of those that `mask` keeps, all [numel]."""
+
+    @abstractmethod
+    def shuffle(self, groups: Tensor, mask: Tensor, generator: Generator) -> Tensor:
+        """A random mask of a layer that keeps as much in the same pattern."""
+
+    def whole(self, params: Params, exclude: Sequence[str] = ()) -> dict[str, str]:
+        """Layers that stay whole because they do not fit, by name, and why."""
+        from sparselth.pruning import excluded
+
+        out = excluded(params, exclude)
+        return {s.name: why for s in params.weights if s.name not in out and (why := self.misfit(s))}
+
+    def ladder(
+        self, params: Params, levels: int, rate: float, exclude: Sequence[str] = ()
+    ) -> list[dict[str, int]]:
+        """Surviving weights at levels 0 to `levels` by tensor, as `pruning.ladder` gives them."""
+        from sparselth.pruning import excluded
+
+        still = {*excluded(params, exclude), *self.whole(params, exclude)}
+        found = [{s.name: s.numel for s in params.weights}]
+        for _ in range(levels):
+            found.append(
+                {
+                    s.name: n if s.name in still else self.next(s, n, rate * s.rate_scale)
+                    for s in params.weights
+                    for n in [found[-1][s.name]]
+                }
+            )
+        return found
+
+    def prune(self, params: Params, scores: Tensor, mask: Tensor, keep: dict[str, int]) -> Tensor:
+        """The mask [M], on the CPU, that keeps the groups of the highest `scores` [M], down to a rung."""
+        import torch
+
+        scores, new = scores.cpu().double(), mask.cpu().clone()
+        for spec in params.weights:
+            kept = int(new[spec.span].sum())
+            if keep[spec.name] > kept:
+                raise ValueError(f"{spec.name}: cannot keep {keep[spec.name]} of {kept} weights")
+            if keep[spec.name] < kept:
+                there = new[spec.span].clone()
+                found = torch.where(there, scores[spec.span], 0)
+                new[spec.span] = self.pick(self.groups(spec), found, there, keep[spec.name])
+        return new
+
+    def shuffled(self, params: Params, mask: Tensor, generator: Generator) -> Tensor:
+        """`pruning.shuffle` in the pattern: as much of every layer is kept, in random groups."""
+        new = mask.clone()
+        for spec in params.weights:
+            if not bool(mask[spec.span].all()):
+                new[spec.span] = self.shuffle(self.groups(spec), mask[spec.span], generator)
+        return new
+
+
+class Groups(Pattern):
+    """Groups that go as one."""
+
+    @abstractmethod
+    def size(self, spec: TensorSpec) -> int:
+        """Weights of a group."""
+
+    def next(self, spec: TensorSpec, kept: int, rate: float) -> int:
+        from sparselth.pruning import rounded
+
+        size = self.size(spec)
+        return (kept // size - rounded(rate * (kept // size))) * size
+
+    def pick(self, groups: Tensor, scores: Tensor, mask: Tensor, keep: int) -> Tensor:
+        import torch
+
+        count = int(groups.max()) + 1
+        sums = torch.zeros(count, dtype=torch.float64, device="cpu").index_add_(0, groups, scores)
+        alive = torch.zeros(count, dtype=torch.bool, device="cpu")
+        alive[groups[mask]] = True
+        places = alive.nonzero()[:, 0]
+        going = len(places) - keep * count // len(groups)
+        alive[places[sums[places].sort(stable=True).indices[:going]]] = False
+        return mask & alive[groups]
+
+    def shuffle(self, groups: Tensor, mask: Tensor, generator: Generator) -> Tensor:
+        import torch
+
+        count = int(groups.max()) + 1
+        alive = torch.zeros(count, dtype=torch.bool, device="cpu")
+        alive[groups[mask]] = True
+        alive = alive[torch.randperm(count, generator=generator, device="cpu")]
+        return alive[groups]
+
+
+class Units(Groups):
+    """Rows of the matrix: all that feeds a neuron or filter."""
+
+    def misfit(self, spec: TensorSpec) -> str:
+        return "its units are the classes" if spec.output else ""
+
+    def size(self, spec: TensorSpec) -> int:
+        return spec.matrix[1]
+
+    def groups(self, spec: TensorSpec) -> Tensor:
+        import torch
+
+        n, k = spec.matrix
+        return torch.arange(n, device="cpu").repeat_interleave(k)
+
+
+@dataclass(frozen=True)
+class Blocks(Groups):
+    """Blocks of `side` x `side`, of a convolution at every tap."""
+
+    side: int
+
+    def misfit(self, spec: TensorSpec) -> str:
+        n, c = spec.shape[:2]
+        if n % self.side == 0 and c % self.side == 0:
+            return ""
+        return f"{n} x {c} is no multiple of {self.side}"
+
+    def size(self, spec: TensorSpec) -> int:
+        return self.side**2
+
+    def groups(self, spec: TensorSpec) -> Tensor:
+        import torch
+
+        n, c = spec.shape[:2]
+        taps, wide = spec.numel // (n * c), c // self.side
+        row = torch.arange(n, device="cpu").div(self.side, rounding_mode="floor")[:, None, None]
+        column = torch.arange(c, device="cpu").div(self.side, rounding_mode="floor")[None, :, None]
+        tap = torch.arange(taps, device="cpu")
+        return ((row * taps + tap) * wide + column).reshape(-1)
+
+
+class TwoFour(Pattern):
+    """2 of every 4 in a row."""
+
+    def misfit(self, spec: TensorSpec) -> str:
+        return "" if spec.matrix[1] % 4 == 0 else f"rows of {spec.matrix[1]} are no multiple of 4"
+
+    def groups(self, spec: TensorSpec) -> Tensor:
+        import torch
+
+        return torch.arange(spec.numel, device="cpu").div(4, rounding_mode="floor")
+
+    def next(self, spec: TensorSpec, kept: int, rate: float) -> int:
+        return spec.numel // 2
+
+    def pick(self, groups: Tensor, scores: Tensor, mask: Tensor, keep: int) -> Tensor:
+        import torch
+
+        going = scores.view(-1, 4).sort(dim=1, stable=True).indices[:, :2]
+        return (
+            torch.ones(len(mask) // 4, 4, dtype=torch.bool, device="cpu").scatter_(1, going, False).view(-1)
+        )
+
+    def shuffle(self, groups: Tensor, mask: Tensor, generator: Generator) -> Tensor:
+        import torch
+
+        draw = torch.rand(len(mask), generator=generator, dtype=torch.float64, device="cpu")
+        return self.pick(groups, draw, mask, len(mask) // 2)
+
+
+def known(name: str) -> str | None:
+    """What was expected where a name is no pattern's."""
+    blocks = re.fullmatch(r"block:(\d{1,3})", name)
+    right = name in (UNSTRUCTURED, "2:4", "unit") or (blocks and 2 <= int(blocks[1]) <= 128)
+    return None if right else EXPECTED
+
+
+def in_words(name: str) -> str:
+    """What goes at once."""
+    side = name.partition(":")[2]
+    return {"unit": "whole units", "2:4": "fours"}.get(name, f"blocks of {side} x {side}")
+
+
+def get_pattern(name: str) -> Pattern | None:
+    """The pattern of that name; None of weights that go one by one."""
+    if name == UNSTRUCTURED:
+        return None
+    if name in ("2:4", "unit"):
+        return TwoFour() if name == "2:4" else Units()
+    return Blocks(int(name.partition(":")[2]))
