@@ -34,7 +34,7 @@ from sparselth.kernels import _native
 from sparselth.kernels.sparse_conv2d import Conv2dIndex
 from sparselth.masks import by_parameter, unwrapped
 from sparselth.params import TensorSpec
-from sparselth.sparse import columns
+from sparselth.sparse import columns, fused
 from sparselth.sparse.forms.conv import Filters
 from sparselth.sparse.reference import copied
 from sparselth.sparse.trainable import Compressed, CompressedConv2d, CompressedLinear
@@ -162,6 +162,7 @@ def compress(model: nn.Module, masks: AnyMasks, example: Any = None, below: floa
                 setattr(module, name, False)
     if any(isinstance(module, CompressedConv2d) for module in copy.modules()):
         columns.enter(copy)
+    fused.enter(copy)
     copy.compression = Compression(left.values())  # type: ignore[assignment]
     return copy
 
@@ -176,6 +177,7 @@ def dense(model: nn.Module) -> nn.Module:
             if f"was_{name}" in module.__dict__:
                 setattr(module, name, module.__dict__.pop(f"was_{name}"))
     columns.leave(copy)
+    fused.leave(copy)
     copy.__dict__.pop("compression", None)
     return copy
 
