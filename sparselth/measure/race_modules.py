@@ -105,6 +105,7 @@ def _bench(net: Net, batches: Sequence[int], say: Say, device: str, keep: Keep) 
         result.memory[f"inference, batch {batch}"] = before, after
         report = ready[OURS].converted.report
         facts["layers"] = [{"batch": batch, **layer} for layer in _layers(report)]
+        facts["whole"] = report.chosen
         facts["explained"] = sparse.explain(ready[OURS].converted)
         keep(_copy(result))
     return result

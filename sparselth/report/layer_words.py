@@ -13,12 +13,20 @@ MOST = 12  # lines of layers that stay dense
 Layer = Mapping[str, Any]
 
 
-def layers(found: Sequence[Layer]) -> list[str]:
-    """Lines on the layers that take kept weights alone, and on those that stay dense and why."""
+def layers(found: Sequence[Layer], whole: str = "") -> list[str]:
+    """Lines on the layers that take kept weights alone, and on those that stay dense and why.
+
+    whole: what runs, "original" where the converted network was not faster.
+    """
     if not found:
         return []
     dense = [one for one in found if one["dense"]]
     lines = [f"{len(found) - len(dense)} of {len(found)} layers compute with kept weights alone."]
+    if whole == "original":
+        lines[0] = (
+            "Converted, the network as a whole is not faster here, so the original runs. In the converted one "
+            f"{lines[0]}"
+        )
     if not dense:
         return lines
     lines[0] += " Not worth it here, so dense:"

@@ -64,7 +64,7 @@ def sentences(result: Result) -> list[str]:
         said += _failures(rows)
     if result.what in ("ticket", "model"):
         said.append(_agreement(result.rows))
-    said += layer_words.layers(_layers(result))
+    said += layer_words.layers(_layers(result), result.facts.get("whole", ""))
     said += layer_words.compressed(result.facts.get("compression", ()))
     said += result.notes
     if "accuracy" in result.facts:

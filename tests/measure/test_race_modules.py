@@ -233,6 +233,8 @@ def test_layers_that_are_not_worth_it_are_said_with_their_times() -> None:
         "  e, 2x2, 10 % kept: no sparse form fits it",
     ]
     assert layer_words.layers([]) == []
+    assert layer_words.layers(found, "converted") == layer_words.layers(found)
+    assert layer_words.layers(found, "original")[0].startswith("Converted, the network as a whole is not")
     assert layer_words.layers(found[:1]) == ["1 of 1 layers compute with kept weights alone."]
 
 
