@@ -124,6 +124,7 @@ ORDER = [
     "report.network_tables",
     "report.bench_figures",
     "report.ticket_tables",
+    "report.savings",
     "cli",
     "__main__",
 ]

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("run", type=PATH)
 @click.option("--masks", is_flag=True, help="What the masks of a run of imp look like, beside chance.")
+@click.option("--savings", is_flag=True, help="What each level of a run of imp saves; measures inference.")
 @output
-def show(run: Path, masks: bool, as_json: bool, quiet: bool, debug: bool) -> None:
+def show(run: Path, masks: bool, savings: bool, as_json: bool, quiet: bool, debug: bool) -> None:
     """Print the table of the run in folder RUN, finished or not; --json prints its points."""
     from sparselth.begun import recalled
     from sparselth.runs import read
@@ -31,21 +32,19 @@ def show(run: Path, masks: bool, as_json: bool, quiet: bool, debug: bool) -> Non
             print(as_flags(f"note: {run}: {record.damage}{again}"), file=sys.stderr)
         if masks:
             _masks(record, as_json)
+        elif savings:
+            _savings(record, as_json)
         else:
             report(record, as_json)
 
 
 def _masks(record: RunRecord, as_json: bool) -> None:
     """Degrees, dead units and overlaps of the masks; figures and masks.json go into the run's folder."""
-    from sparselth.errors import UsageError
     from sparselth.report.mask_laws import draw
     from sparselth.report.masks import Numbers, table
     from sparselth.runs import reporting
 
-    if record.config.name != "imp":
-        raise UsageError(
-            f"{record.path}: is a run of {record.config.name}; `masks` is about those of a run of imp"
-        )
+    _check_imp(record, "masks")
     with reporting(record):
         numbers = Numbers(record)
         document = {"schema": "sparselth.masks/1", "run": str(record.path)} | numbers.to_json()
@@ -58,6 +57,30 @@ def _masks(record: RunRecord, as_json: bool) -> None:
             return
     if written and not as_json:
         print("\nfigures  " + ", ".join(str(file) for file in written if file.suffix != ".svg"))
+
+
+def _savings(record: RunRecord, as_json: bool) -> None:
+    """Parameters, FLOPs, times and bytes by level, beside dense."""
+    from sparselth.measure.savings import savings
+    from sparselth.report.savings import sentence, table
+
+    _check_imp(record, "savings")
+    rows = savings(record)
+    document = {
+        "schema": "sparselth.savings/1",
+        "run": str(record.path),
+        "rows": rows,
+        "sentence": sentence(rows),
+    }
+    title = f"what pruning saves, seed {rows[0]['seed']} of {record.config.title}"
+    print(json.dumps(document, indent=2) if as_json else table(rows, title))
+
+
+def _check_imp(record: RunRecord, flag: str) -> None:
+    from sparselth.errors import UsageError
+
+    if record.config.name != "imp":
+        raise UsageError(f"{record.path}: is a run of {record.config.name}; `{flag}` is for runs of imp")
 
 
 def report(record: RunRecord, as_json: bool, wall: dict[str, Any] | None = None) -> None:

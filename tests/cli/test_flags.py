@@ -344,6 +344,9 @@ CASES: dict[tuple[str, str], Case] = (
         ("bench", "quiet"): Case("bench", "--quiet", of("bench_layers", "say"), says_nothing),
         ("bench", "debug"): Case("bench --batch 0", "--debug", lambda seen: type(seen.raised), UsageError),
         ("show", "masks"): Case("show run", "--masks", lambda seen: seen.out.startswith("masks of ")),
+        ("show", "savings"): Case(
+            "show run", "--savings", lambda seen: seen.out.startswith("what pruning saves")
+        ),
         ("show", "as_json"): Case("show run", "--json", lambda seen: seen.is_json),
         ("show", "debug"): Case("show no", "--debug", lambda seen: type(seen.raised), SparselthError),
         ("ls", "data_dir"): Case("ls datasets", "--data-dir there", looks_there),
