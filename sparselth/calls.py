@@ -165,25 +165,32 @@ def zero(masks: Mapping[Tensor, Tensor]) -> None:
             param.masked_fill_(~mask, 0)
 
 
+def check_score(score: Score) -> None:
+    """Raise UsageError for the name of a score that takes more than there is behind a user's training."""
+    if not isinstance(score, str):
+        return
+    known = SCORES[score]
+    if known.autograd:
+        raise UsageError(
+            f"`score` {score!r}: takes gradients of a batch, and has none here; give a function "
+            "(name, parameter) -> numbers of its shape, such as lambda name, w: (w * w.grad).abs()"
+        )
+    if known.start:
+        raise UsageError(
+            f"`score` {score!r}: compares with the weights that training began with, and has none here; "
+            "give a function (name, parameter) -> numbers of its shape, such as "
+            "lambda name, w: (w - start[name]).abs()"
+        )
+
+
 def _scores(
     module: nn.Module, params: Params, weights: Mapping[str, nn.Parameter], mask: Tensor, score: Score
 ) -> Tensor:
     """One number a weight, [M], in fp32 or better."""
     if isinstance(score, str):
-        known = SCORES[score]
-        if known.autograd:
-            raise UsageError(
-                f"`score` {score!r}: takes gradients of a batch, and has none here; give a function "
-                "(name, parameter) -> numbers of its shape, such as lambda name, w: (w * w.grad).abs()"
-            )
-        if known.start:
-            raise UsageError(
-                f"`score` {score!r}: compares with the weights that training began with, and has none here; "
-                "give a function (name, parameter) -> numbers of its shape, such as "
-                "lambda name, w: (w - start[name]).abs()"
-            )
+        check_score(score)
         numbers = _joined(params, weights, mask.device)
-        return known.score(cast(Any, module), numbers, mask, cast(Any, None), torch.default_generator)
+        return SCORES[score].score(cast(Any, module), numbers, mask, cast(Any, None), torch.default_generator)
     found = {}
     for name, weight in weights.items():
         part = score(name, weight)

@@ -42,6 +42,7 @@ from sparselth.calls import (
     Scope,
     Score,
     by_name,
+    check_score,
     flat,
     laid_out,
     prunable,
@@ -118,6 +119,7 @@ def imp(
     seeds = [_whole("seeds", seed) for seed in seeds]
     if not seeds or len(set(seeds)) != len(seeds):
         raise UsageError(f"`seeds` {seeds!s:.60}: expected different whole numbers")
+    check_score(score)
     named = {name: ARMS[name] for name in ("ticket", *arms)}
     for name, arm in named.items():
         if arm.goes_on or type(arm).recipe is not Arm.recipe:

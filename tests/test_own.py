@@ -368,6 +368,21 @@ def test_an_arm_that_makes_weights_of_its_own_is_refused(monkeypatch: pytest.Mon
         sparselth.imp(make, Train(), arms=("ones",))
 
 
+@pytest.mark.parametrize("name", ["lr-rewind", "finetune", "last-rate", "continue"])
+def test_an_arm_that_goes_on_or_has_a_rate_of_its_own_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"arm '{name}': goes on from trained weights, or sets the learning"):
+        sparselth.imp(make, Train(), arms=(name,))
+
+
+@pytest.mark.parametrize("score", ["movement", "snip"])
+def test_a_score_that_takes_more_than_there_is_is_refused_before_anything_is_trained(score: str) -> None:
+    def train(model: nn.Module, masks: Masks, cell: Turn) -> float:
+        raise AssertionError
+
+    with pytest.raises(UsageError, match=f"`score` '{score}'"):
+        sparselth.imp(make, train, score=score)
+
+
 def test_cells_are_plain_json(tmp_path: Path) -> None:
     sparselth.imp(make, Train(), levels=1, seeds=(0,), arms=(), out=tmp_path)
     point = json.loads((tmp_path / "cells" / "seed0-ticket-01.json").read_text())
