@@ -31,6 +31,8 @@ def drawn(model: Model, seed: int = 0) -> tuple[Tensor, Tensor]:
     kept = torch.rand(model.params.mask_size, generator=torch.Generator().manual_seed(1)) < 0.5
     mask = model.params.full_mask() & kept
     weights[: len(mask)] *= mask
+    for spec in model.params.trained:  # what training moves: biases, batch norms
+        weights[spec.span] += 0.3 * torch.randn(spec.numel, generator=torch.Generator().manual_seed(3))
     return weights, mask
 
 
