@@ -109,7 +109,7 @@ class ScheduleConfig(Training):
         extends=True,
     )
     keep: float = option(0.1, "Share of the weights that is kept in the end.", _share)
-    rewind: int = option(0, "Step whose weights one-shot and rounds go back to.")
+    rewind: int = option(0, "Step whose weights one-shot and rounds go back to: 500, or 2ep.", epochs=True)
 
     @classmethod
     def recipes(cls, values: Mapping[str, Any]) -> Mapping[str, Recipe]:

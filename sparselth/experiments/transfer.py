@@ -106,7 +106,9 @@ class TransferConfig(FromRun, Training):
         at_least(1, most=MOST_LEVELS),
         extends=True,
     )
-    rewind: int = option(None, "Step that tickets go back to on the target.  [default: the source's]")
+    rewind: int = option(
+        None, "Step that tickets go back to on the target: 500, or 2ep.  [default: the source's]", epochs=True
+    )
 
     # ---- what is not said is the source's
 
