@@ -61,6 +61,14 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+def like(other: type[Options], name: str, default: Any = MISSING, help: str = "") -> Any:
+    """The field `name` of another class, with another default or help. It is there from the first."""
+    (theirs,) = (f for f in fields(other) if f.name == name)
+    default = theirs.default if default is MISSING else default
+    changed = {"help": help or theirs.metadata["help"], "added": False, "before": default}
+    return field(default=default, metadata={**theirs.metadata, **changed})
+
+
 def at_least(low: int, why: str = "", most: int = MOST) -> Check:
     """Numbers from `low` to `most`."""
     expected = f"expected {low} or more" + (f" ({why})" if why else "")

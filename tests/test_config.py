@@ -24,6 +24,7 @@ from sparselth.config import (
     at_least,
     below_one,
     config_from_json,
+    like,
     not_negative,
     option,
     positive,
@@ -215,6 +216,17 @@ def test_what_a_field_knows() -> None:
     more = {"before": 2, "extends": True, "argument": True, "also": "or", "epochs": True}
     made = option(3, **whole, **more)
     assert (made.default, dict(made.metadata)) == (3, whole | more)
+
+
+def test_a_field_like_another_was_there_from_the_first() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Theirs(Options):
+        n: int = option(3, "How many.", at_least(1), added=True, before=2, extends=True)
+
+    theirs = dict(fields(Theirs)[0].metadata) | {"added": False}
+    same, other = like(Theirs, "n"), like(Theirs, "n", 5, "How often.")
+    assert (same.default, dict(same.metadata)) == (3, theirs | {"before": 3})
+    assert (other.default, dict(other.metadata)) == (5, theirs | {"before": 5, "help": "How often."})
 
 
 def test_the_learning_rate_of_a_step() -> None:

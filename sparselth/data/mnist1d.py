@@ -18,7 +18,7 @@ from sparselth.data.sets import DatasetSpec, MissingData, register
 
 def read(folder: Path) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
     try:
-        from mnist1d.data import get_dataset_args, make_dataset  # type: ignore[import-not-found]
+        from mnist1d.data import get_dataset_args, make_dataset
     except ImportError as error:
         raise MissingData(
             f"dataset mnist1d is made by its authors' package, which cannot be imported ({error}); "

@@ -18,14 +18,13 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from sparselth.config import Cell, Config, Recipe, option
+from sparselth.config import Cell, Config, Recipe, like, option
 from sparselth.errors import UsageError
 from sparselth.experiments.base import Diverged, Finished, Place, register
+from sparselth.experiments.imp import ImpConfig
 from sparselth.experiments.training import Training
-from sparselth.models import MODELS
 from sparselth.registry import Registry
 from sparselth.user_files import short
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparselth.data import Images
-    from sparselth.runs import RunRecord
 
 ARMS: Registry[str] = Registry("arm")  # of this experiment, and what they are
 ARMS.add("ticket", "what the score keeps")
@@ -68,10 +66,6 @@ def _sparsities(sparsity: tuple[float, ...]) -> str | None:
     return None if right and len(sparsity) <= MOST_POINTS else "expected different numbers between 0 and 1"
 
 
-def _share(rate: float) -> str | None:
-    return None if 0 < rate < 1 else "expected a number between 0 and 1, the share that one round prunes"
-
-
 @register
 @dataclass(frozen=True, kw_only=True)
 class AtInitConfig(Training):
@@ -85,20 +79,12 @@ class AtInitConfig(Training):
     """
 
     name: ClassVar[str] = "at-init"
+    words: ClassVar[str] = "sparselth.report.at_init"
+    figures: ClassVar[str] = "sparselth.report.at_init_figures"
     has_usual: ClassVar[bool] = False
 
-    model: str = option(
-        "lenet-300-100",
-        Training.__dataclass_fields__["model"].metadata["help"],
-        choices=MODELS,
-    )
-    seeds: tuple[int, ...] = option(
-        (0, 1, 2),
-        "One network each: 3, 0-4 or 0,2,5.",
-        Training.__dataclass_fields__["seeds"].metadata["check"],
-        ordered=False,
-        extends=True,
-    )
+    model: str = like(Training, "model", "lenet-300-100")
+    seeds: tuple[int, ...] = like(Training, "seeds", (0, 1, 2))
     score: tuple[str, ...] = option(
         ("snip", "grasp", "synflow", "magnitude", "random"),
         "What ranks the weights, one or several; see `sparselth ls scores`; imp is magnitude after training.",
@@ -117,10 +103,12 @@ class AtInitConfig(Training):
         ordered=False,
         extends=True,
     )
-    exclude: tuple[str, ...] = option(
-        (), "Weights that are not pruned, by name, layer or glob: fc1,conv1*.", ordered=False
+    exclude: tuple[str, ...] = like(
+        ImpConfig, "exclude", (), "Weights that are not pruned, by name, layer or glob: fc1,conv1*."
     )
-    rate: float = option(0.2, "Share of the remaining weights that a round of imp prunes, at most.", _share)
+    rate: float = like(
+        ImpConfig, "rate", help="Share of the remaining weights that a round of imp prunes, at most."
+    )
     collapse: bool = option(
         False, "Train nothing: find the largest compression that leaves every layer a weight."
     )
@@ -357,19 +345,3 @@ class AtInitConfig(Training):
             f"; imp in rounds of {100 * self.rate:g} %" if IMP in self.score else ""
         )
         return found | {"arms": ", ".join(self.arms)} | rows
-
-    def table(self, record: RunRecord) -> str:
-        from sparselth.report.at_init import table
-
-        return table(record)
-
-    def summary(self, record: RunRecord) -> list[dict[str, Any]]:
-        from sparselth.report.at_init import summary
-
-        return summary(record)
-
-    def draw(self, record: RunRecord, folder: Path) -> None:
-        from sparselth.report.at_init_figures import draw
-
-        if record.points:
-            draw(record, folder)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from sparselth.config import EXPERIMENTS, Cell, Config
 
@@ -57,6 +58,8 @@ class Place:
 class Experiment(Config):
     """A configuration that can be run. Its docstring is the help of its command."""
 
+    words: ClassVar[str] = ""  # the module whose `table` and `summary` report a run
+    figures: ClassVar[str] = ""  # the one whose `draw` does, of experiments that have figures
     device = "cpu"  # an option where there is a choice
 
     @property
@@ -119,7 +122,8 @@ class Experiment(Config):
 
     def table(self, record: RunRecord) -> str:
         """The report of a run, finished or not, as text."""
-        raise NotImplementedError
+        found: str = import_module(self.words).table(record)
+        return found
 
     def told(self, record: RunRecord) -> list[dict[str, Any]]:
         """The points that --json prints: those of all finished cells, unless some answer no question."""
@@ -127,10 +131,13 @@ class Experiment(Config):
 
     def summary(self, record: RunRecord) -> list[dict[str, Any]]:
         """The same as JSON objects."""
-        return []
+        found: list[dict[str, Any]] = import_module(self.words).summary(record) if self.words else []
+        return found
 
     def draw(self, record: RunRecord, folder: Path) -> None:
         """Draw figures into a folder, if there are any and they are not there yet."""
+        if self.figures and self.told(record):
+            import_module(self.figures).draw(record, folder)
 
 
 def register(experiment: E) -> E:

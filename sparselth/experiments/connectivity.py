@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from sparselth.config import SCOPES, Cell, at_least, option
+from sparselth.config import Cell, at_least, like, option
 from sparselth.experiments.base import Diverged, Finished, Place, register
+from sparselth.experiments.imp import ImpConfig, check_rungs, leave_out
 from sparselth.experiments.training import Training, counted
-from sparselth.models import MODELS, get_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,11 +35,6 @@ MOST_LEVEL, MOST_REWINDS = 100, 100
 def _levels(levels: tuple[int, ...]) -> str | None:
     right = levels and len(set(levels)) == len(levels) and 0 <= min(levels) <= max(levels) <= MOST_LEVEL
     return None if right else f"expected different levels from 0, the dense network, to {MOST_LEVEL}"
-
-
-def _share(rate: float) -> str | None:
-    expected = "expected a number between 0 and 1, the share of the remaining weights that one level prunes"
-    return None if 0 < rate < 1 else expected
 
 
 def _images(images: int | None) -> str | None:
@@ -61,16 +54,12 @@ class ConnectivityConfig(Training):
     """
 
     name: ClassVar[str] = "connectivity"
+    words: ClassVar[str] = "sparselth.report.connectivity"
+    figures: ClassVar[str] = "sparselth.report.connectivity_figures"
     has_usual: ClassVar[bool] = False
 
-    model: str = option("lenet-300-100", "The network; see `sparselth ls models`.", choices=MODELS)
-    seeds: tuple[int, ...] = option(
-        (0, 1, 2),
-        "One network each: 3, 0-4 or 0,2,5.",
-        Training.__dataclass_fields__["seeds"].metadata["check"],
-        ordered=False,
-        extends=True,
-    )
+    model: str = like(Training, "model", "lenet-300-100")
+    seeds: tuple[int, ...] = like(Training, "seeds", (0, 1, 2))
     rewind: tuple[int, ...] = option(  # type: ignore[assignment]  # several at once
         None,
         "Steps that the copies start at: 0,100,500, or in epochs, 0,2ep.  [default: 0, a 50th and a tenth of "
@@ -86,16 +75,9 @@ class ConnectivityConfig(Training):
         ordered=False,
         extends=True,
     )
-    rate: float = option(0.2, "Share of the remaining weights that one level prunes.", _share)
-    scope: Literal["layer", "global"] = option(
-        "layer", "Rank weights within each layer, at the paper's rates; or all together.", choices=SCOPES
-    )
-    exclude: tuple[str, ...] = option(
-        None,
-        "Weights that are not pruned, by name, layer or glob: fc1,conv1*.  [default: under scope global "
-        "what the papers leave out, shortcuts and the output layer of vgg and resnet; else none]",
-        ordered=False,
-    )
+    rate: float = like(ImpConfig, "rate")
+    scope: Literal["layer", "global"] = like(ImpConfig, "scope")
+    exclude: tuple[str, ...] = like(ImpConfig, "exclude")
     points: int = option(30, "Even points along a line, its ends among them.", at_least(3, most=1000))
     line_images: int | None = option(
         None,
@@ -105,9 +87,7 @@ class ConnectivityConfig(Training):
     )
 
     def __post_init__(self) -> None:
-        if self.exclude is None:
-            exempt = get_model(self.model).exempt if self.scope == "global" else ()
-            object.__setattr__(self, "exclude", exempt)
+        leave_out(self)
         super().__post_init__()
         steps, batch = self.recipe.steps, self.recipe.batch_size
         if self.rewind is None:
@@ -128,14 +108,7 @@ class ConnectivityConfig(Training):
                 "rewind",
                 f"expected different steps from 0 to {steps - 1}, because training ends at step {steps}",
             )
-        rungs = self.rungs()
-        for level, (before, after) in enumerate(pairwise(rungs), 1):
-            if before == after:
-                raise self.wrong(
-                    "levels",
-                    f"level {level} would prune nothing: at `rate` {self.rate:g} it rounds to no weight of "
-                    f"the {sum(before.values()):,} that are left",
-                )
+        check_rungs(self)
 
     # ---- cells
 
@@ -243,19 +216,3 @@ class ConnectivityConfig(Training):
     def told(self, record: RunRecord) -> list[dict[str, Any]]:
         """Lines alone: what stands at their ends is in the run's folder."""
         return [p for p in record.points if self.kind(Cell.of(p)) == PATH]
-
-    def table(self, record: RunRecord) -> str:
-        from sparselth.report import connectivity
-
-        return connectivity.table(record)
-
-    def summary(self, record: RunRecord) -> list[dict[str, Any]]:
-        from sparselth.report import connectivity
-
-        return connectivity.summary(record)
-
-    def draw(self, record: RunRecord, folder: Path) -> None:
-        from sparselth.report.connectivity_figures import draw
-
-        if self.told(record):
-            draw(record, folder)

@@ -67,6 +67,8 @@ class ImpConfig(Training):
     """
 
     name: ClassVar[str] = "imp"
+    words: ClassVar[str] = "sparselth.report.tables"
+    figures: ClassVar[str] = "sparselth.report.figures"
     ticket: ClassVar[str] = "ticket"  # the arm whose cells are pruned
 
     arms: tuple[str, ...] = option(
@@ -112,9 +114,7 @@ class ImpConfig(Training):
     )
 
     def __post_init__(self) -> None:
-        if self.exclude is None:
-            exempt = get_model(self.model).exempt if self.scope == "global" else ()
-            object.__setattr__(self, "exclude", exempt)
+        leave_out(self)
         super().__post_init__()
 
     def check(self) -> None:
@@ -131,14 +131,7 @@ class ImpConfig(Training):
             ARMS[arm].recipe(self.recipe)
         self._check_pattern()
         self.cells()
-        rungs = self.rungs()
-        for level, (before, after) in enumerate(pairwise(rungs), 1):
-            if before == after:
-                raise self.wrong(
-                    "levels",
-                    f"level {level} would prune nothing: at `rate` {self.rate:g} it rounds to no weight of "
-                    f"the {sum(before.values()):,} that are left",
-                )
+        check_rungs(self)
 
     def _check_pattern(self) -> None:
         if (pattern := get_pattern(self.pattern)) is None:
@@ -281,25 +274,28 @@ class ImpConfig(Training):
             steps.insert(4, "...")
         return f"{self.levels} and dense: {' '.join(steps)} % left"
 
-    def table(self, record: RunRecord) -> str:
-        from sparselth.report.tables import table
-
-        return table(record)
-
-    def summary(self, record: RunRecord) -> list[dict[str, Any]]:
-        from sparselth.report.stats import summary
-
-        return summary(record)
-
     def draw(self, record: RunRecord, folder: Path) -> None:
-        if not record.points:
-            return
-        last = folder / "pixels.svg"  # is drawn last
-        if last.exists() and last.stat().st_mtime_ns > (record.path / "cells.jsonl").stat().st_mtime_ns:
-            return
-        from sparselth.report.figures import draw
+        last, lines = folder / "pixels.svg", record.path / "cells.jsonl"  # pixels are drawn last
+        if not last.exists() or last.stat().st_mtime_ns <= lines.stat().st_mtime_ns:
+            super().draw(record, folder)
 
-        draw(record, folder)
+
+def leave_out(config: Any) -> None:
+    """Set `exclude` of an experiment with `model` and `scope`, where it was not given."""
+    if config.exclude is None:
+        exempt = get_model(config.model).exempt if config.scope == "global" else ()
+        object.__setattr__(config, "exclude", exempt)
+
+
+def check_rungs(config: Any) -> None:
+    """UsageError where a level of an experiment with `levels`, `rate` and `rungs` would prune nothing."""
+    for level, (before, after) in enumerate(pairwise(config.rungs()), 1):
+        if before == after:
+            raise config.wrong(
+                "levels",
+                f"level {level} would prune nothing: at `rate` {config.rate:g} it rounds to no weight of "
+                f"the {sum(before.values()):,} that are left",
+            )
 
 
 def find_mask(config: ImpConfig, place: Place, cell: Cell) -> Tensor:

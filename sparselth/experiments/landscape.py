@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log, prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sparselth.config import Cell, at_least, option, positive
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from sparselth.data import Images
     from sparselth.experiments.imp import ImpConfig
     from sparselth.models import Model
-    from sparselth.runs import RunRecord
 
 SHARE = 0.2  # of the weights that are left at the level that is looked at unless others are named
 GRID, COARSE = 51, 25  # points along a side, of networks whose products are few, and others
@@ -60,6 +58,8 @@ class LandscapeConfig(FromRun):
     """
 
     name: ClassVar[str] = "landscape"
+    words: ClassVar[str] = "sparselth.report.landscape"
+    figures: ClassVar[str] = "sparselth.report.landscape_figures"
 
     arms: tuple[str, ...] = option(
         None,
@@ -223,22 +223,6 @@ class LandscapeConfig(FromRun):
             "slices": self.how,
             "cells": f"seeds {', '.join(map(str, self.seeds))}; {counted(len(self.cells()), finished)}",
         }
-
-    def table(self, record: RunRecord) -> str:
-        from sparselth.report import landscape
-
-        return landscape.table(record)
-
-    def summary(self, record: RunRecord) -> list[dict[str, Any]]:
-        from sparselth.report import landscape
-
-        return landscape.summary(record)
-
-    def draw(self, record: RunRecord, folder: Path) -> None:
-        from sparselth.report.landscape_figures import draw
-
-        if record.points:
-            draw(record, folder)
 
 
 def products(model: Model) -> float:

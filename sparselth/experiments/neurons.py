@@ -16,15 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sparselth.config import Cell, Recipe, at_least, option
+from sparselth.config import Cell, Recipe, at_least, like, option
 from sparselth.errors import UsageError
 from sparselth.experiments.base import Diverged, Finished, Place, register
 from sparselth.experiments.training import Training
 from sparselth.frozen import LAWS, METHODS, Frozen
-from sparselth.models import MODELS, Linear, Model, ReLU, get_model
+from sparselth.models import Linear, Model, ReLU, get_model
 from sparselth.registry import Registry
 from sparselth.user_files import short
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
     from sparselth.data import Images
     from sparselth.engine.state import Job
-    from sparselth.runs import RunRecord
 
 ARMS: Registry[str] = Registry("arm")  # of this experiment, and what they are
 ARMS.add("weights", "single weights kept by trained scores")
@@ -72,18 +70,14 @@ class NeuronsConfig(Training):
     """
 
     name: ClassVar[str] = "neurons"
+    words: ClassVar[str] = "sparselth.report.neurons"
+    figures: ClassVar[str] = "sparselth.report.neurons"
     has_usual: ClassVar[bool] = False
     recipe_help: ClassVar[str] = "How long scores are trained: for minutes, or for 100 epochs as in papers."
     method: ClassVar[str] = "edge-popup"
 
-    model: str = option("lenet-300-100", "The network; see `sparselth ls models`.", choices=MODELS)
-    seeds: tuple[int, ...] = option(
-        (0, 1, 2),
-        "One draw of weights each: 3, 0-4 or 0,2,5.",
-        Training.__dataclass_fields__["seeds"].metadata["check"],
-        ordered=False,
-        extends=True,
-    )
+    model: str = like(Training, "model", "lenet-300-100")
+    seeds: tuple[int, ...] = like(Training, "seeds", (0, 1, 2), "One draw of weights each: 3, 0-4 or 0,2,5.")
     arms: tuple[str, ...] = option(
         ("weights", "neurons", "random-features"),
         "What is kept or fitted: weights, neurons, random-features.",
@@ -233,19 +227,3 @@ class NeuronsConfig(Training):
         widths, units = (", ".join(f"{one:g}" for one in each) for each in (self.width, self.units))
         more = {"widths": f"{widths}; {self.how}", "relu": f"{units} units, {self.inputs} inputs"}
         return {"model": rows.pop("model")} | more | {"arms": ", ".join(self.arms)} | rows
-
-    def table(self, record: RunRecord) -> str:
-        from sparselth.report.neurons import table
-
-        return table(record)
-
-    def summary(self, record: RunRecord) -> list[dict[str, Any]]:
-        from sparselth.report.neurons import summary
-
-        return summary(record)
-
-    def draw(self, record: RunRecord, folder: Path) -> None:
-        from sparselth.report.neurons import draw
-
-        if record.points:
-            draw(record, folder)

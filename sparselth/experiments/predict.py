@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparselth.config import MOST, Cell, at_least, option
@@ -51,6 +50,8 @@ class PredictConfig(FromRun):
     """
 
     name: ClassVar[str] = "predict"
+    words: ClassVar[str] = "sparselth.report.predict"
+    figures: ClassVar[str] = "sparselth.report.predict"
 
     seeds: tuple[int, ...] = option(
         None,
@@ -161,19 +162,3 @@ class PredictConfig(FromRun):
     def told(self, record: RunRecord) -> list[dict[str, Any]]:
         """A point a seed, predictor, level and layer."""
         return [{"seed": p["seed"]} | one for p in record.points for one in p["foretold"]]
-
-    def table(self, record: RunRecord) -> str:
-        from sparselth.report.predict import table
-
-        return table(record)
-
-    def summary(self, record: RunRecord) -> list[dict[str, Any]]:
-        from sparselth.report.predict import summary
-
-        return summary(record)
-
-    def draw(self, record: RunRecord, folder: Path) -> None:
-        from sparselth.report.predict import draw
-
-        if record.points:
-            draw(record, folder)

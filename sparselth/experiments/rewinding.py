@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from sparselth.config import INPUTS, SCOPES, Cell, Recipe, at_least, option
+from sparselth.config import INPUTS, Cell, Recipe, like, option
 from sparselth.experiments.base import Diverged, Finished, Place, register
-from sparselth.experiments.imp import ImpConfig, _scores, _share
+from sparselth.experiments.imp import ImpConfig, leave_out
 from sparselth.experiments.training import Training, counted
-from sparselth.models import MODELS, get_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,16 +59,12 @@ class RewindingConfig(Training):
     """
 
     name: ClassVar[str] = "rewinding"
+    words: ClassVar[str] = "sparselth.report.rewinding"
+    figures: ClassVar[str] = "sparselth.report.rewinding"
     has_usual: ClassVar[bool] = False
 
-    model: str = option("lenet-300-100", "The network; see `sparselth ls models`.", choices=MODELS)
-    seeds: tuple[int, ...] = option(
-        (0, 1, 2),
-        "One network each: 3, 0-4 or 0,2,5.",
-        Training.__dataclass_fields__["seeds"].metadata["check"],
-        ordered=False,
-        extends=True,
-    )
+    model: str = like(Training, "model", "lenet-300-100")
+    seeds: tuple[int, ...] = like(Training, "seeds", (0, 1, 2))
     rewind: tuple[int, ...] = option(  # type: ignore[assignment]  # several at once
         None,
         "Steps that tickets go back to: 0,100,500, or in epochs, 0,2ep.  [default: 0, a 50th and a tenth of "
@@ -86,24 +80,15 @@ class RewindingConfig(Training):
         ordered=False,
         extends=True,
     )
-    rate: float = option(0.2, "Share of the remaining weights that one level prunes.", _share)
-    scope: Literal["layer", "global"] = option(
-        "layer", "Rank weights within each layer, at the paper's rates; or all together.", choices=SCOPES
-    )
-    exclude: tuple[str, ...] = option(
-        None,
-        "Weights that are not pruned, by name, layer or glob: fc1,conv1*.  [default: under scope global "
-        "what the papers leave out, shortcuts and the output layer of vgg and resnet; else none]",
-        ordered=False,
-    )
-    score: str = option("magnitude", "What ranks the weights; see `sparselth ls scores`.", choices=_scores)
-    one_shot: bool = option(False, "Prune the dense network straight to every level.")
-    reinits: int = option(1, "Fresh draws per ticket.", at_least(1, most=1000), extends=True)
+    rate: float = like(ImpConfig, "rate")
+    scope: Literal["layer", "global"] = like(ImpConfig, "scope")
+    exclude: tuple[str, ...] = like(ImpConfig, "exclude")
+    score: str = like(ImpConfig, "score")
+    one_shot: bool = like(ImpConfig, "one_shot")
+    reinits: int = like(ImpConfig, "reinits", help="Fresh draws per ticket.")
 
     def __post_init__(self) -> None:
-        if self.exclude is None:
-            exempt = get_model(self.model).exempt if self.scope == "global" else ()
-            object.__setattr__(self, "exclude", exempt)
+        leave_out(self)
         super().__post_init__()
         if self.rewind is None:
             steps = self.recipe.steps
@@ -284,19 +269,3 @@ class RewindingConfig(Training):
             if kinds[Cell.of(point)] == DENSE
             or (kinds[Cell.of(point)] in (TICKET, REINIT) and point["level"] in self.levels)
         ]
-
-    def table(self, record: RunRecord) -> str:
-        from sparselth.report.rewinding import table
-
-        return table(record)
-
-    def summary(self, record: RunRecord) -> list[dict[str, Any]]:
-        from sparselth.report.rewinding import summary
-
-        return summary(record)
-
-    def draw(self, record: RunRecord, folder: Path) -> None:
-        from sparselth.report.rewinding import draw
-
-        if self.told(record):
-            draw(record, folder)

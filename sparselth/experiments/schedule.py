@@ -15,21 +15,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sparselth.config import SCOPES, Cell, Recipe, option
+from sparselth.config import SCOPES, Cell, Recipe, like, option
 from sparselth.errors import UsageError
 from sparselth.experiments.base import Diverged, Finished, Place, register
 from sparselth.experiments.training import Training
-from sparselth.models import MODELS, get_model
+from sparselth.models import get_model
 from sparselth.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sparselth.data import Images
-    from sparselth.runs import RunRecord
 
 SCHEDULES: Registry[str] = Registry("schedule")  # and what they are
 SCHEDULES.add("one-shot", "the dense network pruned once")
@@ -86,9 +84,11 @@ class ScheduleConfig(Training):
     """
 
     name: ClassVar[str] = "schedule"
+    words: ClassVar[str] = "sparselth.report.schedule"
+    figures: ClassVar[str] = "sparselth.report.schedule"
     has_usual: ClassVar[bool] = False
 
-    model: str = option("lenet-300-100", "The network; see `sparselth ls models`.", choices=MODELS)
+    model: str = like(Training, "model", "lenet-300-100")
     schedules: tuple[str, ...] = option(
         ("one-shot", "rounds", "cubic", "erk"),
         "What is compared: one-shot, rounds, cubic, erk.",
@@ -309,22 +309,6 @@ class ScheduleConfig(Training):
         rows = super().plan(images, finished)
         plans = "; ".join(f"{p} ({len(self.ladders[arm]) - 1})" for arm, p in self.plans.items())
         return {"model": rows.pop("model"), "plans": f"to {100 * self.keep:g} %, networks: {plans}"} | rows
-
-    def table(self, record: RunRecord) -> str:
-        from sparselth.report.schedule import table
-
-        return table(record)
-
-    def summary(self, record: RunRecord) -> list[dict[str, Any]]:
-        from sparselth.report.schedule import summary
-
-        return summary(record)
-
-    def draw(self, record: RunRecord, folder: Path) -> None:
-        from sparselth.report.schedule import draw
-
-        if record.points:
-            draw(record, folder)
 
 
 def by_layer(params: Any, total: int, whole: Mapping[str, int]) -> dict[str, int]:

@@ -17,10 +17,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from sparselth.config import SCOPES, Cell, Recipe, at_least, option
+from sparselth.config import SCOPES, Cell, Recipe, at_least, like, option
 from sparselth.errors import UsageError
 from sparselth.experiments.base import Diverged, Finished, Place, register
 from sparselth.experiments.sweep import Swept
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 
     from sparselth.data import Images
     from sparselth.engine.state import Job
-    from sparselth.runs import RunRecord
 
 ARMS: Registry[str] = Registry("arm")  # of this experiment, and what they are
 ARMS.add("ticket", "what the trained scores keep of frozen weights")
@@ -78,20 +76,16 @@ class StrongConfig(Swept):
     """
 
     name: ClassVar[str] = "strong"
+    words: ClassVar[str] = "sparselth.report.strong"
+    figures: ClassVar[str] = "sparselth.report.strong_figures"
     recipe_help: ClassVar[str] = "How long scores are trained: for minutes, or for 100 epochs as in papers."
     has_usual: ClassVar[bool] = False
 
     method: str = option(
         "edge-popup", "How the mask is found; see `sparselth ls methods`.", choices=METHODS, argument=True
     )
-    model: str = option("lenet-300-100", "The network; see `sparselth ls models`.", choices=MODELS)
-    seeds: tuple[int, ...] = option(
-        (0, 1, 2),
-        "One network each: 3, 0-4 or 0,2,5.",
-        Training.__dataclass_fields__["seeds"].metadata["check"],
-        ordered=False,
-        extends=True,
-    )
+    model: str = like(Training, "model", "lenet-300-100")
+    seeds: tuple[int, ...] = like(Training, "seeds", (0, 1, 2))
     arms: tuple[str, ...] = option(
         ("ticket", "random-mask", "dense", "imp"),
         "ticket, and what it is compared with: random-mask, dense, imp (a trained ticket), other methods.",
@@ -389,19 +383,3 @@ class StrongConfig(Swept):
         )
         sweep = {"method": self.how, "sweep": f"keep {shares}; width {widths}", "arms": ", ".join(self.arms)}
         return {"model": rows.pop("model")} | sweep | rows
-
-    def table(self, record: RunRecord) -> str:
-        from sparselth.report.strong import table
-
-        return table(record)
-
-    def summary(self, record: RunRecord) -> list[dict[str, Any]]:
-        from sparselth.report.strong import summary
-
-        return summary(record)
-
-    def draw(self, record: RunRecord, folder: Path) -> None:
-        from sparselth.report.strong_figures import draw
-
-        if record.points:
-            draw(record, folder)

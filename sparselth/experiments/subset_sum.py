@@ -19,7 +19,6 @@ from sparselth.theory import laws
 
 if TYPE_CHECKING:
     from sparselth.data import Images
-    from sparselth.runs import RunRecord
 
 CASES = {  # and what they show
     "fixed-size": "the least n of which k hit a target, half of the time",
@@ -61,6 +60,8 @@ class SubsetSum(Experiment):
     """
 
     name: ClassVar[str] = "subset-sum"
+    words: ClassVar[str] = "sparselth.report.theory_tables"
+    figures: ClassVar[str] = "sparselth.report.theory_figures"
 
     cases: tuple[str, ...] = option(
         tuple(CASES), "What is shown; see docs/theorems.md.", choices=CASES, ordered=False, extends=True
@@ -344,18 +345,3 @@ class SubsetSum(Experiment):
         from sparselth.report.theory_tables import said
 
         return said(line)
-
-    def table(self, record: RunRecord) -> str:
-        from sparselth.report.theory_tables import table
-
-        return table(record)
-
-    def summary(self, record: RunRecord) -> list[dict[str, Any]]:
-        from sparselth.report.theory_tables import summary
-
-        return summary(record)
-
-    def draw(self, record: RunRecord, folder: Any) -> None:
-        from sparselth.report.theory_figures import draw
-
-        draw(record, folder)

@@ -16,10 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sparselth.config import Cell, Recipe, at_least, option
+from sparselth.config import Cell, Recipe, at_least, like, option
 from sparselth.errors import UsageError
 from sparselth.experiments.base import Diverged, Finished, Place, register
 from sparselth.experiments.imp import MOST_LEVELS, ImpConfig
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
     from sparselth.data import Images
     from sparselth.elastic import Pair
-    from sparselth.runs import RunRecord
 
 ARMS: Registry[str] = Registry("arm")  # of this experiment, and what they are
 ARMS.add("own", "the target's own ticket")
@@ -67,6 +65,8 @@ class TransferConfig(FromRun, Training):
     """
 
     name: ClassVar[str] = "transfer"
+    words: ClassVar[str] = "sparselth.report.transfer"
+    figures: ClassVar[str] = "sparselth.report.transfer"
     recipe_names: ClassVar[tuple[str, ...]] = ("source", "short", "paper")
     recipe_help: ClassVar[str] = "How networks are trained: as the source's, within minutes, or as in papers."
     has_usual: ClassVar[bool] = False
@@ -84,12 +84,8 @@ class TransferConfig(FromRun, Training):
         also="to",
         choices=Training.__dataclass_fields__["dataset"].metadata["choices"],
     )
-    seeds: tuple[int, ...] = option(
-        None,
-        "Of the source's seeds, 3, 0-4 or 0,2,5.  [default: all]",
-        Training.__dataclass_fields__["seeds"].metadata["check"],
-        ordered=False,
-        extends=True,
+    seeds: tuple[int, ...] = like(
+        Training, "seeds", None, "Of the source's seeds, 3, 0-4 or 0,2,5.  [default: all]"
     )
     arms: tuple[str, ...] = option(
         None,
@@ -286,22 +282,6 @@ class TransferConfig(FromRun, Training):
             carried = f"; carried to {len(self.pairs)} layers from {len(self.imp.network.weights)}"
             carried += f", {len(odd)} of other widths" if odd else ""
         return {"source": f"{self.origin}, {self.source}: {self.method}{carried}"} | rows
-
-    def table(self, record: RunRecord) -> str:
-        from sparselth.report.transfer import table
-
-        return table(record)
-
-    def summary(self, record: RunRecord) -> list[dict[str, Any]]:
-        from sparselth.report.transfer import summary
-
-        return summary(record)
-
-    def draw(self, record: RunRecord, folder: Path) -> None:
-        from sparselth.report.transfer import draw
-
-        if record.points:
-            draw(record, folder)
 
 
 def _base(model: str) -> str:

@@ -28,6 +28,9 @@ from sparselth.report.stats import (
     weights_remaining,
     winning_at_once,
 )
+from sparselth.report.stats import (
+    summary as summary,
+)
 from sparselth.runs import RunRecord
 
 MISSING = "–"
