@@ -23,10 +23,10 @@ def layers(found: Sequence[Layer], whole: str = "") -> list[str]:
     dense = [one for one in found if one["dense"]]
     lines = [f"{len(found) - len(dense)} of {len(found)} layers compute with kept weights alone."]
     if whole == "original":
-        said = (
+        slower = (
             "Converted, the network as a whole is not faster here, so the original runs. In the converted one"
         )
-        lines[0] = f"{said} {lines[0]}"
+        lines[0] = f"{slower} {lines[0]}"
     if not dense:
         return lines
     lines[0] += " Not worth it here, so dense:"
