@@ -54,6 +54,8 @@ def _params(experiment: type[Experiment]) -> Iterator[click.Parameter]:
             yield flag(f, kinds[f.name])
         if f.name == "dataset":
             yield _option(data_dir)
+    if "dataset" in kinds and not any(f.name == "dataset" for f in own):  # that of the run it reads
+        yield _option(data_dir)
     if issubclass(experiment, Training):
         yield click.Option(
             ["--recipe"],
