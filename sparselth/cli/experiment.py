@@ -189,14 +189,23 @@ def _done(
 
 
 def _usual(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) -> None:
-    """Where a data set is named and no model, what is not given is as it is usual for that data set."""
+    """Where a data set is named and no model, what is not given is as it is usual for that data set.
+
+    Not where it is as in another run; and a value that is no such thing here, as where levels are listed, is
+    not taken.
+    """
+    from sparselth.experiments.source import FromRun
+
     name = flags.get("dataset")
-    if not issubclass(experiment, Training) or not name or "model" in given or user_files.is_file(name):
+    if not issubclass(experiment, Training) or issubclass(experiment, FromRun):
+        return
+    if not name or "model" in given or user_files.is_file(name):
         return
     from sparselth.data import DATASETS
 
     usual = DATASETS[name].usual if name in DATASETS else {}
-    flags.update({field: value for field, value in usual.items() if field in flags and field not in given})
+    same = {field: value for field, value in usual.items() if type(flags.get(field)) is type(value)}
+    flags.update({field: value for field, value in same.items() if field not in given})
 
 
 def _inherit(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) -> None:

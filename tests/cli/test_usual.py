@@ -9,7 +9,11 @@ import pytest
 from click.core import ParameterSource
 
 from sparselth.cli import experiment
+from sparselth.experiments.base import Experiment
+from sparselth.experiments.connectivity import ConnectivityConfig
 from sparselth.experiments.imp import ImpConfig
+from sparselth.experiments.rewinding import RewindingConfig
+from sparselth.experiments.transfer import TransferConfig
 
 
 @pytest.mark.parametrize(
@@ -31,14 +35,18 @@ def test_a_rewind_step_that_is_none(word: str, cli: Callable[..., tuple[int, str
 
 
 def test_a_data_set_named_alone_brings_what_is_usual_for_it() -> None:
-    def of(*words: str) -> Any:
-        command = experiment.command(ImpConfig)
-        ctx = command.make_context("imp", [*words])
+    def of(*words: str, kind: type[Experiment] = ImpConfig) -> Any:
+        command = experiment.command(kind)
+        ctx = command.make_context(kind.name, [*words])
         given = {n for n in ctx.params if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
-        experiment._usual(ImpConfig, ctx.params, given)
+        experiment._usual(kind, ctx.params, given)
         return ctx.params["model"], ctx.params["levels"]
 
     assert of("--dataset", "mnist1d") == ("mnist1d-mlp", 12)
     assert of("--dataset", "mnist1d", "--levels", "3") == ("mnist1d-mlp", 3)
     assert of("--dataset", "mnist1d", "--model", "lenet5") == ("lenet5", 8)
     assert of("--dataset", "mnist") == of("--dataset", "no-such") == of() == ("lenet5", 8)
+    # levels that are listed are not how many there are, and what is not said of a target is its source's
+    for kind, levels in ((RewindingConfig, (3, 7)), (ConnectivityConfig, (0, 7))):
+        assert of("--dataset", "mnist1d", kind=kind) == ("mnist1d-mlp", levels)
+    assert of("--from", "run", "--to", "mnist1d", kind=TransferConfig) == ("", None)
