@@ -1,12 +1,14 @@
 """Masks beside chance: how well numbers tell which weights are kept, and what two masks share.
 
 auc       the chance that a kept weight has the larger number of the two, of a kept and a pruned one drawn
-          at random; ties count half. 0.5 is chance (Mann & Whitney 1947)
+          at random; ties count half. 0.5 is chance (Mann & Whitney 1947), and over several layers what masks
+          shuffled within each of them have in the mean
 overlap   weights that two masks of a and b among n share: by chance hypergeometric
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, lgamma, sqrt
 
@@ -30,6 +32,19 @@ def auc(ranked: NDArray[np.float64], kept: Bits) -> float | None:
     if not n or not rest:
         return None
     return float((ranked[kept].sum() - n * (n + 1) / 2) / (n * rest))
+
+
+def shuffled_auc(ranked: NDArray[np.float64], kept: Bits, layers: Sequence[slice]) -> float | None:
+    """The mean AUC of all masks that keep as many in each of the `layers`, which are parts of these.
+
+    Layers that keep more than others have larger or smaller numbers: that alone is no 0.5.
+    """
+    n = int(kept.sum())
+    rest = len(kept) - n
+    if not n or not rest:
+        return None
+    total = sum(int(kept[layer].sum()) * float(ranked[layer].mean()) for layer in layers)
+    return (total - n * (n + 1) / 2) / (n * rest)
 
 
 @dataclass(frozen=True)

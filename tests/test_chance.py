@@ -8,7 +8,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from sparselth.chance import Overlap, auc, ranks
+from sparselth.chance import Overlap, auc, ranks, shuffled_auc
 
 
 def test_equal_numbers_share_the_mean_of_their_ranks() -> None:
@@ -39,6 +39,20 @@ def test_auc_of_many_weights_is_exact() -> None:
     kept = np.arange(1_000_000) % 2 == 0
     found = auc(ranks(np.arange(1_000_000, dtype=np.float32)), kept)
     assert found == pytest.approx(0.5 - 0.5 / 500_000, abs=1e-12)
+
+
+def test_masks_shuffled_within_layers_have_that_auc_in_the_mean() -> None:
+    # 2 of 3 large numbers are kept, 1 of 4 small ones: of 12 pairs 1 + 2 * 3 + 0 + 1.5 are in order
+    numbers, kept = np.array([9.0, 8, 7, 3, 2, 1, 3]), np.array([1, 1, 0, 1, 0, 0, 0], bool)
+    layers, ranked = [slice(0, 3), slice(3, 7)], ranks(numbers)
+    found = []
+    for first, second in itertools.product(itertools.combinations(range(3), 2), range(4)):
+        mask = np.zeros(7, bool)
+        mask[[*first, 3 + second]] = True
+        found.append(auc(ranked, mask))
+    assert shuffled_auc(ranked, kept, layers) == pytest.approx(np.mean(found)) == pytest.approx(8.5 / 12)
+    assert shuffled_auc(ranked, kept, [slice(0, 7)]) == 0.5
+    assert shuffled_auc(ranked, np.ones(7, bool), layers) is None
 
 
 @pytest.mark.parametrize(("a", "b", "n"), [(3, 4, 9), (6, 7, 9), (1, 1, 2), (0, 3, 5), (5, 5, 5)])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparselth import pruning
-from sparselth.chance import Overlap, auc, ranks
+from sparselth.chance import Overlap, auc, ranks, shuffled_auc
 from sparselth.config import Cell
 from sparselth.engine.choose import prepare
 from sparselth.engine.dense import init_weights
@@ -22,7 +23,7 @@ from sparselth.experiments.base import Finished, Place
 from sparselth.experiments.imp import ImpConfig, score_batch
 from sparselth.files import save_arrays
 from sparselth.models import Model
-from sparselth.params import Params
+from sparselth.params import Params, TensorSpec
 from sparselth.runs import cell_path
 from sparselth.scores.gradients import built, chunks, joined, mean_loss, slopes
 from sparselth.streams import drawing_apart, number, seed_everything, stream
@@ -57,8 +58,9 @@ def compute(config: Predict, cell: Cell, place: Place) -> Finished | None:
     tickets, start = {level: one.mask for level, one in zip(levels, found, strict=True)}, found[0].rewound
     assert start is not None
     foretold: list[dict[str, Any]] = []
+    ranked = [spec for spec in params.weights if spec.name not in pruning.excluded(params, imp.exclude)]
     for name, numbers in _at_the_start(model, torch.from_numpy(start), place, cell.seed).items():
-        foretold += _foretold(params, name, imp.rewind, numbers, tickets)
+        foretold += _foretold(ranked, name, imp.rewind, numbers, tickets)
     masks: list[dict[str, Any]] = []
     before: dict[int, Bits] = {}
     rungs = imp.rungs()
@@ -70,7 +72,7 @@ def compute(config: Predict, cell: Cell, place: Place) -> Finished | None:
                 f"{cell}: its dense network diverged at step {step} when it was trained again"
             )
         sizes = weights[: params.mask_size].abs().cpu()
-        foretold += _foretold(params, f"weights@{step}", step, sizes.numpy(), tickets)
+        foretold += _foretold(ranked, f"weights@{step}", step, sizes.numpy(), tickets)
         for level in levels:
             mask = pruning.prune(params, sizes, params.full_mask(), rungs[level], "reference").numpy()
             masks.append(_compared(level, step, mask, before.get(level), tickets[level], params))
@@ -100,17 +102,23 @@ def _at_the_start(model: Model, weights: Tensor, place: Place, seed: int) -> dic
 
 
 def _foretold(
-    params: Params, predictor: str, step: int, numbers: NDArray[np.float32], tickets: dict[int, Bits]
+    specs: Sequence[TensorSpec],
+    predictor: str,
+    step: int,
+    numbers: NDArray[np.float32],
+    tickets: dict[int, Bits],
 ) -> Iterator[dict[str, Any]]:
-    """The AUC of a predictor for the mask of every level, by layer and over all of them."""
-    spans = {spec.name.removesuffix(".weight"): spec.span for spec in params.weights}
-    inside = np.concatenate([np.arange(params.mask_size)[span] for span in spans.values()])
-    parts: dict[str, Any] = spans | {"all": inside}
-    for layer, part in parts.items():
+    """The AUC of a predictor for the mask of every level, by layer that is pruned and over all of these."""
+    layers = [np.arange(spec.span.start, spec.span.stop) for spec in specs]
+    ends = np.cumsum([0, *map(len, layers)])
+    each = {spec.name.removesuffix(".weight"): part for spec, part in zip(specs, layers, strict=True)}
+    for layer, part in (each | {"all": np.concatenate(layers)}).items():
         ranked = ranks(numbers[part])
+        within = [slice(*pair) for pair in pairwise(ends)] if layer == "all" else [slice(None)]
         for level, mask in tickets.items():
             where = {"predictor": predictor, "layer": layer, "level": level, "step": step}
-            yield where | {"auc": auc(ranked, mask[part])}
+            chance = shuffled_auc(ranked, mask[part], within)
+            yield where | {"auc": auc(ranked, mask[part]), "chance": chance}
 
 
 def _compared(

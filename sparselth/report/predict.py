@@ -27,7 +27,7 @@ from sparselth.report.drawing import (
 )
 from sparselth.report.lines import axes_of, mean_cell
 from sparselth.report.page import Group, fill, side_by_side, width
-from sparselth.report.stats import FEWEST, cells, mean_interval
+from sparselth.report.stats import FEWEST, cells, mean_interval, paired
 from sparselth.report.tables import percent
 from sparselth.runs import RunRecord
 
@@ -36,10 +36,12 @@ SHOWN = 4  # levels in a table or figure
 EARLY = ("magnitude", "sign", "gradient", "snip")
 
 
-def found(record: RunRecord, predictor: str, level: int, layer: str = "all") -> dict[int, float]:
-    """Seed → AUC."""
+def found(
+    record: RunRecord, predictor: str, level: int, layer: str = "all", field: str = "auc"
+) -> dict[int, float]:
+    """Seed → AUC, or what masks shuffled within layers have, its `chance`."""
     return {
-        p["seed"]: one["auc"]
+        p["seed"]: one.get(field, 0.5)
         for p in record.points
         for one in p["foretold"]
         if (one["predictor"], one["level"], one["layer"]) == (predictor, level, layer)
@@ -131,8 +133,9 @@ def table(record: RunRecord) -> str:
         fill(
             "AUC: the chance that a kept weight has the larger number than a pruned one; 0.5 is chance; mean "
             "over the seeds ± 95 % interval; below 0.5 kept weights have the smaller numbers.\n"
-            "weights@t: |w| at step t of training. All weights are ranked over all layers at once, so that a "
-            "layer which keeps more than others counts, too.\n"
+            "weights@t: |w| at step t of training. All weights, of layers that are pruned, are ranked over "
+            "all of these at once, so that a layer which keeps more than others counts, too: chance is what "
+            "masks shuffled within layers have.\n"
             f"settled: from the first step on at which of {WINDOW} masks in a row each moved by less than "
             f"{SETTLED:g} of what it keeps, as early-bird tickets are drawn; shared: then, or at the end."
         )
@@ -180,9 +183,12 @@ def sentence(record: RunRecord) -> str:
         values = found(record, name, level)
         if len(values) >= FEWEST:
             mean, half = mean_interval(values.values())
-            clear = "" if half is not None and abs(mean - 0.5) > half else ", no better than chance"
-            said.append(f"{_word(name)} {mean:.3f} ± {half or 0:.3f}{clear}")
-    text = f"{left} the mask is foretold with an AUC (chance: 0.5) of {'; '.join(said)}."
+            chance = found(record, name, level, field="chance")
+            gap = paired([values[seed] - chance[seed] for seed in values])
+            clear = "" if not gap.low <= 0 <= gap.high else ", no better than chance"
+            by_chance = f"{_mean([*chance.values()]):.3f}"
+            said.append(f"{_word(name)} {mean:.3f} ± {half or 0:.3f} (chance: {by_chance}{clear})")
+    text = f"{left} the mask is foretold with an AUC of {'; '.join(said)}."
     first = next((s for s in record.config.at if _low(found(record, f"weights@{s}", level)) > 0.9), None)
     if first is not None and _low(size) <= 0.9:
         share = first / record.config.imp.recipe.steps
@@ -222,7 +228,8 @@ def summary(record: RunRecord) -> list[dict[str, Any]]:
                 if values:
                     mean, half = mean_interval(values.values())
                     where = {"predictor": name, "layer": layer, "level": level, "seeds": len(values)}
-                    rows.append(where | {"auc": {"mean": mean, "half_width": half}})
+                    chance = _mean([*found(record, name, level, layer, "chance").values()])
+                    rows.append(where | {"auc": {"mean": mean, "half_width": half}, "chance": chance})
     for p in record.points:
         for level in range(1, record.config.levels + 1):
             steps = [one for one in p["masks"] if one["level"] == level]

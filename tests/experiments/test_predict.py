@@ -20,7 +20,7 @@ from sparselth.data.batches import Resident
 from sparselth.experiments.base import Place
 from sparselth.experiments.imp import score_batch
 from sparselth.experiments.predict import PredictConfig
-from sparselth.experiments.predict_jobs import _training
+from sparselth.experiments.predict_jobs import _foretold, _training
 from sparselth.models.torch import network as torch_network
 from sparselth.report import predict as report
 from sparselth.runs import RunRecord, cell_path, read
@@ -83,6 +83,31 @@ def test_aucs_are_those_of_the_masks(record: RunRecord) -> None:
     assert 0.4 < report.found(record, "sign", 2)[0] < 0.6
 
 
+def test_all_weights_are_held_against_masks_shuffled_within_layers(record: RunRecord) -> None:
+    """Of each layer a half is kept of what is large, and a tenth of what is small: that is no foresight."""
+    (params, numbers), draw = (record.config.imp.network.params, np.random.default_rng(0)), {}
+    specs = params.weights[:2]
+    for where, (spec, share) in enumerate(zip(specs, (0.5, 0.1), strict=True)):
+        draw[spec] = numbers.random(spec.numel) < share, numbers.random(spec.numel) - where
+    sizes, mask = np.zeros(params.mask_size, np.float32), np.zeros(params.mask_size, bool)
+    for spec, (kept, values) in draw.items():
+        mask[spec.span], sizes[spec.span] = kept, values
+    *layers, whole = _foretold(specs, "magnitude", 0, sizes, {1: mask})
+    assert [one["layer"] for one in layers] == ["fc1", "fc2"]
+    assert all(one["chance"] == 0.5 for one in layers)
+    assert whole["auc"] > 0.55
+    assert whole["auc"] == pytest.approx(whole["chance"], abs=0.01)
+
+
+def test_what_is_never_pruned_is_not_foretold(
+    finished: Callable[..., RunRecord], cli: Cli, document: Callable[..., Any]
+) -> None:
+    finished("--levels", "1", "--arms", "ticket", "--exclude", "fc1")
+    said = document("predict", "run", "--at", "100", "--out", "without", "--quiet")
+    assert {p["layer"] for p in said["points"]} == {"fc2", "fc3", "all"}
+    assert "fc1" in cli("show", "without")[1]
+
+
 def test_masks_by_magnitude_are_compared_step_by_step(record: RunRecord) -> None:
     for seed in (0, 1):
         one, two = (report.masks(record, level)[seed] for level in (1, 2))
@@ -133,7 +158,8 @@ def test_a_sentence_has_its_intervals(record: RunRecord) -> None:
     more = RunRecord(record.path, record.config, seeds, [])
     text = report.sentence(more)
     mean = report.found(record, "magnitude", 2)[0]
-    assert f"initial magnitude {mean:.3f} ± 0.002" in text
+    chance = report.found(record, "magnitude", 2, field="chance")[0]
+    assert f"initial magnitude {mean:.3f} ± 0.002 (chance: {chance:.3f})" in text
     assert "settled on 0 of 3 seeds and shares" in text  # three looks are too few
     assert "where chance has 64" in text
 
