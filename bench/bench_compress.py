@@ -126,15 +126,15 @@ def test_resnet18(sparsity: float, interleaved: Callable[..., Any], show: Callab
     show("\n".join(lines))
 
 
-def lenet(sparsity: float, rounds: int = 15) -> dict[str, Timing]:
+def lenet(sparsity: float, size: int = 60, rounds: int = 15) -> dict[str, Timing]:
     """Steps of our engine, of a plain loop over the compressed network, and over the dense one, in turn."""
-    race = Race({name: wall(*pair) for name, pair in lenet_steps(sparsity).items()}, share=None)
+    race = Race({name: wall(*pair) for name, pair in lenet_steps(sparsity, size).items()}, share=None)
     for _ in range(rounds + 1):
         race.round()
     return race.timings(skip=1)
 
 
-def lenet_steps(sparsity: float) -> dict[str, tuple[Callable[[], object], int]]:
+def lenet_steps(sparsity: float, size: int = 60) -> dict[str, tuple[Callable[[], object], int]]:
     """By name a function, and how often it is called a round; checked against float64."""
     spec = get_model("lenet-300-100")
     data = resident(spec)
@@ -142,15 +142,15 @@ def lenet_steps(sparsity: float) -> dict[str, tuple[Callable[[], object], int]]:
     model = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
     masks = masked(model, 1 - sparsity)
     fast = compress(model, masks, below=1.0)
-    images = data.images[:1200].float() * data.scale.T + data.shift.T
+    images = data.images[:3600].float() * data.scale.T + data.shift.T
     right(fast, model, masks, images[:60], data.labels[:60])
     assert (wrong := error(fast, model, masks, images[:60], data.labels[:60])) < 1e-6, wrong
     place = 0
 
     def batch() -> tuple[Tensor, Tensor]:
         nonlocal place
-        place = (place + 60) % 1200
-        return images[place : place + 60], data.labels[place : place + 60]
+        place = (place + size) % (len(images) - size + 1)
+        return images[place : place + size], data.labels[place : place + size]
 
     mask = torch.cat([masks[f"{i}.weight"].flatten() for i in (0, 2, 4)])
     whole = spec.params.full_mask()
@@ -159,7 +159,7 @@ def lenet_steps(sparsity: float) -> dict[str, tuple[Callable[[], object], int]]:
     assert int(whole.sum()) == int(mask.sum())
     share = {one.name: 2.0 for one in spec.weights}
     rivals: dict[str, tuple[Callable[[], object], int]]
-    rivals = {"engine": (sparselth_step(spec, data, whole, "auto", share)[0], 20)}
+    rivals = {"engine": (sparselth_step(spec, data, whole, "auto", share, size)[0], 20)}
     for name, net in (("compressed", fast), ("dense", model)):
         optimizer = torch.optim.Adam(net.parameters(), lr=RECIPE.lr, fused=True)
         rivals[name] = stepping(net, optimizer, batch), 20

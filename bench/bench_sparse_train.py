@@ -15,6 +15,7 @@ Single layers: bench_csr_linear.py and bench_sparse_conv2d.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,14 @@ def random_mask(model: Model, density: float) -> Tensor:
 
 
 def sparselth_step(
-    model: Model, data: Resident, mask: Tensor, kernels: str, share: dict[str, float]
+    model: Model, data: Resident, mask: Tensor, kernels: str, share: dict[str, float], batch: int = 60
 ) -> tuple[Callable[[], None], State]:
     """What `train.fit` does for every step, and the state it works on."""
+    recipe = replace(RECIPE, batch_size=batch)
     weights = init_weights(model, stream(0, "ticket", 0, "init"))[None]
     weights[:, : model.params.mask_size] *= mask
-    state = State.start(weights, RECIPE)
-    steps = prepare(model, data, [Job(WHO, state, mask)], RECIPE, kernels, share)
+    state = State.start(weights, recipe)
+    steps = prepare(model, data, [Job(WHO, state, mask)], recipe, kernels, share)
 
     def step() -> None:
         steps.advance(state.step, 1, lambda: False)
