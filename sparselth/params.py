@@ -66,6 +66,7 @@ class Params:
     weights: tuple[TensorSpec, ...]  # prunable
     trained: tuple[TensorSpec, ...] = ()  # and never pruned: biases, batch norms
     statistics: tuple[TensorSpec, ...] = ()  # that no optimizer sees
+    of_module: bool = False  # of a user's, of whose other tensors nothing is known but what they are
 
     @staticmethod
     def of(module: nn.Module, exclude: Sequence[str | type] | str | type = (), output: str = "") -> Params:
@@ -105,7 +106,8 @@ class Params:
             last = name == output and name in weights
             found[name] = TensorSpec(name, shape, offset, *fans, last, 0.5 if last else 1.0)
             offset = found[name].end
-        return Params(*(tuple(found[name] for name in part) for part in (weights, trained, fixed)))
+        ranked, unranked, rest = (tuple(found[name] for name in part) for part in (weights, trained, fixed))
+        return Params(ranked, unranked, rest, of_module=True)
 
     def gather(self, module: nn.Module) -> Tensor:
         """The tensors of a module of this shape, copied into a flat buffer [1, P] on their device, fp32."""

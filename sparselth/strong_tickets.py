@@ -4,7 +4,8 @@
                     `sparselth.entropy`
     redraws/NAME/B  byte B of how often, or from where, each kept weight was drawn again, 0 where it was not;
                     left out where that byte is 0 throughout
-    statistics      running means and variances of batch norms, fp32, in the order of Params
+    statistics      running means and variances of batch norms, fp32, in the order of Params; of a module
+                    whatever is no weight
 
 The weights themselves are drawn again, as a function of (seed, layer, index, redraws); what a dropped weight
 was changes nothing. Safetensors with a header and a checksum, as other tickets; `tickets.load` reads both
@@ -25,6 +26,7 @@ from sparselth.errors import SparselthError, UsageError
 from sparselth.files import Arrays, load_arrays, load_header, save_arrays
 from sparselth.frozen import METHODS, Frozen, weights_of
 from sparselth.models import Model, get_model
+from sparselth.models.module import is_module
 from sparselth.params import Params, TensorSpec
 
 if TYPE_CHECKING:
@@ -42,13 +44,13 @@ class Content:
     frozen: Frozen
     mask: NDArray[np.int8]  # [M]: 0, 1, or -1 where a kept weight's sign is turned
     redraws: Whole | None  # [M], `State.generations` of the kept weights; None where a method has none
-    statistics: NDArray[np.float32]  # of batch norms, one behind the other
+    statistics: NDArray[np.float32]  # what `said` names, one behind the other
 
     @staticmethod
     def of(params: Params, frozen: Frozen, mask: Tensor, redraws: Tensor | None, flat: Tensor) -> Content:
         """What a file keeps of a mask [M], redraws [M] and a buffer [P] that ends in running statistics."""
         symbols = mask.cpu().numpy().astype(np.int8)
-        statistics = [flat[spec.span].cpu().numpy() for spec in params.statistics]
+        statistics = [flat[spec.span].cpu().numpy() for spec in said(params)]
         return Content(
             frozen,
             symbols,
@@ -66,7 +68,7 @@ class Content:
         drawn = weights_of(self.frozen, params, redraws, "cpu")
         flat[: params.mask_size] = method.network(params, torch.from_numpy(self.mask), drawn)
         at = 0
-        for spec in params.statistics:
+        for spec in said(params):
             flat[spec.span] = torch.from_numpy(self.statistics[at : at + spec.numel])
             at += spec.numel
         return flat
@@ -107,9 +109,19 @@ def load(file: str | Path) -> StrongTicket:
     head = load_header(file)
     if head.get("schema") != SCHEMA or not isinstance(head.get("model"), str):
         raise SparselthError(f"{file}: expected a strong ticket, {SCHEMA}, found {head.get('schema')!r}")
+    if is_module(head["model"]):
+        raise UsageError(
+            f"{file}: is of {head['model']}, a module of torch's, for which no layers draw their weights; "
+            "sparselth.tickets.load gives it with its weights"
+        )
     model = get_model(head["model"])
     found, head = load_arrays(file, most=most(model.params))
     return StrongTicket(model, head, content_of(file, model.params, found, head))
+
+
+def said(params: Params) -> tuple[TensorSpec, ...]:
+    """The tensors that a file has as numbers: a seed says the rest, or it is 0 or 1."""
+    return (params.trained if params.of_module else ()) + params.statistics
 
 
 def arrays(params: Params, content: Content) -> Arrays:
@@ -139,7 +151,7 @@ def save(file: Path, params: Params, content: Content, **where: Any) -> Arrays:
 
 def most(params: Params) -> int:
     """Bytes of a file at most."""
-    return (2 + PLANES) * params.size + (1 << 20)
+    return (2 + PLANES) * params.size + 4 * sum(spec.numel for spec in said(params)) + (1 << 20)
 
 
 def read(file: Path, params: Params) -> tuple[Content, dict[str, Any]]:
@@ -177,7 +189,7 @@ def _content(params: Params, found: Arrays, head: dict[str, Any]) -> Content:
                     there[kept] |= entropy.decode(byte, int(kept.sum())).astype(np.int64) << 8 * plane
             redraws[spec.span] = _all(frozen, layer, spec, there)
     statistics = found.get("statistics", np.zeros(0, np.float32))
-    expected = sum(spec.numel for spec in params.statistics)
+    expected = sum(spec.numel for spec in said(params))
     if statistics.dtype != np.float32 or statistics.shape != (expected,):
         raise ValueError(f"statistics: expected fp32 [{expected}]")
     return Content(frozen, mask, redraws, statistics)

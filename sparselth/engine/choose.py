@@ -23,6 +23,7 @@ from sparselth.engine.compressed import CompressedForward, CompressedSteps
 from sparselth.engine.layout import Layout, compressible
 from sparselth.engine.paths import Paths, choose
 from sparselth.engine.popup import PopupSteps
+from sparselth.engine.popup_module import PopupModuleSteps
 from sparselth.engine.replay import Replay
 from sparselth.engine.side_by_side import SideBySideSteps, refusal
 from sparselth.engine.state import Batch, Job, Steps, measure, never
@@ -86,12 +87,13 @@ def groups(
     device = jobs[0].state.weights.device.type
     paths = choose(kernels, device)
     if takes_autograd(model, paths):
-        if any(job.frozen for job in jobs):
+        frozen = any(job.frozen for job in jobs)
+        if frozen and not isinstance(model, ModuleModel):
             raise UsageError(
-                f"`kernels` {kernels}: autograd trains no scores over frozen weights; use `kernels` auto and "
-                "a network of known layers"
+                f"`kernels` {kernels}: autograd trains no scores over frozen weights of a built-in network; "
+                "use `kernels` auto"
             )
-        if data is not None and len(jobs) > 1 and isinstance(model, ModuleModel):
+        if data is not None and len(jobs) > 1 and isinstance(model, ModuleModel) and not frozen:
             seeds = [job.who.seed for job in jobs]
             if not refusal(model, data.labels[:EXAMPLES], seeds):
                 yield Group(model, jobs, paths)
@@ -114,6 +116,8 @@ def groups(
 def steps(batch: Batch) -> Steps:
     """The engine of jobs that are in the form in which they train."""
     if takes_autograd(batch.model, batch.paths):
+        if batch.jobs[0].frozen is not None:
+            return PopupModuleSteps(batch)
         # one of several whose others are behind, or have diverged, has the bits of one alone
         return SideBySideSteps(batch) if len(batch.jobs) > 1 else AutogradSteps(batch)
     if batch.jobs[0].frozen is not None:

@@ -107,11 +107,14 @@ class Popup:
 
 
 class PopupSteps:
-    """The steps of a batch whose weights are frozen, through `Network` or, `vendor`, `VendorNetwork`."""
+    """The steps of a batch whose weights are frozen, through `Network` or, `vendor`, `VendorNetwork`.
+
+    With `vendor` None the network is a subclass's own.
+    """
 
     many = 1
 
-    def __init__(self, batch: Batch, vendor: bool) -> None:
+    def __init__(self, batch: Batch, vendor: bool | None) -> None:
         model, recipe, scores = batch.model, batch.recipe, batch.weights
         self.batch, self.recipe, self.vendor = batch, recipe, vendor
         self.grad, self.flat = torch.zeros_like(scores), torch.empty_like(scores)
@@ -128,18 +131,19 @@ class PopupSteps:
             )
             for r, job in enumerate(batch.jobs)
         ]
-        self.network: Network | VendorNetwork
+        self.network: Network | VendorNetwork | None = None
         if vendor:
             self.network = VendorNetwork(model, self.flat, self.grad)
-        else:
+        elif vendor is not None:
             self.network = Network(model, self.flat, recipe.batch_size, self.grad)
         self.batches = Batches(batch.data, batch.who, recipe.batch_size, recipe.augment)
-        running = [spec.span for spec in model.statistics]
+        running = [spec.span for spec in model.params.statistics]
         self.running = slice(running[0].start, running[-1].stop) if running else None
         frozen = sum(row.weights.numel() for row in self.rows)
         self.state_bytes = 4 * (self.grad.numel() + self.flat.numel() + frozen)
 
     def advance(self, step: int, steps: int, should_stop: Callable[[], bool]) -> int:
+        assert self.network is not None
         taken = steps
         for i in range(steps):
             if should_stop():
@@ -152,16 +156,20 @@ class PopupSteps:
             self.network.backward(cross_entropy_grad(self.network.forward(x), y))
             for row in self.rows:
                 row.take(step + i, self.recipe.lr_at(step + i))
+        self.take_statistics()
+        return taken
+
+    def take_statistics(self) -> None:
+        """Keep the running statistics of the effective networks with the scores."""
         if self.running is not None:
             self.batch.weights[:, self.running] = self.flat[:, self.running]
-        return taken
 
     def measure(self, should_stop: Callable[[], bool] = never) -> tuple[list[float], list[float]]:
         losses, accuracies = list[float](), list[float]()
         for r, row in enumerate(self.rows):
             if row.method.draws:
                 row.write()
-            forward = DenseForward(self.batch.model, self.flat[r : r + 1], self.vendor)
+            forward = DenseForward(self.batch.model, self.flat[r : r + 1], bool(self.vendor))
             found = measure(forward, self.batch.data.validation(row.job.who.seed), should_stop)
             losses += found[0]
             accuracies += found[1]

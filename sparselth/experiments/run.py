@@ -199,6 +199,8 @@ def _side_by_side(
     model, asked = config.network, replicas or (MOST_REPLICAS if config.device == "cuda" else 1)
     if deterministic or not isinstance(model, ModuleModel):
         return 1 if deterministic else replicas or 1
+    if not config.side_by_side:
+        return 1
     if asked > 1:
         import torch
 

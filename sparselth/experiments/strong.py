@@ -26,6 +26,7 @@ from sparselth.experiments.sweep import Swept
 from sparselth.experiments.training import Training
 from sparselth.frozen import LAWS, METHODS, Frozen
 from sparselth.models import MODELS, Model, get_model
+from sparselth.models.module import ModuleModel, is_module
 from sparselth.registry import Registry
 from sparselth.spread import SPREADS
 from sparselth.user_files import short
@@ -80,6 +81,7 @@ class StrongConfig(Swept):
     figures: ClassVar[str] = "sparselth.report.strong_figures"
     recipe_help: ClassVar[str] = "How long scores are trained: for minutes, or for 100 epochs as in papers."
     has_usual: ClassVar[bool] = False
+    side_by_side: ClassVar[bool] = False
 
     method: str = option(
         "edge-popup", "How the mask is found; see `sparselth ls methods`.", choices=METHODS, argument=True
@@ -121,8 +123,8 @@ class StrongConfig(Swept):
         if self.method in METHODS:
             method = METHODS[self.method]
             own = {"keep": (method.keep,), "law": method.law, "every": method.every, "redraw": method.share}
-            if self.model in MODELS:
-                own["spread"] = method.spread_over(get_model(self.model), self.scope)
+            if self.spread is None and self.model in MODELS:
+                own["spread"] = method.spread_over(self.network, self.scope)
             for name, value in own.items():
                 if getattr(self, name) in (None, ()):
                     object.__setattr__(self, name, value)
@@ -134,14 +136,15 @@ class StrongConfig(Swept):
         from sparselth.data.sets import get_dataset, n_validation
 
         method, model = METHODS[values["method"]], get_model(values["model"])
-        short = method.recipe(model)
-        images = get_dataset(values["dataset"] or model.dataset).n_train
+        dataset = get_dataset(values["dataset"] or model.dataset)
+        short, images = method.recipe(model.on(dataset)), dataset.n_train
         epoch = (images - n_validation(images)) / short.batch_size
         return {"short": short, "paper": replace(short, steps=max(1, int(100 * epoch)))}
 
     def check(self) -> None:
         super().check()
-        self.refuse_autograd()
+        if not is_module(self.model):
+            self.refuse_autograd()
         method = METHODS[self.method]
         for name in ("every", "redraw"):
             if getattr(self, name) and not method.has_generations:
@@ -253,7 +256,7 @@ class StrongConfig(Swept):
             return self.trained
         if cell.arm not in METHODS:
             return self.recipe
-        own, scores = METHODS[cell.arm].recipe(get_model(self.model)), self.recipe
+        own, scores = METHODS[cell.arm].recipe(self.network), self.recipe
         return replace(own, steps=scores.steps, batch_size=scores.batch_size, eval_every=scores.eval_every)
 
     def frozen(self, cell: Cell) -> Frozen:
@@ -263,7 +266,7 @@ class StrongConfig(Swept):
     def _frozen(self, method: str, seed: int, keep: float) -> Frozen:
         own = method == self.method  # another method redraws as it does by itself
         every, share = (self.every, self.redraw) if own else (None, None)
-        spread = self.spread if own else METHODS[method].spread_over(get_model(self.model), self.scope)
+        spread = self.spread if own else METHODS[method].spread_over(self.network, self.scope)
         assert spread is not None
         return METHODS[method].frozen(
             seed, keep=keep, law=self.law, scope=self.scope, every=every, share=share, spread=spread
@@ -272,13 +275,17 @@ class StrongConfig(Swept):
     def _first(self, cell: Cell) -> Tensor:
         """What training starts from, [P]: scores, or weights of a network that is trained."""
         from sparselth.engine.dense import init_weights
+        from sparselth.experiments.strong_jobs import unweighted
         from sparselth.streams import stream
 
         model = self.model_of(cell)
         if cell.arm in TRAINED:  # imp goes back to what dense began with
             return init_weights(model, stream(cell.seed, "dense", 0, "init"))
         generator = stream(cell.seed, "ticket", 0, "scores")
-        return METHODS[self.method_of(cell)].start(self.frozen(cell), model.params, generator)
+        found = METHODS[self.method_of(cell)].start(self.frozen(cell), model.params, generator)
+        if isinstance(model, ModuleModel):
+            unweighted(model, cell.seed, found)
+        return found
 
     def start(self, cell: Cell, place: Place) -> tuple[Tensor, Tensor]:
         mask = self._pruned(cell, place) if cell.arm == "imp" else self.model_of(cell).params.full_mask()
@@ -308,8 +315,8 @@ class StrongConfig(Swept):
         for cell in cells:
             kind = "trained" if cell.arm in TRAINED else cell.arm
             kinds.setdefault((self.model_of(cell).name, kind), []).append(cell)
-        for (name, kind), some in kinds.items():
-            done = self._compute(get_model(name), kind, some, place)
+        for (_, kind), some in kinds.items():
+            done = self._compute(self.model_of(some[0]), kind, some, place)
             if done is None:
                 return found or None
             found += done

@@ -7,19 +7,21 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparselth import entropy, pruning, strong_tickets
 from sparselth.config import Cell, Recipe
-from sparselth.data.batches import Gather
+from sparselth.data.batches import Gather, Resident
+from sparselth.engine.dense import init_weights
 from sparselth.engine.state import Job, State, Stopped
 from sparselth.experiments.base import Finished, Place
 from sparselth.experiments.jobs import Finish, finished, told
 from sparselth.files import Arrays
 from sparselth.frozen import mask_of
 from sparselth.models import Model
+from sparselth.models.module import ModuleModel
 from sparselth.runs import cell_path
-from sparselth.streams import stream
+from sparselth.streams import drawing_apart, number, seed_everything, stream
 from sparselth.train import accuracies_on_test
 
 NORM_BATCHES, NORM_IMAGES = 10, 500  # training images that give a random mask its batch norms' statistics
@@ -104,7 +106,9 @@ def measured(config: Sweep, model: Model, cells: Sequence[Cell], place: Place) -
             params, torch.from_numpy(found.mask), stream(cell.seed, cell.arm, cell.level, "mask")
         )
         first = None if found.redraws is None else torch.zeros(len(mask), dtype=torch.int32, device="cpu")
-        bare = strong_tickets.Content.of(params, found.frozen, mask, first, _unit_statistics(model))
+        bare = strong_tickets.Content.of(
+            params, found.frozen, mask, first, _unit_statistics(model, cell.seed)
+        )
         weights = _calibrated(model, bare.weights(params), place, cell.seed)
         contents.append(strong_tickets.Content.of(params, found.frozen, mask, first, weights))
         state = State.start(weights[None].to(device), config.recipe, config.recipe.steps)
@@ -125,9 +129,20 @@ def measured(config: Sweep, model: Model, cells: Sequence[Cell], place: Place) -
     return done
 
 
-def _unit_statistics(model: Model) -> Tensor:
+def unweighted(model: ModuleModel, seed: int, flat: Tensor) -> None:
+    """Set, in a buffer [P], what is no weight of a module to what its seed draws, biases to 0."""
+    drawn = init_weights(model, stream(seed, "ticket", 0, "init"))
+    for spec in model.params.unpruned:
+        biases = "bias" in spec.name.rpartition(".")[2] and spec in model.params.trained
+        flat[spec.span] = 0 if biases else drawn[spec.span]
+
+
+def _unit_statistics(model: Model, seed: int) -> Tensor:
     """A buffer [P] whose running means are 0 and variances 1."""
     flat = torch.zeros(model.params.size, dtype=torch.float32, device="cpu")
+    if isinstance(model, ModuleModel):
+        unweighted(model, seed, flat)
+        return flat
     for spec in model.params.statistics:
         flat[spec.span] = float(spec.name.endswith(".var"))
     return flat
@@ -140,12 +155,15 @@ def _calibrated(model: Model, weights: Tensor, place: Place, seed: int) -> Tenso
     from sparselth.models.torch import network
 
     assert place.data is not None
-    data, net = place.data, network(model, weights).to(place.data.device)
+    data, net = place.data, network(model, weights, seed).to(place.data.device)
     for module in net.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.reset_running_stats()
             module.momentum = None  # the mean over all batches
     images = data.split(seed)[0][: NORM_BATCHES * NORM_IMAGES]
+    if isinstance(model, ModuleModel):
+        _show(net, data, images, seed)
+        return model.params.gather(net.cpu())[0]
     with torch.no_grad():
         for index in torch.split(images, NORM_IMAGES):
             x, _ = Gather(data, 1, len(index))(index.to(data.device))
@@ -155,3 +173,12 @@ def _calibrated(model: Model, weights: Tensor, place: Place, seed: int) -> Tenso
         name, _, kind = spec.name.rpartition(".")
         found[spec.span] = tensors[f"{name}.running_{kind}"].cpu()
     return found
+
+
+@torch.no_grad()
+def _show(net: nn.Module, data: Resident, images: Tensor, seed: int) -> None:
+    """Let a module in training mode see images, so that its batch norms know them."""
+    with drawing_apart(data.device):
+        seed_everything(number(seed, "random-mask", 0, "norms"), data.device)
+        for index in torch.split(images, NORM_IMAGES):
+            net(Gather(data, 1, len(index)).first(index.to(data.device))[0][0])

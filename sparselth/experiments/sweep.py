@@ -15,8 +15,10 @@ from itertools import pairwise
 from typing import Any, Self
 
 from sparselth.config import Cell, Config, option
+from sparselth.errors import UsageError
 from sparselth.experiments.training import Training
 from sparselth.models import Model, get_model
+from sparselth.models.module import is_module
 
 Point = tuple[float, float]  # width, share
 MOST_POINTS = 1000
@@ -139,6 +141,10 @@ class Swept(Training):
     @property
     def models(self) -> list[Model]:
         """The network at every width."""
+        if is_module(self.model):
+            if self.width != (1.0,):
+                raise UsageError(f"expected 1; {self.model} is a module of torch's and has one width")
+            return [self.network]
         return [get_model(f"{self.model}@{factor:g}") for factor in self.width]
 
     @property

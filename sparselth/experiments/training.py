@@ -94,6 +94,7 @@ class Training(Experiment):
     recipe_help: ClassVar[str] = "How each network is trained: within minutes, or as in the 2019 paper."
     recipe_names: ClassVar[tuple[str, ...]] = ("short", "paper")  # of `recipes`; the first is the default
     has_usual: ClassVar[bool] = True  # a loop that users write is what a run is compared with
+    side_by_side: ClassVar[bool] = True  # whether several modules of it may train as one batch
     rewind = 0  # the step that tickets go back to; an option where there is a choice
 
     def __post_init__(self) -> None:

@@ -50,7 +50,9 @@ def remembered(name: str, said: Mapping[str, Any]) -> Remembered:
         if not parts[0]:
             raise ValueError("it has no weights")
         shape = _shape(said["input"])
-        seen = Seen(Params(*parts), (shape,), _shape(said["output"]), False, bool(said["convolves"]))
+        weights, trained, statistics = parts
+        params = Params(weights, trained, statistics, of_module=True)
+        seen = Seen(params, (shape,), _shape(said["output"]), False, bool(said["convolves"]))
         found = Remembered(name, shape, (), {}, "as its run remembers it", int(said["classes"]), make=_refuse)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"`model` {name}: what its run says of it cannot be read ({error})") from error

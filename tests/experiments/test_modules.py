@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparselth import tickets, user_files
+from sparselth import strong_tickets, tickets, user_files
 from sparselth.begun import read_environment, recalled
 from sparselth.data import get_dataset, load
 from sparselth.engine.side_by_side import DRAWS
@@ -294,6 +294,33 @@ def test_a_file_that_was_changed_is_read_again_by_what_begins_then(folder: Path)
     assert config().network is second.network
 
 
+def test_strong_tickets_of_a_module(folder: Path, cli: Cli, run_contents: Contents) -> None:
+    words = ["strong", "edge-popup", "--model", "my_net.py:make", "--dataset", "mnist5k", *TINY]
+    words += ["--workers", "1", "--keep", "0.5"]
+    code, out, err = cli(*words, "--out", "run", "--json")
+    assert code == 0, err
+    points = {point["arm"]: point for point in json.loads(out)["points"]}
+    assert {*points} == {"ticket", "random-mask", "dense", "imp"}
+    assert points["ticket"]["weights_remaining"] == pytest.approx(0.5, abs=1e-3)
+    assert points["ticket"]["kept"] == points["random-mask"]["kept"]
+    file = "run/cells/seed0-ticket-00.safetensors"
+    assert Path(file).stat().st_size < points["imp"]["file_bytes"] / 8
+    code, out, err = cli("ticket", "verify", file, "--run", "run")
+    assert code == 0, err
+    net = tickets.load(Path(file)).trained()
+    assert int(dict(net.named_buffers())["1.num_batches_tracked"]) == 20
+    assert not any(tensor.any() for name, tensor in net.named_parameters() if name.endswith("bias"))
+    with pytest.raises(UsageError, match="gives it with its weights"):
+        strong_tickets.load(file)
+    assert cli(*words, "--arms", "ticket", "--out", "again")[0] == 0
+    arms = ["--arms", "ticket,random-mask,dense,imp"]
+    assert cli(*words, *arms, "--out", "again", "--replicas", "4", "--resume")[0] == 0
+    assert run_contents(Path("again")) == run_contents(Path("run"))
+    user_files._modules.clear()
+    Path("my_net.py").write_text("raise SystemExit(9)")
+    assert "edge-popup" in cli("show", "run")[1]
+
+
 def test_a_run_is_shown_without_the_code_that_made_its_network(
     folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,7 +395,10 @@ def test_what_a_network_prints_is_no_result(folder: Path, capsys: pytest.Capture
             "or `accuracy(output, target)` in the file of the network",
         ),
         ("imp --model my_net.py:make@0.5 --dataset mnist5k", "no function 'make@0.5'"),
-        ("strong edge-popup --model my_net.py:make", "takes networks of known layers alone"),
+        (
+            "strong edge-popup --model my_net.py:make --dataset mnist5k --width 0.5",
+            "--width 0.5: expected 1; my_net.py:make is a module of torch's and has one width",
+        ),
         ("strong edge-popup --model lenet5 --kernels autograd", "--kernels autograd: expected auto"),
         ("neurons --model my_net.py:make", "takes networks of known layers alone"),
         ("subset-sum --model my_net.py:make", "takes networks of known layers alone"),
