@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from sparselth.cli.answer import answered
+from sparselth.cli.bench_files import leave_empty, writable, write
 from sparselth.cli.options import PATH, Names, as_flags, data_dir, output
 from sparselth.cli.question import MODEL, Question
 from sparselth.config import MOST
@@ -171,14 +170,20 @@ def bench(
         raise Interrupted(NOTHING) from None
     if out is None and not as_json:
         out = Path(question.folder(chosen))
-    _writable(out, csv_file)
-    show = partial(_show, _facts(chosen), as_json, every, out, csv_file)
+    writable(out, csv_file)
+    show = partial(_show, _facts(chosen), as_json, every, out, csv_file, sys.stdout)
     found: list[Outcome | Result] = []  # the last is what there is so far
     try:
-        with answered(lambda: print(f"sparselth: {_stopped(found, show, out)}", file=sys.stderr)):
+        with (
+            answered(lambda: print(f"sparselth: {_stopped(found, show, out)}", file=sys.stderr)),
+            redirect_stdout(sys.stderr),  # what a network prints is no result
+        ):
             found.append(_measure(question, chosen, data_dir, say, found.append))
     except KeyboardInterrupt:
         raise Interrupted(_stopped(found, show, out)) from None
+    except Exception:
+        leave_empty(out)
+        raise
     try:
         files = show(found[-1], whole=True)
     except KeyboardInterrupt:
@@ -245,6 +250,7 @@ def _show(
     every: bool,
     out: Path | None,
     csv_file: Path | None,
+    stdout: TextIO,
     found: Outcome | Result,
     whole: bool,
 ) -> list[Path]:
@@ -271,11 +277,11 @@ def _show(
     document = {"schema": "sparselth.bench/1", "device": facts, "rows": rows, "partial": not whole, **more}
     _clear()
     if as_json:
-        print(json.dumps(document, indent=2), flush=True)
+        print(json.dumps(document, indent=2), file=stdout, flush=True)
     else:
         head = "" if whole else f"PARTIAL, since it was interrupted: {part}.\n\n"
-        print(as_flags(head + text), flush=True)
-    return _write(document, out, csv_file)
+        print(as_flags(head + text), file=stdout, flush=True)
+    return write(document, out, csv_file)
 
 
 def _stopped(found: list[Outcome | Result], show: Callable[..., list[Path]], out: Path | None) -> str:
@@ -286,9 +292,7 @@ def _stopped(found: list[Outcome | Result], show: Callable[..., list[Path]], out
         return "interrupted; what was measured is printed" + (
             f" and, as partial, in {files}" if files else ""
         )
-    if out is not None:
-        with suppress(OSError):
-            out.rmdir()  # unless there was something before
+    leave_empty(out)
     return NOTHING
 
 
@@ -380,24 +384,6 @@ def _device(wanted: str, dtypes: Sequence[str]) -> str:
     return chosen
 
 
-def _writable(out: Path | None, csv_file: Path | None) -> None:
-    """Say it before minutes of measuring."""
-    for flag, folder in (("--out", out), ("--csv", csv_file and csv_file.parent)):
-        if folder is None:
-            continue
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            trial = folder / f".{os.getpid()}.tmp"
-            trial.touch()
-            trial.unlink()
-        except OSError as error:
-            raise SparselthError(
-                f"{flag}: cannot write to {folder}: {error.strerror}; choose another"
-            ) from error
-    if csv_file is not None and csv_file.is_dir():
-        raise SparselthError(f"--csv: {csv_file} is a folder; give a file")
-
-
 def _facts(device: str) -> dict[str, Any]:
     """What the rows were measured on."""
     import torch
@@ -415,32 +401,6 @@ def _facts(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         **{name: facts[name] for name in ("sparselth", "commit", "python", "system", "packages", "gpu")},
     }
-
-
-def _write(document: dict[str, Any], out: Path | None, csv_file: Path | None) -> list[Path]:
-    """The document and figures into `out`, the rows as CSV; a part without figures, beside a whole one."""
-    from sparselth.files import write_atomically
-
-    files = []
-    rows = document["rows"]
-    if out is not None:
-        part = out / "bench-partial.json"
-        files.append(part if document["partial"] else out / "bench.json")
-        write_atomically(files[-1], (json.dumps(document, indent=1) + "\n").encode())
-        if not document["partial"]:
-            part.unlink(missing_ok=True)
-        if "left_out" in document and not document["partial"]:
-            from sparselth.report.bench_figures import draw
-
-            files += [file for file in draw(rows, document["device"], out) if file.suffix == ".png"]
-    if csv_file is not None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(csv_file, text.getvalue().encode())
-        files.append(csv_file)
-    return files
 
 
 def _progress(text: str) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from sparselth.errors import SparselthError
 from sparselth.measure import race_layers as measure
-from sparselth.measure import race_networks
+from sparselth.measure import race_modules, race_networks
 from sparselth.measure.case import Keep, Result
 from sparselth.measure.memory import Memory
 from sparselth.report import bench_figures, bench_tables, bench_words, drawing
@@ -437,3 +438,36 @@ def test_a_network_that_is_interrupted_keeps_its_batch_sizes(
     (file,) = tmp_path.glob("bench-cpu-lenet5-0.9-batch1,8/*")
     assert file.name == "bench-partial.json"
     assert str(file.relative_to(tmp_path)) in err
+
+
+def test_what_a_network_prints_is_no_result_and_an_error_leaves_no_folder(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn, randn\n"
+        "class Net(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        print('aloud', len(x))\n"
+        "        return super().forward(x)\n"
+        "def make():\n"
+        "    return Net(4, 2)\n"
+        "def example(batch):\n"
+        "    return randn(batch, 4)\n"
+    )
+
+    def module(found: Any, batches: Any, *_: Any) -> Result:
+        given = found.given(batches[0])
+        if len(given.tensors[0]) > 2:
+            raise SparselthError("too many")
+        found.module(*given.tensors)
+        return Result("module", "cpu", [], {}, False, {"network": "x", "kept": 0.1, "mask": "random mask"})
+
+    monkeypatch.setattr(race_modules, "bench_module", module)
+    words = ("bench", "--device", "cpu", "--model", "net.py:make", "--batch")
+    code, out, err = cli(*words, "2", "--json")
+    assert code == 0
+    assert json.loads(out)["schema"] == "sparselth.bench/1"
+    assert "aloud 2" in err
+    code, out, err = cli(*words, "3")
+    assert (code, out, one_line(err)) == (1, "", "sparselth: too many")
+    assert not [*tmp_path.glob("bench*")]
