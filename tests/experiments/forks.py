@@ -24,10 +24,10 @@ from typing import Any
 
 from sparselth.cli.main import run
 from sparselth.data.batches import Batches
-from sparselth.engine import break_even
-from sparselth.engine.autograd import AutogradNetwork
+from sparselth.engine import autograd, break_even
 from sparselth.engine.batch import DenseForward
 from sparselth.engine.compressed import CompressedForward
+from sparselth.engine.side_by_side import Replicas
 from sparselth.experiments import jobs
 from sparselth.experiments.imp import ImpConfig
 from sparselth.experiments.strong import StrongConfig
@@ -40,7 +40,8 @@ CALLS: list[tuple[Any, str, str]] = [
     (Batches, "index", "step"),
     (DenseForward, "sums", "images"),
     (CompressedForward, "sums", "images"),
-    (AutogradNetwork, "sums", "images"),
+    (autograd, "sums", "images"),
+    (Replicas, "sums", "images"),
 ]
 TIMEOUT = 120.0
 Act = Callable[[int], None]  # given the process id of the command
