@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from sparselth import tickets, user_files
 from sparselth.data import get_dataset
+from sparselth.engine.autograd import one_number
 from sparselth.engine.dense import init_weights
 from sparselth.errors import SparselthError, UsageError
 from sparselth.masks import by_parameter
@@ -72,8 +73,12 @@ class Net:
 
         def loss(output: Any) -> Tensor:
             if self.loss is not None:
-                return self.loss(output, known)
-            first = next(t for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
+                return one_number("loss", self.loss(output, known))
+            first = next((t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)), None)
+            if first is None or not first.dim():
+                raise SparselthError(
+                    "gives no tensor of outputs for samples; expected one, such as [B, classes]"
+                )
             rows = first.reshape(-1, first.shape[-1])
             if known is not None:
                 return F.cross_entropy(rows, known.reshape(-1))

@@ -64,6 +64,10 @@ def _bench(net: Net, batches: Sequence[int], say: Say, device: str, keep: Keep) 
             references = [Reference.of(module, {}, given) for given in givens]
         except ValueError as error:
             raise SparselthError(f"`model` {net.name}: {error}") from None
+        if not outputs(references[0].own):
+            raise SparselthError(
+                f"`model` {net.name}: gives no tensor for the example; expected one, or several"
+            )
         field = Field(module, givens[0], masks)
         told = partial(_tell, say, f"{net.name}, batch {batch}")
         ready, why_not = make_ready(field, say=told)

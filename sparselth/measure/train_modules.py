@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparselth.errors import SparselthError
 from sparselth.kernels import _pieces
 from sparselth.measure import memory
 from sparselth.measure.case import (
@@ -38,6 +39,8 @@ from sparselth.measure.nets import Net
 from sparselth.measure.trainers import Trainee, kind_of, make_trainees
 from sparselth.sparse.reference import Given
 from sparselth.sparse.trainable import Compressed
+from sparselth.streams import stream
+from sparselth.user_files import said
 
 RATE, MOMENTUM = 0.01, 0.9
 GRADIENT_TIES = 1e-2  # of a whole network's gradient, relative in norm
@@ -47,12 +50,12 @@ FEW = 8  # samples on which layers are checked one by one
 def bench_module_training(net: Net, batch: int, say: Say) -> Result:
     """All trainers on a network's step; checks: gradients, and that pruned weights have none in ours."""
     check_batches([batch])
-    net = _without_dropout(net)
+    net = _without_ties(_without_dropout(net))
     given, loss = net.given(batch), net.objective(batch)
     told = partial(_tell, say, f"{net.name}, batch {batch}")
-    trainees, notes = make_trainees(net.module, net.masks, given, told)
     told("gradients in float64")
     right = _exact(net, given, loss)
+    trainees, notes = make_trainees(net.module, net.masks, given, told)
     fast = trainees[OURS].net
     few, least = net.given(min(batch, FEW)), net.objective(min(batch, FEW))
     layers = check_layers(fast, _train(net.module), net.masks, partial(_double, given=few), least)
@@ -122,6 +125,18 @@ def _without_dropout(net: Net) -> Net:
     return replace(net, module=module, notes=[*net.notes, *note])
 
 
+def _without_ties(net: Net) -> Net:
+    """A filter without weights gives one number, which a norm before a ReLU makes its bias, give or take
+    rounding: where that is 0, as before training, rounding alone would say which gradients there are."""
+    module, draw = copy.deepcopy(net.module), stream(0, "bench", 0, "bias")
+    for one in module.modules():
+        if isinstance(one, nn.modules.batchnorm._NormBase) and one.bias is not None:
+            with torch.no_grad():
+                drawn = torch.empty_like(one.bias).uniform_(0.05, 0.15, generator=draw)
+                one.bias.copy_(torch.where(one.bias == 0, drawn, one.bias))
+    return replace(net, module=module)
+
+
 def _compression(fast: nn.Module) -> Sequence[Any]:
     found: Any = fast.compression
     return list(found)
@@ -150,9 +165,12 @@ def _double(net: nn.Module, given: Given) -> Any:
 
 
 def _exact(net: Net, given: Given, loss: Callable[[Any], Tensor]) -> dict[str, Tensor]:
-    """Gradients of the dense network in float64."""
+    """Gradients of the dense network in float64; SparselthError where it, or its loss, fails."""
     exact = _train(net.module).double()
-    torch.autograd.backward(loss(_double(exact, given)))
+    try:
+        torch.autograd.backward(loss(_double(exact, given)))
+    except Exception as error:
+        raise SparselthError(f"`model` {net.name}: a step of training, in float64: {said(error)}") from error
     return {name: p.grad for name, p in exact.named_parameters() if p.grad is not None}
 
 

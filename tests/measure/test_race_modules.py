@@ -158,11 +158,15 @@ def test_what_is_wrong_with_a_file_is_a_line(monkeypatch: pytest.MonkeyPatch) ->
         "no_call.py": FILE.replace("def example(batch):", "example = 3\ndef other(batch):"),
         "raises.py": FILE.replace("torch.randn(batch, 3, 4, 4)", "1 / 0"),
         "misfit.py": FILE.replace("torch.randn(batch, 3, 4, 4)", "torch.randn(batch, 5, 4, 4)"),
+        "mute.py": FILE.replace("return self.head(", "return len(x), self.head(").replace(
+            ".relu())\n\n", ".relu())[:0].tolist()\n\n"
+        ),
     }
     says = {
         "no_call.py": "`example` is a int; expected `example.batch.`",
         "raises.py": "`example.batch.`: ZeroDivisionError",
         "misfit.py": "example: the model cannot compute it",
+        "mute.py": "gives no tensor for the example",
     }
     for name, text in wrong.items():
         Path(name).write_text(text)

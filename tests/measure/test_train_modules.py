@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparselth.errors import SparselthError
-from sparselth.measure import case, trainers
+from sparselth.measure import case, train_modules, trainers
 from sparselth.measure.layer_gradients import check_layers
 from sparselth.measure.nets import Net, random_masks, zero
 from sparselth.measure.train_modules import bench_module_training
@@ -35,6 +36,11 @@ class Small(nn.Module):
         y = self.norm(self.stem(x)).relu()
         found: Tensor = self.head(self.drop(self.fc((y + self.side(y)).flatten(1)).relu()))
         return found
+
+
+class Nothing(Small):
+    def forward(self, x: Tensor) -> Any:
+        return [len(x)]
 
 
 def small(density: float = 0.25) -> Net:
@@ -189,3 +195,40 @@ def test_layers_of_others_where_they_are_installed(package: str, monkeypatch: py
         monkeypatch.setattr(library, "sparsify_if_faster", lambda m, s: own(m, s, include_dense=False))
     result = bench_module_training(small(), 16, quiet)
     assert only(result, package)["max_rel_error"] < 1e-6
+
+
+def test_a_filter_without_weights_before_a_norm_is_no_tie() -> None:
+    """Its norm gives its bias, 0 before training, give or take rounding, and a ReLU stands behind."""
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)
+    )
+    masks = random_masks({"0.weight": (8, 3, 3, 3), "4.weight": (4, 8 * 36)}, 0.5)
+    masks["0.weight"][:4] = False
+    zero(module, masks)
+    bias = module[1].bias
+    net = Net("dead", module.eval(), masks, lambda batch: torch.randn(batch, 3, 8, 8))
+    given, loss = net.given(4), net.objective(4)
+    dense = train_modules._train(module)
+    torch.autograd.backward(loss(dense(*given.tensors)))
+    right = train_modules._exact(net, given, loss)
+    assert train_modules._error(Trainee(dense), right, masks) > train_modules.GRADIENT_TIES  # a tie
+    result = bench_module_training(net, 4, quiet)
+    assert not result.failed
+    assert all(row["max_rel_error"] < 1e-3 for row in result.rows)
+    assert not bias.count_nonzero()  # the caller's network is as it was
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"loss": lambda y, t: (y - 1).sum(1), "target": torch.zeros}, "`loss.output, target.` gives shape"),
+        ({"loss": lambda y, t: 1 / 0, "target": torch.zeros}, "a step of training, in float64: ZeroDivision"),
+        ({"target": lambda batch: torch.zeros(batch + 1, dtype=torch.int64)}, "match target batch_size"),
+        ({"module": Nothing()}, "gives no tensor of outputs"),
+    ],
+)
+def test_a_loss_or_a_network_that_is_wrong_is_a_line(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(SparselthError, match=says) as found:
+        bench_module_training(replace(small(), **change), 4, quiet)
+    assert "\n" not in str(found.value)
