@@ -117,7 +117,7 @@ def test_one_signal_to_a_process_and_to_its_group_is_one(tmp_path: Path) -> None
 
 def test_checkpoints_that_take_long_are_said_and_awaited(tmp_path: Path) -> None:
     def prepare() -> None:
-        slow(jobs, "_save_state", seconds=1.0)
+        slow(jobs, "save_state", seconds=1.0)
         jobs.CHECKPOINT_SECONDS = LONG
         pool.GRACE = 0.1
 

@@ -16,7 +16,7 @@ from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Resident
 from sparselth.engine.choose import groups
 from sparselth.engine.state import Job, State
-from sparselth.experiments.jobs import _goes_on, _load_state, _save_state
+from sparselth.experiments.jobs import _goes_on, _load_state, save_state
 from sparselth.frozen import METHODS, effective, mask_of, weights_of
 from sparselth.kernels import _native
 from sparselth.kernels._triton import INTERPRET
@@ -120,7 +120,7 @@ def test_a_job_that_was_stopped_goes_on_to_the_same_bits(
     fit(NORMED, digits, [stopped], RECIPE, kernels=kernels, should_stop=lambda: next(asked) >= stop)
     assert stopped.state.step < RECIPE.steps
     file = tmp_path / "checkpoint.safetensors"
-    _save_state(file, stopped.state, {"config": ""})
+    save_state(file, stopped.state, {"config": ""})
     again = job(NORMED, name)
     found = _load_state(file, "cpu")
     assert _goes_on(found, again.state, RECIPE, None)

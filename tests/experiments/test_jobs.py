@@ -216,7 +216,7 @@ def test_a_checkpoint_brings_every_part_of_a_state_back(tmp_path: Path) -> None:
     state.kept_weights = state.weights + 4
     state.best_loss, state.best_step, state.seconds, state.step_seconds = 0.5, 3, 7.0, 6.0
     state.pace, state.evaluations = [0.25, 0.5], [{"step": 3, "validation_loss": 0.5}]
-    jobs._save_state(tmp_path / "state", state, {"config": "0"})
+    jobs.save_state(tmp_path / "state", state, {"config": "0"})
     found = jobs._load_state(tmp_path / "state", "cpu")
     for name in ("step", "best_loss", "best_step", "evaluations", "seconds", "step_seconds", "pace"):
         assert getattr(found, name) == getattr(state, name), name
@@ -240,7 +240,7 @@ def test_a_checkpoint_is_written_when_the_last_one_is_a_minute_old(
         assert where["config"] == asked.digest
         saved.append((state.step, state.weights.shape[1]))
 
-    monkeypatch.setattr(jobs, "_save_state", save)
+    monkeypatch.setattr(jobs, "save_state", save)
     recipe = replace(RECIPE, steps=18)
     asked = plan(recipe=recipe)
     even = dict.fromkeys((spec.name for spec in PARAMS.weights), 2.0)
@@ -267,7 +267,7 @@ def test_a_checkpoint_says_whose_it_is_and_holds_generations(tmp_path: Path) -> 
     state = state_of(generations=draws)
     state.best_generations = draws + 1
     state.kept_weights = state.weights + 2
-    jobs._save_state(file, state, {"config": "abc", "cell": "of somebody else"})
+    jobs.save_state(file, state, {"config": "abc", "cell": "of somebody else"})
     arrays, header = load_arrays(file)
     assert header == {
         "schema": "sparselth.checkpoint/1", "cell": "seed1-ticket-00", "config": "abc", "step": 3,
@@ -366,12 +366,12 @@ def test_a_cell_begins_at_its_mask_and_goes_on_from_a_checkpoint_that_fits(place
         assert draws is not None
         assert (draws.dtype, draws.shape, int(draws.count_nonzero())) == (torch.int32, (1, len(mask)), 0)
     file = checkpoint_path(place.run, DENSE)
-    jobs._save_state(file, state_of(5, "sgd", kept_weights=cut[None]), {"config": "0"})
+    jobs.save_state(file, state_of(5, "sgd", kept_weights=cut[None]), {"config": "0"})
     assert begun().state.step == 5
     assert begun(frozen).state.step == 2
-    jobs._save_state(file, state_of(5, "sgd"), {"config": "0"})
+    jobs.save_state(file, state_of(5, "sgd"), {"config": "0"})
     assert begun().state.step == 2  # the weights of step 4 are not there
-    jobs._save_state(file, state_of(5, "sgd", kept_weights=cut[None]), {"config": "0"})
+    jobs.save_state(file, state_of(5, "sgd", kept_weights=cut[None]), {"config": "0"})
     most = 32 * PARAMS.size + jobs.CHECKPOINT_BYTES
     assert most > file.stat().st_size
     with file.open("r+b") as out:
@@ -405,7 +405,7 @@ def test_between_long_steps_a_checkpoint_is_two_minutes_old_at_most(
         saved.append((state.step, now[0]))
 
     monkeypatch.setattr(jobs, "fit", steps)
-    monkeypatch.setattr(jobs, "_save_state", save)
+    monkeypatch.setattr(jobs, "save_state", save)
     monkeypatch.setattr(jobs, "is_done", lambda job, recipe: job.state.step == recipe.steps)
     monkeypatch.setattr(jobs, "accuracies_on_test", lambda *_: [(0.5, 0.5)])
     asked = plan(kernels="torch")
@@ -433,7 +433,7 @@ def test_between_two_checkpoints_lies_a_step(
         said.append(how["should_pause"]())
 
     monkeypatch.setattr(jobs, "fit", steps)
-    monkeypatch.setattr(jobs, "_save_state", lambda *_: None)
+    monkeypatch.setattr(jobs, "save_state", lambda *_: None)
     monkeypatch.setattr(jobs, "is_done", lambda job, recipe: job.state.step == recipe.steps)
     monkeypatch.setattr(jobs, "accuracies_on_test", lambda *_: [(0.5, 0.5)])
     assert plan().compute([DENSE], place) is not None
