@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparselth.config import MOST, Cell, at_least, option
@@ -110,6 +112,23 @@ class PredictConfig(FromRun):
     @property
     def shown_as(self) -> str:
         return self.imp.recipe.inputs if self.source_config else "standard"
+
+    @cached_property
+    def _trained(self) -> dict[int, float]:
+        """Seed → seconds that its dense network took in the source, where that is there and says so."""
+        from contextlib import suppress
+
+        from sparselth.errors import SparselthError
+        from sparselth.runs import read
+
+        with suppress(SparselthError):
+            dense = [p for p in read(Path(self.source)).points if p["level"] == 0]
+            return {p["seed"]: p["train_seconds"] for p in dense if p.get("train_seconds")}
+        return {}
+
+    def seconds(self, cell: Cell) -> float | None:
+        whole = self._trained.get(cell.seed)
+        return whole and whole * max(self.at) / self.imp.recipe.steps
 
     def compute(self, cells: Sequence[Cell], place: Place) -> Sequence[Finished] | None:
         from sparselth.experiments.predict_jobs import compute
