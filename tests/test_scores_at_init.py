@@ -218,6 +218,15 @@ def test_synflow_of_a_residual_network_splits_between_its_ways() -> None:
     )  # fmt: skip
 
 
+def test_synflow_passes_norms_by_the_size_of_their_scale() -> None:
+    model = RESIDUAL
+    weights, mask = drawn(model), RESIDUAL.params.full_mask()
+    (scale,) = (spec for spec in model.params.trained if spec.name == "norm1.scale")
+    found = scored("synflow", model, weights, mask)
+    weights[scale.span] *= -2
+    torch.testing.assert_close(scored("synflow", model, weights, mask), 2 * found, rtol=1e-13, atol=0)
+
+
 def test_synflow_of_a_deep_network_stays_finite() -> None:
     model = get_model("vgg19")
     weights = init_weights(model, stream(0, "ticket", 0, "init"))

@@ -70,6 +70,7 @@ def test_points_keep_their_numbers_whatever_is_added() -> None:
     assert not one.keeps(more, "sparsity")
     assert not config(score=("random", "snip")).keeps(one, "score")
     assert one.digest == more.digest
+    assert len({one.level(i, j) for i in range(30) for j in range(30)}) == 900
 
 
 def test_what_cells_wait_for() -> None:
