@@ -17,10 +17,11 @@ from sparselth import tickets
 from sparselth.config import Cell, Recipe
 from sparselth.data import load
 from sparselth.data.batches import Resident
+from sparselth.engine.state import Job, State
 from sparselth.errors import UsageError
 from sparselth.experiments.base import Finished, Place
 from sparselth.experiments.schedule import Plan, ScheduleConfig, by_layer
-from sparselth.experiments.schedule_jobs import start
+from sparselth.experiments.schedule_jobs import _prune, start
 from sparselth.models import get_model
 from sparselth.report import schedule as report
 from sparselth.runs import RunRecord, cell_path, checkpoint_path, read
@@ -159,6 +160,26 @@ def test_pruning_within_a_training_goes_on_to_the_same_bits(tmp_path: Path) -> N
     assert files[0] == files[1]
     # early stop looks only at what has the mask of the end
     assert whole.line["early_stop_step"] >= some.prune_steps[-1]
+
+
+def test_what_is_dropped_leaves_neither_weight_nor_moment() -> None:
+    some, cell = config(keep=0.2), Cell(0, "cubic-global", 1)
+    mask, weights = start(some, cell, place(Path("none")))
+    state = State.start(weights[None], some.recipe)
+    for moment in state.moments:
+        moment.fill_(1.0)
+    state.best_loss = 0.1
+    one = Job(cell, state, mask)
+    _prune(some, one, some.cubic(16, "global"))
+    gone, size = ~one.mask, LENET.mask_size
+    assert int(one.mask.sum()) == some.cubic(16, "global")["all"]
+    assert not state.weights[0, :size][gone].any()
+    for moment in state.moments:
+        assert not moment[0, :size][gone].any()
+        assert (moment[0, :size][one.mask] == 1).all()
+        assert (moment[0, size:] == 1).all()
+    assert weights[:size][one.mask].abs().min() >= weights[:size][mask & gone].abs().max()
+    assert (state.best_loss, state.best_step) == (float("inf"), 0)
 
 
 def made(values: dict[str, list[float]]) -> RunRecord:
