@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,10 @@ def quiet(line: str) -> None:
     assert "\n" not in line
 
 
+def identity(y: Tensor) -> Tensor:
+    return y
+
+
 def only(result: Result, implementation: str) -> dict[str, Any]:
     (row,) = (row for row in result.rows if row["implementation"] == implementation)
     return row
@@ -109,7 +114,14 @@ def test_who_is_wrong_is_nobodys_best_even_on_fresh_inputs_alone(monkeypatch: py
         y = field.net(*field.given.tensors)
         return Ready(lambda given: lambda: y, (field.net.weight,))
 
-    more = (Contender("off", "dense", off), Contender("remembers", "dense", remembers))
+    def at_once(field: Field) -> Ready:
+        return Ready(lambda given: partial(identity, field.net(*given.tensors)), (field.net.weight,))
+
+    more = (
+        Contender("off", "dense", off),
+        Contender("remembers", "dense", remembers),
+        Contender("at once", "sparse", at_once),
+    )
     monkeypatch.setattr(contenders, "CONTENDERS", (*more, *CONTENDERS))
     layer = nn.Linear(64, 64)
     masks = random_masks({"weight": (64, 64)}, 0.5)
@@ -119,6 +131,7 @@ def test_who_is_wrong_is_nobodys_best_even_on_fresh_inputs_alone(monkeypatch: py
     assert result.failed
     assert [row["implementation"] for row in result.rows if row["check"] == "failed"] == ["off", "remembers"]
     assert only(result, "off")["max_rel_error"] == pytest.approx(1e-4, rel=0.1)
+    assert only(result, "at once")["speedup"] > 1  # and yet it is no dense rival
     assert {row["dense_best"] for row in result.rows} <= {"dense", "dense compiled"}
     said = " ".join(network_tables.report(result, "here").split())
     assert "CHECK FAILED: remembers at batch 3" in said
