@@ -456,5 +456,5 @@ def test_test_accuracies_are_of_each_job_at_early_stop_and_at_the_end(
     assert [rest for _, *rest in looked] == [[chunks, *asked]] * 3
     assert accuracies_on_test(LENET, digits, []) == []
     accuracies_on_test(LENET, digits, jobs)
-    assert given[1:] == [(LENET, jobs, "auto", None, digits)]
+    assert given[1:] == [(LENET, jobs, "auto", None)]
     assert looked[-1][2] is never
