@@ -29,6 +29,7 @@ SHARE = 0.2  # of the weights that are left at the level that is looked at unles
 GRID, COARSE = 51, 25  # points along a side, of networks whose products are few, and others
 FEW_PRODUCTS, MANY_PRODUCTS = 1e12, 3e12  # of a fine grid at 500 images; of a grid
 LINE = 30  # points of a line
+SPECTRUM = 400  # forwards that an image of the Hessian is worth: about 60 products of five and more
 RATE = 1.5e10  # products a second of a busy core, by which cells are priced
 
 
@@ -105,7 +106,7 @@ class LandscapeConfig(FromRun):
             defaults["grid"] = GRID if work * GRID**2 * 500 <= FEW_PRODUCTS else COARSE
         if self.images is None:
             side = defaults.get("grid", self.grid)
-            defaults["images"] = max(100, min(1000, int(MANY_PRODUCTS / (work * side**2))))
+            defaults["images"] = max(100, min(1000, int(MANY_PRODUCTS / (work * (side**2 + SPECTRUM)))))
         for name, value in defaults.items():
             object.__setattr__(self, name, value)
 
@@ -175,7 +176,7 @@ class LandscapeConfig(FromRun):
         known = not isinstance(self.network, ModuleModel) and self.kernels != "autograd"
         slice_ = self.grid**2 * (0.25 if known and behind_first(self.network) else 1.0)
         networks = slice_ + 2 * LINE * (cell.level > 0) + 2
-        forwards = networks * (2 if self.network.params.statistics else 1) + 25 * 5
+        forwards = networks * (2 if self.network.params.statistics else 1) + SPECTRUM / 2
         return forwards * self.images * products(self.network) / RATE
 
     def compute(self, cells: Sequence[Cell], place: Place) -> Sequence[Finished | Diverged] | None:
