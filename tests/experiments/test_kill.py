@@ -73,7 +73,7 @@ KINDS = {
         *(4, 0.25),
     ),
     "plug-in": Kind(
-        "at-init --plugin at_init.py --plugin stripes.py --plugin narrow.py --model narrow-16 "
+        "halves --plugin halves.py --plugin stripes.py --plugin narrow.py --model narrow-16 "
         "--dataset stripes --seeds 0 --workers 2 --steps 30 --batch-size 20",
         *(4, 0.25),
     ),
