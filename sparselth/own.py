@@ -134,7 +134,12 @@ def imp(
     run = _Run(make, train, rate, scope, score, exclude, rewind)
     folder = None if out is None else Path(out)
     if folder is not None:
-        (folder / "cells").mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / "cells").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"`out` {folder}: no folder can be made there ({error.strerror}); choose another"
+            ) from None
     with nullcontext() if folder is None else locked(folder):
         run.enter(folder)
         for seed in seeds:

@@ -398,3 +398,9 @@ def test_another_lambda_is_another_score(tmp_path: Path) -> None:
     for other in (lambda name, w: -w.abs(), lambda name, w: w.abs() * 2, lambda name, w: w.square()):
         with pytest.raises(UsageError, match="`score`"):
             run(other)
+
+
+def test_a_folder_that_cannot_be_made_is_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"`out` .*file: no folder can be made there .Not a directory"):
+        sparselth.imp(make, Train(), levels=1, out=tmp_path / "file")
