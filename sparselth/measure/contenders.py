@@ -89,7 +89,7 @@ class Contender:
 def make_ready(
     field: Field, kinds: Iterable[str] = ("dense", "sparse", "ours"), say: Callable[[str], None] | None = None
 ) -> tuple[dict[str, Ready], list[str]]:
-    """All that can be, by name, and a line on each that cannot."""
+    """All that can be, by name, and a line on each that cannot; SparselthError where ours cannot."""
     found: dict[str, Ready] = {}
     notes: list[str] = []
     for one in CONTENDERS:
@@ -103,6 +103,8 @@ def make_ready(
         except Pointless:
             continue
         except SparselthError as error:
+            if one.kind == "ours":
+                raise
             notes.append(f"{one.name} is not among the rivals: {error}")
         except Exception as error:  # whatever stands between a user and a compiler, or a package
             if one.kind == "ours" or one.name == "dense":

@@ -111,6 +111,7 @@ def of_module(
     name: str, module: nn.Module, sparsity: float, draw: Draw, exclude: tuple[str, ...] = (), **more: Any
 ) -> Net:
     """A module under a random mask of what is prunable and not excluded; it is changed."""
+    _check_dtypes(name, module)
     try:
         weights = Params.of(module, exclude).weights
     except SparselthError as error:
@@ -119,6 +120,12 @@ def of_module(
     masks = random_masks({w.name: w.shape for w in weights}, sparsity)
     zero(module, masks)
     return Net(name, module.eval(), masks, draw, **more)
+
+
+def _check_dtypes(name: str, module: nn.Module) -> None:
+    for key, parameter in module.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise UsageError(f"`model` {name}: {key} is {parameter.dtype}; expected torch.float32")
 
 
 def random_masks(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, Tensor]:
@@ -163,6 +170,7 @@ def _of_ticket(name: str | None, file: Path, shape: tuple[int, ...] | None) -> N
     if name is None:
         raise UsageError(f"`ticket` {file}: is of a module; name its network, such as `model` my_net.py:make")
     module, draw, more = _made(name, shape)
+    _check_dtypes(name, module)
     masks = {n: m.clone() for n, m in found.apply(module).items()}
     return Net(name, module.eval(), masks, draw, what=what, **more)
 

@@ -37,6 +37,10 @@ from sparselth.measure.nets import Net
 from sparselth.sparse.forms import FORMS
 from sparselth.sparse.reference import Given, Reference
 
+NO_DOUBLE = (
+    "The network cannot compute in float64, so all are held against torch's own fp32: errors are "
+    "differences from that."
+)
 FRESH = 1  # the seed of inputs that nothing was measured on
 
 
@@ -70,7 +74,11 @@ def _bench(net: Net, batches: Sequence[int], say: Say, device: str, keep: Keep) 
             )
         field = Field(module, givens[0], masks)
         told = partial(_tell, say, f"{net.name}, batch {batch}")
-        ready, why_not = make_ready(field, say=told)
+        try:
+            ready, why_not = make_ready(field, say=told)
+        except SparselthError as error:
+            raise SparselthError(f"`model` {net.name}: {error}") from None
+        why_not += [NO_DOUBLE] * any(_no_double(one) for one in references)
         result.notes.extend(note for note in why_not if note not in result.notes)
         checks = {label: _worst(one, givens, references, terms) for label, one in ready.items()}
         told("memory")
@@ -113,6 +121,12 @@ def _bench(net: Net, batches: Sequence[int], say: Say, device: str, keep: Keep) 
         facts["explained"] = sparse.explain(ready[OURS].converted)
         keep(_copy(result))
     return result
+
+
+def _no_double(reference: Reference) -> bool:
+    """Whether float64 could not be had."""
+    floats = [t for t in outputs(reference.exact) if t.is_floating_point()]
+    return bool(floats) and all(t.dtype != torch.float64 for t in floats)
 
 
 def _copy(result: Result) -> Result:

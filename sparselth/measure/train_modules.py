@@ -43,6 +43,10 @@ from sparselth.streams import stream
 from sparselth.user_files import said
 
 RATE, MOMENTUM = 0.01, 0.9
+DROPS = (  # kinds of modules that draw what they drop, torchvision's and timm's among them
+    ("_DropoutNd", "p"), ("MultiheadAttention", "dropout"), ("RNNBase", "dropout"),
+    ("StochasticDepth", "p"), ("DropPath", "drop_prob"),
+)  # fmt: skip
 GRADIENT_TIES = 1e-2  # of a whole network's gradient, relative in norm
 FEW = 8  # samples on which layers are checked one by one
 
@@ -117,8 +121,8 @@ def _without_dropout(net: Net) -> Net:
     """Its draws would differ between those who are compared."""
     module, found = copy.deepcopy(net.module), False
     for one in module.modules():
-        key = "dropout" if isinstance(one, nn.MultiheadAttention) else "p"
-        if isinstance(one, nn.modules.dropout._DropoutNd | nn.MultiheadAttention) and getattr(one, key):
+        key = next((key for kind, key in DROPS if kind in {c.__name__ for c in type(one).__mro__}), "")
+        if isinstance(getattr(one, key, None), float | int) and getattr(one, key):
             setattr(one, key, 0.0)
             found = True
     note = ["Dropout is off, since draws that differ cannot be compared."] if found else []
@@ -166,11 +170,16 @@ def _double(net: nn.Module, given: Given) -> Any:
 
 def _exact(net: Net, given: Given, loss: Callable[[Any], Tensor]) -> dict[str, Tensor]:
     """Gradients of the dense network in float64; SparselthError where it, or its loss, fails."""
-    exact = _train(net.module).double()
+    exact, before = _train(net.module).double(), torch.get_rng_state()
     try:
         torch.autograd.backward(loss(_double(exact, given)))
     except Exception as error:
         raise SparselthError(f"`model` {net.name}: a step of training, in float64: {said(error)}") from error
+    if not torch.equal(before, torch.get_rng_state()):
+        raise SparselthError(
+            f"`model` {net.name}: draws random numbers as it trains, and draws that differ cannot be "
+            "compared; expected none but those of dropout's modules"
+        )
     return {name: p.grad for name, p in exact.named_parameters() if p.grad is not None}
 
 

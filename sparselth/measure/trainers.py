@@ -148,7 +148,7 @@ class TrainedCsr(nn.Module):
 
 def _csr(net: nn.Module, masks: Mapping[str, Tensor], given: Given) -> Trainee:
     found = Trainee(net)
-    for name in csr_layers(net, masks):
+    for name in _untied(csr_layers(net, masks), masks):
         weight = f"{name}.weight".lstrip(".")
         layer = net.get_submodule(name)
         assert isinstance(layer, nn.Linear)
@@ -157,6 +157,14 @@ def _csr(net: nn.Module, masks: Mapping[str, Tensor], given: Given) -> Trainee:
         found.held[weight] = new.values, _scattered(mask)
         found.indices += 4 * (new.starts.numel() + new.places.numel())
     return found
+
+
+def _untied(names: list[str], masks: Mapping[str, Tensor]) -> list[str]:
+    """The names, if each layer has a weight of its own, as layers of values must."""
+    for name in names:
+        if f"{name}.weight".lstrip(".") not in masks:
+            raise SparselthError(f"{name} shares its weight with another layer")
+    return names
 
 
 def _scattered(mask: Tensor) -> Dense:
@@ -211,7 +219,7 @@ def _sparseprop(net: nn.Module, masks: Mapping[str, Tensor], given: Given) -> Tr
 def _sparselab(net: nn.Module, masks: Mapping[str, Tensor], given: Given) -> Trainee:
     if missing := _missing("sparselab"):
         raise SparselthError(missing)
-    names = csr_layers(net, masks, "SparseLab")
+    names = _untied(csr_layers(net, masks, "SparseLab"), masks)
     library, layout = importlib.import_module("sparselab"), importlib.import_module("sparselab.layout")
     found = Trainee(net)
     for name in names:

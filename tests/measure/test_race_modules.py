@@ -277,3 +277,36 @@ def test_the_table_of_contenders() -> None:
     assert len({*names}) == len(names)
     assert names[-1] == contenders.OURS
     assert {one.kind for one in CONTENDERS} == {"dense", "sparse", "ours"}
+
+
+class Cast(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+class Drawing(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.rand(())
+
+
+def lone(module: nn.Module) -> Net:
+    masks = random_masks({"weight": (32, 32)}, 0.5)
+    zero(module, masks)
+    return Net("lone", module.eval(), masks, lambda batch: torch.randn(batch, 32))
+
+
+def test_where_float64_cannot_be_had_it_is_not_claimed() -> None:
+    notes = bench_module(lone(Cast(32, 32)), (2, 3), quiet).notes
+    assert sum("cannot compute in float64" in note for note in notes) == 1
+    notes = bench_module(lone(nn.Linear(32, 32)), (2,), quiet).notes
+    assert not any("float64" in note for note in notes)
+
+
+def test_a_network_that_cannot_be_converted_or_is_not_fp32_is_a_line() -> None:
+    with pytest.raises(
+        SparselthError, match=r"`model` lone: the network cannot be converted: .*other outputs"
+    ):
+        bench_module(lone(Drawing(32, 32)), (2,), quiet)
+    Path("wide.py").write_text(FILE.replace("return Net()", "return Net().double()"))
+    with pytest.raises(UsageError, match=r"`model` wide.py:make: stem.weight is torch.float64; expected"):
+        net("wide.py:make", 0.5)

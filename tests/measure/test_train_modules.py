@@ -232,3 +232,35 @@ def test_a_loss_or_a_network_that_is_wrong_is_a_line(change: dict[str, Any], say
     with pytest.raises(SparselthError, match=says) as found:
         bench_module_training(replace(small(), **change), 4, quiet)
     assert "\n" not in str(found.value)
+
+
+class StochasticDepth(nn.Module):
+    """As torchvision's, by name and by what it does."""
+
+    p = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.bernoulli(torch.tensor(1 - self.p)) if self.training and self.p else x
+
+
+def test_what_draws_as_it_trains_is_switched_off_or_refused() -> None:
+    net = small()
+    net.module.drop = StochasticDepth()
+    result = bench_module_training(net, 4, quiet)
+    assert not result.failed
+    assert any("Dropout is off" in note for note in result.notes)
+    assert net.module.drop.p == 0.5
+    net.module.drop = nn.Identity()
+    net.module.drop.forward = lambda x: F.dropout(x)
+    with pytest.raises(SparselthError, match="`model` small: draws random numbers as it trains"):
+        bench_module_training(net, 4, quiet)
+
+
+def test_layers_that_share_a_weight_are_no_csr_layers() -> None:
+    one, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    other.weight = one.weight
+    masks = random_masks({"0.weight": (4, 4)}, 0.5)
+    both = Net("tied", nn.Sequential(one, other).eval(), masks, lambda batch: torch.randn(batch, 4))
+    zero(both.module, masks)
+    notes = bench_module_training(both, 4, quiet).notes
+    assert "torch CSR is not among the rivals: 1 shares its weight with another layer" in notes
