@@ -54,7 +54,9 @@ class Steps(Numbers):
         for part in value.split(","):
             if re.fullmatch(r"\d+(\.\d+)?ep", part.strip()):
                 found.append(part.strip())
-            elif self.many or part.strip().isdecimal():
+            elif not self.many and re.fullmatch(r"-?\d{1,15}", part.strip()):
+                found.append(int(part))  # one below 0 is the configuration's to refuse
+            elif self.many:
                 found += super().convert(part, param, ctx)
             else:
                 self.fail(f"{value!r:.60}: expected a step, 500, or epochs, 2ep", param, ctx)

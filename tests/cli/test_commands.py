@@ -28,7 +28,9 @@ def test_ls_models(cli: Cli, document: Callable[..., dict[str, Any]]) -> None:
 
 def test_ls_arms_and_datasets(cli: Cli, document: Callable[..., dict[str, Any]]) -> None:
     names = [row["name"] for row in document("ls", "arms")["arms"]]
-    assert names == ["ticket", "reinit", "random-mask", "random-reinit"]
+    assert names[:4] == ["ticket", "reinit", "random-mask", "random-reinit"]
+    goes_on = ["lr-rewind", "finetune", "last-rate", "continue"]
+    assert names[4:] == [*goes_on, "signed-reinit", "constant-signs"]
     found = {row["name"]: row for row in document("ls", "datasets")["datasets"]}
     assert found["mnist5k"]["found"] is True
     assert cli("ls", "datasets")[0] == 0
