@@ -113,7 +113,10 @@ class Training(Experiment):
         super().__post_init__()
 
     def _steps_of(self, value: Any) -> Any:
-        """Steps, or the name of so many epochs, "2ep", as steps of the data set and batch size."""
+        """Steps, or the name of so many epochs, "2ep", as steps of the data set and batch size.
+
+        The data set then is one that was named: no other may take its place, whose epochs are others.
+        """
         if isinstance(value, tuple):
             return tuple(map(self._steps_of, value))
         if not isinstance(value, str) or not re.fullmatch(r"\d+(\.\d+)?ep", value):
@@ -121,7 +124,9 @@ class Training(Experiment):
         from sparselth.data.sets import get_dataset, n_validation
         from sparselth.pruning import rounded
 
-        images = get_dataset(self.dataset or get_model(self.model).dataset).n_train
+        if not self.dataset:
+            object.__setattr__(self, "dataset", get_model(self.model).dataset)
+        images = get_dataset(self.dataset).n_train
         batches = (images - n_validation(images)) // self.recipe.batch_size
         return rounded(float(value.removesuffix("ep")) * batches)
 

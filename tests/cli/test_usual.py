@@ -26,6 +26,15 @@ def test_a_rewind_step_in_epochs(words: str, step: int, document: Callable[..., 
     assert document(*command.split(), *words.split())["config"]["rewind"] == step
 
 
+def test_no_other_data_set_takes_the_place_of_one_whose_epochs_were_counted() -> None:
+    """2 epochs of MNIST are not 2 epochs of the 5,000 digits that stand in for it."""
+    for kind, rewind in ((ImpConfig, "2ep"), (RewindingConfig, (0, "2ep"))):
+        said: Any = {"model": "lenet-300-100", "rewind": rewind}
+        config: Any = kind(**said)
+        assert (config.dataset, config.rewind) == ("mnist", 1832 if kind is ImpConfig else (0, 1832))
+    assert ImpConfig(model="lenet-300-100", rewind=2).dataset == ""
+
+
 @pytest.mark.parametrize("word", ["2e", "5,6", "ep", "1ep,2ep"])
 def test_a_rewind_step_that_is_none(word: str, cli: Callable[..., tuple[int, str, str]]) -> None:
     code, _, said = cli("imp", "--rewind", word, "--dry-run")
