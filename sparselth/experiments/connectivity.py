@@ -96,7 +96,7 @@ class ConnectivityConfig(Training):
             object.__setattr__(self, "rewind", tuple(sorted(self.rewind)))
         if self.line_images is None:
             # a line looks at 2 * points * n images; two trainings are worth 6 * steps * batch of them
-            most = max(1000, min(10_000, 3 * steps * batch // self.points))
+            most = max(1000, min(10_000, 3 * steps * batch // max(1, self.points)))
             object.__setattr__(self, "line_images", most)
 
     def check(self) -> None:

@@ -124,6 +124,7 @@ class Training(Experiment):
         from sparselth.data.sets import get_dataset, n_validation
         from sparselth.pruning import rounded
 
+        self.recipe.check()  # it is divided by
         if not self.dataset:
             object.__setattr__(self, "dataset", get_model(self.model).dataset)
         images = get_dataset(self.dataset).n_train

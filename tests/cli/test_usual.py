@@ -35,6 +35,11 @@ def test_no_other_data_set_takes_the_place_of_one_whose_epochs_were_counted() ->
     assert ImpConfig(model="lenet-300-100", rewind=2).dataset == ""
 
 
+def test_epochs_of_no_images_a_step(cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, said = cli("imp", "--rewind", "2ep", "--batch-size", "0", "--dry-run")
+    assert (code, said) == (2, "sparselth: --batch-size 0: expected 1 or more\n")
+
+
 @pytest.mark.parametrize("word", ["2e", "5,6", "ep", "1ep,2ep"])
 def test_a_rewind_step_that_is_none(word: str, cli: Callable[..., tuple[int, str, str]]) -> None:
     code, _, said = cli("imp", "--rewind", word, "--dry-run")

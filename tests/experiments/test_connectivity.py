@@ -293,6 +293,7 @@ def test_the_table_and_its_json(record: RunRecord) -> None:
         ({"rate": 1.0}, "`rate` 1: expected a number between 0 and 1"),
         ({"line_images": 0}, "`line_images` 0: expected 1 or more"),
         ({"points": 2}, "`points` 2: expected 3 or more"),
+        ({"points": 0, "line_images": None}, "`points` 0: expected 3 or more"),
     ],
 )
 def test_mistakes(changes: dict[str, Any], said: str) -> None:
