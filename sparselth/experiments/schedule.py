@@ -133,6 +133,8 @@ class ScheduleConfig(Training):
         for scope in self.scopes:
             if not all(self.final(scope).values()):
                 raise self.wrong("keep", "a layer would keep no weight; keep more")
+        if sum(self.final("global").values()) == self.network.params.prunable:
+            raise self.wrong("keep", "all weights would be kept; keep fewer")
         self.cells()
 
     # ---- counts

@@ -221,6 +221,8 @@ def test_the_recommendation_is_the_cheapest_that_is_surely_as_good() -> None:
 
 def test_mistakes_are_told(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="`keep` 1: all weights would be kept; keep fewer"):
+        config(keep=0.9999999).check()
     with pytest.raises(UsageError, match=r"`rewind` 40: expected a step from 0 to 39"):
         config(rewind=40).check()
     with pytest.raises(UsageError, match="cubic prunes as it evaluates"):
