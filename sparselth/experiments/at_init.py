@@ -132,6 +132,8 @@ class AtInitConfig(Training):
                     f"`score` {name}: compares with the weights that training began with, and here nothing "
                     "is trained yet; use magnitude"
                 )
+        if self.collapse and set(self.score) == {IMP}:
+            raise self.wrong("score", "trains, and with `collapse` nothing is trained; use another")
         for sparsity in self.sparsity:
             if not 0 < self.rung_of(sparsity)["all"] < self.ranked:
                 raise UsageError(
@@ -185,10 +187,12 @@ class AtInitConfig(Training):
         if self.collapse:
             some = [self.level(i, 0) for i in scores if self.score[i] != IMP]
             return [Cell(seed, COLLAPSE, level) for seed in self.seeds for level in some]
-        if (number := len(self.seeds) * len(self.points) * len(self.arms)) > MOST_CELLS:
+        rounds = sum(self.rounds(level) for level, (score, _) in self.points.items() if score == IMP)
+        number = len(self.seeds) * (len(self.points) * len(self.arms) + rounds)
+        if number > MOST_CELLS:
             raise UsageError(
-                f"`seeds`: with these `score`, `sparsity` and `arms` there are {number:,} networks; expected "
-                f"at most {MOST_CELLS:,}"
+                f"`seeds`: with these `score`, `sparsity`, `arms` and `rate` there are {number:,} networks; "
+                f"expected at most {MOST_CELLS:,}"
             )
         found = list[Cell]()
         for seed in self.seeds:
@@ -253,7 +257,8 @@ class AtInitConfig(Training):
     def rounds(self, level: int) -> int:
         """Rounds of imp to a level, each of which prunes `rate` or less."""
         keep = self.rung_of(self.points[level][1])["all"] / self.ranked
-        return max(1, math.ceil(math.log(keep) / math.log(1 - self.rate) - 1e-9))
+        rounds = min(math.log(keep) / math.log1p(-self.rate), 1e9)  # of the least rates it is infinite
+        return max(1, math.ceil(rounds - 1e-9))
 
     def round(self, cell: Cell) -> int:
         return cell.draw or self.rounds(cell.level)

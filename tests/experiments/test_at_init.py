@@ -106,6 +106,15 @@ def test_what_cells_wait_for() -> None:
         ({"arms": ("shuffle",)}, "'ticket' is missing"),
         ({"arms": ("ticket", "random-mask")}, "unknown arm 'random-mask'"),
         ({"exclude": ("conv1",)}, "unknown weight to exclude 'conv1'"),
+        (
+            {"score": ("imp",), "rate": 1e-7},
+            "`arms` and `rate` there are [0-9,]{9,} networks; expected at most",
+        ),
+        ({"score": ("imp",), "rate": 5e-324}, "there are [0-9,]{9,} networks; expected at most 100,000"),
+        (
+            {"score": ("imp",), "collapse": True},
+            "`score` imp: trains, and with `collapse` nothing is trained",
+        ),
     ],
 )
 def test_mistakes_are_named(changes: dict[str, Any], said: str) -> None:
