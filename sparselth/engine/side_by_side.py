@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -211,7 +212,7 @@ def refusal(model: ModuleModel, labels: Tensor, seeds: Iterable[int]) -> str:
         stand = _stand()
         try:
             two = Replicas(model, first, flat, torch.zeros_like(flat))
-            before = _attributes(two.net)
+            before = {name: _as_is(value) for name, value in _attributes(two.net).items()}
             two.losses(x.expand(2, *x.shape), y.expand(2, *y.shape)).sum().backward()  # type: ignore[no-untyped-call]
             two.net.eval()
             two.sums(x, y, slice(0, 2))
@@ -222,11 +223,31 @@ def refusal(model: ModuleModel, labels: Tensor, seeds: Iterable[int]) -> str:
             return DRAWS if "called random operation" in str(error) else said(error)
         if _stand() != stand:
             return SHARED
-    after = _attributes(two.net)
+    after = {name: _as_is(value) for name, value in _attributes(two.net).items()}
     for name in before | after:
-        if before.get(name) is not after.get(name):
+        if not _same(before.get(name), after.get(name)):
             return f"it keeps {name} from one call to the next"
     return ""
+
+
+class _Holds(tuple[Any, ...]):
+    """What a list, dict or set held at a time."""
+
+
+def _as_is(value: Any) -> Any:
+    """A value, of a container what it holds now, within others too."""
+    if isinstance(value, dict):
+        return _Holds([*value, *map(_as_is, value.values())])
+    if isinstance(value, list | tuple | set | deque):
+        return _Holds(map(_as_is, value))
+    return value
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether a value is the very same, numbers and words by value, and so is what containers hold."""
+    if type(one) is _Holds is type(other):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other or (type(one) is type(other) and isinstance(one, _PLAIN) and bool(one == other))
 
 
 def _attributes(net: nn.Module) -> dict[str, Any]:

@@ -243,19 +243,32 @@ class Noise(nn.Module):
         return self.inner(x + 0.1 * float(np.random.rand()))
 
 
+class CountsWithin(nn.Module):
+    """In a list of a dict, which stays the same object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.kept = mlp(), {"times": [0], "name": "one"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept["times"][0] += 1  # type: ignore[index]
+        return self.inner(x * (1 + self.kept["times"][0] % 7))  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
         (lambda: nn.Sequential(mlp(), nn.Dropout(0.5)), DRAWS),
         (Noise, SHARED),
         (Counts, "it keeps times from one call to the next"),
+        (CountsWithin, "it keeps kept from one call to the next"),
         (Fixed, "its signs, which is neither parameter nor buffer, differs from seed to seed"),
         (Branches, "vmap"),
         (Averages, "vmap"),
         (compiled, COMPILED),
         (lambda: torch.compile(mlp(), backend="eager"), COMPILED),
     ],
-    ids=["dropout", "numpy", "counts", "fixed", "branches", "averages", "compiled", "wrapped"],
+    ids=["dropout", "numpy", "counts", "within", "fixed", "branches", "averages", "compiled", "wrapped"],
 )
 def test_what_cannot_be_side_by_side_is_told_and_trains_one_by_one(
     make: Callable[[], nn.Module], why: str
@@ -280,20 +293,21 @@ def test_what_differs_from_seed_to_seed_is_the_same_within_one() -> None:
 
 
 def test_draws_that_begin_later_are_an_error_not_a_shared_number() -> None:
-    class Late(nn.Module):
-        """Draws where samples are not all 0, as those that show a network are."""
+    calls: list[int] = []  # no attribute of the network's, where it would be found
 
+    class Late(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner, self.seen = mlp(), [0]
+            self.inner = mlp()
 
         def forward(self, x: Tensor) -> Tensor:
-            self.seen.append(0)
-            return self.inner(x * (float(np.random.rand()) if len(self.seen) > 9 else 1.0))
+            calls.append(0)
+            return self.inner(x * (float(np.random.rand()) if len(calls) > 9 else 1.0))
 
     kind = Kind(Late, (6,), 3)
     model, data = model_of(kind), samples(kind)
     jobs = [job(model, ADAM, 0.5, seed) for seed in (0, 0)]
     recipe = replace(ADAM, steps=12, eval_every=12)
+    calls.clear()
     with pytest.raises(SparselthError, match="use `replicas` 1"):
         fit(model, data, jobs, recipe)
