@@ -132,11 +132,15 @@ def line(bar: Bar, threads: int, found: dict[str, Any] | None) -> str:
     head = f"{bar.name:<48}{bar.batch:>5}{threads:>8}{bar.sparsity:>7.0%}"
     if found is None:
         return f"{head}   not measured"
+    from sparselth import machine
+
     less = bar.kind == "engine"
     met = found["gain"] <= bar.goal if less else found["gain"] >= bar.goal
     failed = [row["implementation"] for row in found["rows"] if row["check"] == "failed"]
-    words = ["met" if met else "MISSED"]
+    words = ["met" if met and not {"sparselth", found["best"]} & {*failed} else "MISSED"]
     words += [f"CHECK FAILED: {', '.join(failed)}"] * bool(failed)
+    commit = found["machine"].get("commit")
+    words += [f"of {commit:.7}"] * (commit not in (None, machine.commit()))
     words += ["busy machine"] * (found["load"] > 0.5 * found["machine"]["cores"])
     dense, ours = _times(found)
     goal = f"{'<' if less else '>'}= {bar.goal:g}"
@@ -172,8 +176,10 @@ def main() -> int:
     if given.one:
         bar, threads = next(pair for pair in every if pair[0].key(pair[1]) == given.one)
         found = measure(bar, threads)
+        from sparselth.files import write_atomically
+
         given.out.mkdir(parents=True, exist_ok=True)
-        _file(given.out, bar, threads).write_text(json.dumps(found, indent=1) + "\n")
+        write_atomically(_file(given.out, bar, threads), (json.dumps(found, indent=1) + "\n").encode())
         return 0
     chosen = [
         (bar, threads)

@@ -93,6 +93,8 @@ def _sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     ours = rows[-1]
     gain, best, times = ours["speedup"], ours["dense_best"], (ours["median_s"], ours["dense_median_s"])
     what = f"Batch {ours['batch']}: sparselth takes {_ms(times[0])} ms, {best} {_ms(times[1])} ms"
+    if ours["check"] == "failed":
+        return f"{what}, and is wrong: use {best}."
     if ours["noisy"]:
         return f"{what}; too noisy to say who wins, repeat on a quiet machine."
     if gain < EVEN[0]:

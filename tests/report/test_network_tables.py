@@ -32,7 +32,7 @@ def row(name: str, batch: int, speedup: float, **more: Any) -> dict[str, Any]:
 
 def sparse(batch: int, speedup: float, **more: Any) -> dict[str, Any]:
     made = {"conversion_s": 0.5, "pays_after": 1000, "images": 2000, "differing_predictions": 0, "ties": 0}
-    return row("sparselth", batch, speedup, **made, **more)
+    return row("sparselth", batch, speedup, **made | more)
 
 
 def test_the_words_say_who_wins_and_what_failed() -> None:
@@ -99,3 +99,11 @@ def test_weights_that_wake_in_a_step_are_said() -> None:
     assert said[1] == "CHECK FAILED: pruned weights or their moments are not zero after these steps."
     assert said[2].startswith("CHECK FAILED: sparselth at batch 60 is off by 1.0e-07 from float64")
     assert "images" not in " ".join(said)
+
+
+def test_ours_where_it_is_wrong_wins_nothing() -> None:
+    rows = [row("dense", 1, 1.0), sparse(1, 3.0, check="failed", fault="off")]
+    facts = {"network": "net", "kept": 0.1, "mask": "random mask"}
+    first, second = network_tables.sentences(Result("module", "cpu", rows, {}, True, facts))
+    assert first == "Batch 1: sparselth takes 0.333 ms, dense 1.000 ms, and is wrong: use dense."
+    assert second.startswith("CHECK FAILED: sparselth at batch 1")

@@ -1,0 +1,55 @@
+"""The lines of bench/bars.py: what is wrong meets no bar, and what is of another commit says so."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparselth import machine
+
+FILE = Path(__file__).resolve().parents[2] / "bench" / "bars.py"
+
+
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which it adds to
+    spec = importlib.util.spec_from_file_location("bars", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bars", found)
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gain", "wrong", "says"),
+    [
+        (3.5, (), "  met"),
+        (3.0, (), "  met"),
+        (2.9, (), "  MISSED"),
+        (3.5, ("sparselth",), "  MISSED, CHECK FAILED: sparselth"),
+        (3.5, ("dense compiled",), "  met, CHECK FAILED: dense compiled"),
+    ],
+)
+def test_a_line_says_whether_the_bar_is_met(
+    bars: Any, gain: float, wrong: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "commit", lambda: "0123456789")
+    times = {"dense": 3e-3, "dense compiled": 5e-3, "sparselth": 3e-3 / gain}
+    rows: list[dict[str, Any]] = [
+        {"implementation": name, "median_s": s, "check": "failed" if name in wrong else "passed"}
+        for name, s in times.items()
+    ]
+    found = {
+        "rows": rows, "gain": gain, "best": "dense", "kind": "inference", "load": 0.1,
+        "machine": {"cores": 2, "commit": "0123456789"},
+    }  # fmt: skip
+    bar = bars.Bar("a network", 3.0, 1)
+    assert bars.line(bar, 2, found).endswith(says)
+    found["machine"]["commit"] = "abcdef0123"  # type: ignore[index]
+    assert bars.line(bar, 2, found).endswith(f"{says}, of abcdef0")
