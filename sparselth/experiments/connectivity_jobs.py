@@ -16,9 +16,9 @@ from sparselth.config import Cell, Recipe
 from sparselth.engine.dense import init_weights
 from sparselth.engine.many import Many, barrier, line
 from sparselth.engine.paths import choose
-from sparselth.engine.state import Stopped
+from sparselth.engine.state import Job, Stopped
 from sparselth.experiments.base import Diverged, Finished, Place
-from sparselth.experiments.jobs import job, train
+from sparselth.experiments.jobs import finished, job, train
 from sparselth.files import Arrays, save_arrays
 from sparselth.models import Model
 from sparselth.runs import cell_path
@@ -68,6 +68,13 @@ def compute(
     config: Connectivity, cells: Sequence[Cell], place: Place
 ) -> Sequence[Finished | Diverged] | None:
     """Cells one kind after the other; those that train together may lie side by side."""
+
+    def finish(
+        model: Model, one: Job, place: Place, where: dict[str, Any], at_early_stop: float, final: float
+    ) -> Finished:
+        """Each with its own rewind step, whoever trains beside it."""
+        return finished(model, one, place, where | _where(config, one.who), at_early_stop, final)
+
     found = list[Finished | Diverged]()
     copies = [cell for cell in cells if config.kind(cell) == "from"]
     if copies:
@@ -75,7 +82,8 @@ def compute(
             job(cell, place, config.recipe, start(config, cell, place), config.step_of(cell), None)
             for cell in copies
         ]
-        done = train(config.network, jobs, config.recipe, config.kernels, place, _where(config, copies[0]))
+        where = _where(config, copies[0])
+        done = train(config.network, jobs, config.recipe, config.kernels, place, where, finish)
         if done is None:
             return None
         found += done

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shutil import copy
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,24 @@ def test_tickets_keep_the_largest_and_go_back(record: RunRecord) -> None:
     twin = tickets.read(cell_path(record.path, Cell(0, "from-20", 2, 1)), params)[0]
     assert np.array_equal(twin.mask, before.mask)
     assert not np.array_equal(twin.weights, before.weights)
+
+
+def test_copies_beside_each_other_write_what_they_write_alone(
+    record: RunRecord, digits: Resident, tmp_path: Path
+) -> None:
+    """Their files too, to the byte: each says the rewind step that it began at."""
+    some, together = record.config, [Cell(0, "from-0", 0), Cell(0, "from-20", 0)]
+    (tmp_path / "cells").mkdir()
+    begun = Cell(0, "start-20", 0)
+    copy(cell_path(record.path, begun), cell_path(tmp_path, begun))
+    assert some.compute(together, Place(tmp_path, digits, {}))
+    for cell, k in zip(together, (0, 20), strict=True):
+        file = cell_path(tmp_path, cell)
+        assert tickets.read(file, some.network.params)[1]["rewind_step"] == k
+        assert some.compute([cell], Place(tmp_path, digits, {})) is not None
+    before = {cell: cell_path(tmp_path, cell).read_bytes() for cell in together}
+    assert some.compute(together, Place(tmp_path, digits, {}))
+    assert before == {cell: cell_path(tmp_path, cell).read_bytes() for cell in together}
 
 
 def test_a_line_from_a_copy_to_itself_has_no_barrier(
