@@ -104,6 +104,14 @@ class Training(Experiment):
             user_files.refresh(kind, name)
         if self.recipe is None:
             object.__setattr__(self, "recipe", next(iter(self.recipes(vars(self)).values())))
+        if (
+            files
+            and not self.dataset
+            and type(self).reads is Training.reads
+            and user_files.is_file(self.reads)
+        ):
+            user_files.refresh("dataset", self.reads)  # that the network's file names
+            files.append(("dataset", self.reads))
         if files:
             code = tuple(f"{name} {user_files.code(kind, name)}" for kind, name in files)
             object.__setattr__(self, "code", code)

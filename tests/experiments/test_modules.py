@@ -258,6 +258,33 @@ def test_a_plan_has_a_price_and_figures_are_drawn(folder: Path, cli: Cli, figure
     assert "words.py:make on words.py:load" in cli("show", "run")[1]
 
 
+def test_a_data_set_that_the_networks_file_names_is_of_the_run_as_one_that_is_given(
+    folder: Path, cli: Cli
+) -> None:
+    text = (folder / "line.py").read_text()
+    (folder / "own.py").write_text(text + "\ndataset = 'line.py:load'\n")
+    words = [
+        "imp",
+        "--model",
+        "own.py:make",
+        *TINY,
+        "--rate",
+        "0.4",
+        "--levels",
+        "1",
+        "--out",
+        "run",
+        "--quiet",
+    ]
+    assert cli(*words, "--seeds", "0")[0] == 0
+    code, _, err = cli(*words, "--seeds", "0,1", "--resume")
+    assert (code, err) == (0, "")
+    (folder / "line.py").write_text(text + "# other numbers\n")
+    code, _, err = cli(*words, "--seeds", "0,1", "--resume")
+    assert code != 0
+    assert "holds a run with another code" in err
+
+
 def test_a_file_that_was_changed_is_another_run(folder: Path, cli: Cli) -> None:
     words = [
         "imp",
