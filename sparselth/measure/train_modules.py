@@ -187,7 +187,7 @@ def _error(one: Trainee, right: Mapping[str, Tensor], masks: Mapping[str, Tensor
     """Of the gradients of all that is kept, in norm, relative to that norm."""
     found, off, whole = one.gradients(), 0.0, 0.0
     for name, exact in right.items():
-        a, b = found.get(name, torch.zeros(())), exact
+        a, b = found.get(name, torch.zeros((), dtype=torch.float64, device="cpu")), exact
         if name in masks:
             b = b[masks[name]]
             a = a[masks[name]] if a.dim() else a

@@ -139,7 +139,13 @@ class TrainedCsr(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = torch.sparse_csr_tensor(
-            self.starts, self.places, self.values, self.shape, check_invariants=False
+            self.starts,
+            self.places,
+            self.values,
+            self.shape,
+            dtype=self.values.dtype,
+            device=self.values.device,
+            check_invariants=False,
         )
         y: Tensor = torch.sparse.mm(weight, x.reshape(-1, x.shape[-1]).t()).t()
         y = y if self.bias is None else y + self.bias
