@@ -51,14 +51,17 @@ FLAGS = ("--levels", "1", "--seeds", "0", "--arms", "ticket,reinit", "--workers"
 
 
 def older(record: RunRecord) -> None:
-    """Make a folder that of a version before: config.json had no experiment, score, eval_images, exclude,
-    code or augment, nothing a checksum, and headers of cells the digest of a configuration with its cells.
+    """Make a folder that of a version before: config.json had no experiment, score, pattern, eval_images,
+    exclude, code, augment or inputs, nothing a checksum, and headers of cells the digest of a configuration
+    with its cells.
     """
     file = record.path / "config.json"
     data = json.loads(file.read_text())
-    added = {"experiment": "imp", "score": "magnitude", "eval_images": 0, "exclude": [], "code": []}
+    added = {"experiment": "imp", "score": "magnitude", "pattern": "unstructured", "eval_images": 0}
+    added |= {"exclude": [], "code": []}
     assert {name: data.pop(name) for name in added} == added
     assert data["recipe"].pop("augment") == "none"
+    assert data["recipe"].pop("inputs") == "standard"
     del data["sha256"]
     names = ("model", "dataset", "seeds", "arms", "levels", "rate", "scope", "one_shot", "rewind", "reinits")
     order = (*names, "device", "kernels", "recipe")  # in which it wrote them
