@@ -119,19 +119,12 @@ def test_a_race_of_networks_goes_on_while_noise_decides(monkeypatch: pytest.Monk
 
 
 def test_rows_of_networks_say_that_noise_decides() -> None:
-    made = case.random_case(case_model(), 0.5)
     times = {"dense": timing(1.0, 0.9), "sparselth": timing(0.1, 0.01)}
-    row = case.row_of(made, "sparselth", 4, times, "dense", True)
+    row = case.row_of("lenet-300-100", 0.5, "sparselth", 4, times, "dense")
     assert row["noisy"]
     assert row["samples"] == 9
     calm = times | {"dense": timing(1.0, 0.1)}
-    assert not case.row_of(made, "sparselth", 4, calm, "dense", True)["noisy"]
-
-
-def case_model() -> case.Model:
-    from sparselth.models import get_model
-
-    return get_model("lenet-300-100")
+    assert not case.row_of("lenet-300-100", 0.5, "sparselth", 4, calm, "dense")["noisy"]
 
 
 def test_slow_rivals_get_more_time_in_every_turn() -> None:
