@@ -390,8 +390,8 @@ EXPERIMENTS: Registry[type[Config]] = Registry(
             "single_relu",
             "source",
             "strong_jobs",
-            "sweep",
             "training",
+            "widths",
         ),
     ),
 )

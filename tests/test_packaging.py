@@ -86,7 +86,7 @@ ORDER = [
     "experiments.base",
     "experiments.jobs",
     "experiments.training",
-    "experiments.sweep",
+    "experiments.widths",
     "experiments.arms",
     "experiments.imp",
     "experiments.at_init_jobs",

@@ -13,7 +13,6 @@ random features bound those of neurons from below (`single_relu`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,6 +21,7 @@ from sparselth.config import Cell, Recipe, at_least, like, option
 from sparselth.errors import UsageError
 from sparselth.experiments.base import Diverged, Finished, Place, register
 from sparselth.experiments.training import Training
+from sparselth.experiments.widths import Widths, different_widths
 from sparselth.frozen import LAWS, METHODS, Frozen
 from sparselth.models import Linear, Model, ReLU, get_model
 from sparselth.registry import Registry
@@ -50,18 +50,13 @@ def _units(units: tuple[int, ...]) -> str | None:
     return None if right else f"expected different numbers from 1 to {MOST_UNITS:,}"
 
 
-def _widths(width: tuple[float, ...]) -> str | None:
-    right = width and all(0 < factor < math.inf for factor in width) and len(set(width)) == len(width)
-    return None if right else "expected different positive numbers"
-
-
 def _share(keep: float) -> str | None:
     return None if 0 < keep <= 1 else "expected a share above 0 and at most 1"
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class NeuronsConfig(Training):
+class NeuronsConfig(Widths):
     """Compare neuron subnetworks of frozen weights with weight subnetworks and with random features.
 
     On images, at every width, and on a single ReLU of Gaussian inputs, where errors are exact: weight
@@ -87,7 +82,10 @@ class NeuronsConfig(Training):
         extends=True,
     )
     width: tuple[float, ...] = option(
-        (0.25, 0.5, 1.0), "Widths of the hidden layers as shares of the model's.", _widths, ordered=False
+        (0.25, 0.5, 1.0),
+        "Widths of the hidden layers as shares of the model's.",
+        different_widths,
+        ordered=False,
     )
     keep: float = option(0.5, "Share of the weights, or of the neurons, that is kept.", _share)
     law: str = option("normal", "What weights are drawn from; Kaiming's laws.", choices=LAWS)
@@ -120,14 +118,6 @@ class NeuronsConfig(Training):
             raise self.wrong("width", str(error)) from error
 
     # ---- cells
-
-    @property
-    def models(self) -> list[Model]:
-        return [get_model(f"{self.model}@{factor:g}") for factor in self.width]
-
-    @property
-    def widest(self) -> Model:
-        return self.models[-1]
 
     def cells(self) -> list[Cell]:
         """A cell an arm and width on images, and an arm and number of units on the single ReLU."""

@@ -17,7 +17,7 @@ from sparselth.experiments.base import Diverged, Finished, Place
 from sparselth.experiments.jobs import job as job_of
 from sparselth.experiments.jobs import told, train
 from sparselth.experiments.neuron_scores import fit_output, train_neurons
-from sparselth.experiments.strong_jobs import Sweep, strong
+from sparselth.experiments.strong_jobs import Strong, strong
 from sparselth.files import save_arrays
 from sparselth.frozen import Frozen
 from sparselth.models import Model
@@ -27,7 +27,7 @@ from sparselth.train import accuracies_on_test
 if TYPE_CHECKING:
     from typing import Protocol
 
-    class Neurons(Sweep, Protocol):
+    class Neurons(Strong, Protocol):
         """Of `neurons.NeuronsConfig`, what is needed here."""
 
         @property

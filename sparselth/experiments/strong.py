@@ -1,6 +1,6 @@
 """Strong tickets: masks over weights that are never trained, beside a random mask and trained networks.
 
-A level is the number of a point of the sweep, a width of the network and a share of its weights that is kept:
+A level is the number of a point, a width of the network and a share of its weights that is kept:
 
     ticket       scores are trained; what they keep of the frozen weights is the network
     random-mask  as many of the same frozen weights, layer by layer, at random; nothing is trained
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from sparselth.config import SCOPES, Cell, Recipe, at_least, like, option
 from sparselth.errors import UsageError
 from sparselth.experiments.base import Diverged, Finished, Place, register
-from sparselth.experiments.sweep import Swept
 from sparselth.experiments.training import Training
+from sparselth.experiments.widths import WidthsAndShares
 from sparselth.frozen import LAWS, METHODS, Frozen
 from sparselth.models import MODELS, Model, get_model
 from sparselth.models.module import ModuleModel, is_module
@@ -66,12 +66,12 @@ def _chance(share: float | None) -> str | None:
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class StrongConfig(Swept):
+class StrongConfig(WidthsAndShares):
     """Find strong tickets: subnetworks of a network whose weights are never trained.
 
     METHOD is how the mask is found: edge-popup, iterand, recycle, biprop, supermask or signed. Weights are
     drawn from a seed and stay; a score for each is trained, and the mask that the scores make is the network:
-    a seed and one bit a weight. Sweeps over the share of weights kept and over width, beside a random mask
+    a seed and one bit a weight. Goes over shares of weights kept and over widths, beside a random mask
     and beside trained networks. Ends with a table, figures and a folder that `sparselth show` reads; a run
     that was stopped goes on with `resume`.
     """
@@ -388,5 +388,9 @@ class StrongConfig(Swept):
         rows["training"] = f"scores: {rows['training']}" + (
             f"; weights: with {own}" if any(arm in TRAINED for arm in self.arms) else ""
         )
-        sweep = {"method": self.how, "sweep": f"keep {shares}; width {widths}", "arms": ", ".join(self.arms)}
-        return {"model": rows.pop("model")} | sweep | rows
+        found = {
+            "method": self.how,
+            "points": f"keep {shares}; width {widths}",
+            "arms": ", ".join(self.arms),
+        }
+        return {"model": rows.pop("model")} | points | rows

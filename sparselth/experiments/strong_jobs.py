@@ -27,7 +27,7 @@ from sparselth.train import accuracies_on_test
 NORM_BATCHES, NORM_IMAGES = 10, 500  # training images that give a random mask its batch norms' statistics
 
 
-class Sweep(Protocol):
+class Strong(Protocol):
     """Of `strong.StrongConfig`, what is needed here."""
 
     @property
@@ -40,7 +40,7 @@ class Sweep(Protocol):
     def needs(self, cell: Cell) -> tuple[Cell, ...]: ...
 
 
-def strong(config: Sweep) -> Finish:
+def strong(config: Strong) -> Finish:
     """How a network of frozen weights ends: as a strong ticket."""
 
     def finish(
@@ -62,7 +62,7 @@ def strong(config: Sweep) -> Finish:
     return finish
 
 
-def weak(config: Sweep) -> Finish:
+def weak(config: Strong) -> Finish:
     """How a network of trained weights ends: as any ticket."""
 
     def finish(model: Model, job: Job, *more: Any) -> Finished:
@@ -87,15 +87,15 @@ def _bytes(found: Arrays) -> dict[str, int]:
     return parts | {"coded_bytes": 8 + sum(array.nbytes for array in found.values())}
 
 
-def _line(config: Sweep, place: Place, done: Finished, more: dict[str, Any]) -> Finished:
-    """The line of a cell: where it is in the sweep, what was found, and its bytes."""
+def _line(config: Strong, place: Place, done: Finished, more: dict[str, Any]) -> Finished:
+    """The line of a cell: which point it is of, what was found, and its bytes."""
     width, keep = config.point(done.cell)
     size = cell_path(place.run, done.cell).stat().st_size
     first = {"method": config.method_of(done.cell), "keep": keep, "width": width}
     return replace(done, line=first | done.line | {"file_bytes": size} | more)
 
 
-def measured(config: Sweep, model: Model, cells: Sequence[Cell], place: Place) -> list[Finished] | None:
+def measured(config: Strong, model: Model, cells: Sequence[Cell], place: Place) -> list[Finished] | None:
     """Random masks: drawn, looked at and written. None where an evaluation was stopped."""
     assert place.data is not None
     params, device, jobs, contents = model.params, place.data.device, [], []

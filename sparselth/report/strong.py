@@ -1,4 +1,4 @@
-"""A run of `strong` as text and JSON: accuracies over the sweep, differences seed by seed, honest bytes.
+"""A run of `strong` as text and JSON: accuracies by point, differences seed by seed, honest bytes.
 
 Accuracies are those at the end of training, of the network that the file holds.
 """
@@ -29,7 +29,7 @@ TOO_NEAR = 0.0005  # accuracies that differ by less are called equal in sentence
 
 
 def values(record: RunRecord, arm: str, place: int, field: str = FINAL) -> dict[int, float]:
-    """Seed → a field of an arm at a point of the sweep, by its place; of dense, of its width."""
+    """Seed → a field of an arm at a point, by its place; of dense, of its width."""
     points = record.by_level.get((arm, record.config.level_at(place, arm)), ())
     found = {p["seed"]: p[field] for p in points if not p["draw"] and p.get(field) is not None}
     return {seed: found[seed] for seed in sorted(found)}
@@ -55,7 +55,7 @@ def others(record: RunRecord) -> list[str]:
 
 
 def places(record: RunRecord) -> range:
-    """The points of the sweep."""
+    """The points of the run."""
     return range(len(record.config.width) * len(record.config.keep))
 
 
@@ -174,7 +174,7 @@ def _hump(record: RunRecord, found: dict[int, float]) -> str:
         return ""
     top = max(here, key=lambda share: here[share])
     if top in (min(here), max(here)):
-        return f"Accuracy is highest at the end of the sweep, {percent(top)} % kept: its top may lie beyond."
+        return f"Accuracy is highest at the end of the shares, {percent(top)} %: its top may lie beyond."
     ends = " and ".join(f"{100 * here[end]:.2f} % at {percent(end)}" for end in (min(here), max(here)))
     return f"Over the share kept it rises and falls: {100 * here[top]:.2f} % at {percent(top)}, {ends}."
 
@@ -223,7 +223,7 @@ def _honest(record: RunRecord, place: int) -> str:
 
 
 def summary(record: RunRecord) -> list[dict[str, Any]]:
-    """A JSON object a point of the sweep: each arm's mean and half-width, the ticket minus each arm."""
+    """A JSON object a point: each arm's mean and half-width, the ticket minus each arm."""
     rows, config = [], record.config
     for place in places(record):
         row: dict[str, Any] = {

@@ -124,7 +124,7 @@ def _bytes(record: RunRecord) -> Figure | None:
 
 
 def _learning(record: RunRecord) -> Figure | None:
-    """Validation accuracy against step, of the best point of the sweep."""
+    """Validation accuracy against step, of the best point."""
     found = [place for place in places(record) if values(record, "ticket", place)]
     best, config = max(found, key=lambda at: mean(record, "ticket", at) or 0.0), record.config
     fig, axes = _axes()

@@ -58,7 +58,7 @@ def content(record: RunRecord, cell: Cell) -> strong_tickets.Content:
 # ---- cells
 
 
-def test_a_cell_an_arm_and_a_point_of_the_sweep(record: RunRecord) -> None:
+def test_a_cell_an_arm_and_a_point(record: RunRecord) -> None:
     assert record.complete
     found = [(p["arm"], p["width"], p["keep"], p["draw"]) for p in record.points]
     points = [(width, keep) for width in (0.1, 0.2) for keep in (0.2, 0.5)]
@@ -93,7 +93,7 @@ def test_all_wait_for_the_ticket_and_imp_for_the_round_before() -> None:
     assert set(needs) >= {need for some in needs.values() for need in some}
 
 
-def test_a_run_goes_on_with_more_seeds_and_arms_and_no_other_sweep(tmp_path: Path, cli: Cli) -> None:
+def test_a_run_goes_on_with_more_seeds_and_arms_and_no_other_points(tmp_path: Path, cli: Cli) -> None:
     words = f"strong edge-popup {WORDS} --width 0.05 --out {tmp_path / 'run'}".split()
     assert cli(*words, "--arms", "ticket")[0] == 0
     assert cli(*words, "--arms", "ticket,random-mask", "--seeds", "0,1", "--resume")[0] == 0
@@ -150,7 +150,7 @@ def test_a_run_goes_on_with_more_shares_and_widths(tmp_path: Path, cli: Cli) -> 
 
 
 def test_a_run_that_goes_on_is_named_as_it_began() -> None:
-    """So the runs of a version before, whose digest has their sweep, go on, too."""
+    """So the runs of a version before, whose digest has their points, go on, too."""
     first = config(keep=(0.5,), width=(0.5, 1.0))
     more = config(keep=(0.3, 0.5), width=(0.5, 1.0)).going_on(first)
     most = config(keep=(0.3, 0.5), width=(0.25, 0.5, 1.0)).going_on(more)
@@ -177,7 +177,7 @@ def test_a_run_that_goes_on_is_named_as_it_began() -> None:
 @pytest.mark.parametrize(
     "sweeps", [("keep 0.5",), ("keep x width 1.0",), ("keep 0.4 width 1.0",), ("keep 0.5 width nan",)]
 )
-def test_what_was_no_sweep_before_is_a_line(sweeps: tuple[str, ...]) -> None:
+def test_what_was_no_span_before_is_a_line(sweeps: tuple[str, ...]) -> None:
     with pytest.raises(UsageError, match="`sweeps` keep") as told:
         config(sweeps=sweeps).cells()
     assert "\n" not in str(told.value)
