@@ -393,4 +393,4 @@ class StrongConfig(WidthsAndShares):
             "points": f"keep {shares}; width {widths}",
             "arms": ", ".join(self.arms),
         }
-        return {"model": rows.pop("model")} | points | rows
+        return {"model": rows.pop("model")} | found | rows
