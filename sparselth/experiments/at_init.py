@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparselth.data import Images
+    from sparselth.data.batches import Resident
 
 ARMS: Registry[str] = Registry("arm")  # of this experiment, and what they are
 ARMS.add("ticket", "what the score keeps")
@@ -40,7 +41,10 @@ ARMS.add("reinit", "the ticket's mask on weights drawn anew")
 ARMS.add("invert", "what the score would prune first")
 IMP = "imp"
 COLLAPSE = "collapse"  # the arm of a cell that trains nothing
-ALONE = ("random",)  # scores whose arms would be the same again
+SAME = {  # of scores that draw a layer's places: arms that would be draws from the ticket's law again
+    "random": ("shuffle", "reinit", "invert"),
+    "erk": ("shuffle", "reinit"),
+}
 MOST_CELLS, MOST_POINTS = 100_000, 100
 
 
@@ -109,6 +113,7 @@ class AtInitConfig(Training):
     rate: float = like(
         ImpConfig, "rate", help="Share of the remaining weights that a round of imp prunes, at most."
     )
+    drawn: tuple[str, ...] = option(tuple(SAME), added=True, before=("random",))  # whose arms are left out
     collapse: bool = option(
         False, "Train nothing: find the largest compression that leaves every layer a weight."
     )
@@ -162,7 +167,7 @@ class AtInitConfig(Training):
         """With scores and sparsities in the order of a run that has them, and what is new behind."""
         if not isinstance(theirs, AtInitConfig):
             return self
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {"drawn": theirs.drawn}
         for name in ("score", "sparsity"):
             ours, before = getattr(self, name), getattr(theirs, name)
             if set(before) <= set(ours):
@@ -207,9 +212,18 @@ class AtInitConfig(Training):
 
     def arms_of(self, score: str) -> tuple[str, ...]:
         """The arms that are something else under a score; imp is not inverted: its rounds would be others."""
-        if score in ALONE:
-            return ("ticket",)
-        return tuple(arm for arm in self.arms if (score, arm) != (IMP, "invert"))
+        same = SAME[score] if score in self.drawn else ()
+        return tuple(arm for arm in self.arms if arm not in same and (score, arm) != (IMP, "invert"))
+
+    @property
+    def left_out(self) -> str:
+        """Which arms would be their ticket's again, in a sentence; "" where there are none."""
+        found: dict[tuple[str, ...], list[str]] = {}
+        for score in (one for one in self.score if one in self.drawn):
+            if same := tuple(arm for arm in self.arms if arm in SAME[score]):
+                found.setdefault(same, []).append(score)
+        said = [f"{', '.join(same)} of {', '.join(scores)}" for same, scores in found.items()]
+        return f"{'; '.join(said)}: left out, draws from the ticket's own law" if said else ""
 
     def needs(self, cell: Cell) -> tuple[Cell, ...]:
         if not cell.level or cell.arm == COLLAPSE:
@@ -305,6 +319,11 @@ class AtInitConfig(Training):
 
         return collapsed(self, cells, place) if self.collapse else trained(self, cells, place)
 
+    def beforehand(self, data: Resident) -> dict[Cell, float]:
+        from sparselth.experiments.at_init_jobs import seconds_of_masks
+
+        return seconds_of_masks(self, data)
+
     # ---- what is said of it
 
     @property
@@ -349,4 +368,5 @@ class AtInitConfig(Training):
         found["left"] = f"{shares} %" + (
             f"; imp in rounds of {100 * self.rate:g} %" if IMP in self.score else ""
         )
-        return found | {"arms": ", ".join(self.arms)} | rows
+        found["arms"] = "; ".join(filter(None, [", ".join(self.arms), self.left_out]))
+        return found | rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from sparselth.config import Recipe
+    from sparselth.data.batches import Resident
 
     class AtInit(Protocol):
         """Of `at_init.AtInitConfig`, what is needed here."""
@@ -56,10 +58,13 @@ if TYPE_CHECKING:
         @property
         def ranked(self) -> int: ...
         @property
+        def seeds(self) -> tuple[int, ...]: ...
+        @property
         def points(self) -> dict[int, tuple[str, float]]: ...
         def score_of(self, cell: Cell) -> str | None: ...
         def needs(self, cell: Cell) -> tuple[Cell, ...]: ...
         def rung_at(self, cell: Cell) -> dict[str, int]: ...
+        def cells(self) -> list[Cell]: ...
 
 
 Ranks = Callable[[Tensor], Tensor]
@@ -98,6 +103,26 @@ def found(config: AtInit, cell: Cell, place: Place, weights: Tensor, inverted: b
     rungs = pruning.schedule(first, last, SCORES[name].rounds)
     ranks = _ranks(config, cell, place, weights, inverted)
     return pruning.in_rounds(params, full, rungs, ranks, _kernels(config)).cpu()
+
+
+def seconds_of_masks(config: AtInit, data: Resident) -> dict[Cell, float]:
+    """Cells whose masks a score finds, and the processor time: one look of the score, times its rounds."""
+    place, params, seed = Place(Path(), data, {}), config.network.params, config.seeds[0]
+    found, looks = dict[Cell, float](), dict[str, float]()
+    for cell in config.cells():
+        if not cell.level or cell.arm in ("shuffle", "reinit") or config.score_of(cell) not in SCORES:
+            continue  # dense networks, masks of others, and rounds of imp
+        name = config.points[cell.level][0]
+        if name not in looks:
+            weights = init_weights(config.network, stream(seed, "ticket", 0, "init"))
+            ranks = _ranks(config, Cell(seed, "ticket", cell.level), place, weights)
+            mask, half = params.full_mask().to(config.device), {"all": config.ranked // 2} | config.whole
+            for _ in range(2 if SCORES[name].rounds > 1 else 1):  # the first of many takes longer than others
+                began = time.process_time()
+                pruning.prune(params, ranks(mask), mask, half, _kernels(config))
+                looks[name] = time.process_time() - began
+        found[cell] = SCORES[name].rounds * looks[name]
+    return found
 
 
 def _kernels(config: AtInit) -> str:

@@ -10,7 +10,7 @@ import heapq
 import math
 import time
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import fsum, prod
 from pathlib import Path
@@ -44,8 +44,8 @@ class Price:
     """What cells cost on a device; on a CPU in processor time, which does not count who else has its cores.
 
     `batches` are seconds of a dense step by number of replicas, from 1 on; `levels` is the share of it that
-    a step takes by level, where sparse layers cost less. Images are those of an evaluation. While it was
-    measured, others had `busy` of the `cores`.
+    a step takes by level, where sparse layers cost less; `before` what cells take before they train. Images
+    are those of an evaluation. While it was measured, others had `busy` of the `cores`.
     """
 
     batches: dict[int, float]
@@ -57,9 +57,11 @@ class Price:
     overhead_seconds: float = 0.0  # of a batch, beside steps and evaluations
     busy: float = 0.0
     cores: int = 1
+    before: Mapping[Cell, float] = field(default_factory=dict)
 
     def batch_seconds(self, config: Training, cells: list[Cell]) -> float:
-        return sum(self._parts(config, cells)) + self.overhead_seconds
+        before = fsum(self.before.get(cell, 0.0) for cell in cells)
+        return before + sum(self._parts(config, cells)) + self.overhead_seconds
 
     def _parts(self, config: Training, cells: list[Cell]) -> tuple[float, float]:
         """Seconds of the steps of a batch, and of its evaluations."""
@@ -72,9 +74,10 @@ class Price:
 
     def evaluation_share(self, config: Training, finished: Collection[Cell]) -> float:
         """The share of evaluations in the time of the cells that are missing, in [0, 1]."""
-        parts = [self._parts(config, [cell]) for cell in config.cells() if cell not in finished]
-        steps, evaluations = (fsum(part) for part in zip(*parts, strict=True)) if parts else (0.0, 0.0)
-        return evaluations / ((steps + evaluations) or 1.0)
+        missing = [cell for cell in config.cells() if cell not in finished]
+        parts = [(self.before.get(cell, 0.0), *self._parts(config, [cell])) for cell in missing]
+        sums = [fsum(part) for part in zip(*parts, strict=True)] or [0.0]
+        return sums[-1] / (fsum(sums) or 1.0)
 
     def slowdown(self, workers: int) -> float:
         """How much longer workers take beside others who go on as they are, cores being shared evenly."""
@@ -234,6 +237,7 @@ def measured(
     fixed = data.images.nbytes + CONTEXT if cuda else resident_bytes()
     test_share = data.n_tested / data.n_validated
     price = Price(batches, tuple(of_first), validation, test_share, fixed, each, dense_overhead)
+    price = replace(price, before=config.beforehand(data))
     if not cuda:
         price = replace(price, busy=neighbours.cores_taken(), cores=machine.cores())
     return price, limit

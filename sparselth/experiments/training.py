@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparselth.data import DatasetSpec, Images
+    from sparselth.data.batches import Resident
     from sparselth.engine.state import Job
 
 
@@ -225,6 +226,10 @@ class Training(Experiment):
     def rung(self, cell: Cell) -> int:
         """Which of the `rungs` foretells what the steps of a cell cost."""
         return cell.level
+
+    def beforehand(self, data: Resident) -> Mapping[Cell, float]:
+        """Processor seconds that cells take before they train, where that is more than reading a file."""
+        return {}
 
     def timed_rungs(self, sparse: bool) -> list[int]:
         """The rungs whose steps are timed, 0 among them; `sparse`: where fewer weights take less time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -12,6 +13,7 @@ from sparselth.report.stats import (
     FEWEST,
     Gap,
     cells,
+    holm,
     images_counted,
     mean_interval,
     paired,
@@ -113,7 +115,8 @@ def _legend(record: RunRecord) -> str:
     if seeds >= FEWEST:
         said = (
             "mean over the seeds ± 95 % interval; - ticket: minus the ticket's in pp, seed by seed, ± 95 % "
-            "interval. An arm costs or gains where that lies beside 0, each read alone; else it is open."
+            "interval. An arm costs or gains where that lies beside 0, all scores of the arm at one sparsity "
+            "read at once (Holm 1979); else it is open."
         )
     else:
         said = (
@@ -121,6 +124,7 @@ def _legend(record: RunRecord) -> str:
             "excluded."
         )
     lines = [f"accuracy %: on the test set at the end of training; {said}"]
+    lines += [f"{left_out}."] if (left_out := record.config.left_out) else []
     return "\n".join([*lines, *filter(None, [_unfinished(record)])])
 
 
@@ -157,8 +161,9 @@ def sentences(record: RunRecord) -> list[str]:
     at = {score: level for level, (score, one) in config.points.items() if one == sparsity}
     where = f"{percent(1 - sparsity)} % of the weights"
     for arm in config.arms[1:]:
-        gaps = {score: gap(record, (arm, level), ("ticket", level)) for score, level in at.items()}
-        said = [f"{score} {signed_pp(one)} ({verdict(one)})" for score, one in gaps.items() if one]
+        gaps = against_ticket(record, arm, sparsity)
+        words = verdicts(gaps)
+        said = [f"{score} {signed_pp(one)} ({words[score]})" for score, one in gaps.items()]
         if said:
             found.append(f"{CHECKS[arm]} at {where}: {', '.join(said)}.")
     return found + _against(record, at)
@@ -175,15 +180,23 @@ def _sparsest(record: RunRecord) -> float:
     return max(good, default=0.0)
 
 
-def verdict(one: Gap) -> str:
-    """What an arm does to the ticket's accuracy, by its interval."""
-    if one.half is None:
-        return "too few seeds"
-    if one.high < 0:
-        return "costs"
-    if one.low > 0:
-        return "gains"
-    return "open"
+def against_ticket(record: RunRecord, arm: str, sparsity: float) -> dict[str, Gap]:
+    """Score → an arm minus the ticket at a sparsity, of scores that have both."""
+    at = {score: level for level, (score, one) in record.config.points.items() if one == sparsity}
+    gaps = {score: gap(record, (arm, level), ("ticket", level)) for score, level in at.items()}
+    return {score: one for score, one in gaps.items() if one and arm in record.config.arms_of(score)}
+
+
+def verdicts(gaps: dict[str, Gap]) -> dict[str, str]:
+    """What an arm does to the ticket's accuracy under each score, all of them read at once (Holm 1979)."""
+    below = {score: replace(one, mean=-one.mean) for score, one in gaps.items()}
+    chances = {score: min(one.chance(0.0), below[score].chance(0.0)) for score, one in gaps.items()}
+    stand = holm({score: p for score, p in chances.items() if gaps[score].error is not None})
+    sides = {score: "gains" if one.mean > 0 else "costs" for score, one in gaps.items()}
+    return {
+        score: "too few seeds" if one.error is None else sides[score] if score in stand else "open"
+        for score, one in gaps.items()
+    }
 
 
 def _against(record: RunRecord, at: dict[str, int]) -> list[str]:
@@ -283,6 +296,7 @@ def summary(record: RunRecord) -> list[dict[str, Any]]:
                 row = {"score": score, "arm": arm, "sparsity": sparsity, "seeds": len(found)}
                 row |= {FINAL: centre, "half_width": half}
                 row["minus_ticket"] = one and {"mean": one.mean, "half_width": one.half}
+                row["word"] = verdicts(against_ticket(record, arm, sparsity)).get(score)
                 row["collapsed_layers"] = layers(record, level, "collapsed_layers", arm)
                 rows.append(row)
     return rows

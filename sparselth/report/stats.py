@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from math import atan, fsum, inf, log, pi, sqrt
 from statistics import NormalDist
-from typing import Any
+from typing import Any, TypeVar
 
 from sparselth.begun import read_environment
 from sparselth.data.sets import DATASETS
@@ -254,13 +254,16 @@ def verdict(record: RunRecord, level: int) -> Verdict:
     return Verdict("winning" if lead.low > SLACK and later.low <= SLACK else "matching", why)
 
 
-def holm(chances: dict[int, float], share: float = 0.025) -> set[int]:
-    """Which of several one-sided p stand when all are read at once (Holm 1979), each by its level."""
-    stand = set[int]()
-    for i, level in enumerate(sorted(chances, key=lambda level: (chances[level], level))):
-        if chances[level] > share / (len(chances) - i):
+K = TypeVar("K", int, str)
+
+
+def holm(chances: dict[K, float], share: float = 0.025) -> set[K]:
+    """Which of several one-sided p stand when all are read at once (Holm 1979), each by its level or name."""
+    stand = set[K]()
+    for i, one in enumerate(sorted(chances, key=lambda one: (chances[one], one))):
+        if chances[one] > share / (len(chances) - i):
             break
-        stand.add(level)
+        stand.add(one)
     return stand
 
 

@@ -21,10 +21,11 @@ from sparselth.errors import UsageError
 from sparselth.experiments.at_init import AtInitConfig
 from sparselth.experiments.at_init_jobs import critical, start, unreached
 from sparselth.experiments.base import Place
+from sparselth.experiments.price import Price
 from sparselth.models import Add, AvgPool, Conv, Linear, Model, Node, ReLU, get_model
-from sparselth.report.at_init import gap, sentences, verdict
+from sparselth.report.at_init import gap, sentences, verdicts
 from sparselth.report.at_init_figures import draw
-from sparselth.report.stats import Gap
+from sparselth.report.stats import Gap, t_quantile
 from sparselth.runs import RunRecord, cell_path, read
 from sparselth.streams import stream
 
@@ -285,11 +286,64 @@ def test_table_sentences_json_and_figures(record: RunRecord, document: Document,
     assert draw(record, tmp_path) == []
 
 
-def test_verdicts_are_those_of_the_interval() -> None:
+def test_a_verdict_on_one_score_is_that_of_its_interval() -> None:
+    def verdict(gap: Gap) -> str:
+        return verdicts({"snip": gap})["snip"]
+
     assert verdict(Gap(-0.05, 0.001, 5)) == "costs"
     assert verdict(Gap(0.05, 0.001, 5)) == "gains"
     assert verdict(Gap(-0.001, 0.001, 5)) == verdict(Gap(0.0, 0.001, 5)) == "open"
     assert verdict(Gap(-0.05, None, 2)) == "too few seeds"
+    half = t_quantile(4)
+    assert verdict(Gap(half * 0.001, 0.00099, 5)) == "gains"
+    assert verdict(Gap(half * 0.001, 0.00101, 5)) == "open"
+
+
+def test_verdicts_on_several_scores_are_read_at_once() -> None:
+    """Five seeds: t of 3 has a two-sided p of 0.04, which stands alone and not beside others."""
+    clear, near = Gap(-0.05, 0.001, 5), Gap(0.003, 0.001, 5)
+    assert verdicts({"snip": near}) == {"snip": "gains"}
+    assert verdicts({"snip": near, "grasp": near}) == {"snip": "open", "grasp": "open"}
+    # the clear one leaves the other to be read alone
+    assert verdicts({"snip": near, "grasp": clear}) == {"snip": "gains", "grasp": "costs"}
+    assert verdicts({"a": near, "b": clear, "c": near}) == {"a": "open", "b": "costs", "c": "open"}
+    assert verdicts({"a": near, "b": Gap(-0.05, None, 2)}) == {"a": "gains", "b": "too few seeds"}
+
+
+def test_scores_that_draw_have_no_checks_that_would_be_the_same() -> None:
+    plan = config(score=("random", "erk", "snip"), arms=("ticket", "shuffle", "reinit", "invert"))
+    assert plan.arms_of("random") == ("ticket",)
+    assert plan.arms_of("erk") == ("ticket", "invert")
+    assert plan.arms_of("snip") == plan.arms
+    assert plan.left_out == (
+        "shuffle, reinit, invert of random; shuffle, reinit of erk: left out, draws from the ticket's own law"
+    )
+    assert config(score=("snip",)).left_out == ""
+
+
+def test_runs_from_before_had_checks_of_erk_and_go_on_with_them() -> None:
+    told = config(score=("erk",)).to_json()
+    del told["drawn"]
+    old = AtInitConfig.from_json({name: value for name, value in told.items() if name != "experiment"})
+    assert old.arms_of("erk") == ("ticket", "shuffle", "reinit")
+    more = config(score=("erk", "random")).going_on(old)
+    assert more.arms_of("erk") == ("ticket", "shuffle", "reinit")
+    assert more.arms_of("random") == ("ticket",)
+    assert more.digest == old.digest
+    assert config(score=("erk",)).digest != old.digest
+
+
+def test_the_price_counts_the_rounds_that_find_a_mask(digits: Resident) -> None:
+    plan = config(score=("synflow", "snip", "imp"), arms=("ticket", "invert", "shuffle"), seeds=(0, 1))
+    found = plan.beforehand(digits)
+    assert {(plan.score_of(cell), cell.arm, cell.seed) for cell in found} == {
+        (score, arm, seed) for score in ("synflow", "snip") for arm in ("ticket", "invert") for seed in (0, 1)
+    }
+    each = {plan.score_of(cell): seconds for cell, seconds in found.items()}
+    assert min(each.values()) > 0
+    price = Price({1: 0.0}, (1.0,) * len(plan.rungs()), {1: 0.0}, 0.0, 0, 0, before=found)
+    assert price.run_seconds(plan, (), 1, 1) == pytest.approx(4 * (each["synflow"] + each["snip"]))
+    assert price.evaluation_share(plan, ()) == 0
 
 
 def test_a_run_that_goes_on_with_more_has_the_same_bits(
