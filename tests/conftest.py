@@ -25,8 +25,13 @@ from sparselth.data.batches import Resident
 from sparselth.experiments.imp import ImpConfig
 from sparselth.experiments.neurons import NeuronsConfig
 from sparselth.experiments.strong import StrongConfig
+from sparselth.kernels._triton import INTERPRET
 from sparselth.runs import RunRecord, read
 
+if INTERPRET:
+    from lean_interpreter import lean
+
+    lean()
 torch.set_num_threads(1)  # and so no thread pool that a forked worker would inherit
 settings.register_profile("default", deadline=None, derandomize=True)
 # a fault is noticed or not; which is the smallest case that shows it does not matter
