@@ -7,6 +7,8 @@ makes with the authors' settings, seed 42: 4,000 to train on and 1,000 to test, 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from numpy.typing import NDArray
 
 from sparselth.data.sets import DatasetSpec, MissingData, register
 
+Made = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]  # images, labels, images, labels
 
-def read(folder: Path) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+
+def read(folder: Path) -> Made:
     try:
         from mnist1d.data import get_dataset_args, make_dataset
     except ImportError as error:
@@ -24,9 +28,14 @@ def read(folder: Path) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArra
             f"dataset mnist1d is made by its authors' package, which cannot be imported ({error}); "
             "pip install mnist1d"
         ) from None
+    return _made(make_dataset, get_dataset_args)
+
+
+@cache  # it takes more than a second; who reads it copies
+def _made(make_dataset: Callable[..., Any], settings: Callable[[], Any]) -> Made:
     states = random.getstate(), np.random.get_state()
     try:
-        made = make_dataset(get_dataset_args())  # seeds both generators
+        made = make_dataset(settings())  # seeds both generators
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
