@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TextIO, get_type_hints
 
 import click
@@ -15,9 +15,9 @@ import click
 from sparselth import user_files
 from sparselth.cli.options import PATH, argument, as_flags, data_dir, flag, metavar, output
 from sparselth.config import Recipe
-from sparselth.errors import Interrupted, UsageError, unknown
+from sparselth.errors import Interrupted, UsageError
 from sparselth.experiments.base import Experiment
-from sparselth.experiments.training import Training
+from sparselth.experiments.training import Training, configured, settings_of
 from sparselth.machine import check_torch
 from sparselth.signals import name_of
 
@@ -41,12 +41,14 @@ def command(experiment: type[Experiment]) -> click.Command:
         return _main(experiment, flags, {name for name in flags if ctx.get_parameter_source(name) is source})
 
     text = f"{as_flags(inspect.cleandoc(experiment.__doc__ or ''))}\n\n{EXIT_CODES}"
-    return click.Command(experiment.name, callback=call, params=[*_params(experiment)], help=text)
+    return click.Command(experiment.name, callback=call, params=[*parameters(experiment)], help=text)
 
 
-def _params(experiment: type[Experiment]) -> Iterator[click.Parameter]:
+def parameters(experiment: type[Experiment]) -> Iterator[click.Parameter]:
+    """A flag for every setting, then those of the run."""
     kinds, trains = get_type_hints(experiment), issubclass(experiment, Training)
-    named, taken = [f for f in fields(experiment) if f.metadata.get("help")], _taken(experiment)
+    own_names, settings = {f.name for f in fields(experiment)}, settings_of(experiment)
+    named = [f for name, f in settings.items() if name in own_names]
     yield from (argument(f) for f in named if f.metadata["argument"])
     own = [f for f in named if not f.metadata["argument"]]
     for f in own:
@@ -65,7 +67,7 @@ def _params(experiment: type[Experiment]) -> Iterator[click.Parameter]:
             help=experiment.recipe_help,
         )
         kinds |= get_type_hints(Recipe)
-        more = [f for f in fields(Recipe) if f.metadata["help"] and f.name not in taken]
+        more = [f for name, f in settings.items() if name not in own_names]
         yield from (flag(f, kinds[f.name], recipes=True) for f in more)
     yield from (flag(f, kinds[f.name]) for f in own if f.name in MACHINE)
     yield click.Option(
@@ -104,11 +106,6 @@ def _params(experiment: type[Experiment]) -> Iterator[click.Parameter]:
             help="With --dry-run: the price on a device with recorded results too, e.g. h200.",
         )
     yield from output(click.command()(lambda: None)).params
-
-
-def _taken(experiment: type[Experiment]) -> set[str]:
-    """The names of its own fields; one of a recipe that is called the same has no flag."""
-    return {f.name for f in fields(experiment)}
 
 
 def _option(decorator: Any) -> click.Parameter:
@@ -150,9 +147,9 @@ def _done(
     experiment: type[Experiment], flags: dict[str, Any], given: set[str], results: TextIO
 ) -> tuple[RunRecord, Screen] | None:
     """What the run found, and who was told of it; None after --dry-run, printed as `results`."""
-    _usual(experiment, flags, given)
+    usual(experiment, flags, given)
     _inherit(experiment, flags, given)
-    config = _configured(experiment, flags)
+    config = configured(experiment, flags, flags.get("recipe", ""))
     check_torch()
     if not flags["quiet"] and user_files.is_file(str(flags.get("dataset"))):
         from sparselth.data import own
@@ -188,7 +185,7 @@ def _done(
     return run(config, **arguments, resume=flags["resume"], watcher=screen), screen
 
 
-def _usual(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) -> None:
+def usual(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) -> None:
     """Where a data set is named and no model, what is not given is as it is usual for that data set.
 
     Not where it is as in another run; and a value that is no such thing here, as where levels are listed, is
@@ -223,19 +220,6 @@ def _inherit(experiment: type[Experiment], flags: dict[str, Any], given: set[str
     for name, value in values.items():
         if name in flags and name not in given:
             flags[name] = value
-
-
-def _configured(experiment: type[Experiment], flags: dict[str, Any]) -> Experiment:
-    values = {f.name: flags[f.name] for f in fields(experiment) if f.metadata.get("help")}
-    if issubclass(experiment, Training):
-        recipes, name = experiment.recipes(values), flags["recipe"]
-        if name not in recipes:
-            raise unknown("recipe", name, recipes)
-        taken = _taken(experiment)
-        own = [f.name for f in fields(Recipe) if f.metadata["help"] and f.name not in taken]
-        own = [name for name in own if flags[name] is not None]
-        values["recipe"] = replace(recipes[name], **{name: flags[name] for name in own})
-    return experiment(**values)
 
 
 def _there(plan: Plan, device: str) -> tuple[str, Price]:

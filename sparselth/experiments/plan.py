@@ -57,6 +57,7 @@ class Watcher:
     """Who is told about a run; this one only warns, and does not ask what the run will cost."""
 
     prices = False  # whether `begin` wants a price: to measure it takes a second or two
+    stopped_by = ""  # who asks the run to save and to stop, as a signal does
 
     def note(self, text: str) -> None:
         """Something that a user must know, such as that another data set is taken."""

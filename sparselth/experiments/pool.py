@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,13 @@ class Pool:
     ) -> None:
         self.config, self.workers = config, workers
         self.work = Work(config, images, run, break_even)
-        self.context: Any = multiprocessing.get_context("fork" if _forks(config) else "spawn")
         self.stop = Flag()
         self.connections: list[Connection] = []
         self.processes: list[Any] = []
+
+    @cached_property
+    def context(self) -> Any:
+        return multiprocessing.get_context("fork" if _forks(self.config) else "spawn")
 
     def __enter__(self) -> Pool:
         try:
@@ -201,6 +205,8 @@ class Pool:
                     timeout=0.25,
                 )
                 watcher.tick()
+                if watcher.stopped_by and not caught:
+                    ask(watcher.stopped_by)
                 if caught and time.monotonic() - caught[0][1] > GRACE:
                     for worker in busy.keys() - saving:
                         self.processes[worker].kill()
@@ -289,13 +295,22 @@ def _work(connection: Connection, stop: Flag, parent: int, work: Work) -> None:
     """A worker's life: receive cells, compute them, report."""
     signals.ignored()
     sys.stdout = sys.stderr  # what a user's network prints is no result
-    _end_with_the_parent()
-    torch.set_num_threads(1)
-    asked = False
+    end_with_the_parent()
 
     def leave_if_orphaned() -> None:
         if os.getppid() != parent:
             os._exit(1)
+
+    try:
+        serve(connection, stop, leave_if_orphaned, work)
+    except (BrokenPipeError, EOFError, ConnectionResetError):
+        os._exit(1)  # the parent is gone
+
+
+def serve(connection: Connection, stop: Flag, leave_if_orphaned: Callable[[], None], work: Work) -> None:
+    """Compute cells until there are no more; on one thread."""
+    torch.set_num_threads(1)
+    asked = False
 
     def should_stop() -> bool:
         """Asked wherever a cell can be left, at every step: so the parent knows that it will be."""
@@ -355,7 +370,7 @@ def _work(connection: Connection, stop: Flag, parent: int, work: Work) -> None:
             else:
                 connection.send(("stopped", None) if result is None else ("finished", result))
         except (BrokenPipeError, EOFError, ConnectionResetError):
-            os._exit(1)  # the parent is gone
+            raise
         except SparselthError as error:
             connection.send(("failed", error))
         except Exception as error:
@@ -369,7 +384,7 @@ def _work(connection: Connection, stop: Flag, parent: int, work: Work) -> None:
             connection.send(("failed", report))
 
 
-def _end_with_the_parent() -> None:
+def end_with_the_parent() -> None:
     """Have the system kill this process when its parent ends; where it cannot, the next step notices."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))

@@ -140,6 +140,11 @@ def run(
         deterministic=deterministic,
         note=watcher.note,
     )
+    return go(planned, resume, watcher)
+
+
+def go(planned: Plan, resume: bool, watcher: Watcher, pool_of: type[Pool] = Pool) -> runs.RunRecord:
+    """Do what is planned, as `run` says; the cells are computed by workers of a pool."""
     config, path = planned.config, planned.path
     if (path / "config.json").is_file():
         config = config.going_on(runs.read_config(path))
@@ -155,7 +160,7 @@ def run(
         planned = replace(planned, finished=frozenset(folder.finished), lost=frozenset(folder.lost))
         try:
             if folder.missing:
-                with Pool(config, planned.images, path, planned.workers, folder.break_even) as pool:
+                with pool_of(config, planned.images, path, planned.workers, folder.break_even) as pool:
                     if watcher.prices or planned.limit > 1:  # or how many networks fit into memory
                         planned = _priced(planned, pool)
                     with watcher.begin(planned) as told:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sparselth import user_files
 from sparselth.config import INPUTS, KERNELS, Cell, Recipe, option
+from sparselth.errors import unknown
 from sparselth.experiments.base import Diverged, Experiment, Finished, Place
 from sparselth.models import MODELS, Model, get_model
 from sparselth.models.module import is_module
@@ -312,6 +313,34 @@ class Training(Experiment):
             "cells": f"seeds {', '.join(map(str, self.seeds))}; {counted(len(self.cells()), finished)}",
             "training": f"{recipe.steps:,} steps of {recipe.batch_size} with {recipe.optimizer}, {rate}",
         }
+
+
+def settings_of(experiment: type[Experiment]) -> dict[str, Field[Any]]:
+    """What may be chosen of an experiment, by name: its own fields, then what it leaves to the recipe."""
+    own = {f.name: f for f in fields(experiment)}
+    found = {name: f for name, f in own.items() if f.metadata.get("help")}
+    if issubclass(experiment, Training):
+        found |= {f.name: f for f in fields(Recipe) if f.metadata["help"] and f.name not in own}
+    return found
+
+
+def configured(experiment: type[Experiment], settings: Mapping[str, Any], recipe: str = "") -> Experiment:
+    """The experiment with these `settings_of` it; what is not among them is its own, or the recipe's.
+
+    `recipe` names one of those that its network may be trained by, the first unless given; of the recipe's
+    None is what that has.
+    """
+    own = {f.name: f.default for f in fields(experiment)}
+    values = {name: settings.get(name, own[name]) for name in settings_of(experiment) if name in own}
+    values = {name: value for name, value in values.items() if value is not MISSING}
+    if issubclass(experiment, Training):
+        recipes = experiment.recipes(values)
+        if (name := recipe or experiment.recipe_names[0]) not in recipes:
+            raise unknown("recipe", name, recipes)
+        theirs = [one for one in settings_of(experiment) if one not in own]
+        chosen = {one: settings[one] for one in theirs if settings.get(one) is not None}
+        values["recipe"] = replace(recipes[name], **chosen)
+    return experiment(**values)
 
 
 def counted(cells: int, finished: int) -> str:
