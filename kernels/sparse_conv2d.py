@@ -1,6 +1,7 @@
 r"""Convolution with weights of which only the kept ones are stored, for CPUs: no im2col, no padded copy.
 
     y[n, p, q, b] = act(bias[n] + sum over kept (n, c, i, j) of v x[c, p s + i - pad, q s + j - pad, b])
+    add: the same with the old y[n, p, q, b] in the sum
 
 | name   | shape          | dtype |                               Floor of each pass, bytes and FLOPs:
 | values | [kept]         | fp32  |  in the order of W [N, C, kh, kw]   x, y, dx, dy once each,
@@ -355,6 +356,28 @@ def bind_sparse_conv2d(
 
     def run() -> None:
         y.copy_(reference(index, values, x, bias, relu, pool))
+
+    return run
+
+
+def bind_sparse_conv2d_add(
+    index: Conv2dIndex,
+    values: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    relu: bool = False,
+    kernels: str = "auto",
+) -> Callable[[], None]:
+    """On fixed tensors, y [N, P, Q, B] = act(y + conv(x, W) + b): y is read once and written once."""
+    _check(index, x, y, values=(values, index.kept), bias=(bias, index.shape[0]))
+    if use_native(kernels):
+        return _bind("sparse_conv2d_add", index.forward, x, y, values=values, bias=bias, relu=relu)
+
+    def run() -> None:
+        y.add_(reference(index, values, x, bias))
+        if relu:
+            y.relu_()
 
     return run
 

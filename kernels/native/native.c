@@ -7,6 +7,7 @@
     X(csr_weight_grad) \
     X(csr_tiled) \
     X(sparse_conv2d) \
+    X(sparse_conv2d_add) \
     X(sparse_conv2d_weight_grad) \
     X(sparse_conv2d_rows) \
     X(masked_update) \
