@@ -29,7 +29,7 @@ def _held(module: nn.Module) -> Callable[[], Tensor] | None:
 
 def _product(module: nn.Module, stage: Stage) -> Callable[[Tensor], Tensor]:
     if stage.select:
-        return nn.Sequential(stage.select.module, module).eval()
+        return nn.Sequential(stage.select.module, module).eval().forward  # no module of whoever holds it
     if isinstance(module, nn.Linear):  # a module's call takes microseconds, as long as a small layer
         w, bias = module.weight, module.bias
         return lambda x: F.linear(x, w, bias)
