@@ -50,6 +50,7 @@ class Choice:
     units: list[Units]
     networks: dict[str, float]
     checks: dict[str, Checked]
+    columns: list[Formed]  # the plan in columns from end to end where that pays but for its ends, else []
 
 
 def choose(
@@ -71,7 +72,20 @@ def choose(
     right = [name for name in plans if name == "original" or not checks[name].fault]
     chosen = min(right, key=lambda name: times[name] * handicap(plans[name]))
     layers = _layer_reports(trials, plans[chosen], original)
-    return Choice(plans[chosen], chosen, layers, units, times, checks)
+    columns = _in_columns(trials, times[chosen])
+    return Choice(plans[chosen], chosen, layers, units, times, checks, columns)
+
+
+def _in_columns(trials: list[Trial], limit: float) -> list[Formed]:
+    """The fastest forms in columns, [] where one is missing or they take more than `limit` seconds."""
+    plan, cost = list[Formed](), 0.0
+    for trial in trials:
+        forms = [form for form in trial.right() if form.in_columns and not form.made.in_place]
+        if not forms:
+            return []
+        plan.append(min(forms, key=lambda form: trial.times[form.name]))
+        cost += trial.times[plan[-1].name]
+    return plan if cost <= limit else []
 
 
 def _parts(names: list[str], model: nn.Sequential, example: Tensor) -> list[Part]:

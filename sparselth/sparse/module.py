@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,9 +20,11 @@ from sparselth.sparse.choice import MARGIN, Choice, choose
 from sparselth.sparse.compaction import Part, check_evaluation, is_known, plain
 from sparselth.sparse.converted import ConvertedModule
 from sparselth.sparse.device import Device
+from sparselth.sparse.forms import Formed
 from sparselth.sparse.forms.stage import without_weight
+from sparselth.sparse.joined import join
 from sparselth.sparse.reference import Given, Reference, Samples, masked_copy
-from sparselth.sparse.report import Report
+from sparselth.sparse.report import LayerReport, Report
 from sparselth.sparse.segment import Segment
 from sparselth.sparse.times import Cache
 from sparselth.sparse.tracing import chain_at, trace
@@ -55,29 +58,32 @@ def convert_module(
                 again = partial(_traced, original, model, masks, given, reference)
                 traced = work.compacted(traced, again, given, reference)
             network, how, like = work.chains(traced, given.tensors), "a graph by torch.fx", reference.spec
-        call = _caller(network, given, like is not None)
-        work.layers(network, call)
-        plain_call = _caller(original, given)
-        networks = {"original": plain_call, "converted": call}
+        work.layers(network, _caller(network, given, like is not None))
+        networks = {"original": original, "converted": network}
+        if isinstance(network, fx.GraphModule) and (joined := join(network, work.columns)):
+            networks["joined"] = joined
         samples = Samples.of(model, masks, given, reference)
-        flat = like is not None
-        of = {
-            "original": lambda g: _caller(original, g)(),
-            "converted": lambda g: _caller(network, g, flat)(),
+        calls = {
+            name: partial(_caller, net, flat=name != "original" and like is not None)
+            for name, net in networks.items()
         }
-        checks = {name: samples.check(run, work.words, work.terms) for name, run in of.items()}
-        times = _race(networks, network, given, device)
-    fast = not checks["converted"].fault and MARGIN * times["converted"] < times["original"]
-    if not fast:
-        network, like = original, None
+        checks = {
+            name: samples.check(partial(_called, of), work.words, work.terms) for name, of in calls.items()
+        }
+        times = _race({name: of(given) for name, of in calls.items()}, networks, given, device)
+    right = {name: times[name] for name in networks if name != "original" and not checks[name].fault}
+    chosen = min(right, key=right.__getitem__, default="original")
+    if MARGIN * times[chosen] >= times["original"]:
+        chosen, like = "original", None
+    network = networks[chosen]
     report = Report(
         batch=len(given.tensors[0]) if given.tensors[0].dim() else 1,
         device=str(device),
-        layers=work.reports,
+        layers=_as_taken(work.reports, network),
         units=work.units,
         networks=times,
         checks=checks,
-        chosen="converted" if fast else "original",
+        chosen=chosen,
         seconds=time.perf_counter() - began,
         left_out=work.left_out,
         how=how,
@@ -94,6 +100,7 @@ class _Work:
         self.reports: list[Any] = []
         self.units: list[Any] = []
         self.left_out: dict[str, str] = {}
+        self.columns: dict[Segment, list[Formed]] = {}  # plans for those that stand together
         self.terms = 1
         kinds = nn.Linear(1, 1, device="meta"), nn.Conv2d(1, 1, 1, device="meta")
         self.words = max((device.precision(module) for module in kinds), key=ROUNDING.__getitem__)
@@ -105,7 +112,11 @@ class _Work:
         self.units += choice.units
         weights = [p.module.weight for p in parts if isinstance(p.module, nn.Linear | nn.Conv2d)]
         self.terms = max(self.terms, *(w[0].numel() for w in weights))
-        return Segment(choice.plan, tokens)
+        segment = Segment(choice.plan, tokens)
+        if choice.columns and not tokens:
+            same = all(a is b for a, b in zip(choice.plan, choice.columns, strict=False))
+            self.columns[segment] = segment.plan if same else choice.columns
+        return segment
 
     def compacted(
         self, traced: fx.GraphModule, again: Callable[[], fx.GraphModule], given: Given, reference: Reference
@@ -280,6 +291,10 @@ def _caller(network: nn.Module, given: Given, flat: bool = False) -> Callable[[]
     return partial(network, *args, **kwargs)
 
 
+def _called(of: Callable[[Given], Callable[[], Any]], given: Given) -> Any:
+    return of(given)()
+
+
 def _device(model: nn.Module, given: Given, kernels: str) -> Device:
     """That of the first floats among the inputs, else among the parameters."""
     if not given.tensors or not given.tensors[0].numel():
@@ -292,16 +307,32 @@ def _device(model: nn.Module, given: Given, kernels: str) -> Device:
 
 
 def _race(
-    networks: dict[str, Callable[[], Any]], network: nn.Module, given: Given, device: Device
+    calls: dict[str, Callable[[], Any]], networks: Mapping[str, nn.Module], given: Given, device: Device
 ) -> dict[str, float]:
-    forms = [f"{f.name}: {f.place.key}" for m in network.modules() if isinstance(m, Segment) for f in m.plan]
+    forms = [f"{name} {f.name}: {f.place.key}" for name, net in networks.items() for f in _forms(net)]
     shapes = [tuple(t.shape) for t in given.tensors]
-    text = f"{networks['original'].func!r} on {shapes}: {'; '.join(forms)}"  # type: ignore[attr-defined]
+    text = f"{networks['original']!r} on {shapes}: {'; '.join(forms)}"
     key = f"module {hashlib.sha256(text.encode()).hexdigest()[:16]}"
     cache = Cache(len(given.tensors[0]) if given.tensors[0].dim() else 1, device.key)
-    times = cache.times(key, networks, device.network_clock())
+    times = cache.times(key, calls, device.network_clock())
     cache.save()
     return times
+
+
+def _forms(network: nn.Module) -> list[Formed]:
+    return [form for module in network.modules() if isinstance(module, Segment) for form in module.plan]
+
+
+def _as_taken(reports: list[LayerReport], network: nn.Module) -> list[LayerReport]:
+    """With the forms that layers have in this network."""
+    forms = {form.place.name: form for form in _forms(network)}
+    found = []
+    for one in reports:
+        form = forms.get(one.name)
+        if form is not None and form.name != one.chosen:
+            one = replace(one, chosen=form.name, bytes=form.bytes, conversion=form.seconds)
+        found.append(one)
+    return found
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ def network(plan: list[Formed]) -> Callable[[Tensor], Tensor]:
     for in_columns, group in groupby(plan, key=lambda form: form.in_columns):
         forms = list(group)
         if in_columns:
-            steps.append(_Segment(forms))
+            steps.append(InColumns(partial(Chain, forms)))
             layout = "rows"
             continue
         for form in forms:
@@ -81,12 +81,12 @@ def bound(form: Formed, x: Tensor) -> tuple[Call, Callable[[], Tensor]]:
     return run_all, result
 
 
-class _Segment:
-    """Forms in columns on batches of any size; buffers are kept for the last few sizes."""
+class InColumns:
+    """What `make(batch)` binds, on batches of any size; buffers are kept for the last few sizes."""
 
-    def __init__(self, forms: list[Formed]) -> None:
-        self.forms, self.lock = forms, threading.Lock()
-        self.chains: dict[tuple[int, int], Chain] = {}
+    def __init__(self, make: Callable[[int], Bound]) -> None:
+        self.make, self.lock = make, threading.Lock()
+        self.chains: dict[tuple[int, int], Bound] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         key = len(x), torch.get_num_threads()
@@ -96,13 +96,31 @@ class _Segment:
                 if len(self.chains) == BATCHES:
                     del self.chains[next(iter(self.chains))]
                 with torch.inference_mode(False):  # or buffers could not be written outside of that mode
-                    chain = self.chains[key] = Chain(self.forms, len(x))
+                    chain = self.chains[key] = self.make(len(x))
             chain.fill(x)
             chain.run()
             return chain.result()
 
 
-class Chain:
+class Bound:
+    """Calls in columns from x [K, B] to y [N, B], images of the shape `after`."""
+
+    def __init__(self, x: Tensor, y: Tensor, after: tuple[int, ...], calls: list[Call]) -> None:
+        self.x, self.y, self.shape = x, y, (y.shape[1], *after)
+        self.turn_in, self.turn_out = bind_columns(self.x), bind_rows(self.y)
+        self.run = sequence(calls) if calls else _nothing
+
+    def fill(self, x: Tensor) -> None:
+        self.turn_in(x if x.is_contiguous() else x.contiguous())
+
+    def result(self) -> Tensor:
+        """Batch first, in memory of its own."""
+        y = torch.empty(self.shape, dtype=torch.float32, device="cpu")
+        self.turn_out(y)
+        return y
+
+
+class Chain(Bound):
     """Forms in columns, bound to two buffers that take turns; without forms, room for `shape`.
 
     What goes from one sparse convolution to the next has a place of its own, where it can be read as it is.
@@ -113,7 +131,7 @@ class Chain:
         before, after = (places[0].before, places[-1].after) if places else (shape, shape)
         features = max(prod(shape) for shape in (before, *(place.after for place in places)))
         here, there = columns(features, batch), columns(features if places else 0, batch)
-        self.x = here[: prod(before), :batch]
+        first = here[: prod(before), :batch]
         calls: list[Call] = []
         slices: Slices | None = None  # where convolution follows convolution
         for i, (form, place) in enumerate(zip(forms, places, strict=True)):
@@ -127,19 +145,7 @@ class Chain:
             else:
                 calls += form.call(x, _view(there, place.after, batch))
                 here, there = there, here
-        self.y = here[: prod(after), :batch]
-        self.shape = batch, *after
-        self.turn_in, self.turn_out = bind_columns(self.x), bind_rows(self.y)
-        self.run = sequence(calls) if calls else _nothing
-
-    def fill(self, x: Tensor) -> None:
-        self.turn_in(x if x.is_contiguous() else x.contiguous())
-
-    def result(self) -> Tensor:
-        """Batch first, in memory of its own."""
-        y = torch.empty(self.shape, dtype=torch.float32, device="cpu")
-        self.turn_out(y)
-        return y
+        super().__init__(first, here[: prod(after), :batch], after, calls)
 
 
 def _view(memory: Tensor, shape: tuple[int, ...], batch: int) -> Tensor:

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sparselth.kernels import _native
-from sparselth.kernels.sparse_conv2d import Conv2dIndex, Slices, bind_sparse_conv2d
+from sparselth.kernels.sparse_conv2d import (
+    Conv2dIndex,
+    Slices,
+    bind_sparse_conv2d,
+    bind_sparse_conv2d_add,
+)
 from sparselth.kernels.sparse_conv2d_rows import ConvRows, sparse_conv2d_rows_call
 from sparselth.kernels.step_parts import Call
 from sparselth.sparse.device import Device
@@ -111,10 +116,14 @@ def _sparse_conv2d(stage: Stage, device: Device, batch: int) -> Made:
     def bind(x: Tensor | Slices, y: Tensor | Slices) -> list[Call]:
         return [bind_sparse_conv2d(index, values, x, bias, y, relu, pool=pool)]
 
+    def adds(x: Tensor, y: Tensor, rectify: bool) -> list[Call]:
+        return [bind_sparse_conv2d_add(index, values, x, bias, y, rectify)]
+
     def weight() -> Tensor:
         return Filters.narrow(whole, index.to_dense(values))
 
-    return Made(bind, tensor_bytes([values, bias]) + index.bytes(), weight, slices=index.slices)
+    size_of_all = tensor_bytes([values, bias]) + index.bytes()
+    return Made(bind, size_of_all, weight, slices=index.slices, adds=None if relu or pool else adds)
 
 
 def _sparse_conv2d_rows(stage: Stage, device: Device, batch: int) -> Made:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sparselth.errors import UsageError
 from sparselth.kernels.sparse_conv2d import Slices
+from sparselth.kernels.step_parts import Call
 from sparselth.registry import Registry
 from sparselth.sparse.device import Device
 from sparselth.sparse.forms.stage import Packed, Place, Stage, pack, unpack
@@ -39,6 +40,8 @@ class Made:
     weight: Callable[[], Tensor] | None = None  # gives W back, with the dead inputs or without
     in_place: bool = False  # in columns: y is the memory of x
     slices: Callable[[int], Slices | None] | None = None  # x and y may be Slices, and x those for this batch
+    # in columns: (x, y, relu) -> calls for y = act(y + what it computes of x)
+    adds: Callable[[Tensor, Tensor, bool], list[Call]] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,154 @@
+"""Chains with sums and ReLUs between them as one program: against float64, and as what they were made of."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conversions import close, random_masks, times, timing
+from sparselth import sparse
+from sparselth.kernels import _native
+from sparselth.kernels.step_parts import Call
+from sparselth.sparse.joined import Joined, scheduled
+
+pytestmark = pytest.mark.skipif(_native.LIB is None, reason="forms in columns are the native kernels'")
+
+
+def joins(calls: Mapping[str, Call], sample: Any) -> Any:
+    """A clock by which forms in columns are fast, and what joins them too."""
+    for call in calls.values():
+        call()
+    fast = {"sparse_conv2d": 1e-7, "columns": 1e-7, "joined": 1e-5}
+    return times({name: fast.get(name.split()[0], 1e-3) for name in calls})
+
+
+class Block(nn.Module):
+    """Two convolutions and what goes past them: the input, or a convolution of it."""
+
+    def __init__(self, c: int, n: int, stride: int, in_place: bool) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(c, n, 3, stride, 1, bias=False)
+        self.two = nn.Conv2d(n, n, 3, 1, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(n) for _ in range(2))
+        self.past = nn.Conv2d(c, n, 1, stride) if stride > 1 or c != n else None
+        self.relu, self.in_place = nn.ReLU(in_place), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norms[1](self.two(self.relu(self.norms[0](self.one(x)))))
+        z = x if self.past is None else self.past(x)
+        if self.in_place:
+            y += z
+            return self.relu(y)
+        return self.relu(z + y)
+
+
+class Odd(nn.Module):
+    """A sum with itself, a sum of what came in, a convolution added to its own input, a value read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, 1, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) + x
+        y = y + self.b(y)
+        y = y + y
+        z = torch.relu(y)
+        return self.c(z) + z + y.mul(2)
+
+
+def resnet(in_place: bool) -> nn.Module:
+    body = Block(3, 8, 1, in_place), Block(8, 8, 1, in_place), Block(8, 12, 2, in_place)
+    return nn.Sequential(nn.Sequential(*body), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "in place": lambda: resnet(True),
+    "new memory": lambda: resnet(False),
+    "odd": lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Odd()),
+}
+
+
+def converted(name: str, x: Tensor) -> tuple[Any, nn.Module]:
+    """And the dense masked network in float64."""
+    torch.manual_seed(0)
+    model = NETWORKS[name]().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
+    masks = {n: m for n, m in random_masks(model, 0.3).items() if m.dim() > 1}
+    exact = copy.deepcopy(model).double().requires_grad_(False)
+    for n, mask in masks.items():
+        exact.get_parameter(n).mul_(mask)
+    return sparse.convert(model, masks, x), exact
+
+
+def program(network: nn.Module) -> Joined:
+    (found,) = (m for m in network.modules() if isinstance(m, Joined))
+    return found
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_it_is_right_for_any_batch_and_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "seconds", joins)
+    x = torch.randn(5, 3, 10, 9)
+    fast, exact = converted(name, x)
+    assert fast.report.chosen == "joined", fast.report
+    chosen = {layer.name: layer.chosen for layer in fast.report.layers if len(layer.shape) == 4}
+    assert name == "odd" or {*chosen.values()} == {"sparse_conv2d"}
+    assert not [layer for layer in chosen if "segment" in layer]  # a form is converted once
+    held = program(fast)
+    for shape in ((5, 3, 10, 9), (1, 3, 10, 9), (17, 3, 10, 9), (2, 3, 13, 8)):
+        for _ in range(2):  # the second on memory that was used
+            x = torch.randn(shape)
+            before = x.clone()
+            close(fast(x), exact(x.double()))
+            assert torch.equal(x, before)
+    assert len(held.run.chains) == 3  # the other size went through the segments
+    again = pickle.loads(pickle.dumps(copy.deepcopy(fast)))
+    assert torch.equal(again(x), fast(x))
+
+
+def test_sums_and_their_relus_are_the_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "seconds", joins)
+    held = program(converted("in place", torch.randn(2, 3, 8, 8))[0])
+    steps = scheduled(held.steps, held.plans)
+    # a convolution past the block and two blocks that change width, each with a sum, one without
+    assert [(len(step.sources), step.relu) for step in steps] == [
+        *((1, False), (2, True)),
+        (2, True),
+        *((1, False), (2, True)),
+    ]
+    odd = program(converted("odd", torch.randn(2, 3, 8, 8))[0])
+    assert sum(len(step.sources) == 2 and step.segment is None for step in odd.steps) >= 2
+
+
+def test_other_weights_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "seconds", joins)
+    x = torch.randn(3, 3, 8, 8)
+    fast, _ = converted("in place", x)
+    state = fast.state_dict()
+    before = fast(x)
+    fast.load_state_dict({name: 2 * t if name.endswith("weight") else t for name, t in state.items()})
+    after = fast(x)
+    assert not torch.allclose(after, before)
+    fast.load_state_dict(state)
+    assert torch.equal(fast(x), before)
+
+
+def test_what_does_not_pay_stays_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def apart(calls: Mapping[str, Call], sample: Any) -> Any:
+        return times({n: 1e-9 if n == "converted" else s for n, s in joins(calls, sample).items()})
+
+    monkeypatch.setattr(timing, "seconds", apart)
+    fast, _ = converted("in place", torch.randn(2, 3, 8, 8))
+    assert fast.report.chosen == "converted"
+    assert {*fast.report.networks} == {"original", "converted", "joined"}
+    assert not [m for m in fast.modules() if isinstance(m, Joined)]
