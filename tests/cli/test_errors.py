@@ -246,23 +246,26 @@ def test_a_closed_pipe_is_no_traceback(environment: dict[str, str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_torchvision_of_another_release_is_one_line(environment: dict[str, str], tmp_path: Path) -> None:
-    package = tmp_path / "torchvision"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
-    environment["PYTHONPATH"] = f"{tmp_path}:{environment['PYTHONPATH']}"
-    environment["SPARSELTH_DATA"] = str(tmp_path / "data")
-    doctor = [sys.executable, "-m", "sparselth", "doctor"]
-    done = subprocess.run(doctor, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 3
-    assert not done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("torchvision")]
-    assert "operator torchvision::nms does not exist" in line
+def test_torchvision_of_another_release_is_one_line(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("other", "data"):
+        (tmp_path / name).mkdir()
+    said = "operator torchvision::nms does not exist"
+    (tmp_path / "other" / "torchvision.py").write_text(f"raise RuntimeError({said!r})\n")
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path / "other")
+    monkeypatch.setenv("SPARSELTH_DATA", "data")
+    code, out, err = cli("doctor")
+    assert (code, err) == (3, "")
+    (line,) = [line for line in out.splitlines() if line.startswith("torchvision")]
+    assert said in line
     assert "install torch and torchvision of one release" in line
-    imp = [sys.executable, "-m", "sparselth", "imp", "--dataset", "mnist", "--quiet"]
-    done = subprocess.run(imp, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1
-    assert "torchvision" in one_line(done.stderr)
+    code, _, err = cli("imp", "--dataset", "mnist", "--quiet")
+    assert code == 1
+    assert f"torchvision does not work with the torch that is installed ({said})" in one_line(err)
     assert not (tmp_path / "runs").exists()
 
 
