@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -39,6 +40,10 @@ settings.register_profile(
     "mutants", deadline=None, derandomize=True, max_examples=20, phases=[Phase.explicit, Phase.generate]
 )
 settings.load_profile("default")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported: no collection looks through it, nor copies it in a fork
 
 
 @pytest.fixture(scope="session")
