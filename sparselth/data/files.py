@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparselth import user_files
+from sparselth import lock, user_files
 from sparselth.data import own
 from sparselth.data.sets import (
     DATASETS,
@@ -175,6 +175,7 @@ def _labels(spec: DatasetSpec, y: NDArray[Any], n: int) -> NDArray[np.int64]:
 def fetch(name: str, folder: Path) -> None:
     """Download a data set into `folder` with torchvision; a file that is there already is left alone.
 
+    Of processes of a host that want the same, as ranks do, one downloads and the others wait for it.
     Whatever goes wrong raises SparselthError, and neither that nor an interruption leaves anything behind.
     """
     spec = get_dataset(name)
@@ -188,9 +189,12 @@ def fetch(name: str, folder: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(TIMEOUT)
         with (
+            lock.awaited(target),
             tempfile.TemporaryDirectory(dir=folder, prefix=".download-", ignore_cleanup_errors=True) as temp,
             contextlib.redirect_stdout(io.StringIO()),  # stdout carries results; progress is on stderr
         ):
+            if all((target / file.name).exists() for file in spec.files):
+                return
             getattr(_torchvision_datasets(), spec.torchvision)(temp, download=True)
             for file in spec.files:
                 if not (target / file.name).exists():

@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -316,6 +317,27 @@ def test_fetch_puts_the_files_in_place(
     fetch("mnist", cache)
     assert (cache / RAW / IMAGES).read_bytes() == b"mine"
     assert (cache / RAW / LABELS).read_bytes() == tiny[LABELS]
+
+
+def test_of_those_who_want_the_same_one_downloads(
+    tiny: dict[str, bytes], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ranks of a host do."""
+    times: list[int] = []
+
+    def download(root: Path) -> None:
+        times.append(1)
+        other.start()
+        other.join(0.2)  # which waits
+        (root / RAW).mkdir(parents=True)
+        for name, content in tiny.items():
+            (root / RAW / name).write_bytes(content)
+
+    fake_torchvision(monkeypatch, download)
+    other = threading.Thread(target=lambda: fetch("mnist", cache))
+    fetch("mnist", cache)
+    other.join()
+    assert len(times) == 1
 
 
 def test_failed_download_leaves_nothing(
