@@ -385,6 +385,8 @@ EXPERIMENTS: Registry[type[Config]] = Registry(
         *(
             "predict_jobs",
             "price",
+            "processes",
+            "ranks",
             "run",
             "schedule_jobs",
             "single_relu",
@@ -392,6 +394,7 @@ EXPERIMENTS: Registry[type[Config]] = Registry(
             "strong_jobs",
             "training",
             "widths",
+            "worker",
         ),
     ),
 )

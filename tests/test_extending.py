@@ -216,7 +216,7 @@ def test_spawned_workers_know_plugins(
     words = ["halves", *plugins, "--model", "narrow-16", "--dataset", "stripes", "--quiet", *TINY.split()]
     assert cli(*words, "--out", "forked")[0] == 0
     context = multiprocessing.get_context("spawn")
-    monkeypatch.setattr("sparselth.experiments.pool.multiprocessing.get_context", lambda _: context)
+    monkeypatch.setattr("sparselth.experiments.processes.multiprocessing.get_context", lambda _: context)
     code, _, err = cli(*words, "--out", "spawned")
     assert code == 0, err
     assert run_contents(Path("forked")) == run_contents(Path("spawned"))

@@ -14,6 +14,7 @@ import click
 
 from sparselth import user_files
 from sparselth.cli.options import PATH, argument, as_flags, data_dir, flag, metavar, output
+from sparselth.cluster import torchrun
 from sparselth.config import Recipe
 from sparselth.errors import Interrupted, UsageError
 from sparselth.experiments.base import Experiment
@@ -37,6 +38,7 @@ def command(experiment: type[Experiment]) -> click.Command:
 
     @click.pass_context
     def call(ctx: click.Context, /, **flags: Any) -> int:
+        torchrun.join(ctx.obj)
         source = click.core.ParameterSource.COMMANDLINE
         return _main(experiment, flags, {name for name in flags if ctx.get_parameter_source(name) is source})
 
@@ -71,7 +73,10 @@ def parameters(experiment: type[Experiment]) -> Iterator[click.Parameter]:
         yield from (flag(f, kinds[f.name], recipes=True) for f in more)
     yield from (flag(f, kinds[f.name]) for f in own if f.name in MACHINE)
     yield click.Option(
-        ["--workers"], type=int, help="Worker processes on a CPU, one thread each.  [default: one per core]"
+        ["--workers"],
+        type=int,
+        help="Worker processes on a CPU, one thread each; of each rank under torchrun.  "
+        "[default: one per core]",
     )
     if trains:
         yield click.Option(

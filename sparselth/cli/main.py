@@ -6,6 +6,7 @@ import importlib
 import os
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sparselth import __version__
 from sparselth.cli.answer import leave
 from sparselth.cli.options import as_flags, plugin
 from sparselth.cli.plain import open_streams, speak_plainly, stdout_fails
+from sparselth.cluster import torchrun
 from sparselth.errors import Interrupted, SparselthError, UsageError, unknown
 from sparselth.registry import load_plugin
 from sparselth.signals import asked_to_stop, interrupt, name_of
@@ -80,15 +82,36 @@ def main(args: list[str] | None = None) -> None:
 def run(args: list[str]) -> int:
     """Run the command line; the exit code."""
     with asked_to_stop(interrupt):
-        return _run(args)
+        open_streams()
+        speak_plainly()
+        debug = "--debug" in args
+        if (group := torchrun.here()) is None:
+            return _ended(lambda: _called(args), debug)
+        group.take_gpu()
+        if group.rank:
+            return _ended(lambda: _followed(group), debug)
+        try:
+            return _ended(lambda: _called(args, group), debug)
+        finally:
+            torchrun.join(None)
+            group.dismiss()
 
 
-def _run(args: list[str]) -> int:
-    debug = "--debug" in args
-    open_streams()
-    speak_plainly()
+def _called(args: list[str], group: torchrun.Group | None = None) -> Any:
+    return cli.main(_plugged(args or ["--help"]), prog_name="sparselth", standalone_mode=False, obj=group)
+
+
+def _followed(group: torchrun.Group) -> int:
+    """The part of a rank above 0 in whatever rank 0 was asked to do."""
+    from sparselth.experiments.ranks import follow
+
+    return follow(group)
+
+
+def _ended(call: Callable[[], Any], debug: bool) -> int:
+    """What a call gave as an exit code, or its error in a line."""
     try:
-        code = cli.main(_plugged(args or ["--help"]), prog_name="sparselth", standalone_mode=False)
+        code = call()
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort) as error:

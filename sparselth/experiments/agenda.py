@@ -35,9 +35,9 @@ class Agenda:
         for cell in [cell for cell, missing in self.missing.items() if not missing]:
             self._can_start(cell)
 
-    def next(self, limit: int = 1) -> list[Cell]:
-        """Take up to `limit` cells that can start; none when all wait for others."""
-        return [heappop(self.ready)[2] for _ in range(min(limit, len(self.ready)))]
+    def next(self, limit: int = 1, idle: int = 1) -> list[Cell]:
+        """Take up to `limit` cells that can start, the share of one of `idle` workers; none when all wait."""
+        return [heappop(self.ready)[2] for _ in range(min(limit, -(-len(self.ready) // idle)))]
 
     def back(self, cells: Iterable[Cell]) -> None:
         """Cells that were taken and could not be computed."""

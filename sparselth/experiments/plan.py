@@ -24,12 +24,13 @@ class Plan:
     images: Images | None
     path: Path
     why: str  # this device
-    workers: int
+    workers: int  # of all ranks
     limit: int  # networks in a batch, at most
     environment: dict[str, Any]
     finished: frozenset[Cell] = frozenset()
     lost: frozenset[Cell] = frozenset()  # that have diverged, or need one that has
     price: Price | None = None  # of experiments that train
+    ranks: int = 1  # processes that torchrun or srun started for it
 
     @property
     def seconds(self) -> float | None:

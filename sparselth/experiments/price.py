@@ -87,7 +87,7 @@ class Price:
         """When the last batch ends, by going through the schedule; on a machine of its own."""
         agenda, clock, busy = Agenda(config, finished), 0.0, list[tuple[float, int, list[Cell]]]()
         for number in range(10**9):
-            while len(busy) < workers and (cells := agenda.next(limit)):
+            while len(busy) < workers and (cells := agenda.next(limit, workers - len(busy))):
                 seconds = self.batch_seconds(config, cells)
                 heapq.heappush(busy, (clock + seconds, number * workers + len(busy), cells))
             if not busy:

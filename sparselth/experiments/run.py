@@ -10,10 +10,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sparselth import data, machine, runs
+from sparselth.cluster import torchrun
 from sparselth.data import DatasetSpec
 from sparselth.data.sets import check_batch, check_model
 from sparselth.engine.autograd import takes_autograd
@@ -24,6 +26,7 @@ from sparselth.experiments.base import Experiment
 from sparselth.experiments.plan import Plan, Watcher
 from sparselth.experiments.pool import Pool, available_workers, stopped
 from sparselth.experiments.price import replica_bytes
+from sparselth.experiments.ranks import Ranks
 from sparselth.experiments.training import Training, evaluated_images
 from sparselth.models import get_model
 from sparselth.models.module import EXAMPLES, ModuleModel
@@ -89,7 +92,11 @@ def plan(
     if plugins():
         environment["plugins"] = [str(file) for file in plugins()]
     together, cuda = widest(config), config.device == "cuda"
-    limit = replicas or (together if cuda else 1)
+    group = torchrun.joined()
+    ranks = group.size if group else 1
+    own = 1 if cuda else workers or available_workers(config.device)
+    total = min(own * ranks, together)
+    limit = replicas or (-(-together // total) if cuda else 1)
     if images is not None and isinstance(config, Training) and takes_autograd(config.widest, paths):
         limit = _side_by_side(config, images, replicas, deterministic, note)
     return Plan(
@@ -97,9 +104,10 @@ def plan(
         images,
         Path(out) if out else _place(config),
         why,
-        1 if cuda else min(workers or available_workers(config.device), together),
+        total,
         min(limit, together),
         environment,
+        ranks=ranks,
     )
 
 
@@ -124,7 +132,8 @@ def run(
     `out` is runs/ and the experiment's own name unless given; with `resume` an unfinished run there goes
     on, and so does one that asked for fewer levels, seeds, arms, draws or points. The data set lies in
     `data_dir`, $SPARSELTH_DATA or the user's cache, and is downloaded into it if need be. A CPU has
-    `workers` processes, one a core unless given, that train up to `replicas` networks as one batch;
+    `workers` processes, one a core unless given, that train up to `replicas` networks as one batch; under
+    torchrun every rank has as many. A run of this configuration goes on where torchrun has restarted all;
     `deterministic` chooses the kernels whose bits do not depend on the batch. A network that diverges is in
     the record's `diverged`, and cells that need it are not computed. Raises UsageError for what makes no
     experiment, Interrupted after a signal (KeyboardInterrupt before the folder is there), SparselthError
@@ -140,10 +149,13 @@ def run(
         deterministic=deterministic,
         note=watcher.note,
     )
-    return go(planned, resume, watcher)
+    if (group := torchrun.joined()) is None:
+        return go(planned, resume, watcher)
+    ranks = Ranks(group, Path(data_dir) if data_dir else None)
+    return go(planned, resume or _restarted(planned, group), watcher, partial(Pool, ranks=ranks))
 
 
-def go(planned: Plan, resume: bool, watcher: Watcher, pool_of: type[Pool] = Pool) -> runs.RunRecord:
+def go(planned: Plan, resume: bool, watcher: Watcher, pool_of: Callable[..., Pool] = Pool) -> runs.RunRecord:
     """Do what is planned, as `run` says; the cells are computed by workers of a pool."""
     config, path = planned.config, planned.path
     if (path / "config.json").is_file():
@@ -178,6 +190,14 @@ def go(planned: Plan, resume: bool, watcher: Watcher, pool_of: type[Pool] = Pool
         except KeyboardInterrupt as stop:
             raise stopped(folder, name_of(stop)) from None
     return record
+
+
+def _restarted(planned: Plan, group: torchrun.Group) -> bool:
+    """Whether this is a run of just this configuration that torchrun has started again."""
+    if not group.restarts or not (planned.path / "config.json").is_file():
+        return False
+    theirs = runs.read_config(planned.path)
+    return bool(planned.config.going_on(theirs) == theirs)
 
 
 def priced(plan: Plan) -> Plan:

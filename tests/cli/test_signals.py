@@ -17,7 +17,7 @@ from sparselth import data
 from sparselth.data.batches import Batches
 from sparselth.engine import break_even
 from sparselth.engine.batch import DenseForward
-from sparselth.experiments import jobs, pool
+from sparselth.experiments import jobs, pool, worker
 from sparselth.experiments.imp import ImpConfig
 
 LONG = 60.0  # seconds that something takes
@@ -51,7 +51,7 @@ def stopped(folder: Path, prepare: Callable[[], None], role: str, act: Any, *fla
 PHASES: dict[str, tuple[Any, str, str]] = {
     "data": (partial(slow, data, "resolve"), "parent", " before anything was computed"),
     "break-even": (partial(slow, break_even, "break_even"), "parent", " before anything was computed"),
-    "price": (partial(slow, pool, "measured"), "worker", "; 0 of 2 cells are finished in {run}"),
+    "price": (partial(slow, worker, "measured"), "worker", "; 0 of 2 cells are finished in {run}"),
     "step": (
         partial(slow, Batches, "index", calls=25),
         "worker",

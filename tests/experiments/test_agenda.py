@@ -29,6 +29,14 @@ def test_an_agenda_hands_out_every_cell_once_and_no_cell_early(
     assert set(done) == set(plan.cells())
 
 
+def test_what_can_start_is_shared_among_idle_workers(config: Configs) -> None:
+    agenda = Agenda(config(seeds=(0, 1, 2)), ())
+    batches = [agenda.next(100, idle) for idle in (2, 1)]
+    assert [[who.seed for who in batch] for batch in batches] == [[0, 1], [2]]
+    agenda = Agenda(config(seeds=(0, 1, 2)), ())
+    assert [len(agenda.next(1, 2)), len(agenda.next(1, 1))] == [1, 1]
+
+
 def test_batches_are_the_tickets_of_all_seeds_and_the_controls_beside_them(config: Configs) -> None:
     agenda = Agenda(config(), ())
     assert widest(config()) == 6

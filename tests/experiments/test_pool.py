@@ -122,7 +122,7 @@ def test_workers_can_be_spawned(
     # as on CUDA, which does not outlive a fork, and where autograd does not
     flags = ("--levels", "1", "--seeds", "0", "--arms", "ticket")
     forked = finished(*flags)
-    monkeypatch.setattr("sparselth.experiments.pool._forks", lambda config: False)
+    monkeypatch.setattr("sparselth.experiments.processes._forks", lambda config: False)
     spawned = imp(*flags, "--workers", "1", out="spawned")
     assert run_contents(forked.path) == run_contents(spawned.path)
 

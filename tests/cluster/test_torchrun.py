@@ -1,0 +1,297 @@
+"""Ranks: who they are, how they meet, and runs over two of them beside the run of one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forks import small
+from sparselth.cli.main import run
+from sparselth.cluster import torchrun
+from sparselth.cluster.torchrun import Dial, Group, Listener, here, share_of
+from sparselth.engine import break_even
+from sparselth.models import Model
+from sparselth.runs import RunRecord, read
+
+FLAGS = "imp --model lenet-300-100 --dataset mnist5k --seeds 0,1 --levels 1 --arms ticket,reinit"
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "there",
+}
+SRUN = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "group"),
+    [
+        ({}, None),
+        (TORCHRUN, Group(3, 4, 1, 2, "there")),
+        (
+            TORCHRUN | {"MASTER_PORT": "7", "TORCHELASTIC_RESTART_COUNT": "2"},
+            Group(3, 4, 1, 2, "there", 7, 2),
+        ),
+        (TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0"}, None),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, None),  # of something else
+        (SRUN, Group(1, 2, 1, 1)),
+        (SRUN | {"MASTER_ADDR": "there"}, Group(1, 2, 1, 1, "there")),
+        (TORCHRUN | SRUN, Group(3, 4, 1, 2, "there")),  # torchrun in a step
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),  # a batch script
+    ],
+)
+def test_who_a_process_is(environ: dict[str, str], group: Group | None) -> None:
+    assert here(environ) == group
+
+
+@pytest.mark.parametrize(
+    ("environ", "group", "cores"),
+    [
+        ({}, None, 12),
+        ({}, Group(0, 8, 0, 4), 3),
+        ({}, Group(0, 40, 0, 20), 1),
+        ({"SLURM_CPUS_PER_TASK": "2", "SLURM_NTASKS": "3"}, None, 6),  # a batch script
+        (SRUN | {"SLURM_CPUS_PER_TASK": "5"}, Group(1, 2, 1, 1), 5),
+        (SRUN | {"SLURM_CPUS_PER_TASK": "50"}, None, 12),
+    ],
+)
+def test_the_cores_of_a_rank(
+    environ: dict[str, str], group: Group | None, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchrun, "_joined", group)
+    assert share_of(12, environ) == cores
+
+
+@pytest.mark.parametrize(("seen", "gpu"), [(None, "2"), ("4,5,6", "6"), ("7", "7"), ("", ""), ("4,5", "")])
+def test_the_gpu_of_a_rank(seen: str | None, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if seen is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    Group(6, 8, 2, 4).take_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == gpu
+
+
+def test_rank_0_hears_who_has_the_key_alone() -> None:
+    listener = Listener("127.0.0.1", 4)
+    right = Dial("127.0.0.1", listener.port, listener.key, (1, 5))
+    heard: list[Any] = []
+    with listener.socket:
+        thread = threading.Thread(target=lambda: heard.extend(listener.accept() for _ in range(2)))
+        thread.start()
+        with pytest.raises((AuthenticationError, ConnectionError, EOFError)):
+            Client(("127.0.0.1", listener.port), "AF_INET", authkey=b"another").recv()
+        with right.connect() as mine:
+            thread.join()
+            connection, who = heard[1]
+            connection.send("hello")
+            assert mine.recv() == "hello"
+    assert heard[0] is None
+    assert who[:2] == (1, 5)
+    connection.close()
+
+
+class Rank:
+    """A rank of srun's as a fork of this process, which has torch loaded."""
+
+    def __init__(self, number: int, port: int, words: list[str], prepare: Callable[[], object]) -> None:
+        self.files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 99
+        try:
+            os.setpgid(0, 0)
+            for file, stream in zip(self.files, (1, 2), strict=True):
+                os.dup2(file.fileno(), stream)
+            sys.stdout, sys.stderr = (os.fdopen(stream, "w", 1, closefd=False) for stream in (1, 2))
+            os.environ |= SRUN | {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
+            os.environ |= {"SLURM_CPUS_PER_TASK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            prepare()
+            code = run(words)
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
+
+    def ended(self) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr."""
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        for file in self.files:
+            file.seek(0)
+        out, err = (file.read().decode() for file in self.files)
+        return code, out, err
+
+
+Ended = list[tuple[int, str, str]]
+
+
+@pytest.fixture
+def port() -> int:
+    listener = Listener("127.0.0.1", 1)
+    with listener.socket:
+        return listener.port
+
+
+@pytest.fixture
+def start(port: int) -> Callable[..., list[Rank]]:
+    """`start(words, {1: prepare})`: ranks 0 and 1."""
+
+    def call(
+        words: list[str], prepare: Mapping[int, Callable[[], object]] | None = None, every: int = 10
+    ) -> list[Rank]:
+        def both(number: int) -> None:
+            small(every)
+            (prepare or {}).get(number, lambda: None)()
+
+        return [Rank(number, port, words, partial(both, number)) for number in (1, 0)][::-1]
+
+    return call
+
+
+def compressed(model: Model, *_: object) -> dict[str, float]:
+    """In place of a measured break-even, which others on this machine could move."""
+    return {spec.name: 2.0 for spec in model.weights}
+
+
+@pytest.fixture
+def single(
+    imp: Callable[..., RunRecord],
+    run_contents: Callable[[Path], dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> dict[str, bytes]:
+    """The files of the run of one process."""
+    monkeypatch.setattr(break_even, "break_even", compressed)
+    record = imp("--levels", "1", "--arms", "ticket,reinit", "--eval-every", "10", steps=60, out="single")
+    return run_contents(record.path)
+
+
+def test_two_ranks_come_to_the_bits_of_one_process(
+    start: Callable[..., list[Rank]],
+    single: dict[str, bytes],
+    tmp_path: Path,
+    run_contents: Callable[[Path], dict[str, bytes]],
+) -> None:
+    """Also stopped by USR1 to all, as Slurm sends it, and begun again by the same command."""
+    words = [
+        *FLAGS.split(),
+        "--steps",
+        "60",
+        "--eval-every",
+        "10",
+        "--resume",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    ranks = start(words)
+    until = time.monotonic() + 60
+    while not (file := tmp_path / "run" / "cells.jsonl").exists() or not file.stat().st_size:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    for rank in ranks[::-1]:
+        os.kill(rank.pid, signal.SIGUSR1)
+    first, other = (rank.ended() for rank in ranks)
+    assert other == (0, "", "")
+    assert first[0] == 130, first[2]
+    assert "2 workers on 2 ranks, one thread each" in first[2]
+    assert first[2].splitlines()[-1].startswith("sparselth: stopped by SIGUSR1; ")
+    first, other = (rank.ended() for rank in start([*words, "--quiet"]))
+    assert other == (0, "", "")
+    assert (first[0], first[2]) == (0, "")
+    assert run_contents(tmp_path / "run") == single
+
+
+def nowhere() -> None:
+    os.environ["SPARSELTH_DATA"] = "/nowhere"
+
+
+def test_what_is_wrong_at_a_rank_is_one_line_of_rank_0(
+    start: Callable[..., list[Rank]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stripes = tmp_path / "stripes.py"
+    stripes.write_text(
+        "from pathlib import Path\nimport os\n\ndef load():\n    import torch\n"
+        "    if os.environ.get('SPARSELTH_DATA') == '/nowhere':\n        raise OSError('no such disk')\n"
+        "    x = torch.rand(200, 1, 28, 28, generator=torch.Generator().manual_seed(0))\n"
+        "    return x[:150], torch.arange(150) % 10, x[150:], torch.arange(50) % 10\n"
+    )
+    words = [*FLAGS.split(), "--steps", "20", "--quiet", "--out", str(tmp_path / "run"), "--batch-size", "20"]
+    words[words.index("mnist5k")] = f"{stripes}:load"
+    first, other = (rank.ended() for rank in start(words, {1: nowhere}))
+    assert other == (0, "", "")
+    assert first[0] == 1
+    assert first[2].startswith("sparselth: rank 1 on ")
+    assert "no such disk" in first[2]
+    assert len(first[2].splitlines()) == 1
+
+
+@pytest.mark.parametrize(("words", "code"), [(["ls", "models"], 0), (["imp", "--modell", "x"], 2)])
+def test_what_is_no_run_rank_0_does_alone(
+    words: list[str], code: int, start: Callable[..., list[Rank]]
+) -> None:
+    first, other = (rank.ended() for rank in start(words))
+    assert other == (0, "", "")
+    assert first[0] == code
+    assert bool(first[1]) != bool(first[2])
+
+
+def test_srun_without_an_address_says_how(
+    cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    for name, value in (SRUN | {"SLURM_PROCID": "0"}).items():
+        monkeypatch.setenv(name, value)
+    code, _, err = cli(*FLAGS.split(), "--quiet", "--out", str(tmp_path / "run"))
+    assert code == 1
+    assert "2 tasks of srun, and MASTER_ADDR is not set: export MASTER_ADDR=$(scontrol show hostnames" in err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert cli(*FLAGS.split(), "--out", str(tmp_path / "run")) == (0, "", "")
+
+
+@pytest.mark.whole
+def test_torchrun_restarts_a_run_whose_rank_was_killed(
+    single: dict[str, bytes],
+    environment: dict[str, str],
+    tmp_path: Path,
+    run_contents: Callable[[Path], dict[str, bytes]],
+) -> None:
+    """Without --resume: rank 1 kills itself at its 20th step, then torchrun starts both again."""
+    (tmp_path / "kill.py").write_text(
+        "import os, signal\nfrom sparselth.data.batches import Batches\n"
+        "from sparselth.engine import break_even\nfrom sparselth.experiments.imp import ImpConfig\n\n"
+        "real, steps = Batches.index, []\n\ndef index(self, *args):\n    steps.append(1)\n"
+        "    if len(steps) == 20 and os.environ['RANK'] == '1' and "
+        "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n        os.kill(os.getppid(), signal.SIGKILL)\n"
+        "    return real(self, *args)\n\nBatches.index, ImpConfig.draw = index, lambda *_: None\n"
+        "break_even.break_even = lambda model, *_: {spec.name: 2.0 for spec in model.weights}\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [*FLAGS.split(), "--plugin", "kill.py", "--steps", "60", "--eval-every", "10", "--out", "run"]
+    done = subprocess.run(
+        [*torchrun, "--max-restarts", "1", "-m", "sparselth", *words],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "exitcode: -9" in done.stderr
+    assert read(tmp_path / "run").complete
+    assert run_contents(tmp_path / "run") == single
