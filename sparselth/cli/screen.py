@@ -120,9 +120,9 @@ def say_plan(plan: Plan, there: There | None = None) -> None:
     together = widest(config)
     place = "one worker" if config.device == "cuda" else f"{plan.workers} workers, one thread each"
     if plan.ranks > 1:
-        place = f"{plan.workers} workers on {plan.ranks} ranks, " + (
-            "a GPU each" if config.device == "cuda" else "one thread each"
-        )
+        used = f"{plan.workers} of " * (plan.workers < plan.ranks)  # no more can run side by side
+        each = "a GPU each" if config.device == "cuda" else "one thread each"
+        place = f"{plan.workers} workers on {used}{plan.ranks} ranks, {each}"
     rows = config.plan(plan.images, len(plan.finished)) | {"device": f"{config.device} ({plan.why}), {place}"}
     if limit > 1 or config.device == "cuda":
         rows["batches"] = f"up to {limit} networks at once, of {together} that could run side by side"

@@ -50,12 +50,17 @@ class Dial:
 
 
 class Listener:
-    """Rank 0's ear: a socket on the address of the store alone, for who has the key."""
+    """Rank 0's ear: a socket on the address of the store alone, for who has the key.
+
+    On all addresses where the host calls its own name 127.0.1.1, as Debian does: other hosts do not.
+    """
 
     def __init__(self, host: str, size: int) -> None:
         self.host, self.key = host, secrets.token_bytes(32)
         try:
-            self.socket = socket.create_server((host, 0), backlog=size)
+            address = socket.gethostbyname(host)
+            known = host in ("localhost", address) or not address.startswith("127.")
+            self.socket = socket.create_server((address if known else "", 0), backlog=size)
         except OSError as error:
             raise SparselthError(
                 f"MASTER_ADDR {host}: rank 0 cannot listen there ({error.strerror}); name the host of rank 0"

@@ -10,19 +10,25 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from forks import small
+from sparselth.cli import main
 from sparselth.cli.main import run
 from sparselth.cluster import torchrun
 from sparselth.cluster.torchrun import Dial, Group, Listener, here, share_of
 from sparselth.engine import break_even
+from sparselth.experiments import processes
+from sparselth.experiments import run as run_module
+from sparselth.experiments.run import plan
 from sparselth.models import Model
 from sparselth.runs import RunRecord, read
 
@@ -240,6 +246,33 @@ def test_what_is_wrong_at_a_rank_is_one_line_of_rank_0(
     assert len(first[2].splitlines()) == 1
 
 
+def stillborn() -> None:
+    processes.live = lambda *_: os._exit(3)  # type: ignore[assignment]
+
+
+def test_a_worker_that_never_calls_is_not_waited_for(
+    start: Callable[..., list[Rank]], tmp_path: Path
+) -> None:
+    words = [*FLAGS.split(), "--steps", "20", "--quiet", "--out", str(tmp_path / "run")]
+    first, other = (rank.ended() for rank in start(words, {1: stillborn}))
+    assert other == (0, "", "")
+    assert first[0] == 1
+    assert first[2].endswith(": worker 0 ended as it began\n")
+
+
+def test_a_restart_goes_on_with_the_same_run_alone(
+    imp: Callable[..., RunRecord],
+) -> None:
+    """Not with one that asks for more, which `resume` alone may extend."""
+    flags = ["--arms", "ticket", "--levels", "1"]
+    record = imp(*flags, steps=20)
+    group = Group(0, 2, 0, 2, "127.0.0.1", restarts=1)
+    same = run_module._restarted(plan(record.config, out=record.path), group)
+    more = run_module._restarted(plan(replace(record.config, levels=2), out=record.path), group)
+    assert (same, more) == (True, False)
+    assert not run_module._restarted(plan(record.config, out=record.path), replace(group, restarts=0))
+
+
 @pytest.mark.parametrize(("words", "code"), [(["ls", "models"], 0), (["imp", "--modell", "x"], 2)])
 def test_what_is_no_run_rank_0_does_alone(
     words: list[str], code: int, start: Callable[..., list[Rank]]
@@ -295,3 +328,27 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(
     assert "exitcode: -9" in done.stderr
     assert read(tmp_path / "run").complete
     assert run_contents(tmp_path / "run") == single
+
+
+@pytest.mark.parametrize(("code", "again"), [(0, ""), (1, ""), (130, "requeue 7\n")])
+def test_the_script_for_slurm_queues_itself_again(code: int, again: str, tmp_path: Path) -> None:
+    """With an srun and an scontrol that only say what they are asked."""
+    (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$MASTER_ADDR $MASTER_PORT" "$@"\nexit {code}\n')
+    (tmp_path / "scontrol").write_text(
+        '#!/bin/sh\nif [ "$1" = show ]; then echo one; echo two; else echo "$@"; fi\n'
+    )
+    for tool in tmp_path.iterdir():
+        tool.chmod(0o755)
+    script = Path(__file__).resolve().parents[2] / "examples" / "slurm_imp.sh"
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": "/me", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(
+        ["bash", str(script)], env=environ | {"SLURM_JOB_NODELIST": "x"}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+    line, _, rest = done.stdout.partition("\n")
+    assert rest == again
+    address, port, python, module, name, command, *words = line.split()
+    assert [address, port, python, module, name] == ["one", "20007", "python", "-m", "sparselth"]
+    found = main.cli.get_command(click.Context(main.cli), command)
+    assert found is not None
+    found.make_context(command, words)
