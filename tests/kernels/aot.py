@@ -19,7 +19,7 @@ import struct
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from itertools import accumulate, pairwise
@@ -33,6 +33,7 @@ import triton  # noqa: E402
 from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.cache import get_cache_manager  # noqa: E402
 
 import sass  # noqa: E402
 from sass import Instruction  # noqa: E402
@@ -61,17 +62,21 @@ def text(cubin: bytes) -> bytes:
     return b"".join(cubin[offset : offset + length] for *_, offset, length in code)
 
 
-def warnings_of(ptx: str, said: str, capability: int) -> list[str]:
-    """The numbers of ptxas' warnings; C7515 is a wgmma that waits. `said` is empty of a cached kernel."""
-    if not said:
-        if "wgmma" not in ptx:
-            return []
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(ptx)
-            file.flush()
-            words = [BIN / "ptxas", "-v", f"--gpu-name=sm_{capability}a", file.name, "-o", os.devnull]
-            said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
-    return sorted(set(re.findall(r"\bC7\d{3}\b", said)))
+def kept(compiled: Any, name: str, tool: Callable[[], str]) -> str:
+    """What a tool says of a kernel, asked once: it lies beside the kernel in Triton's cache."""
+    cache = get_cache_manager(compiled.hash)
+    return Path(cache.get_file(name) or cache.put(tool(), name, binary=False)).read_text()
+
+
+def complaints(ptx: str, said: str, capability: int) -> str:
+    """What ptxas says. `said` is empty of a cached kernel."""
+    if said or "wgmma" not in ptx:
+        return said
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        words = [BIN / "ptxas", "-v", f"--gpu-name=sm_{capability}a", file.name, "-o", os.devnull]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stderr
 
 
 def build(aot: Any, capability: int) -> tuple[dict[str, Any], bytes]:
@@ -88,7 +93,9 @@ def build(aot: Any, capability: int) -> tuple[dict[str, Any], bytes]:
     said = StringIO()
     with redirect_stdout(said):
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    usage = output("cuobjdump", "--dump-resource-usage", content=compiled.asm["cubin"])
+    cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
+    usage = kept(compiled, "usage", lambda: output("cuobjdump", "--dump-resource-usage", content=cubin))
+    warned = kept(compiled, "ptxas", lambda: complaints(ptx, said.getvalue(), capability))
     facts = {
         "kernel": aot.kernel.__name__,
         "signature": aot.signature,
@@ -101,10 +108,10 @@ def build(aot: Any, capability: int) -> tuple[dict[str, Any], bytes]:
         "allowed_narrow": aot.narrow,
         "allowed_waiting": aot.waiting,
         "threads": 32 * aot.num_warps,
-        "warnings": warnings_of(compiled.asm["ptx"], said.getvalue(), capability),
+        "warnings": sorted(set(re.findall(r"\bC7\d{3}\b", warned))),  # C7515 is a wgmma that waits
         "triton": triton.__version__,
     }
-    return facts, text(compiled.asm["cubin"])
+    return facts, text(cubin)
 
 
 def listings(codes: list[bytes], capability: int) -> list[list[Instruction]]:
