@@ -387,6 +387,7 @@ EXPERIMENTS: Registry[type[Config]] = Registry(
             "price",
             "processes",
             "ranks",
+            "rewound",
             "run",
             "schedule_jobs",
             "single_relu",

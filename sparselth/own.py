@@ -52,7 +52,7 @@ from sparselth.calls import (
     zero,
 )
 from sparselth.config import Cell
-from sparselth.errors import SparselthError, UsageError, check_number
+from sparselth.errors import SparselthError, UsageError, check_number, unknown
 from sparselth.experiments.arms import ARMS, Arm, Reinit
 from sparselth.files import checksum, read_json, sealed, unsealed, write_atomically
 from sparselth.lock import locked
@@ -120,17 +120,12 @@ def imp(
     if not seeds or len(set(seeds)) != len(seeds):
         raise UsageError(f"`seeds` {seeds!s:.60}: expected different whole numbers")
     check_score(score)
+    for name in arms:
+        if name not in ARMS:
+            raise unknown("arm", name, [one for one, arm in ARMS.items() if not _unfit(arm)])
+        if why := _unfit(ARMS[name]):
+            raise UsageError(f"arm {name!r}: {why}; leave it out")
     named = {name: ARMS[name] for name in ("ticket", *arms)}
-    for name, arm in named.items():
-        if arm.goes_on or type(arm).recipe is not Arm.recipe:
-            raise UsageError(
-                f"arm {name!r}: goes on from trained weights, or sets the learning rate, which `train` does "
-                "here; leave it out"
-            )
-        if type(arm).weights not in (Arm.weights, Reinit.weights):
-            raise UsageError(
-                f"arm {name!r}: makes weights of built-in networks, which these are not; leave it out"
-            )
     run = _Run(make, train, rate, scope, score, exclude, rewind)
     folder = None if out is None else Path(out)
     if folder is not None:
@@ -147,6 +142,15 @@ def imp(
                 for name in named if level else ("ticket",):
                     run.cell(named[name], Turn(seed, name, level))
     return Results(run.points, run.tickets, run.snapshots)
+
+
+def _unfit(arm: Arm) -> str:
+    """Why an arm cannot be trained by a function of the user's; "" where it can."""
+    if arm.goes_on or type(arm).recipe is not Arm.recipe:
+        return "goes on from trained weights, or sets the learning rate, which `train` does here"
+    if type(arm).weights not in (Arm.weights, Reinit.weights):
+        return "makes weights of built-in networks, which these are not"
+    return ""
 
 
 @dataclass(eq=False)

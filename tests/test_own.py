@@ -374,6 +374,14 @@ def test_an_arm_that_goes_on_or_has_a_rate_of_its_own_is_refused(name: str) -> N
         sparselth.imp(make, Train(), arms=(name,))
 
 
+def test_an_unknown_arm_is_offered_those_that_can_be_trained_here() -> None:
+    with pytest.raises(UsageError) as caught:
+        sparselth.imp(make, Train(), arms=("quite another",))
+    assert str(caught.value) == (
+        "unknown arm 'quite another': choose from ticket, reinit, random-mask, random-reinit"
+    )
+
+
 @pytest.mark.parametrize("score", ["movement", "snip"])
 def test_a_score_that_takes_more_than_there_is_is_refused_before_anything_is_trained(score: str) -> None:
     def train(model: nn.Module, masks: Masks, cell: Turn) -> float:

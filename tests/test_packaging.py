@@ -107,6 +107,7 @@ ORDER = [
     "experiments.subset_sum",
     "experiments.landscape_jobs",
     "experiments.landscape",
+    "experiments.rewound",
     "experiments.connectivity_jobs",
     "experiments.connectivity",
     "experiments.rewinding",

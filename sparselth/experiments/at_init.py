@@ -333,9 +333,9 @@ class AtInitConfig(Training):
 
     @property
     def title(self) -> str:
-        from sparselth.report.stats import seed_list
+        from sparselth.report.stats import seeds_named
 
-        seeds = f"seed{'s' * (len(self.seeds) > 1)} {seed_list(self.seeds)}"
+        seeds = seeds_named(self.seeds)
         what = "collapse" if self.collapse else f"{self.recipe.steps:,} steps"
         return f"{', '.join(self.score)} at initialisation of {self.model} on {self.dataset}, {seeds}, {what}"
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from sparselth.config import Cell, at_least, like, option
+from sparselth.config import Cell, at_least, option
 from sparselth.experiments.base import Diverged, Finished, Place, register
-from sparselth.experiments.imp import ImpConfig, check_rungs, leave_out
-from sparselth.experiments.training import Training, counted
+from sparselth.experiments.imp import check_rungs
+from sparselth.experiments.rewound import START, Rewound
+from sparselth.experiments.training import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,14 +28,8 @@ if TYPE_CHECKING:
     from sparselth.runs import RunRecord
 
 STABLE = 0.02  # of the error, below which a network is stable (Frankle et al. 2020, section 3)
-START, FROM, PATH = "start", "from", "path"  # before the rewind step in the arm of a cell
+FROM, PATH = "from", "path"  # before the rewind step in the arm of a cell
 COPIES = (0, 1)  # draws of a network that differ in their data order
-MOST_LEVEL, MOST_REWINDS = 100, 100
-
-
-def _levels(levels: tuple[int, ...]) -> str | None:
-    right = levels and len(set(levels)) == len(levels) and 0 <= min(levels) <= max(levels) <= MOST_LEVEL
-    return None if right else f"expected different levels from 0, the dense network, to {MOST_LEVEL}"
 
 
 def _images(images: int | None) -> str | None:
@@ -43,7 +38,7 @@ def _images(images: int | None) -> str | None:
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class ConnectivityConfig(Training):
+class ConnectivityConfig(Rewound):
     """From which step on does a network, dense or a ticket, end in the same place whatever its data order?
 
     Trains to each rewind step, then two copies with different orders of the data, and measures the error
@@ -56,28 +51,7 @@ class ConnectivityConfig(Training):
     name: ClassVar[str] = "connectivity"
     words: ClassVar[str] = "sparselth.report.connectivity"
     figures: ClassVar[str] = "sparselth.report.connectivity_figures"
-    has_usual: ClassVar[bool] = False
 
-    model: str = like(Training, "model", "lenet-300-100")
-    seeds: tuple[int, ...] = like(Training, "seeds", (0, 1, 2))
-    rewind: tuple[int, ...] = option(  # type: ignore[assignment]  # several at once
-        None,
-        "Steps that the copies start at: 0,100,500, or in epochs, 0,2ep.  [default: 0, a 50th and a tenth of "
-        "the steps]",
-        ordered=False,
-        extends=True,
-        epochs=True,
-    )
-    levels: tuple[int, ...] = option(
-        (0, 7),
-        "Levels of pruning: 0 is the dense network.",
-        _levels,
-        ordered=False,
-        extends=True,
-    )
-    rate: float = like(ImpConfig, "rate")
-    scope: Literal["layer", "global"] = like(ImpConfig, "scope")
-    exclude: tuple[str, ...] = like(ImpConfig, "exclude")
     points: int = option(30, "Even points along a line, its ends among them.", at_least(3, most=1000))
     line_images: int | None = option(
         None,
@@ -87,27 +61,15 @@ class ConnectivityConfig(Training):
     )
 
     def __post_init__(self) -> None:
-        leave_out(self)
         super().__post_init__()
-        steps, batch = self.recipe.steps, self.recipe.batch_size
-        if self.rewind is None:
-            object.__setattr__(self, "rewind", tuple(sorted({0, steps // 50, steps // 10})))
-        elif all(type(k) is int for k in self.rewind):  # and no word for epochs
-            object.__setattr__(self, "rewind", tuple(sorted(self.rewind)))
         if self.line_images is None:
+            steps, batch = self.recipe.steps, self.recipe.batch_size
             # a line looks at 2 * points * n images; two trainings are worth 6 * steps * batch of them
             most = max(1000, min(10_000, 3 * steps * batch // max(1, self.points)))
             object.__setattr__(self, "line_images", most)
 
     def check(self) -> None:
         super().check()
-        steps = self.recipe.steps
-        right = self.rewind and len(set(self.rewind)) == len(self.rewind) <= MOST_REWINDS
-        if not right or min(self.rewind) < 0 or max(self.rewind) >= steps:
-            raise self.wrong(
-                "rewind",
-                f"expected different steps from 0 to {steps - 1}, because training ends at step {steps}",
-            )
         check_rungs(self)
 
     # ---- cells
@@ -124,14 +86,6 @@ class ConnectivityConfig(Training):
                     found += [self.other(first, FROM, level, draw) for draw in COPIES[: 1 + both]]
                     found += [self.other(first, PATH, level)] if both else []
         return found
-
-    def kind(self, cell: Cell) -> str:
-        """START, FROM or PATH."""
-        return cell.arm.partition("-")[0]
-
-    def step_of(self, cell: Cell) -> int:
-        """The rewind step that a cell is about."""
-        return int(cell.arm.partition("-")[2])
 
     def other(self, cell: Cell, kind: str, level: int = 0, draw: int = 0) -> Cell:
         """Another cell of its seed and rewind step."""
@@ -160,11 +114,6 @@ class ConnectivityConfig(Training):
         lines = 1 + (cell.level > 0)
         looked = lines * 2 * self.points * self.line_images  # a third of what training on an image takes
         return steps - looked // (3 * self.recipe.batch_size)
-
-    def rungs(self) -> list[dict[str, int]]:
-        from sparselth.pruning import ladder
-
-        return ladder(self.network.params, max(self.levels), self.rate, self.scope, self.exclude)
 
     def rung(self, cell: Cell) -> int:
         return cell.level if self.kind(cell) == FROM else 0

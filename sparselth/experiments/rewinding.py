@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparselth.config import INPUTS, Cell, Recipe, like, option
 from sparselth.experiments.base import Diverged, Finished, Place, register
-from sparselth.experiments.imp import ImpConfig, leave_out
-from sparselth.experiments.training import Training, counted
+from sparselth.experiments.imp import ImpConfig
+from sparselth.experiments.rewound import START, Rewound, levels_from
+from sparselth.experiments.training import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,13 +28,7 @@ if TYPE_CHECKING:
     from sparselth.models import Model
     from sparselth.runs import RunRecord
 
-DENSE, START, TICKET, REINIT = "dense", "start", "ticket", "reinit"  # before the rewind step in an arm
-MOST_LEVEL, MOST_REWINDS = 100, 100
-
-
-def _levels(levels: tuple[int, ...]) -> str | None:
-    right = levels and len(set(levels)) == len(levels) and 1 <= min(levels) <= max(levels) <= MOST_LEVEL
-    return None if right else f"expected different levels from 1 to {MOST_LEVEL}"
+DENSE, TICKET, REINIT = "dense", "ticket", "reinit"  # before the rewind step in an arm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +44,7 @@ class _Imp(ImpConfig):
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class RewindingConfig(Training):
+class RewindingConfig(Rewound):
     """From which step on do tickets that are rewound to it beat the same masks on fresh weights?
 
     Trains the dense network once, and from each of several of its steps a chain of tickets, pruned and
@@ -61,50 +56,20 @@ class RewindingConfig(Training):
     name: ClassVar[str] = "rewinding"
     words: ClassVar[str] = "sparselth.report.rewinding"
     figures: ClassVar[str] = "sparselth.report.rewinding"
-    has_usual: ClassVar[bool] = False
 
-    model: str = like(Training, "model", "lenet-300-100")
-    seeds: tuple[int, ...] = like(Training, "seeds", (0, 1, 2))
-    rewind: tuple[int, ...] = option(  # type: ignore[assignment]  # several at once
-        None,
-        "Steps that tickets go back to: 0,100,500, or in epochs, 0,2ep.  [default: 0, a 50th and a tenth of "
-        "the steps]",
-        ordered=False,
-        extends=True,
-        epochs=True,
-    )
     levels: tuple[int, ...] = option(
         (3, 7),
         "Levels of pruning that are compared; tickets in between are trained alone.",
-        _levels,
+        levels_from(1),
         ordered=False,
         extends=True,
     )
-    rate: float = like(ImpConfig, "rate")
-    scope: Literal["layer", "global"] = like(ImpConfig, "scope")
-    exclude: tuple[str, ...] = like(ImpConfig, "exclude")
     score: str = like(ImpConfig, "score")
     one_shot: bool = like(ImpConfig, "one_shot")
     reinits: int = like(ImpConfig, "reinits", help="Fresh draws per ticket.")
 
-    def __post_init__(self) -> None:
-        leave_out(self)
-        super().__post_init__()
-        if self.rewind is None:
-            steps = self.recipe.steps
-            object.__setattr__(self, "rewind", tuple(sorted({0, steps // 50, steps // 10})))
-        elif all(type(k) is int for k in self.rewind):
-            object.__setattr__(self, "rewind", tuple(sorted(self.rewind)))
-
     def check(self) -> None:
         super().check()
-        steps = self.recipe.steps
-        right = self.rewind and len(set(self.rewind)) == len(self.rewind) <= MOST_REWINDS
-        if not right or min(self.rewind) < 0 or max(self.rewind) >= steps:
-            raise self.wrong(
-                "rewind",
-                f"expected different steps from 0 to {steps - 1}, because training ends at step {steps}",
-            )
         from sparselth.scores import SCORES
 
         if SCORES[self.score].start:
@@ -137,14 +102,6 @@ class RewindingConfig(Training):
                 ]
         return found
 
-    def kind(self, cell: Cell) -> str:
-        """DENSE, START, TICKET or REINIT."""
-        return cell.arm.partition("-")[0]
-
-    def step_of(self, cell: Cell) -> int:
-        """The rewind step that a cell is about."""
-        return int(cell.arm.partition("-")[2] or 0)
-
     def start_of(self, cell: Cell) -> Cell:
         """Who keeps the weights that a ticket goes back to."""
         return Cell(cell.seed, f"{START}-{self.step_of(cell)}", 0)
@@ -164,11 +121,6 @@ class RewindingConfig(Training):
         """Where training starts, as the price counts it: its steps are those until the end."""
         steps, k = self.recipe.steps, self.step_of(cell)
         return {START: steps - k, TICKET: k}.get(self.kind(cell), 0)
-
-    def rungs(self) -> list[dict[str, int]]:
-        from sparselth.pruning import ladder
-
-        return ladder(self.network.params, max(self.levels), self.rate, self.scope, self.exclude)
 
     def recipe_of(self, cell: Cell) -> Recipe:
         from sparselth.experiments.connectivity_jobs import Begun

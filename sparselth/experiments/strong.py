@@ -360,9 +360,9 @@ class StrongConfig(WidthsAndShares):
 
     @property
     def title(self) -> str:
-        from sparselth.report.stats import seed_list
+        from sparselth.report.stats import seeds_named
 
-        seeds = f"seed{'s' * (len(self.seeds) > 1)} {seed_list(self.seeds)}"
+        seeds = seeds_named(self.seeds)
         return f"{self.method} of {self.model} on {self.dataset}, {seeds}, {self.recipe.steps:,} steps"
 
     @property

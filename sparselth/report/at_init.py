@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from math import inf
 from typing import Any
 
-from sparselth.report.diverged import state
+from sparselth.report.diverged import unfinished
 from sparselth.report.page import Group, fill, side_by_side, width
 from sparselth.report.stats import (
     FEWEST,
     Gap,
-    cells,
-    holm,
+    apart,
     images_counted,
     mean_interval,
     paired,
-    seed_list,
+    seeds_named,
     signed,
     signed_pp,
 )
-from sparselth.report.tables import MISSING, percent
+from sparselth.report.tables import MISSING, percent, title
 from sparselth.runs import RunRecord
 
 FINAL = "final_accuracy"
@@ -59,17 +57,22 @@ def layers(record: RunRecord, level: int, field: str, arm: str = "ticket") -> li
 
 def table(record: RunRecord) -> str:
     """The whole report as text, as wide as the terminal."""
-    config, recipe = record.config, record.config.recipe
-    seeds = f"seed{'s' * (len(config.seeds) > 1)} {seed_list(config.seeds)}"
+    config = record.config
     if config.collapse:
+        seeds = seeds_named(config.seeds)
         parts = [fill(f"{config.model} on {config.dataset}, {seeds}, nothing is trained\n{config.method}")]
-        parts += [_compressions(record), fill(_unfinished(record)), fill(_furthest(record), indent="")]
+        parts += [
+            _compressions(record),
+            fill(unfinished(record, mark=MISSING)),
+            fill(_furthest(record), indent=""),
+        ]
         return "\n\n".join(part for part in parts if part)
-    title = (
-        f"{config.model} on {config.dataset}, {seeds}, {recipe.steps:,} steps of {recipe.optimizer} "
-        f"(lr {recipe.lr:g}, batch {recipe.batch_size})\n{config.method}"
-    )
-    parts = [fill(title), _rows(record), fill(_legend(record)), fill("\n".join(_ended(record)))]
+    parts = [
+        fill(title(record, config.method)),
+        _rows(record),
+        fill(_legend(record)),
+        fill("\n".join(_ended(record))),
+    ]
     parts += [fill(" ".join(sentences(record)), indent="")]
     return "\n\n".join(part for part in parts if part)
 
@@ -125,15 +128,7 @@ def _legend(record: RunRecord) -> str:
         )
     lines = [f"accuracy %: on the test set at the end of training; {said}"]
     lines += [f"{left_out}."] if (left_out := record.config.left_out) else []
-    return "\n".join([*lines, *filter(None, [_unfinished(record)])])
-
-
-def _unfinished(record: RunRecord) -> str:
-    done, total = cells(record)
-    if done == total:
-        return ""
-    said = state(record)
-    return f"{said[:1].upper()}{said[1:]}: {done:,} of {total:,} cells are there; {MISSING} is missing."
+    return "\n".join(filter(None, [*lines, unfinished(record, mark=MISSING)]))
 
 
 def _ended(record: RunRecord) -> list[str]:
@@ -189,9 +184,7 @@ def against_ticket(record: RunRecord, arm: str, sparsity: float) -> dict[str, Ga
 
 def verdicts(gaps: dict[str, Gap]) -> dict[str, str]:
     """What an arm does to the ticket's accuracy under each score, all of them read at once (Holm 1979)."""
-    below = {score: replace(one, mean=-one.mean) for score, one in gaps.items()}
-    chances = {score: min(one.chance(0.0), below[score].chance(0.0)) for score, one in gaps.items()}
-    stand = holm({score: p for score, p in chances.items() if gaps[score].error is not None})
+    stand = apart(gaps)
     sides = {score: "gains" if one.mean > 0 else "costs" for score, one in gaps.items()}
     return {
         score: "too few seeds" if one.error is None else sides[score] if score in stand else "open"

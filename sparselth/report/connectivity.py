@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparselth.report.diverged import state
+from sparselth.report.diverged import unfinished
 from sparselth.report.page import Group, fill, side_by_side, width
-from sparselth.report.stats import FEWEST, Gap, cells, mean_interval, paired, seed_list
-from sparselth.report.tables import MISSING, percent
+from sparselth.report.stats import FEWEST, Gap, mean_interval, paired
+from sparselth.report.tables import MISSING, percent, title
 from sparselth.runs import RunRecord
 
 STABLE = 0.02  # instability below which a network is stable (Frankle et al. 2020, section 3)
@@ -49,13 +49,13 @@ def shown(gap: Gap | None) -> str:
 
 def table(record: RunRecord) -> str:
     """The whole report as text, as wide as the terminal."""
-    config, recipe = record.config, record.config.recipe
-    seeds = f"seed{'s' * (len(config.seeds) > 1)} {seed_list(config.seeds)}"
-    title = (
-        f"{config.model} on {config.dataset}, {seeds}, {recipe.steps:,} steps of {recipe.batch_size} images\n"
-        f"{config.how}"
-    )
-    parts = [fill(title), _rows(record), fill(_legend(record)), fill(sentence(record), indent="")]
+    config = record.config
+    parts = [
+        fill(title(record, config.how)),
+        _rows(record),
+        fill(_legend(record)),
+        fill(sentence(record), indent=""),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -109,11 +109,7 @@ def _legend(record: RunRecord) -> str:
         lines.append("dense to ticket: the same between a dense copy and a ticket of the same rewind step.")
     if record.config.network.params.statistics:
         lines.append("Running statistics of batch norms are computed anew at every point of a line.")
-    done, total = cells(record)
-    if done < total:
-        said = state(record)
-        lines.append(f"{said[:1].upper()}{said[1:]}: {done:,} of {total:,} cells are there.")
-    return "\n".join(lines)
+    return "\n".join(filter(None, [*lines, unfinished(record)]))
 
 
 def sentence(record: RunRecord) -> str:

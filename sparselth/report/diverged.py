@@ -27,6 +27,16 @@ def state(record: RunRecord) -> str:
     return "; ".join(words)
 
 
+def unfinished(record: RunRecord, of: str = "cells", mark: str = "") -> str:
+    """How much of a run is there, as a sentence, "" where all is; tables have `mark` in place of the rest."""
+    done, total = len(record.points), len(record.config.cells())
+    if done == total:
+        return ""
+    text = f"{state(record)}: {done:,} of {total:,} {of} are there"
+    text += f"; {mark} marks what is missing." if mark else "."
+    return text[0].upper() + text[1:]
+
+
 def named(cells: Iterable[Cell]) -> str:
     """Cells by seed and arm: `seed 4 ticket levels 1-3, reinit levels 1-3; seed 5 ticket level 1`."""
     by_seed: dict[int, dict[str, set[int]]] = {}

@@ -11,11 +11,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from sparselth.report.diverged import state
+from sparselth.report.diverged import unfinished
 from sparselth.report.drawing import STYLE, WIDTH, balanced, band_note, head, heading, look, save, spread
 from sparselth.report.page import Group, fill, side_by_side, width
-from sparselth.report.stats import FEWEST, cells, images_counted, mean_interval, paired, seed_list, signed_pp
-from sparselth.report.tables import MISSING
+from sparselth.report.stats import (
+    FEWEST,
+    images_counted,
+    mean_interval,
+    paired,
+    signed_pp,
+)
+from sparselth.report.tables import MISSING, title
 from sparselth.runs import RunRecord
 
 SINGLE = "relu-"
@@ -31,13 +37,8 @@ def values(record: RunRecord, arm: str, level: int, field: str) -> dict[int, flo
 
 def table(record: RunRecord) -> str:
     """The whole report as text, as wide as the terminal."""
-    config, recipe = record.config, record.config.recipe
-    seeds = f"seed{'s' * (len(config.seeds) > 1)} {seed_list(config.seeds)}"
-    title = (
-        f"{config.model} on {config.dataset}, {seeds}, {recipe.steps:,} steps of {recipe.batch_size} images\n"
-        f"{config.how}"
-    )
-    parts = [fill(title), _images(record)]
+    config = record.config
+    parts = [fill(title(record, config.how)), _images(record)]
     parts += [_single(record)] if config.units else []
     parts += [fill(_legend(record)), fill(_closing(record), indent="")]
     return "\n\n".join(part for part in parts if part)
@@ -89,11 +90,7 @@ def _legend(record: RunRecord) -> str:
             f"error: of max(0, x) of one of {config.inputs} Gaussian inputs, exactly: E (network - target)^2 "
             "/ E target^2. Whole neurons cannot be below random features, which have the best output weights."
         )
-    done, total = cells(record)
-    if done < total:
-        said = state(record)
-        lines.append(f"{said[:1].upper()}{said[1:]}: {done:,} of {total:,} cells are there.")
-    return "\n".join(lines)
+    return "\n".join(filter(None, [*lines, unfinished(record)]))
 
 
 def _closing(record: RunRecord) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from sparselth.report.diverged import state
+from sparselth.report.diverged import unfinished
 from sparselth.report.drawing import (
     DASHED,
     MARKERS,
@@ -27,7 +27,7 @@ from sparselth.report.drawing import (
 )
 from sparselth.report.lines import axes_of, mean_cell
 from sparselth.report.page import Group, fill, side_by_side, width
-from sparselth.report.stats import FEWEST, cells, mean_interval, paired
+from sparselth.report.stats import FEWEST, mean_interval, paired
 from sparselth.report.tables import percent
 from sparselth.runs import RunRecord
 
@@ -103,7 +103,6 @@ def table(record: RunRecord) -> str:
     config, levels = record.config, shown_levels(record)
     title = f"{config.imp.title}\nwhat foretells its masks, seeds {', '.join(map(str, config.seeds))}"
     parts = [fill(title)]
-    done, total = cells(record)
     if not record.points:
         return "\n\n".join([*parts, "no seed is finished yet"])
     names = _picked(record)
@@ -140,9 +139,8 @@ def table(record: RunRecord) -> str:
             f"{SETTLED:g} of what it keeps, as early-bird tickets are drawn; shared: then, or at the end."
         )
     )
-    if done < total:
-        parts.append(fill(f"{state(record).capitalize()}: {done:,} of {total:,} seeds are there."))
-    return "\n\n".join([*parts, fill(sentence(record), indent="")])
+    parts += [fill(unfinished(record, "seeds")), fill(sentence(record), indent="")]
+    return "\n\n".join(filter(None, parts))
 
 
 def _joined(lead: Group, columns: list[list[str]]) -> str:

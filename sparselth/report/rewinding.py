@@ -9,12 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from sparselth.report.diverged import state
+from sparselth.report.diverged import unfinished
 from sparselth.report.drawing import WIDTH, band_note, extremes, heading, save_each, short
 from sparselth.report.lines import by_seed, gap, gap_json, level_of_dense, line, mean_cell, said
 from sparselth.report.page import Group, fill, side_by_side, width
-from sparselth.report.stats import FEWEST, Gap, cells, holm, mean_interval, seed_list, signed
-from sparselth.report.tables import MISSING, percent
+from sparselth.report.stats import FEWEST, Gap, holm, mean_interval, signed
+from sparselth.report.tables import MISSING, percent, title
 from sparselth.runs import RunRecord
 
 ACCURACY = "accuracy_at_early_stop"
@@ -41,13 +41,13 @@ def against_dense(record: RunRecord, k: int, level: int) -> Gap | None:
 
 def table(record: RunRecord) -> str:
     """The whole report as text, as wide as the terminal."""
-    config, recipe = record.config, record.config.recipe
-    seeds = f"seed{'s' * (len(config.seeds) > 1)} {seed_list(config.seeds)}"
-    title = (
-        f"{config.model} on {config.dataset}, {seeds}, {recipe.steps:,} steps of {recipe.batch_size} images\n"
-        f"{config.method}"
-    )
-    parts = [fill(title), _rows(record), fill(_legend(record)), fill(sentence(record), indent="")]
+    config = record.config
+    parts = [
+        fill(title(record, config.method)),
+        _rows(record),
+        fill(_legend(record)),
+        fill(sentence(record), indent=""),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -87,11 +87,7 @@ def _legend(record: RunRecord) -> str:
         f"the seeds{kind}; ticket minus: in pp, seed by seed{kind}.",
         "reinit: the masks of that step's tickets on fresh weights, trained from step 0 on.",
     ]
-    done, total = cells(record)
-    if done < total:
-        found = state(record)
-        lines.append(f"{found[:1].upper()}{found[1:]}: {done:,} of {total:,} cells are there.")
-    return "\n".join(lines)
+    return "\n".join(filter(None, [*lines, unfinished(record)]))
 
 
 def winning(record: RunRecord, level: int) -> set[int]:

@@ -11,11 +11,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from sparselth.report.diverged import state
+from sparselth.report.diverged import unfinished
 from sparselth.report.drawing import WIDTH, all_of_it, heading, look, save_each, spread
 from sparselth.report.lines import by_seed, gap, gap_json, level_of_dense, mean_cell
 from sparselth.report.page import Group, fill, side_by_side, width
-from sparselth.report.stats import FEWEST, SLACK, Gap, cells, mean_interval, signed, signed_pp, tolerance_of
+from sparselth.report.stats import FEWEST, SLACK, Gap, mean_interval, signed, signed_pp, tolerance_of
 from sparselth.report.tables import percent
 from sparselth.runs import RunRecord
 
@@ -118,10 +118,8 @@ def table(record: RunRecord) -> str:
         "steps."
     )
     parts = [fill(title), side_by_side(lead, [Group(columns[:4]), Group(columns[4:])], width()), fill(legend)]
-    done, total = cells(record)
-    if done < total:
-        parts.append(fill(f"{state(record).capitalize()}: {done:,} of {total:,} networks are there."))
-    return "\n\n".join([*parts, fill(sentence(record), indent="")])
+    parts += [fill(unfinished(record, "networks")), fill(sentence(record), indent="")]
+    return "\n\n".join(filter(None, parts))
 
 
 def _left(found: list[Row], row: Row) -> str:

@@ -9,8 +9,8 @@ a bootstrap's do not (Colas et al. 2019, arXiv:1904.06979), and an exact test th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import atan, fsum, inf, log, pi, sqrt
 from statistics import NormalDist
@@ -254,7 +254,7 @@ def verdict(record: RunRecord, level: int) -> Verdict:
     return Verdict("winning" if lead.low > SLACK and later.low <= SLACK else "matching", why)
 
 
-K = TypeVar("K", int, str)
+K = TypeVar("K", int, str, tuple[int, str])
 
 
 def holm(chances: dict[K, float], share: float = 0.025) -> set[K]:
@@ -265,6 +265,17 @@ def holm(chances: dict[K, float], share: float = 0.025) -> set[K]:
             break
         stand.add(one)
     return stand
+
+
+def apart(gaps: Mapping[K, Gap]) -> set[K]:
+    """Which of several differences are none of 0, to either side, when all are read at once (Holm 1979)."""
+    return holm(
+        {
+            one: min(gap.chance(0.0), replace(gap, mean=-gap.mean).chance(0.0))
+            for one, gap in gaps.items()
+            if gap.error is not None
+        }
+    )
 
 
 def winning_at_once(record: RunRecord) -> set[int]:
@@ -364,6 +375,11 @@ def signed(gap: Gap) -> str:
     """The same without its unit."""
     mean = round(100 * gap.mean, 2) + 0.0  # and no -0.00
     return f"{mean:+.2f}" + ("" if gap.half is None else f" ± {100 * gap.half:.2f}")
+
+
+def seeds_named(seeds: tuple[int, ...]) -> str:
+    """As a heading says it: `seeds 0-4`, `seed 3`."""
+    return f"seed{'s' * (len(seeds) > 1)} {seed_list(seeds)}"
 
 
 def seed_list(seeds: tuple[int, ...]) -> str:

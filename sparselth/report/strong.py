@@ -8,20 +8,18 @@ from __future__ import annotations
 from typing import Any
 
 from sparselth.frozen import METHODS
-from sparselth.report.diverged import state
+from sparselth.report.diverged import unfinished
 from sparselth.report.page import Group, fill, side_by_side, width
 from sparselth.report.stats import (
     FEWEST,
     Gap,
-    cells,
     images_counted,
     mean_interval,
     paired,
-    seed_list,
     signed,
     signed_pp,
 )
-from sparselth.report.tables import MISSING, percent
+from sparselth.report.tables import MISSING, percent, title
 from sparselth.runs import RunRecord
 
 FINAL = "final_accuracy"
@@ -61,19 +59,10 @@ def places(record: RunRecord) -> range:
 
 def table(record: RunRecord) -> str:
     """The whole report as text, as wide as the terminal."""
-    parts = [fill(_title(record)), _rows(record), fill(_legend(record))]
+    parts = [fill(title(record, record.config.how)), _rows(record), fill(_legend(record))]
     if said := _closing(record):
         parts.append(fill(said, indent=""))
     return "\n\n".join(parts)
-
-
-def _title(record: RunRecord) -> str:
-    config, recipe = record.config, record.config.recipe
-    seeds = f"seed{'s' * (len(config.seeds) > 1)} {seed_list(config.seeds)}"
-    return (
-        f"{config.model} on {config.dataset}, {seeds}, {recipe.steps:,} steps of {recipe.optimizer} "
-        f"(lr {recipe.lr:g}, batch {recipe.batch_size})\n{config.how}"
-    )
 
 
 def _rows(record: RunRecord) -> str:
@@ -120,14 +109,7 @@ def _legend(record: RunRecord) -> str:
             "accuracy %: on the test set at the end of training. vs: the ticket minus it in pp. "
             f"{seeds} seed{'s' * (seeds > 1)}: no interval, and luck is not excluded; five tell more."
         )
-    done, total = cells(record)
-    if done < total:
-        said = state(record)
-        lines.append(
-            f"{said[:1].upper()}{said[1:]}: {done:,} of {total:,} cells are there; {MISSING} marks what is "
-            "missing."
-        )
-    return "\n".join(lines)
+    return "\n".join(filter(None, [*lines, unfinished(record, mark=MISSING)]))
 
 
 def _closing(record: RunRecord) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparselth.report.diverged import state
+from sparselth.report.diverged import unfinished
 from sparselth.report.page import Group, fill, side_by_side, width
 from sparselth.report.stats import (
     FEWEST,
@@ -10,7 +10,6 @@ from sparselth.report.stats import (
     SLACK,
     TOO_FEW,
     UNCLEAR,
-    cells,
     clock,
     compare,
     controls,
@@ -21,7 +20,7 @@ from sparselth.report.stats import (
     nearest_level,
     per_seed,
     rule,
-    seed_list,
+    seeds_named,
     signed,
     signed_pp,
     verdict,
@@ -38,7 +37,12 @@ MISSING = "–"
 
 def table(record: RunRecord) -> str:
     """The whole report as text, as wide as the terminal, without a newline at its end."""
-    parts = [fill(_title(record)), _rows(record), fill(_legend(record)), fill(rule(record))]
+    parts = [
+        fill(title(record, record.config.method)),
+        _rows(record),
+        fill(_legend(record)),
+        fill(rule(record)),
+    ]
     if spent := _costs(record):
         parts.append(spent)
     if closing := _closing(record):
@@ -52,13 +56,14 @@ def percent(share: float) -> str:
     return f"{value:.1f}" if value >= 1 or value == 0 else f"{value:.2g}"
 
 
-def _title(record: RunRecord) -> str:
+def title(record: RunRecord, how: str) -> str:
+    """What was trained, and how it was pruned: two lines above a table."""
     config, recipe = record.config, record.config.recipe
-    seeds = f"seed{'s' * (len(config.seeds) > 1)} {seed_list(config.seeds)}"
+    seeds = seeds_named(config.seeds)
     return (
         f"{config.model} on {config.dataset}, {seeds}, {recipe.steps:,} steps of "
         f"{recipe.optimizer.upper() if recipe.optimizer == 'sgd' else recipe.optimizer.title()} "
-        f"(lr {recipe.lr:g}, batch {recipe.batch_size})\n{config.method}"
+        f"(lr {recipe.lr:g}, batch {recipe.batch_size})\n{how}"
     )
 
 
@@ -123,12 +128,7 @@ def _legend(record: RunRecord) -> str:
             "accuracy %: on the test set at early stop. vs: the ticket minus it in pp. "
             f"{seeds} seed{'s' * (seeds > 1)}: no interval, and luck is not excluded; five tell more."
         )
-    done, total = cells(record)
-    if done < total:
-        lines.append(
-            f"{state(record)}: {done:,} of {total:,} cells are there; {MISSING} marks what is missing."
-        )
-        lines[-1] = lines[-1][0].upper() + lines[-1][1:]
+    lines += filter(None, [unfinished(record, mark=MISSING)])
     stops = per_seed(record, "ticket", 0, "early_stop_step").values()
     if late := sum(stop >= record.config.recipe.steps for stop in stops):
         lines.append(

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from sparselth.report.diverged import state
+from sparselth.report.diverged import unfinished
 from sparselth.report.drawing import all_of_it, band_note, head, heading, level_axis, save_each
 from sparselth.report.lines import (
     averaged,
@@ -20,7 +20,7 @@ from sparselth.report.lines import (
     mean_cell,
 )
 from sparselth.report.page import Group, fill, side_by_side, width
-from sparselth.report.stats import SLACK, Gap, cells, mean_interval, signed, signed_pp, tolerance_of
+from sparselth.report.stats import SLACK, Gap, mean_interval, signed, signed_pp, tolerance_of
 from sparselth.report.tables import percent
 from sparselth.runs import RunRecord
 
@@ -80,10 +80,8 @@ def table(record: RunRecord) -> str:
     parts = [fill(title), side_by_side(lead, groups, width()), fill(legend)]
     if odd := _other_counts(record):
         parts.append(fill(odd))
-    done, total = cells(record)
-    if done < total:
-        parts.append(fill(f"{state(record).capitalize()}: {done:,} of {total:,} cells are there."))
-    return "\n\n".join([*parts, fill(sentence(record), indent="")])
+    parts += [fill(unfinished(record)), fill(sentence(record), indent="")]
+    return "\n\n".join(filter(None, parts))
 
 
 def _cell(record: RunRecord, arm: str, level: int) -> str:

@@ -75,40 +75,35 @@ def magnitude(
     return weights[: mask.numel()].abs()
 
 
-@register(
+def _beside_the_start(name: str, meaning: str, of: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """A score of the weights now and those that training began with, [M] each."""
+
+    def score(
+        network: Model,
+        weights: Tensor,
+        mask: Tensor,
+        batch: Batch,
+        generator: torch.Generator,
+        start: Tensor,
+    ) -> Tensor:
+        return of(weights[: mask.numel()], start[: mask.numel()])
+
+    register(name, meaning, autograd=False, start=True)(score)
+
+
+_beside_the_start(
     "change",
     "how much larger than at the rewind step the trained weight is, |w| - |w0| (Zhou et al. 2019)",
-    autograd=False,
-    start=True,
+    lambda now, start: now.abs() - start.abs(),
 )
-def change(
-    network: Model, weights: Tensor, mask: Tensor, batch: Batch, generator: torch.Generator, start: Tensor
-) -> Tensor:
-    return weights[: mask.numel()].abs() - start[: mask.numel()].abs()
-
-
-@register(
+_beside_the_start(
     "movement",
     "how far the trained weight is from that of the rewind step, |w - w0| (Zhou et al. 2019)",
-    autograd=False,
-    start=True,
+    lambda now, start: (now - start).abs(),
 )
-def movement(
-    network: Model, weights: Tensor, mask: Tensor, batch: Batch, generator: torch.Generator, start: Tensor
-) -> Tensor:
-    return (weights[: mask.numel()] - start[: mask.numel()]).abs()
-
-
-@register(
-    "magnitude-at-init",
-    "the size of the weight at the rewind step, |w0|",
-    autograd=False,
-    start=True,
+_beside_the_start(
+    "magnitude-at-init", "the size of the weight at the rewind step, |w0|", lambda now, start: start.abs()
 )
-def magnitude_at_init(
-    network: Model, weights: Tensor, mask: Tensor, batch: Batch, generator: torch.Generator, start: Tensor
-) -> Tensor:
-    return start[: mask.numel()].abs()
 
 
 @register("random", "a uniform draw of the seed and level: what others are held against", autograd=False)
