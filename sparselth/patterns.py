@@ -4,9 +4,11 @@
     block:16    blocks of 16 x 16 of the matrix [N, K]; of a convolution 16 filters by 16 channels at one tap
     unit        all that feeds a neuron or filter; the output layer stays whole
 
-The score of a group is the sum of its weights' scores. Of n groups that are left in a layer exactly
-round(rate * n) go at a level, the lowest first, equal ones by lowest index. A layer that is no multiple of
-the groups stays whole, and says why.
+Groups are ranked by the mean of their weights' scores, within a layer or over all layers, and go at a level
+the lowest first, equal ones by lowest index. Of n groups that are left exactly round(rate * n) go; but units
+of several layers differ in size, and go until the next one would leave fewer than n - round(rate * n) of n
+weights. 2:4 is decided within every 4, so that the scope changes nothing of it. A layer that is no multiple
+of the groups stays whole, and says why.
 """
 
 from __future__ import annotations
@@ -57,9 +59,12 @@ class Pattern(ABC):
         return {s.name: why for s in params.weights if s.name not in out and (why := self.misfit(s))}
 
     def ladder(
-        self, params: Params, levels: int, rate: float, exclude: Sequence[str] = ()
+        self, params: Params, levels: int, rate: float, scope: str, exclude: Sequence[str] = ()
     ) -> list[dict[str, int]]:
-        """Surviving weights at levels 0 to `levels` by tensor, as `pruning.ladder` gives them."""
+        """Surviving weights at levels 0 to `levels`, as `pruning.ladder` gives them.
+
+        Of units under "global" a rung is the least that is left: it may be up to one unit more.
+        """
         from sparselth.pruning import excluded
 
         still = {*excluded(params, exclude), *self.whole(params, exclude)}
@@ -111,15 +116,62 @@ class Groups(Pattern):
         size = self.size(spec)
         return (kept // size - rounded(rate * (kept // size))) * size
 
-    def pick(self, groups: Tensor, scores: Tensor, mask: Tensor, keep: int) -> Tensor:
+    def ladder(
+        self, params: Params, levels: int, rate: float, scope: str, exclude: Sequence[str] = ()
+    ) -> list[dict[str, int]]:
+        from sparselth.pruning import excluded, rounded
+
+        if scope != "global":
+            return super().ladder(params, levels, rate, scope, exclude)
+        still = {*excluded(params, exclude), *self.whole(params, exclude)}
+        whole = {s.name: s.numel for s in params.weights if s.name in still}
+        sizes = {self.size(s) for s in params.weights if s.name not in still}
+        size = sizes.pop() if len(sizes) == 1 else 1  # groups of one size are counted, others by weight
+        counts = [(params.prunable - sum(whole.values())) // size]
+        for _ in range(levels):
+            counts.append(counts[-1] - rounded(rate * counts[-1]))
+        return [{"all": size * n} | whole for n in counts]
+
+    def prune(self, params: Params, scores: Tensor, mask: Tensor, keep: dict[str, int]) -> Tensor:
+        import torch
+
+        if "all" not in keep:
+            return super().prune(params, scores, mask, keep)
+        scores, new = scores.cpu().double(), mask.cpu().clone()
+        ranked = [spec for spec in params.weights if spec.name not in keep]
+        means, alive, sizes = [], [], []
+        for spec in ranked:
+            sums, there = self.sums(self.groups(spec), scores[spec.span], new[spec.span])
+            means.append(sums / self.size(spec))
+            alive.append(there)
+            sizes.append(torch.full_like(sums, self.size(spec), dtype=torch.int64))
+        stays, size = torch.cat(alive), torch.cat(sizes)
+        places = stays.nonzero()[:, 0]
+        places = places[torch.cat(means)[places].sort(stable=True).indices]
+        going = size[places].cumsum(0) <= int(size[stays].sum()) - keep["all"]
+        if int(size[stays].sum()) < keep["all"]:
+            raise ValueError(f"all: cannot keep {keep['all']} of {int(size[stays].sum())} weights")
+        stays[places[going]] = False
+        for spec, left in zip(ranked, torch.split(stays, [len(one) for one in alive]), strict=True):
+            new[spec.span] &= left[self.groups(spec)]
+        return new
+
+    @staticmethod
+    def sums(groups: Tensor, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each group the sum of its scores, float64, and whether it is left."""
         import torch
 
         count = int(groups.max()) + 1
-        sums = torch.zeros(count, dtype=torch.float64, device="cpu").index_add_(0, groups, scores)
+        found = torch.zeros(count, dtype=torch.float64, device="cpu")
+        found.index_add_(0, groups, torch.where(mask, scores, 0))
         alive = torch.zeros(count, dtype=torch.bool, device="cpu")
         alive[groups[mask]] = True
+        return found, alive
+
+    def pick(self, groups: Tensor, scores: Tensor, mask: Tensor, keep: int) -> Tensor:
+        sums, alive = self.sums(groups, scores, mask)
         places = alive.nonzero()[:, 0]
-        going = len(places) - keep * count // len(groups)
+        going = len(places) - keep * len(alive) // len(groups)
         alive[places[sums[places].sort(stable=True).indices[:going]]] = False
         return mask & alive[groups]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from sparselth.kernels.two_four_linear import TwoFour
 from sparselth.models import Conv, Linear, Model, ReLU, get_model
 from sparselth.models.torch import network
 from sparselth.patterns import UNSTRUCTURED, get_pattern, known
+from sparselth.pruning import rounded
 from sparselth.runs import RunRecord, cell_path
 from sparselth.sparse import convert
 
@@ -39,7 +41,7 @@ def test_two_of_four_by_hand() -> None:
     model = Model("", (1, 1, 8), (Linear(2),), {}, "")
     mask, scores = model.params.full_mask(), torch.zeros(model.params.mask_size)
     scores[:16] = torch.tensor([4, 1, 3, 2, 0, 0, 0, 0, -4, -1, -3, -2, 5, 5, 6, 5.0])
-    rungs = pattern("2:4").ladder(model.params, 2, 0.2)
+    rungs = pattern("2:4").ladder(model.params, 2, 0.2, "layer")
     assert rungs == [{"fc1.weight": 16}, {"fc1.weight": 8}, {"fc1.weight": 8}]
     found = pattern("2:4").prune(model.params, scores, mask, rungs[1])
     # equal ones: the lowest index goes first
@@ -61,7 +63,9 @@ def test_blocks_by_hand_of_a_matrix_and_at_every_tap() -> None:
         assert groups[:, :, tap].tolist() == [[2 * tap, 2 * tap, 2 * tap + 1, 2 * tap + 1]] * 2
     scores = torch.zeros(square.params.mask_size)
     scores[:16] = torch.tensor([9, 0, 2, 2, 0, 0, 2, 2, 1, 1, 3, 3, 1, 1, 3, 3.0])  # sums 9, 8, 4, 12
-    rung = pattern("block:2").ladder(square.params, 1, 0.9)[1]  # half of it: the output layer; 0.45 * 4 is 2
+    rung = pattern("block:2").ladder(square.params, 1, 0.9, "layer")[
+        1
+    ]  # half of it: the output layer; 0.45 * 4 is 2
     assert rung == {"fc1.weight": 8}
     found = pattern("block:2").prune(square.params, scores, square.params.full_mask(), rung)
     assert found[:16].int().view(4, 4).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
@@ -74,7 +78,7 @@ def test_counts_are_exact_level_by_level_and_layers_that_do_not_fit_stay_whole(
 ) -> None:
     one, params = pattern(name), model.params
     mask, whole = params.full_mask(), one.whole(params)
-    for level, rung in enumerate(one.ladder(params, 3, 0.3)[1:]):
+    for level, rung in enumerate(one.ladder(params, 3, 0.3, "layer")[1:]):
         new = one.prune(params, drawn(model, level), mask, rung)
         assert params.kept(new) == rung
         assert not (new & ~mask).any()
@@ -101,7 +105,7 @@ def test_counts_are_exact_level_by_level_and_layers_that_do_not_fit_stay_whole(
 @pytest.mark.parametrize("name", ["2:4", "block:16", "unit"])
 def test_a_shuffled_mask_keeps_as_much_in_the_same_pattern(name: str) -> None:
     one, params = pattern(name), WIDE.params
-    mask = one.prune(params, drawn(WIDE), params.full_mask(), one.ladder(params, 1, 0.4)[1])
+    mask = one.prune(params, drawn(WIDE), params.full_mask(), one.ladder(params, 1, 0.4, "layer")[1])
     found = one.shuffled(params, mask, torch.Generator().manual_seed(0))
     assert params.kept(found) == params.kept(mask)
     assert not torch.equal(found, mask)
@@ -115,7 +119,7 @@ def test_fast_forms_take_what_is_left() -> None:
     halves, blocks = pattern("2:4"), pattern("block:16")
     for model, one in ((WIDE, halves), (WIDE, blocks), (FILTERS, blocks)):
         mask = one.prune(
-            model.params, drawn(model), model.params.full_mask(), one.ladder(model.params, 1, 0.5)[1]
+            model.params, drawn(model), model.params.full_mask(), one.ladder(model.params, 1, 0.5, "layer")[1]
         )
         spec = model.weights[0]
         weight, kept = drawn(model, 1)[spec.span].view(spec.shape), mask[spec.span].view(spec.shape)
@@ -126,13 +130,78 @@ def test_fast_forms_take_what_is_left() -> None:
         assert len(kind.from_dense(weight, kept, 16).places) == int(kept.sum()) // 256
     flat = torch.zeros(WIDE.params.size)
     mask = blocks.prune(
-        WIDE.params, drawn(WIDE), WIDE.params.full_mask(), blocks.ladder(WIDE.params, 1, 0.7)[1]
+        WIDE.params, drawn(WIDE), WIDE.params.full_mask(), blocks.ladder(WIDE.params, 1, 0.7, "layer")[1]
     )
     flat[: len(mask)] = drawn(WIDE, 2) * mask
     net, x = network(WIDE, flat).eval(), torch.randn(8, 64)
     named = {spec.name: mask[spec.span].view(spec.shape) for spec in WIDE.weights}
     with torch.no_grad():
         torch.testing.assert_close(convert(net, named, x)(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def by_hand(params: Any, name: str, scores: torch.Tensor, mask: torch.Tensor, keep: int) -> set[int]:
+    """Places that are left where groups of all layers go by their mean, in plain Python and float64."""
+    side = 4 if name == "block:4" else 0
+    groups = dict[tuple[int, ...], list[int]]()
+    for layer, spec in enumerate(params.weights):
+        if spec.output if not side else any(n % side for n in spec.shape[:2]):
+            continue  # whole
+        taps = spec.numel // (spec.shape[0] * spec.shape[1])
+        for i in range(spec.numel):
+            row, column, tap = i // (spec.shape[1] * taps), i // taps % spec.shape[1], i % taps
+            # in the order of their numbers: a row of blocks, its taps, its columns
+            key = (layer, row) if not side else (layer, row // side, tap, column // side)
+            if mask[spec.span.start + i]:
+                groups.setdefault(key, []).append(spec.span.start + i)
+    means = {key: math.fsum(float(scores[i]) for i in own) / len(own) for key, own in groups.items()}
+    left = sum(map(len, groups.values()))
+    for key in sorted(groups, key=lambda key: (means[key], key)):
+        if left - len(groups[key]) < keep:
+            break
+        left -= len(groups.pop(key))
+    return {i for own in groups.values() for i in own}
+
+
+@pytest.mark.parametrize("name", ["unit", "block:4"])
+@pytest.mark.parametrize("model", [WIDE, FILTERS], ids=["wide", "filters"])
+@pytest.mark.parametrize("ties", [False, True])
+def test_groups_of_all_layers_go_by_their_mean_as_by_hand(model: Model, name: str, ties: bool) -> None:
+    one, params = pattern(name), model.params
+    mask, rungs = params.full_mask(), one.ladder(params, 3, 0.35, "global")
+    for level, rung in enumerate(rungs[1:]):
+        scores = drawn(model, level)
+        for i, spec in enumerate(params.weights):
+            scores[spec.span] *= 2.0 ** -(i % 2)  # so that one layer goes before another
+        if ties:
+            scores = scores.round()
+        new = one.prune(params, scores, mask, rung)
+        assert not (new & ~mask).any()
+        ranked = [spec for spec in params.weights if spec.name not in rung]
+        found = {i for spec in ranked for i in range(spec.span.start, spec.span.stop) if new[i]}
+        assert found == by_hand(params, name, scores, mask, rung["all"])
+        largest = max(spec.matrix[1] for spec in ranked)
+        if name == "block:4":
+            assert len(found) == rung["all"]
+            before = rungs[level]["all"] // 16
+            assert rung["all"] == 16 * (before - rounded(0.35 * before))
+        assert rung["all"] <= len(found) < rung["all"] + largest
+        assert all(params.kept(new)[whole] == rung[whole] for whole in rung if whole != "all")
+        mask = new
+    shares = [params.kept(mask)[spec.name] / spec.numel for spec in ranked]
+    assert max(shares) > 1.1 * min(shares)  # layers are not pruned alike
+    with pytest.raises(ValueError, match="all: cannot keep"):
+        one.prune(params, scores, mask, rungs[0])
+
+
+def test_two_of_four_are_the_same_under_either_scope() -> None:
+    one, params = pattern("2:4"), WIDE.params
+    rungs = one.ladder(params, 1, 0.2, "global")
+    assert rungs == one.ladder(params, 1, 0.2, "layer")
+    assert ImpConfig(model="lenet-300-100", pattern="2:4", scope="global", levels=1).rungs()[1] == {
+        "fc1.weight": 117_600,
+        "fc2.weight": 15_000,
+        "fc3.weight": 500,
+    }
 
 
 def test_names() -> None:
@@ -146,7 +215,6 @@ def test_names() -> None:
     ("changes", "says"),
     [
         ({"pattern": "3:4"}, "`pattern` 3:4: expected unstructured, 2:4, unit"),
-        ({"pattern": "unit", "scope": "global"}, "`pattern` unit: groups of layers differ in size"),
         ({"pattern": "2:4", "levels": 2}, "`levels` 2: 2:4 keeps half of the weights, once; expected 1"),
         (
             {"pattern": "block:16"},

@@ -136,10 +136,6 @@ class ImpConfig(Training):
     def _check_pattern(self) -> None:
         if (pattern := get_pattern(self.pattern)) is None:
             return
-        if self.scope != "layer":
-            raise self.wrong(
-                "pattern", "groups of layers differ in size and are ranked by `scope` layer alone"
-            )
         if self.pattern == "2:4" and self.levels > 1:
             raise self.wrong("levels", "2:4 keeps half of the weights, once; expected 1")
         from sparselth.pruning import excluded
@@ -201,7 +197,7 @@ class ImpConfig(Training):
         from sparselth.pruning import ladder
 
         if pattern := get_pattern(self.pattern):
-            return pattern.ladder(self.network.params, self.levels, self.rate, self.exclude)
+            return pattern.ladder(self.network.params, self.levels, self.rate, self.scope, self.exclude)
         return ladder(self.network.params, self.levels, self.rate, self.scope, self.exclude)
 
     # ---- what is said of it
@@ -212,9 +208,9 @@ class ImpConfig(Training):
 
     @property
     def title(self) -> str:
-        from sparselth.report.stats import seed_list
+        from sparselth.report.stats import seeds_named
 
-        seeds = f"seed{'s' * (len(self.seeds) > 1)} {seed_list(self.seeds)}"
+        seeds = seeds_named(self.seeds)
         return (
             f"{self.model} on {self.dataset}, {self.levels} level{'s' * (self.levels > 1)}, {seeds}, "
             f"{self.recipe.steps:,} steps, {self.method}"
