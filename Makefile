@@ -17,13 +17,14 @@ SEED := 0
 NATIVE_TESTS := native csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows step_parts masked_update \
   hash_weights score_update seed_linear seed_conv2d subset_sum
 
-.PHONY: imp test test-oldest test-newest check bench bench-bars same-bits science soak properties kill-test sanitize mutants \
+.PHONY: imp tour test test-oldest test-newest check bench bench-bars same-bits science soak properties kill-test sanitize mutants \
   fuzz constraints \
   gpu-dry gpu-bundle clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make imp      set up, then find winning tickets in LeNet-5: sparselth imp --model lenet5"
+	@echo "make tour     set up, then all experiments on MNIST-1D in ten minutes: docs/tour.md"
 	@echo "make test     set up, then run the tests"
 	@echo "make test-oldest, make test-newest  the tests with the lower bounds, with what is newest"
 	@echo "make check    set up, then ruff and mypy"
@@ -46,6 +47,12 @@ help:
 imp: $(STAMP)
 	@echo "== sparselth imp --model lenet5 (stop with Ctrl-C; the next 'make imp' goes on)"
 	@$(BIN)/sparselth imp --model lenet5 --resume
+
+# The commands of the page, in their order; one that was stopped goes on, one that is finished is shown.
+tour: $(STAMP)
+	@mkdir -p build/tour
+	@sed -n 's/^    sparselth /sparselth /p' docs/tour.md | sed 's/ --out / --resume --out /' >build/tour/commands.sh
+	@cd build/tour && PATH="$(abspath $(BIN)):$$PATH" sh -ex commands.sh
 
 # In four parts beside each other, each in a process of its own: two cores have enough to do while one part waits
 # for runs that it kills. PARTS are folders of tests; all else is the part whose progress is shown.

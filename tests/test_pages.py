@@ -111,9 +111,7 @@ def commands() -> list[str]:
     found = []
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
-        found += re.findall(
-            r"^    (sparselth (?:imp|bench|show|subset-sum|ticket) [^#\n|]*)", text, re.MULTILINE
-        )
+        found += re.findall(r"^    (sparselth [a-z-]+[^#\n|]*)", text, re.MULTILINE)
     return sorted({" ".join(line.split()) for line in found})
 
 
