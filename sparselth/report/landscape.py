@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from math import exp, log
 from typing import Any
 
-from sparselth.report.diverged import state
+from sparselth.report.diverged import unfinished
 from sparselth.report.page import Group, fill, side_by_side, width
-from sparselth.report.stats import FEWEST, Gap, cells, mean_interval, paired, seed_list
+from sparselth.report.stats import FEWEST, Gap, apart, mean_interval, paired, seeds_named
 from sparselth.report.tables import MISSING, percent
 from sparselth.runs import RunRecord
 
@@ -44,7 +44,7 @@ def times(gap: Gap) -> str:
 def table(record: RunRecord) -> str:
     """The whole report as text, as wide as the terminal."""
     config = record.config
-    seeds = f"seed{'s' * (len(config.seeds) > 1)} {seed_list(config.seeds)}"
+    seeds = seeds_named(config.seeds)
     title = f"{config.imp.model} on {config.dataset}, {seeds}, of {config.source}\n{config.how}"
     parts = [fill(title), _rows(record), fill(_legend(record)), fill(sentence(record), indent="")]
     return "\n\n".join(part for part in parts if part)
@@ -93,6 +93,8 @@ def _legend(record: RunRecord) -> str:
         "Directions are random, normalised by filter, 0 where the mask prunes (Li et al. 2018); all arms of "
         "a seed have the same draws.",
     ]
+    if len(rows(record)) > 2:
+        lines.append("flatter, sharper: of all levels and arms read at once (Holm 1979); else it is open.")
     if max(config.level):
         lines.append(
             "barrier: how far the test error along the straight line rises above the mean of its ends; from "
@@ -105,28 +107,27 @@ def _legend(record: RunRecord) -> str:
         )
     if loose := [p for p in record.points if p["bound"] > 0.01 * abs(p[EIGENVALUE])]:
         lines.append(f"Of {len(loose)} networks the largest eigenvalue is not within 1 %.")
-    done, total = cells(record)
-    if done < total:
-        said = state(record)
-        lines.append(f"{said[:1].upper()}{said[1:]}: {done:,} of {total:,} cells are there.")
-    return "\n".join(lines)
+    return "\n".join(filter(None, [*lines, unfinished(record)]))
 
 
 def sentence(record: RunRecord) -> str:
-    """Whether tickets lie in flatter minima than other arms, with the interval, or that it is open."""
+    """Whether tickets lie in flatter minima than other arms, all levels and arms read at once, or that it is
+    open.
+    """
     left, said = record.config.imp.remaining(), []
-    for level, arm in rows(record):
-        if arm == "ticket" or (gap := ratio(record, level, arm)) is None:
-            continue
+    places = [(level, arm) for level, arm in rows(record) if arm != "ticket"]
+    gaps = {place: gap for place in places if (gap := ratio(record, *place)) is not None}
+    clear = apart(gaps)
+    for (level, arm), gap in gaps.items():
         number = f"the largest eigenvalue is {times(gap)} that of {arm}, seed by seed"
         where = f"At {percent(left[level])} %"
         if gap.error is None:
             seeds = f"{gap.seeds} seed{'s' * (gap.seeds > 1)}"
             said.append(f"{where} it is open with {seeds} whether the ticket's minimum is flatter: {number}.")
-        elif gap.low <= 0 <= gap.high:
+        elif (level, arm) not in clear:
             said.append(f"{where} it is open whether the ticket's minimum is flatter: {number}.")
         else:
-            word = "flatter" if gap.high < 0 else "sharper"
+            word = "flatter" if gap.mean < 0 else "sharper"
             said.append(f"{where} the ticket's minimum is {word}: {number}.")
     if said:
         return " ".join(said)

@@ -16,13 +16,16 @@ from sparselth.report.drawing import (
     WIDTH,
     balanced,
     band_note,
+    extremes,
+    level_axis,
+    log_axis,
     look_of,
     save_each,
     short,
     spread,
 )
 from sparselth.report.landscape import EIGENVALUE, rows, values
-from sparselth.report.stats import seed_list
+from sparselth.report.stats import seeds_named
 from sparselth.runs import RunRecord
 
 MOST_COLUMNS, MOST_ROWS = 3, 4
@@ -37,7 +40,7 @@ def draw(record: RunRecord, folder: Path) -> list[Path]:
     if last.exists() and last.stat().st_mtime_ns > fresh:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    makers = {"eigenvalues": _eigenvalues, "lines": _lines, "slices": _slices}
+    makers = {"eigenvalues": _eigenvalues, "levels": _levels, "lines": _lines, "slices": _slices}
     return save_each(makers, record, folder)
 
 
@@ -48,7 +51,7 @@ def _name(record: RunRecord, level: int, arm: str) -> str:
 
 def _title(record: RunRecord, note: str = "") -> str:
     config = record.config
-    seeds = f"seed{'s' * (len(config.seeds) > 1)} {seed_list(config.seeds)}"
+    seeds = seeds_named(config.seeds)
     lines = (f"{config.imp.model} on {config.dataset}, {seeds}", config.imp.method, note)
     return "\n".join(balanced(line) for line in lines if line)
 
@@ -149,6 +152,43 @@ def _eigenvalues(record: RunRecord) -> Figure | None:
 
 def _positive(record: RunRecord, level: int, arm: str) -> dict[int, float]:
     return {seed: v for seed, v in values(record, level, arm, EIGENVALUE).items() if v > 0}
+
+
+def _levels(record: RunRecord) -> Figure | None:
+    """Sharpness, and the rise along the line to the ticket or dense, from level to level; a line an arm."""
+    left, places = record.config.imp.remaining(), rows(record)
+    if len({level for level, _ in places if values(record, level, "ticket", EIGENVALUE)}) < 2:
+        return None
+    fig = Figure(figsize=(WIDTH, 4.0), layout="constrained")
+    sharp, rise = fig.subplots(2, 1, sharex=True)
+    for arm in record.config.arms:
+        colour, marker = look_of(record, arm)
+        for axes, field in ((sharp, EIGENVALUE), (rise, "barrier")):
+            drawn = []
+            for level in (level for level, name in places if name == arm):
+                some = np.array([*values(record, level, arm, field).values()])
+                some = np.log(some[some > 0]) if axes is sharp else 100 * some
+                if some.size:
+                    drawn.append((100 * left[level], *spread(some)))
+            if not drawn:
+                continue
+            x, centre, low, high = np.array(drawn).T
+            if axes is sharp:
+                centre, low, high = np.exp(centre), np.exp(low), np.exp(high)
+            if len(x) > 1:
+                axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+            else:
+                axes.vlines(x, low, high, color=colour, linewidth=0.8)
+            axes.plot(x, centre, color=colour, marker=marker, label=arm)
+    drawn_to = extremes(sharp)
+    log_axis(sharp, float(drawn_to.min()), float(drawn_to.max()))
+    sharp.set_ylabel("largest eigenvalue")
+    rise.set_ylabel("barrier (%), ticket to dense,\nothers to the ticket")
+    level_axis(rise, [100 * left[level] for level, _ in places])
+    handles = [one for one in sharp.lines if not str(one.get_label()).startswith("_")]
+    fig.suptitle(_title(record, "; ".join(band_note(len(record.config.seeds)))), fontsize=7)
+    fig.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=1.8)
+    return fig
 
 
 def _lines(record: RunRecord) -> Figure | None:

@@ -20,6 +20,7 @@ from sparselth.experiments.base import Finished, Place
 from sparselth.experiments.landscape import LandscapeConfig
 from sparselth.files import load_arrays
 from sparselth.report import landscape as report
+from sparselth.report import landscape_figures as figures
 from sparselth.report.stats import Gap
 from sparselth.runs import RunRecord, cell_path, read
 
@@ -188,6 +189,19 @@ def test_ratios_are_paired_by_seed(record: RunRecord) -> None:
 def test_sentences(record: RunRecord, monkeypatch: pytest.MonkeyPatch, gap: Gap, said: str) -> None:
     monkeypatch.setattr(report, "ratio", lambda record, level, arm: gap)
     assert report.sentence(record).startswith(said)
+
+
+def test_several_levels_are_a_figure_and_are_read_at_once(
+    record: RunRecord, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert "levels.svg" in [file.name for file in figures.draw(record, tmp_path)]
+    # t of -3 from five seeds: a two-sided p of 0.04, which stands alone and not beside another
+    monkeypatch.setattr(report, "ratio", lambda record, level, arm: Gap(-0.3, 0.1, 5))
+    assert "the ticket's minimum is flatter" in report.sentence(record)
+    assert "read at once" in record.config.table(record)
+    places = [(0, "ticket"), (1, "random-mask"), (2, "random-mask")]
+    monkeypatch.setattr(report, "rows", lambda record: places)
+    assert report.sentence(record).count("it is open whether the ticket's minimum is flatter") == 2
 
 
 @pytest.mark.parametrize(
