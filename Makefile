@@ -17,7 +17,8 @@ SEED := 0
 NATIVE_TESTS := native csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows step_parts masked_update \
   hash_weights score_update seed_linear seed_conv2d subset_sum
 
-.PHONY: imp tour test test-oldest test-newest check bench bench-bars same-bits science soak properties kill-test sanitize mutants \
+.PHONY: imp tour test test-oldest test-newest check bench bench-bars same-bits science soak properties kill-test \
+  ray-test sanitize mutants \
   fuzz constraints \
   gpu-dry gpu-bundle clean
 .DEFAULT_GOAL := help
@@ -35,6 +36,7 @@ help:
 	@echo "make soak     set up, then a run of 100,000 cells that cost nothing: stopped, gone on with, damaged"
 	@echo "make properties  set up, then the kernels' property tests with 2,000 cases each, and 500 random networks converted"
 	@echo "make kill-test  set up, then kill runs at 200 moments and compare what they come to"
+	@echo "make ray-test  set up with Ray, then sweeps on a local cluster of two nodes, with workers and the head killed"
 	@echo "make sanitize set up, then the native kernels' tests under the address and undefined-behaviour sanitizers"
 	@echo "make mutants ROOMS=\"config train\"  plant small faults into rooms of pure Python; which no test notices"
 	@echo "make fuzz     set up, then 10,000 mutated tickets, runs, configurations, caches and data files"
@@ -102,6 +104,11 @@ fuzz: $(STAMP)
 # SPARSELTH_KILLS kills at events, and as many at moments in time.
 kill-test: $(STAMP)
 	SPARSELTH_KILLS=100 $(BIN)/python -m pytest -q -s tests/experiments/test_kill.py tests/cli/test_signals.py
+
+ray-test: $(STAMP)
+	@$(BIN)/python -c 'import ray' 2>/dev/null || $(BIN)/python -m pip install --quiet \
+	  --disable-pip-version-check --no-build-isolation --editable '.[ray]'
+	$(BIN)/python -m pytest -q tests/cluster/test_ray.py
 
 # All levels, AVX-512 made of AVX2's vectors, in a library of its own.
 sanitize: $(STAMP)

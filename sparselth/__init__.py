@@ -2,7 +2,8 @@
 
 In a loop of your own, on any module: `prune`, `snapshot`, `rewind`, `MaskedSGD`, `MaskedAdam`, `MaskedAdamW`,
 `save_ticket`, `load_ticket`, `convert`, and `compress`, which trains kept weights alone; `sparselth.calls`
-shows them, `sparselth.own` the whole experiment, `imp`. They are imported when first asked for.
+shows them, `sparselth.own` the whole experiment, `imp`; `sweep` goes over a `Grid` of settings. They are
+imported when first asked for.
 """
 
 from importlib import import_module
@@ -10,6 +11,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _FROM = {
+    "Grid": "cluster.grid",
     "Masks": "masks",
     "MaskedAdam": "optim",
     "MaskedAdamW": "optim",
@@ -24,6 +26,7 @@ _FROM = {
     "rewind": "calls",
     "save_ticket": "tickets",
     "snapshot": "calls",
+    "sweep": "cluster.sweep",
 }
 __all__ = [*_FROM]
 

@@ -1,6 +1,8 @@
 from sparselth.calls import prune as prune
 from sparselth.calls import rewind as rewind
 from sparselth.calls import snapshot as snapshot
+from sparselth.cluster.grid import Grid as Grid
+from sparselth.cluster.sweep import sweep as sweep
 from sparselth.masks import Masks as Masks
 from sparselth.optim import MaskedAdam as MaskedAdam
 from sparselth.optim import MaskedAdamW as MaskedAdamW

@@ -120,6 +120,8 @@ ORDER = [
     "experiments.ranks",
     "experiments.pool",
     "experiments.run",
+    "cluster",
+    "report.sweep",
     "own_results",
     "own",
     "measure",

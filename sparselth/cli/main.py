@@ -22,6 +22,7 @@ from sparselth.registry import load_plugin
 from sparselth.signals import asked_to_stop, interrupt, name_of
 
 COMMANDS = {  # beside those of experiments
+    "sweep": "Run an experiment over a grid of its settings, on this machine or a Ray cluster.",
     "bench": "Measure what sparsity is worth on this machine, beside dense at its best.",
     "ticket": "Inspect, verify, compare, export or import the file of a ticket.",
     "show": "Print the table of a run again, or its JSON.",

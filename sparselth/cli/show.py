@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparselth.cli.options import PATH, as_flags, output
+from sparselth.errors import SparselthError, UsageError
 
 if TYPE_CHECKING:
     from sparselth.runs import RunRecord
@@ -21,10 +22,16 @@ if TYPE_CHECKING:
 @click.option("--savings", is_flag=True, help="What each level of a run of imp saves; measures inference.")
 @output
 def show(run: Path, masks: bool, savings: bool, as_json: bool, quiet: bool, debug: bool) -> None:
-    """Print the table of the run in folder RUN, finished or not; --json prints its points."""
+    """Print the table of the run, or sweep, in folder RUN, finished or not; --json prints its points."""
     from sparselth.begun import recalled
+    from sparselth.cluster.store import is_sweep
     from sparselth.runs import read
 
+    if is_sweep(run):
+        if masks or savings:
+            raise UsageError(f"{run}: is a sweep; `{'masks' if masks else 'savings'}` is for a run of it")
+        show_sweep(run, as_json)
+        return
     with recalled(run):
         record = read(run)
         if record.damage:
@@ -36,6 +43,26 @@ def show(run: Path, masks: bool, savings: bool, as_json: bool, quiet: bool, debu
             _savings(record, as_json)
         else:
             report(record, as_json)
+
+
+def show_sweep(path: Path, as_json: bool, wall: dict[str, Any] | None = None) -> None:
+    """The table of a sweep, or the document of `sweep NAME --json`; its figure is drawn where that can be."""
+    from sparselth.cluster.store import read, recalled_all
+    from sparselth.report.sweep import draw, table, to_json
+
+    with recalled_all(path):
+        record = read(path)
+        if as_json:
+            print(json.dumps(to_json(record) | ({"wall": wall} if wall else {}), indent=2))
+            return
+        print(as_flags(table(record)))
+        try:
+            written = draw(record)
+        except (OSError, SparselthError) as error:
+            print(f"note: the figure is not drawn ({error})", file=sys.stderr)
+            return
+    if written:
+        print("\nfigures  " + ", ".join(str(file) for file in written if file.suffix != ".svg"))
 
 
 def _masks(record: RunRecord, as_json: bool) -> None:
@@ -77,8 +104,6 @@ def _savings(record: RunRecord, as_json: bool) -> None:
 
 
 def _check_imp(record: RunRecord, flag: str) -> None:
-    from sparselth.errors import UsageError
-
     if record.config.name != "imp":
         raise UsageError(f"{record.path}: is a run of {record.config.name}; `{flag}` is for runs of imp")
 

@@ -26,11 +26,10 @@ from sparselth.experiments.plan import Watcher
 from sparselth.experiments.price import Price
 from sparselth.experiments.processes import Hand, Processes
 from sparselth.experiments.ranks import Ranks
-from sparselth.experiments.worker import Work, end_with_the_parent, serve
+from sparselth.experiments.worker import Work
 from sparselth.machine import cores
 from sparselth.runs import RunFolder, checkpoint_path
 
-__all__ = ["Pool", "available_workers", "end_with_the_parent", "serve", "stopped"]
 GRACE = 1.2  # seconds from a signal until a worker must have come to an end of a step or of a chunk of images
 
 

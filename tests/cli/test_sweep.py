@@ -1,0 +1,156 @@
+"""`sparselth sweep`: its flags, its table, its JSON, its exit codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from inline import Inline
+
+from sparselth.cli import sweep as command
+from sparselth.cli.experiment import parameters
+from sparselth.cluster.grid import Grid
+from sparselth.cluster.local import Local
+from sparselth.config import EXPERIMENTS
+from sparselth.experiments.base import get_experiment
+
+Cli = Callable[..., tuple[int, str, str]]
+TINY = "--model lenet-300-100 --dataset mnist5k --seeds 0-2 --levels 1 --steps 60 --arms ticket"
+RATES = f"sweep imp --grid rate=0.2,0.5 {TINY} --eval-images 250 --out sweep"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inline:
+    """Runs are computed in this process, in a folder of the test's."""
+    executor = Inline()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "_executor", lambda flags: executor)
+    return executor
+
+
+def test_table_show_json_figure_and_going_on(cli: Cli, here: Inline) -> None:
+    code, out, err = cli(*RATES.split())
+    assert code == 0
+    assert "[2/2] rate=0.5: 6 cells in " in err
+    assert "imp over rate 0.2, 0.5: 2 points, 2 of 2 runs finished" in out
+    assert "rate=0.2" in out
+    assert "of the weights, the sparsest that all points reach: rate=" in " ".join(out.split())
+    assert "\nwall     " in out
+    assert out.rstrip().endswith("sweep    sweep")
+    assert max(map(len, out.splitlines())) <= 80
+    assert Path("sweep/figures/sweep.png").exists()
+    code, shown, _ = cli("show", "sweep")
+    assert code == 0
+    assert shown.partition("\nfigures")[0] in out
+    document = json.loads(cli("show", "sweep", "--json")[1])
+    assert document["schema"] == "sparselth.sweep/1"
+    assert document["complete"] is True
+    assert len(document["points"]) == 12
+    assert document["points"][0]["grid"] == {"rate": 0.2}
+    assert {one["seed"] for one in document["points"]} == {0, 1, 2}
+    assert [len(one["levels"]) for one in document["summary"]] == [2, 2]
+    assert document["best"]["minus"][0]["difference"]["seeds"] == 3
+    assert cli("show", "sweep/rate=0.5")[0] == 0
+    assert cli("show", "sweep", "--masks")[0] == 2
+    code, _, _ = cli("sweep", "imp", "--out", "sweep", "--resume", "--grid", "rate=0.2,0.5,0.9")
+    assert code == 0
+    assert here.taken == ["rate=0.2", "rate=0.5", "rate=0.9"]
+    assert json.loads(cli("show", "sweep", "--json")[1])["settings"]["seeds"] == [0, 1, 2]
+
+
+def test_a_failed_run_is_told_and_ends_with_1(cli: Cli, here: Inline) -> None:
+    here.dying["rate=0.5"] = 2
+    code, out, err = cli(*RATES.split())
+    assert code == 1
+    assert "failed: rate=0.5: its worker ended without a result" in out
+    assert "1 of 2 runs failed (rate=0.5: its worker ended without a result); --resume tries" in err
+    code, out, _ = cli(*RATES.split(), "--resume")
+    assert code == 0
+    assert "failed" not in out
+
+
+def test_one_json_document_and_nothing_else(cli: Cli, here: Inline) -> None:
+    code, out, err = cli(*RATES.split(), "--json", "--quiet")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["wall"]["computed"] == 2
+
+
+def test_dry_run_writes_nothing(cli: Cli, here: Inline) -> None:
+    code, out, err = cli(*RATES.split(), "--dry-run")
+    assert (code, out) == (0, "")
+    assert "points   rate=0.2; rate=0.5" in err
+    assert not Path("sweep").exists()
+    planned = json.loads(cli(*RATES.split(), "--dry-run", "--json")[1])
+    assert planned["schema"] == "sparselth.sweep-plan/1"
+    assert planned["cells"] == 12
+    assert planned["missing"] == ["rate=0.2", "rate=0.5"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("imp --grid rat=0.1", "did you mean 'rate'"),
+        ("imp --grid rate", "--grid rate: expected a setting and its values"),
+        ("imp --grid rate=0.1,x", "--grid rate: 'x' is not a valid float"),
+        ("imp --grid rate=0.1 --grid rate=0.2", "an axis is given twice"),
+        ("imp --grid scope=layr", "--grid scope: 'layr' is not one of 'layer', 'global'"),
+        ("imp --grid rate=2", "--rate 2: expected a number between 0 and 1"),
+        ("imp --grid rate=0.1 --rate 0.2", "is given as --rate, too"),
+        ("imp", "expected an axis at least"),
+        ("im --grid rate=0.1", "did you mean 'imp'"),
+        ("imp --grid rate=0.1 --address auto", "--address: has no effect with --executor local"),
+    ],
+)
+def test_what_is_wrong_is_one_line_of_usage(words: str, said: str, cli: Cli) -> None:
+    code, out, err = cli("sweep", *words.split(), "--quiet")
+    assert (code, out) == (2, "")
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_its_flags_and_those_of_a_sweep(name: str) -> None:
+    made = command.command(get_experiment(name))
+    names = {param.name for param in made.params}
+    theirs = {param.name for param in parameters(get_experiment(name))} - set(command.OTHERS)
+    own = {"axes", "executor", "address", "workers", "out", "resume", "dry_run"}
+    assert names == theirs | own
+    words = [word for param in made.params if isinstance(param, click.Option) for word in param.opts]
+    assert len(words) == len(set(words))
+
+
+def test_values_are_those_that_the_flag_takes() -> None:
+    imp, strong = get_experiment("imp"), get_experiment("strong")
+    assert command.axis(imp, "rewind=2ep,5") == ("rewind", ["2ep", 5])
+    assert command.axis(imp, "one-shot=true,false") == ("one_shot", [True, False])
+    assert command.axis(imp, "arms=ticket;ticket,reinit") == ("arms", [("ticket",), ("ticket", "reinit")])
+    assert command.axis(imp, "lr=1e-2,0.1") == ("lr", [0.01, 0.1])
+    assert command.axis(strong, "keep=0.5;0.1,0.3") == ("keep", [(0.5,), (0.1, 0.3)])
+
+
+def test_every_flag_of_the_sweep_reaches_the_library(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = dict[str, Any]()
+
+    def caught(grid: Grid, **more: Any) -> Any:
+        asked.update(more, grid=grid)
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sparselth.cluster.sweep.sweep", caught)
+    words = "--grid rate=0.1 --lr 0.5 --recipe paper --workers 3 --out there --resume --replicas 4"
+    code, _, err = cli("sweep", "imp", *words.split(), "--deterministic", "--data-dir", ".")
+    assert code == 130
+    assert "before anything was computed" in err
+    assert asked["executor"] == Local(3)
+    assert (asked["out"], asked["resume"]) == (Path("there"), True)
+    assert (asked["how"].replicas, asked["how"].deterministic) == (4, True)
+    assert asked["how"].data_dir == str(tmp_path)
+    assert asked["grid"] == Grid("imp", {"rate": [0.1]}, {"lr": 0.5}, "paper")
+    cli("sweep", "imp", "--grid", "rate=0.1", "--executor", "ray", "--address", "host:1")
+    assert (asked["executor"].name, asked["executor"].address) == ("ray", "host:1")

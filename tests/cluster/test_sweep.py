@@ -1,0 +1,221 @@
+"""A sweep's folder tells what is done, whoever computed it: resumed, extended, failed, killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inline import SETTINGS, Inline
+
+from sparselth.cluster import local
+from sparselth.cluster.executor import How, Task
+from sparselth.cluster.grid import Grid
+from sparselth.cluster.local import Local, Processes
+from sparselth.cluster.store import Layout, read
+from sparselth.cluster.sweep import plan_sweep, sweep
+from sparselth.cluster.worker import Worker
+from sparselth.errors import Interrupted, SparselthError, UsageError
+from sparselth.experiments.run import go, plan
+
+Contents = Callable[[Path], dict[str, bytes]]
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_a_point_is_a_run_like_any_other(
+    rates: Grid, inline: Inline, tmp_path: Path, run_contents: Contents
+) -> None:
+    """Its folder has the bits that the run alone has, in a forked worker."""
+    said = list[str]()
+    done = sweep(rates, out=tmp_path / "sweep", executor=inline, told=said.append)
+    assert inline.taken == ["rate=0.2", "rate=0.5"]
+    assert done.record.complete
+    assert done.wall is not None
+    assert done.wall.computed == 2
+    assert [text.partition(" ")[0] for text in said] == ["[1/2]", "[2/2]"]
+    run = done.record.layout.runs[1]
+    planned = plan(run.config, out=tmp_path / "alone")
+    planned = replace(planned, environment=planned.environment | {"break_even": run.break_even})
+    go(planned, False, type("Silent", (Worker,), {})())
+    assert run_contents(tmp_path / "alone") == run_contents(tmp_path / "sweep" / "rate=0.5")
+    assert sweep(rates, out=tmp_path / "sweep", executor=inline).wall is None  # nothing is missing
+    assert len(inline.taken) == 2
+
+
+def test_more_workers_than_points_split_the_seeds(
+    rates: Grid, tmp_path: Path, inline: Inline, run_contents: Contents
+) -> None:
+    """And what a seed computes is what it computes beside others."""
+    split, whole = Inline(number=4), tmp_path / "whole"
+    one = replace(rates, axes={"rate": [0.5]})
+    record = sweep(one, out=tmp_path / "split", executor=split).record
+    assert split.taken == ["rate=0.5,seeds=0", "rate=0.5,seeds=1"]
+    whole.mkdir()
+    layout = Layout.read(tmp_path / "split")
+    both = replace(layout.runs[0], name="rate=0.5", config=replace(layout.runs[0].config, seeds=(0, 1)))
+    replace(layout, runs=[both]).write(whole)  # with the same break-even densities
+    sweep(one, out=whole, resume=True, executor=inline)
+    together = run_contents(whole / "rate=0.5")
+    for name in split.taken:
+        for file, content in run_contents(tmp_path / "split" / name).items():
+            if file.startswith("cells/"):
+                assert content == together[file]
+    assert len(record.cells("rate=0.5")) == 4
+    assert {one["seed"] for one in record.cells("rate=0.5")} == {0, 1}
+
+
+def test_it_goes_on_with_more_points_seeds_and_levels_and_keeps_what_is_there(
+    rates: Grid, inline: Inline, tmp_path: Path
+) -> None:
+    out = tmp_path / "sweep"
+    one = replace(rates, axes={"rate": [0.5]}, settings=SETTINGS | {"seeds": (0,)})
+    sweep(one, out=out, executor=inline)
+    ticket = out / "rate=0.5" / "cells" / "seed0-ticket-01.safetensors"
+    before = ticket.stat().st_mtime_ns
+    more = replace(rates, axes={"rate": [0.5, 0.2]}, settings=SETTINGS | {"levels": 2})
+    with pytest.raises(SparselthError, match="3 of 3 runs are unfinished; add `resume`"):
+        sweep(more, out=out, executor=inline)
+    record = sweep(more, out=out, executor=inline, resume=True).record
+    assert inline.taken[1:] == ["rate=0.5", "rate=0.5,seeds=1", "rate=0.2"]
+    assert ticket.stat().st_mtime_ns == before
+    assert [len(record.cells(point)) for point in record.points] == [6, 6]
+    with pytest.raises(SparselthError, match=r"has the point rate=0.2 and keeps it"):
+        sweep(one, out=out, executor=inline, resume=True)
+    with pytest.raises(SparselthError, match=r"seeds 0 and keeps them"):
+        sweep(replace(more, settings=more.settings | {"seeds": (1,)}), out=out, executor=inline, resume=True)
+    with pytest.raises(SparselthError, match=r"begun with another steps \(60 there, 61 here\)"):
+        sweep(replace(more, settings=more.settings | {"steps": 61}), out=out, executor=inline, resume=True)
+
+
+def test_what_failed_is_listed_and_tried_again_by_resume(rates: Grid, inline: Inline, tmp_path: Path) -> None:
+    out, said = tmp_path / "sweep", list[str]()
+    out.mkdir()
+    plan_sweep(rates, out=out, resume=False, executor=inline, how=How(), told=said.append).layout.write(out)
+    (out / "rate=0.2").write_text("no folder")
+    record = sweep(rates, out=out, resume=True, executor=inline, told=said.append).record
+    assert "expected a folder for the run, found a file" in record.failed["rate=0.2"]
+    assert record.finished == ["rate=0.5"]
+    assert said[-2].startswith("[1/2] rate=0.2: failed: ")
+    (out / "rate=0.2").unlink()
+    record = sweep(rates, out=out, resume=True, executor=inline).record
+    assert record.complete
+    assert record.failed == {}
+    assert inline.taken == ["rate=0.2", "rate=0.5", "rate=0.2"]
+
+
+def test_a_run_whose_worker_died_is_tried_once_more(rates: Grid, tmp_path: Path) -> None:
+    said, once, twice = list[str](), Inline(dying={"rate=0.2": 1}), Inline(dying={"rate=0.2": 2})
+    assert sweep(rates, out=tmp_path / "once", executor=once, told=said.append).record.complete
+    assert any("rate=0.2: its worker ended without a result; it is tried once more" in text for text in said)
+    record = sweep(rates, out=tmp_path / "twice", executor=twice).record
+    assert record.failed == {"rate=0.2": "its worker ended without a result"}
+    assert twice.taken.count("rate=0.2") == 2
+
+
+def test_a_worker_that_does_not_see_the_folder_says_so(rates: Grid, inline: Inline, tmp_path: Path) -> None:
+    planned = plan_sweep(
+        rates, out=tmp_path / "sweep", resume=False, executor=inline, how=How(), told=lambda text: None
+    )
+    run, there = planned.layout.runs[0], tmp_path / "elsewhere"
+    task = Task(run.name, str(there), "0" * 16, run.config.to_json(), {}, How(), (), str(tmp_path))
+    assert "does not see" in Worker().compute(task).error
+    there.mkdir()
+    planned.layout.write(there)  # another sweep's
+    assert "choose another `out`" in Worker().compute(task).error
+    assert not (there / run.name).exists()
+
+
+def test_folders_of_something_else_and_altered_ones_are_refused(
+    rates: Grid, inline: Inline, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(SparselthError, match="expected a sweep or nothing"):
+        sweep(rates, out=tmp_path, executor=inline)
+    with pytest.raises(SparselthError, match="not the folder of a sweep"):
+        read(tmp_path)
+    done = tmp_path / "sweep"
+    sweep(replace(rates, axes={"rate": [0.5]}), out=done, executor=inline)
+    text = (done / "sweep.json").read_text()
+    (done / "sweep.json").write_text(text.replace('"imp"', '"strong"', 1))
+    with pytest.raises(SparselthError, match=r"sweep.json: cannot be read \(its checksum"):
+        read(done)
+
+
+@pytest.mark.whole
+def test_processes_of_this_machine_killed_stopped_and_gone_on_with(
+    rates: Grid, inline: Inline, tmp_path: Path, run_contents: Contents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker is killed amidst a cell, then the sweep by a signal: the bits are an undisturbed one's."""
+    out, quiet = tmp_path / "sweep", tmp_path / "quiet"
+    long = replace(rates, settings=SETTINGS | {"steps": 300})
+    quiet.mkdir()
+    layout = plan_sweep(
+        long, out=quiet, resume=False, executor=inline, how=How(), told=lambda text: None
+    ).layout
+    layout.write(quiet)
+    sweep(long, out=quiet, resume=True, executor=inline)
+    out.mkdir()
+    layout.write(out)
+    crews, said = list[Processes](), list[str]()
+    made = Processes.__init__
+
+    def remembered(self: Processes, places: Any) -> None:
+        made(self, places)
+        crews.append(self)
+
+    monkeypatch.setattr(Processes, "__init__", remembered)
+
+    def disturb() -> None:
+        cells = out / "rate=0.2" / "cells.jsonl"
+        while not lines(cells):
+            time.sleep(0.02)
+        crews[0].all[0].process.kill()
+        while not any("tried once more" in text for text in said) or lines(cells) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=disturb, daemon=True)
+    thread.start()
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        sweep(long, out=out, resume=True, executor=Local(1), told=said.append)
+    thread.join(10)
+    assert not thread.is_alive()
+    assert any("killed by signal 9" in text for text in said)
+    kept = {file: file.stat().st_mtime_ns for file in (out / "rate=0.2" / "cells").iterdir()}
+    assert kept
+    record = sweep(long, out=out, resume=True, executor=inline).record
+    assert record.complete
+    for name in ("rate=0.2", "rate=0.5"):
+        assert run_contents(out / name) == run_contents(quiet / name)
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept  # none was computed again
+
+
+def test_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[dict[str, str]]()
+
+    class Popen:
+        def __init__(self, words: list[str], **more: Any) -> None:
+            seen.append(more["env"])
+
+        def wait(self, timeout: float) -> int:
+            return 0
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr(local.subprocess, "Popen", Popen)
+    assert Local().workers("cuda") == 2
+    with pytest.raises(UsageError, match="`workers` 3: expected at most 2"):
+        Local(3).workers("cuda")
+    task = Task("a", "", "", {}, {}, How(), (), "")
+    with Local().crew("cuda") as crew:
+        crew.start(task)
+        crew.start(task)
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in seen] == ["3", "5"]
