@@ -7,6 +7,7 @@ LeNet-300-100, batch 60, fused Adam, one thread:
     engine                 our own compressed engine's step, as `imp` takes it
     compressed             the plain loop
     dense                  the plain loop, dense
+    floor                  the plain loop over layers that compute nothing: outputs and gradients lie ready
 
 MB are of weights, gradients, momentum and indices. Masks are random, of one density everywhere.
 Before anything is timed every compressed layer is held against float64, outputs and gradients, on what 8
@@ -86,6 +87,32 @@ def megabytes(net: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     return (sum(t.numel() * t.element_size() for t in tensors) + index) / 1e6
 
 
+class Nothing(torch.autograd.Function):
+    """An output and gradients that lie ready, of parameters that autograd and the optimizer know."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, slopes: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.slopes = slopes
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return None, None, *ctx.slopes
+
+
+class Floor(nn.Module):
+    """Of any network with such parameters and outputs: what a loop of torch takes beside the layers."""
+
+    def __init__(self, like: nn.Module, y: Tensor) -> None:
+        super().__init__()
+        self.own = nn.ParameterList(p.detach().clone() for p in like.parameters())
+        self.y, self.slopes = y, [torch.zeros_like(p) for p in self.own]
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = Nothing.apply(self.y, self.slopes, *self.own)
+        return found
+
+
 @pytest.mark.parametrize("sparsity", [0.9, 0.95])
 def test_resnet18(sparsity: float, interleaved: Callable[..., Any], show: Callable[[str], None]) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
@@ -127,7 +154,7 @@ def test_resnet18(sparsity: float, interleaved: Callable[..., Any], show: Callab
 
 
 def lenet(sparsity: float, size: int = 60, rounds: int = 15) -> dict[str, Timing]:
-    """Steps of our engine, of a plain loop over the compressed network, and over the dense one, in turn."""
+    """Steps of our engine and of plain loops over the compressed network, the dense one and none, in turn."""
     race = Race({name: wall(*pair) for name, pair in lenet_steps(sparsity, size).items()}, share=None)
     for _ in range(rounds + 1):
         race.round()
@@ -160,7 +187,8 @@ def lenet_steps(sparsity: float, size: int = 60) -> dict[str, tuple[Callable[[],
     share = {one.name: 2.0 for one in spec.weights}
     rivals: dict[str, tuple[Callable[[], object], int]]
     rivals = {"engine": (sparselth_step(spec, data, whole, "auto", share, size)[0], 20)}
-    for name, net in (("compressed", fast), ("dense", model)):
+    floor = Floor(fast, torch.randn(size, 10))
+    for name, net in (("compressed", fast), ("dense", model), ("floor", floor)):
         optimizer = torch.optim.Adam(net.parameters(), lr=RECIPE.lr, fused=True)
         rivals[name] = stepping(net, optimizer, batch), 20
     assert len(compressed_state(fast)["0.weight"]) == int(masks["0.weight"].sum())
