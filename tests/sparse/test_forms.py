@@ -76,6 +76,7 @@ def examples() -> dict[str, tuple[list[nn.Module], Tensor]]:
         "conv": ([pruned(nn.Conv2d(32, 9, 3, padding=1)), nn.ReLU(), nn.MaxPool2d(2)], images),
         "conv in blocks": ([pruned(nn.Conv2d(32, 48, 3), 16), nn.ReLU(), nn.MaxPool2d(2)], images),
         "pool": ([nn.AvgPool2d(3, 1, 1), nn.ReLU()], images),
+        "largest": ([nn.MaxPool2d(3, 2, 1), nn.ReLU()], images),
         "flatten": ([nn.Flatten()], images),
     }
 
@@ -102,10 +103,25 @@ def test_every_form_of_a_cpu_is_right_alone_and_as_a_network() -> None:
                 assert formed.bytes > 0
                 assert (formed.seconds > 0) == (form.kind != "dense")
             met.add(form.name)
-    wanted = {"dense", "channels-last", "dense columns", "columns", "CSR", "block_linear", "block_conv2d"}
+    wanted = {"dense", "channels-last", "dense columns", "columns", "maxima"}
+    wanted |= {"CSR", "block_linear", "block_conv2d"}
     if _native.LIB is not None:
         wanted |= {"csr_linear", "csr_tiled", "sparse_conv2d", "sparse_conv2d_rows"}
     assert met == wanted
+
+
+@pytest.mark.parametrize("size", [(3, 2, 1), (2, None, 0), ((3, 2), (2, 1), (1, 0)), ((2, 5), 3, (0, 2))])
+def test_maxima_are_those_of_torch_to_the_bit(size: Any) -> None:
+    """NaN and infinity too."""
+    pool, x = nn.MaxPool2d(*size), torch.randn(2, 3, 11, 8)
+    x[0, 0, 4, 4], x[1, 1, 0, 0], x[1, 2] = torch.nan, torch.inf, -torch.inf
+    formed = FORMS["maxima"].of(stage_of([pool], torch.randn_like(x)), CPU, 2)
+    y = network([formed])(x)
+    torch.testing.assert_close(y, pool(x), rtol=0, atol=0, equal_nan=True)
+    assert y.is_contiguous()
+    strange = nn.MaxPool2d(3, 2, dilation=2), nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d((1, 3), 1)
+    for other in strange:
+        assert not FORMS["maxima"].fits(stage_of([other], torch.randn(2, 3, 11, 8)), CPU, 2)
 
 
 def test_a_device_has_its_own_forms() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +50,37 @@ def _channels_last(stage: Stage, device: Device, batch: int) -> Made:
         turned = module.weight.detach().clone(memory_format=torch.channels_last)
         module = rebuilt(module, turned, module.bias)
     return Made(stage.behind(_product(module, stage)), stage.dense_bytes, _held(module))
+
+
+def _has_maxima(stage: Stage, device: Device, batch: int) -> bool:
+    pool = stage.part.module
+    plain = isinstance(pool, nn.MaxPool2d) and pool.dilation in (1, (1, 1)) and not pool.ceil_mode
+    return plain and not device.on_gpus and min(_pair(pool.kernel_size)) > 1
+
+
+def _maxima(stage: Stage, device: Device, batch: int) -> Made:
+    """Of rows, then of columns, over whole images: torch's own goes pixel by pixel."""
+    pool = stage.part.module
+    (down, across), strides, (high, wide) = map(_pair, (pool.kernel_size, pool.stride, pool.padding))
+
+    def run(x: Tensor) -> Tensor:
+        if high or wide:
+            x = F.pad(x, (wide, wide, high, high), value=-math.inf)
+        rows = _largest([x[:, :, i : x.shape[2] - down + i + 1 : strides[0]] for i in range(down)])
+        return _largest([rows[..., j : x.shape[3] - across + j + 1 : strides[1]] for j in range(across)])
+
+    return Made(stage.behind(run), stage.dense_bytes)
+
+
+def _largest(parts: list[Tensor]) -> Tensor:
+    y = torch.maximum(parts[0], parts[1])
+    for part in parts[2:]:
+        torch.maximum(y, part, out=y)
+    return y
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return size if isinstance(size, tuple) else (size, size)
 
 
 def _has_columns(stage: Stage, device: Device, batch: int) -> bool:
@@ -103,5 +136,6 @@ def _pool(module: nn.Module, relu: bool, x: Tensor, y: Tensor) -> None:
 
 register(Form("dense", "dense", "rows", lambda stage, device, batch: True, _dense))
 register(Form("channels-last", "dense", "channels-last", _has_images, _channels_last))
+register(Form("maxima", "dense", "rows", _has_maxima, _maxima))
 register(Form("dense columns", "dense", "columns", _has_columns, _dense_columns))
 register(Form("columns", "dense", "columns", _has_no_weights, _no_weights))
