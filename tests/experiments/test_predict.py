@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,20 @@ def source(finished: Callable[..., RunRecord]) -> RunRecord:
     return finished("--levels", "2", "--arms", "ticket", "--rewind", "5")
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept") / "said"
+
+
 @pytest.fixture
-def record(source: RunRecord, cli: Cli) -> RunRecord:
+def record(source: RunRecord, cli: Cli, kept: Path) -> RunRecord:
+    """Computed once for all tests."""
+    if kept.exists():
+        shutil.copytree(kept, "said")
+        return read(Path("said"))
     code, _, err = cli("predict", "run", "--at", "5,30,100", "--out", "said", "--quiet")
     assert code == 0, err
+    shutil.copytree("said", kept)
     return read(Path("said"))
 
 
