@@ -62,11 +62,11 @@ def _points(record: RunRecord) -> Figure:
     for i, arm in enumerate(config.arms):
         rows = [
             (
-                place + step * (i - (len(config.arms_of(score)) - 1) / 2),
+                place + step * (own.index(arm) - (len(own) - 1) / 2),
                 *(100 * v for v in spread(found.values())),
             )
             for place, score in enumerate(config.score)
-            if (found := values(record, arm, at[score]))
+            if arm in (own := config.arms_of(score)) and (found := values(record, arm, at[score]))
         ]
         if rows:
             x, centre, low, high = np.array(rows).T

@@ -23,6 +23,7 @@ from sparselth.experiments.at_init_jobs import critical, start, unreached
 from sparselth.experiments.base import Place
 from sparselth.experiments.price import Price
 from sparselth.models import Add, AvgPool, Conv, Linear, Model, Node, ReLU, get_model
+from sparselth.report import at_init_figures
 from sparselth.report.at_init import gap, sentences, verdicts
 from sparselth.report.at_init_figures import draw
 from sparselth.report.stats import Gap, t_quantile
@@ -284,6 +285,18 @@ def test_table_sentences_json_and_figures(record: RunRecord, document: Document,
     names = [file.name for file in draw(record, tmp_path)]
     assert names == ["accuracy.png", "accuracy.svg"]
     assert draw(record, tmp_path) == []
+
+
+def test_marks_of_a_score_stand_around_it_whichever_it_has(
+    record: RunRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = config(score=("snip", "erk"), arms=("ticket", "shuffle", "reinit", "invert"))
+    monkeypatch.setattr(at_init_figures, "values", lambda *_: {0: 0.5, 1: 0.6})
+    fig = at_init_figures._points(replace(record, config=plan, points=[]))
+    places = {line.get_label(): list(line.get_xdata()) for line in fig.axes[0].lines}
+    assert places["ticket"] == pytest.approx([-0.3, 0.9])
+    assert places["shuffle"] == pytest.approx([-0.1])
+    assert places["invert"] == pytest.approx([0.3, 1.1])
 
 
 def test_a_verdict_on_one_score_is_that_of_its_interval() -> None:
