@@ -180,7 +180,11 @@ def read(path: Path) -> SweepRecord:
 @contextmanager
 def recalled_all(path: Path) -> Iterator[None]:
     """Within, the networks of a sweep's runs are what these say of them: no file of a user's is imported."""
+    runs_of = dict[Any, Path]()  # one of each network
+    for file in sorted(path.glob("*/config.json")):
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            runs_of.setdefault(read_json(file)["model"], file.parent)
     with ExitStack() as stack:
-        for file in sorted(path.glob("*/config.json")):
-            stack.enter_context(recalled(file.parent))
+        for run in runs_of.values():
+            stack.enter_context(recalled(run))
         yield

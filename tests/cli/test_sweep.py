@@ -62,6 +62,19 @@ def test_table_show_json_figure_and_going_on(cli: Cli, here: Inline) -> None:
     assert json.loads(cli("show", "sweep", "--json")[1])["settings"]["seeds"] == [0, 1, 2]
 
 
+def test_networks_of_a_file_s_are_swept_and_shown_without_it(cli: Cli, here: Inline) -> None:
+    Path("net.py").write_text(
+        "from torch import nn\n\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))\n"
+    )
+    words = TINY.replace("lenet-300-100", "net.py:make").replace("0-2", "0")
+    code, out, _ = cli("sweep", "imp", "--grid", "lr=0.01,0.1", *words.split(), "--out", "sweep")
+    assert code == 0
+    Path("net.py").unlink()
+    code, shown, _ = cli("show", "sweep")
+    assert code == 0
+    assert shown.partition("\nfigures")[0] in out
+
+
 def test_a_failed_run_is_told_and_ends_with_1(cli: Cli, here: Inline) -> None:
     here.dying["rate=0.5"] = 2
     code, out, err = cli(*RATES.split())
