@@ -183,10 +183,11 @@ def _levels(record: RunRecord) -> Figure | None:
     drawn_to = extremes(sharp)
     log_axis(sharp, float(drawn_to.min()), float(drawn_to.max()))
     sharp.set_ylabel("largest eigenvalue")
-    rise.set_ylabel("barrier (%), ticket to dense,\nothers to the ticket")
+    rise.set_ylabel("barrier (% of test)")
     level_axis(rise, [100 * left[level] for level, _ in places])
     handles = [one for one in sharp.lines if not str(one.get_label()).startswith("_")]
-    fig.suptitle(_title(record, "; ".join(band_note(len(record.config.seeds)))), fontsize=7)
+    note = "; ".join(["barrier: ticket to dense, others to the ticket", *band_note(len(record.config.seeds))])
+    fig.suptitle(_title(record, note), fontsize=7)
     fig.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=1.8)
     return fig
 
