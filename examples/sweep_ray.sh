@@ -15,6 +15,10 @@ OUT=${OUT:-$PWD/runs/rates}                  # on a file system that all nodes s
 export SPARSELTH_DATA=${SPARSELTH_DATA:-$PWD/data}
 mkdir -p "$SPARSELTH_DATA"
 
+# Only who has the token in this user's home takes part; releases of Ray without tokens take no notice.
+export RAY_AUTH_MODE=token
+ray get-auth-token --generate >/dev/null 2>&1 || true
+
 nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
 head=${nodes[0]}
 port=6379
@@ -33,5 +37,8 @@ fi
 sparselth sweep imp --model lenet5 --grid rate=0.1,0.2,0.4 --grid lr=1.2e-3,6e-4 --seeds 0-9 \
   --executor ray --address "$head:$port" --out "$OUT" --resume &
 sweep=$!
-trap 'kill -USR1 $sweep; wait $sweep || true; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
-wait $sweep
+trap 'kill -USR1 $sweep; wait $sweep || true; kill $(jobs -p) || true; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
+code=0
+wait $sweep || code=$?
+kill $(jobs -p) || true  # Ray's nodes
+exit $code

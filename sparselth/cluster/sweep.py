@@ -289,7 +289,8 @@ def _compute(planned: Planned, executor: Executor, how: How, wall: Wall, told: C
                     told(f"{run.name}: {ended.error}; it is tried once more")
                     continue
                 done += 1
-                said = f"{_cells(path, run)} cells in {ended.seconds:.1f} s on {ended.where}"
+                there = _cells(path, run)
+                said = f"{there} cell{'s' * (there != 1)} in {ended.seconds:.1f} s on {ended.where}"
                 if ended.error:
                     fail(path, ended)
                     said = f"failed: {ended.error}"

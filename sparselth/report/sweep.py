@@ -159,7 +159,7 @@ def table(sweep: SweepRecord) -> str:
         if len(numbers.levels) > 1:
             parts += [_ranking(numbers), fill(sentence(numbers), indent="")]
     elif numbers.cells:
-        parts += ["\n".join(f"{point}: {len(cells)} cells" for point, cells in numbers.cells.items())]
+        parts += ["\n".join(f"{point}: {len(cells)} points" for point, cells in numbers.cells.items())]
         parts += [fill(f"`sparselth show {sweep.path}/NAME` has the table of a run.")]
     parts += ["\n".join(troubles(sweep))] * bool(troubles(sweep))
     return "\n\n".join(parts)
@@ -172,7 +172,7 @@ def troubles(sweep: SweepRecord) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return spelled(tuple(value)) if isinstance(value, list) else spelled(value)
 
 
 def _by_level(numbers: Numbers) -> str:
