@@ -65,7 +65,7 @@ def _connected(address: str) -> Any:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         known: dict[str, Any] = {"address": address} if address else {}
         if not known and "RAY_ADDRESS" not in os.environ:
-            known = {"include_dashboard": False}
+            known = {"address": "local", "include_dashboard": False}  # not one that ended
         try:
             ray.init(**known, logging_level=logging.ERROR, log_to_driver=False)
         except Exception as error:
