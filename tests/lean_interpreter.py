@@ -21,7 +21,10 @@ class _Kept:
 
 
 def lean() -> None:
-    """From here on, in this process and in those it forks."""
+    """From here on, in this process and in those it forks; nothing where a Triton has it otherwise."""
+    insides = "_patch_lang", "_get_np_dtype", "interpreter_builder"
+    if not all(hasattr(interpreter, name) for name in insides):
+        return
     patch, dtype_of = interpreter._patch_lang, interpreter._get_np_dtype
     patched = set[str]()
     dtypes: dict[str, np.dtype[Any]] = {}
