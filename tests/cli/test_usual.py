@@ -53,7 +53,7 @@ def test_a_data_set_named_alone_brings_what_is_usual_for_it() -> None:
         command = experiment.command(kind)
         ctx = command.make_context(kind.name, [*words])
         given = {n for n in ctx.params if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
-        experiment._usual(kind, ctx.params, given)
+        experiment.usual(kind, ctx.params, given)
         return ctx.params["model"], ctx.params["levels"]
 
     assert of("--dataset", "mnist1d") == ("mnist1d-mlp", 12)
