@@ -110,7 +110,10 @@ def test_every_form_of_a_cpu_is_right_alone_and_as_a_network() -> None:
     assert met == wanted
 
 
-@pytest.mark.parametrize("size", [(3, 2, 1), (2, None, 0), ((3, 2), (2, 1), (1, 0)), ((2, 5), 3, (0, 2))])
+SIZES = (3, 2, 1), (2, None, 0), ((3, 2), (2, 1), (1, 0)), ((2, 5), 3, (0, 2)), ([3, 3], [2, 2], [1, 1])
+
+
+@pytest.mark.parametrize("size", [*SIZES, ((3,), (2,), (1,))])
 def test_maxima_are_those_of_torch_to_the_bit(size: Any) -> None:
     """NaN and infinity too."""
     pool, x = nn.MaxPool2d(*size), torch.randn(2, 3, 11, 8)

@@ -54,7 +54,7 @@ def _channels_last(stage: Stage, device: Device, batch: int) -> Made:
 
 def _has_maxima(stage: Stage, device: Device, batch: int) -> bool:
     pool = stage.part.module
-    plain = isinstance(pool, nn.MaxPool2d) and pool.dilation in (1, (1, 1)) and not pool.ceil_mode
+    plain = isinstance(pool, nn.MaxPool2d) and _pair(pool.dilation) == (1, 1) and not pool.ceil_mode
     return plain and not device.on_gpus and min(_pair(pool.kernel_size)) > 1
 
 
@@ -80,7 +80,8 @@ def _largest(parts: list[Tensor]) -> Tensor:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    return size if isinstance(size, tuple) else (size, size)
+    sizes = (size,) if isinstance(size, int) else tuple(size)  # torch takes lists, and one of one number, too
+    return sizes[0], sizes[-1]
 
 
 def _has_columns(stage: Stage, device: Device, batch: int) -> bool:
