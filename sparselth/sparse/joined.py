@@ -214,7 +214,10 @@ class _Group:
         step: Step | None = None
         value = len(self.steps) + 1
         sources = tuple(self.values[s] for s in node.args if isinstance(s, fx.Node) and s in self.values)
-        if node.kwargs or len(sources) != len(node.args) or not sources:
+        if not sources:
+            return False
+        relu = isinstance(layer_of(self.graph, node), nn.ReLU)  # torch.fx writes F.relu(x, inplace=False)
+        if not relu and (node.kwargs or len(sources) != len(node.args)):
             return False
         first = node.args[0]
         assert isinstance(first, fx.Node)
@@ -233,10 +236,8 @@ class _Group:
             ):
                 return False
             step = Step(value, sources)
-        elif len(sources) == 1 and sources[0] and len(first.users) == 1:
-            step = (
-                Step(value, sources, relu=True) if isinstance(layer_of(self.graph, node), nn.ReLU) else None
-            )
+        elif relu and sources[0] and len(first.users) == 1:
+            step = Step(value, sources, relu=True)
         if step is None:
             return False
         self.steps.append(step)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conversions import close, random_masks, times, timing
@@ -128,6 +130,30 @@ def test_sums_and_their_relus_are_the_convolutions(monkeypatch: pytest.MonkeyPat
     ]
     odd = program(converted("odd", torch.randn(2, 3, 8, 8))[0])
     assert sum(len(step.sources) == 2 and step.segment is None for step in odd.steps) >= 2
+
+
+@pytest.mark.parametrize("relu", [F.relu, partial(F.relu, inplace=True), torch.relu])
+def test_a_relu_is_one_however_it_is_called(
+    relu: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "seconds", joins)
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(3, 3, 3, 1, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = relu(self.a(x) + x)
+            return relu(self.c(relu(self.b(y))) + y)
+
+    model, x = Plain().eval().requires_grad_(False), torch.randn(2, 3, 6, 6)
+    masks = {n: m for n, m in random_masks(model, 0.5).items() if m.dim() > 1}
+    fast = sparse.convert(model, masks, x)
+    assert [step.relu for step in scheduled(program(fast).steps, program(fast).plans)] == [True, True]
+    for n, mask in masks.items():
+        model.get_parameter(n).data.mul_(mask)
+    close(fast(x), copy.deepcopy(model).double()(x.double()))
 
 
 def test_other_weights_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
