@@ -51,6 +51,7 @@ class Choice:
     networks: dict[str, float]
     checks: dict[str, Checked]
     columns: list[Formed]  # the plan in columns from end to end where that pays but for its ends, else []
+    layers_in_columns: list[LayerReport]  # `layers` of that plan
 
 
 def choose(
@@ -73,7 +74,8 @@ def choose(
     chosen = min(right, key=lambda name: times[name] * handicap(plans[name]))
     layers = _layer_reports(trials, plans[chosen], original)
     columns = _in_columns(trials, times[chosen])
-    return Choice(plans[chosen], chosen, layers, units, times, checks, columns)
+    turned = _layer_reports(trials, columns, original) if columns else []
+    return Choice(plans[chosen], chosen, layers, units, times, checks, columns, turned)
 
 
 def _in_columns(trials: list[Trial], limit: float) -> list[Formed]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +28,9 @@ from sparselth.sparse.segment import Segment
 from sparselth.sparse.times import Cache
 from sparselth.sparse.tracing import chain_at, trace
 from sparselth.sparse.units import compact_graph
+
+# of the layers of a chain; its plan in columns; what it says of them
+Reports = tuple[list[LayerReport], list[Formed], list[LayerReport]]
 
 
 def convert_module(
@@ -97,7 +99,7 @@ class _Work:
 
     def __init__(self, device: Device, compact: bool) -> None:
         self.device, self.compact = device, compact
-        self.reports: list[Any] = []
+        self.reports: list[Reports] = []
         self.units: list[Any] = []
         self.left_out: dict[str, str] = {}
         self.columns: dict[Segment, list[Formed]] = {}  # plans for those that stand together
@@ -108,14 +110,15 @@ class _Work:
     def segment(self, parts: list[Part], x: Tensor, tokens: bool) -> Segment:
         rows = x.reshape(-1, x.shape[-1]) if tokens else x
         choice: Choice = choose(parts, rows.contiguous(), self.device, self.left_out, self.compact)
-        self.reports += choice.layers
+        turned = [] if tokens else choice.columns
+        self.reports.append((choice.layers, turned, choice.layers_in_columns))
         self.units += choice.units
         weights = [p.module.weight for p in parts if isinstance(p.module, nn.Linear | nn.Conv2d)]
         self.terms = max(self.terms, *(w[0].numel() for w in weights))
         segment = Segment(choice.plan, tokens)
-        if choice.columns and not tokens:
-            same = all(a is b for a, b in zip(choice.plan, choice.columns, strict=False))
-            self.columns[segment] = segment.plan if same else choice.columns
+        if turned:
+            same = all(a is b for a, b in zip(choice.plan, turned, strict=False))
+            self.columns[segment] = segment.plan if same else turned
         return segment
 
     def compacted(
@@ -323,15 +326,12 @@ def _forms(network: nn.Module) -> list[Formed]:
     return [form for module in network.modules() if isinstance(module, Segment) for form in module.plan]
 
 
-def _as_taken(reports: list[LayerReport], network: nn.Module) -> list[LayerReport]:
-    """With the forms that layers have in this network."""
-    forms = {form.place.name: form for form in _forms(network)}
-    found = []
-    for one in reports:
-        form = forms.get(one.name)
-        if form is not None and form.name != one.chosen:
-            one = replace(one, chosen=form.name, bytes=form.bytes, conversion=form.seconds)
-        found.append(one)
+def _as_taken(reports: list[Reports], network: nn.Module) -> list[LayerReport]:
+    """With the forms that layers have in this network; one that is called twice may have two."""
+    plans = [module.plan for module in network.modules() if isinstance(module, Segment)]
+    found: list[LayerReport] = []
+    for layers, columns, in_columns in reports:
+        found += in_columns if any(plan is columns for plan in plans) else layers
     return found
 
 

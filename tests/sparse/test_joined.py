@@ -169,6 +169,30 @@ def test_other_weights_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(fast(x), before)
 
 
+def test_a_layer_that_is_called_twice_is_told_in_both_its_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x).flatten(1).sum(1) + self.a(F.avg_pool2d(x, 2)).flatten(1).sum(1)
+
+    tried = list[str]()
+
+    def each_its_own(calls: Mapping[str, Call], sample: Any) -> Any:
+        joins(calls, sample)
+        tried.extend(name for name in calls if name == "sparse_conv2d_rows")  # once a layer
+        fast = "dense" if len(tried) == 1 else "sparse_conv2d_rows"
+        whole = {"converted": 1e-7, "mixed": 1e-5}
+        return times({n: whole.get(n.split()[0], 1e-6 if n == fast else 1e-3) for n in calls})
+
+    monkeypatch.setattr(timing, "seconds", each_its_own)
+    model, x = Twice().eval(), torch.randn(2, 3, 8, 8)
+    report = sparse.convert(model, random_masks(model, 0.3), x).report
+    assert [layer.chosen for layer in report.layers] == ["dense", "sparse_conv2d_rows"]
+
+
 def test_what_does_not_pay_stays_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     def apart(calls: Mapping[str, Call], sample: Any) -> Any:
         return times({n: 1e-9 if n == "converted" else s for n, s in joins(calls, sample).items()})
