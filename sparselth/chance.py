@@ -3,7 +3,8 @@
 auc       the chance that a kept weight has the larger number of the two, of a kept and a pruned one drawn
           at random; ties count half. 0.5 is chance (Mann & Whitney 1947), and over several layers what masks
           shuffled within each of them have in the mean
-overlap   weights that two masks of a and b among n share: by chance hypergeometric
+overlap   weights that two masks of a and b among n share: by chance hypergeometric, of whole groups where
+          weights are kept or pruned in groups
 """
 
 from __future__ import annotations
@@ -49,16 +50,22 @@ def shuffled_auc(ranked: NDArray[np.float64], kept: Bits, layers: Sequence[slice
 
 @dataclass(frozen=True)
 class Overlap:
-    """Weights that two masks share, of `a` and `b` among `n`."""
+    """Weights that two masks share, of `a` and `b` among `n`; `group` of them are kept or pruned as one."""
 
     shared: int
     a: int
     b: int
     n: int
+    group: int = 1
 
     @staticmethod
-    def of(one: Bits, other: Bits) -> Overlap:
-        return Overlap(int((one & other).sum()), int(one.sum()), int(other.sum()), len(one))
+    def of(one: Bits, other: Bits, group: int = 1) -> Overlap:
+        return Overlap(int((one & other).sum()), int(one.sum()), int(other.sum()), len(one), group)
+
+    @property
+    def groups(self) -> Overlap:
+        """The same counted in groups."""
+        return Overlap(*(count // self.group for count in (self.shared, self.a, self.b, self.n)))
 
     @property
     def expected(self) -> float:
@@ -68,6 +75,8 @@ class Overlap:
     @property
     def deviation(self) -> float:
         """The standard deviation of chance."""
+        if self.group > 1:
+            return self.group * self.groups.deviation
         n = self.n
         if n < 2:
             return 0.0
@@ -81,6 +90,9 @@ class Overlap:
 
     def interval(self, outside: float = 0.05) -> tuple[int, int]:
         """The counts between which chance lies: below, and above, at most half of `outside`."""
+        if self.group > 1:
+            low, high = self.groups.interval(outside)
+            return self.group * low, self.group * high
         low, high = max(0, self.a + self.b - self.n), min(self.a, self.b)
         reach = 10 * self.deviation + 10  # beyond, nothing that adds up to a part of `outside`
         low, high = max(low, int(self.expected - reach)), min(high, int(self.expected + reach))
@@ -92,6 +104,8 @@ class Overlap:
 
     def chance(self, k: int) -> float:
         """The probability that two random masks share k weights."""
+        if self.group > 1:
+            return 0.0 if k % self.group else self.groups.chance(k // self.group)
         a, b, n = self.a, self.b, self.n
         if not max(0, a + b - n) <= k <= min(a, b):
             return 0.0

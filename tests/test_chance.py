@@ -95,3 +95,20 @@ def test_the_interval_of_large_masks_takes_no_time_and_that_of_none_is_there() -
     assert high == pytest.approx(middle + 1.96 * deviation, abs=3)
     assert Overlap(0, 0, 5, 9).interval() == (0, 0)
     assert Overlap(0, 0, 5, 9).share is None
+
+
+def test_of_groups_chance_is_that_of_whole_ones() -> None:
+    """All pairs of masks of 5 groups of 3 that keep 2 and 3 of them, one by one."""
+    masks = [
+        [np.repeat([i in kept for i in range(5)], 3) for kept in itertools.combinations(range(5), count)]
+        for count in (2, 3)
+    ]
+    shared = [Overlap.of(one, other, 3) for one, other in itertools.product(*masks)]
+    counts = [one.shared for one in shared]
+    assert shared[0].expected == pytest.approx(np.mean(counts))
+    assert shared[0].deviation == pytest.approx(np.std(counts))
+    for k in range(7):
+        assert shared[0].chance(k) == pytest.approx(np.mean([count == k for count in counts]))
+    assert Overlap(0, 600, 600, 1200, 30).interval() == tuple(
+        30 * k for k in Overlap(0, 20, 20, 40).interval()
+    )

@@ -24,6 +24,8 @@ from sparselth.errors import SparselthError
 from sparselth.files import file_sum
 from sparselth.models import Model
 from sparselth.models.module import is_module
+from sparselth.params import TensorSpec
+from sparselth.patterns import Groups, Pattern, get_pattern, in_words
 from sparselth.report.page import Group, fill, side_by_side, width
 from sparselth.report.stats import weights_remaining
 from sparselth.report.tables import percent
@@ -147,9 +149,16 @@ class Shared:
         return middle - WITHIN * spread, middle + WITHIN * spread
 
 
-def overlap(model: Model, one: Masks, other: Masks) -> tuple[tuple[str, Overlap], ...]:
+def overlap(
+    model: Model, one: Masks, other: Masks, pattern: Pattern | None = None
+) -> tuple[tuple[str, Overlap], ...]:
+    """By layer; masks that a pattern of groups made consist of whole ones."""
+
+    def group(spec: TensorSpec) -> int:
+        return pattern.size(spec) if isinstance(pattern, Groups) and not pattern.misfit(spec) else 1
+
     return tuple(
-        (s.name.removesuffix(".weight"), Overlap.of(one[s.name].ravel(), other[s.name].ravel()))
+        (s.name.removesuffix(".weight"), Overlap.of(one[s.name].ravel(), other[s.name].ravel(), group(s)))
         for s in model.weights
     )
 
@@ -193,7 +202,8 @@ class Numbers:
 
     def _between(self, name: str, level: int, pairs: Iterable[tuple[Cell, Cell]]) -> list[Shared]:
         """None where there is no pair, or all are of equal masks, as those of arms that only draw weights."""
-        told = tuple(overlap(self.model, self.reader.of(a), self.reader.of(b)) for a, b in pairs)
+        pattern = get_pattern(self.record.config.pattern)
+        told = tuple(overlap(self.model, self.reader.of(a), self.reader.of(b), pattern) for a, b in pairs)
         equal = all(o.shared == o.a == o.b for pair in told for _, o in pair)
         return [Shared(name, level, told)] if told and not equal else []
 
@@ -311,11 +321,17 @@ def table(numbers: Numbers) -> str:
             "dead: hidden units that nothing goes into or nothing comes out of, with what only they read and "
             "what reads only them; a bias may leave a constant.\n"
             "shared: of the weights of the smaller mask, those that the other has, too, mean over pairs. By "
-            "chance: of masks with as many weights in each layer, at random (hypergeometric); its interval "
-            "is of one pair. A level's mask lies within that of the level before, by the way it is found."
+            f"chance: of masks with as many {_drawn(numbers)} in each layer, at random (hypergeometric); its "
+            "interval is of one pair. A level's mask lies within that of the level before, by the way it is "
+            "found."
         )
     )
     return "\n\n".join([*parts, fill(sentence(numbers), indent="")])
+
+
+def _drawn(numbers: Numbers) -> str:
+    name = numbers.record.config.pattern
+    return in_words(name) if isinstance(get_pattern(name), Groups) else "weights"
 
 
 def _between(row: Mapping[str, Any]) -> str:

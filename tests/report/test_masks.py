@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sparselth import tickets
 from sparselth.chance import Overlap
 from sparselth.config import Cell
 from sparselth.models import Linear, Model, ReLU, get_model
+from sparselth.patterns import get_pattern
 from sparselth.report.mask_laws import _random, degrees
 from sparselth.report.masks import Numbers, Shared, dead_units, layers_of, overlap, sentence
 from sparselth.runs import RunRecord, cell_path, read
@@ -91,6 +93,28 @@ def test_overlap_of_random_masks_lies_within_chance_and_of_equal_ones_beyond() -
     spread = sum(one.deviation**2 for one in sums) ** 0.5
     low, high = same.row("all")["chance_interval"]
     assert (high - low) * 53_240 == pytest.approx(2 * 1.96 * spread)
+
+
+@pytest.mark.parametrize("name", ["unit", "block:4"])
+def test_masks_of_random_groups_are_told_from_chance_as_rarely_as_others(name: str) -> None:
+    """About 95 of 100 pairs lie within the interval; within that of single weights 5 did, or of blocks 34."""
+    model, pattern = get_model("lenet-300-100"), get_pattern(name)
+    assert pattern is not None
+    params, draw = model.params, torch.Generator().manual_seed(0)
+    rung = pattern.ladder(params, 1, 0.5, "layer")[1]
+    scores = torch.rand(params.mask_size, generator=draw)
+    first = pattern.prune(params, scores, params.full_mask(), rung)
+
+    def drawn() -> dict[str, np.ndarray]:
+        mask = pattern.shuffled(params, first, draw).numpy()
+        return {s.name: mask[s.span].reshape(s.matrix) for s in model.weights}
+
+    within = 0
+    for _ in range(100):
+        row = Shared("seeds", 1, (overlap(model, drawn(), drawn(), pattern),)).row("all")
+        low, high = row["chance_interval"]
+        within += low <= row["shared"] <= high
+    assert within >= 88
 
 
 def test_the_law_of_degrees_of_a_random_mask() -> None:
