@@ -7,8 +7,8 @@
 Groups are ranked by the mean of their weights' scores, within a layer or over all layers, and go at a level
 the lowest first, equal ones by lowest index. Of n groups that are left exactly round(rate * n) go; but units
 of several layers differ in size, and go until the next one would leave fewer than n - round(rate * n) of n
-weights. 2:4 is decided within every 4, so that the scope changes nothing of it. A layer that is no multiple
-of the groups stays whole, and says why.
+weights. 2:4 is decided within every 4, so that the scope changes nothing of it but what is excluded by
+default. A layer that is no multiple of the groups stays whole, and says why.
 """
 
 from __future__ import annotations

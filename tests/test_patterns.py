@@ -197,6 +197,14 @@ def test_two_of_four_are_the_same_under_either_scope() -> None:
     one, params = pattern("2:4"), WIDE.params
     rungs = one.ladder(params, 1, 0.2, "global")
     assert rungs == one.ladder(params, 1, 0.2, "layer")
+    layer, over_all = (
+        ImpConfig(model="resnet20", pattern="2:4", scope=s, levels=1) for s in ("layer", "global")
+    )
+    assert layer.rungs() != over_all.rungs()  # its shortcuts and output layer are left whole under global
+    assert (
+        layer.rungs()
+        == ImpConfig(model="resnet20", pattern="2:4", scope="global", exclude=(), levels=1).rungs()
+    )
     assert ImpConfig(model="lenet-300-100", pattern="2:4", scope="global", levels=1).rungs()[1] == {
         "fc1.weight": 117_600,
         "fc2.weight": 15_000,
