@@ -24,6 +24,7 @@ from sparselth.experiments.imp import ImpConfig, score_batch
 from sparselth.files import save_arrays
 from sparselth.models import Model
 from sparselth.params import Params, TensorSpec
+from sparselth.patterns import get_pattern
 from sparselth.runs import cell_path
 from sparselth.scores.gradients import built, chunks, joined, mean_loss, slopes
 from sparselth.streams import drawing_apart, number, seed_everything, stream
@@ -74,7 +75,7 @@ def compute(config: Predict, cell: Cell, place: Place) -> Finished | None:
         sizes = weights[: params.mask_size].abs().cpu()
         foretold += _foretold(ranked, f"weights@{step}", step, sizes.numpy(), tickets)
         for level in levels:
-            mask = pruning.prune(params, sizes, params.full_mask(), rungs[level], "reference").numpy()
+            mask = _drawn(imp, sizes, rungs[level])
             masks.append(_compared(level, step, mask, before.get(level), tickets[level], params))
             before[level] = mask
     last = {f"mask/{level}": np.packbits(mask, bitorder="little") for level, mask in before.items()}
@@ -119,6 +120,14 @@ def _foretold(
             where = {"predictor": predictor, "layer": layer, "level": level, "step": step}
             chance = shuffled_auc(ranked, mask[part], within)
             yield where | {"auc": auc(ranked, mask[part]), "chance": chance}
+
+
+def _drawn(imp: ImpConfig, sizes: Tensor, rung: dict[str, int]) -> Bits:
+    """The mask [M] of a level that magnitudes [M] draw as the run prunes, one by one or in groups."""
+    full = imp.network.params.full_mask()
+    if pattern := get_pattern(imp.pattern):
+        return pattern.prune(imp.network.params, sizes, full, rung).numpy()
+    return pruning.prune(imp.network.params, sizes, full, rung, "reference").numpy()
 
 
 def _compared(

@@ -131,6 +131,18 @@ def test_masks_by_magnitude_are_compared_step_by_step(record: RunRecord) -> None
         assert two[0]["by_chance"] == pytest.approx(share, abs=0.01)
 
 
+@pytest.mark.parametrize("groups", ["unit", "block:2", "2:4"])
+def test_masks_of_a_run_in_groups_are_drawn_in_groups(
+    finished: Callable[..., RunRecord], cli: Cli, groups: str
+) -> None:
+    finished("--levels", "1", "--arms", "ticket", "--pattern", groups, "--scope", "global", "--seeds", "0")
+    code, _, err = cli("predict", "run", "--at", "5,100", "--out", "in groups", "--quiet")
+    assert code == 0, err
+    first, last = report.masks(read(Path("in groups")), 1)[0]
+    assert last["shared"] == 1.0  # what the ticket is pruned from
+    assert first["shared"] < 1.0
+
+
 def test_a_mask_has_settled_once_five_in_a_row_moved_little() -> None:
     def steps(*moved: float | None) -> list[dict[str, Any]]:
         return [{"step": 10 * i, "moved": m} for i, m in enumerate(moved)]
