@@ -313,6 +313,7 @@ def _race(
     calls: dict[str, Callable[[], Any]], networks: Mapping[str, nn.Module], given: Given, device: Device
 ) -> dict[str, float]:
     forms = [f"{name} {f.name}: {f.place.key}" for name, net in networks.items() for f in _forms(net)]
+    forms += [net.code for net in networks.values() if isinstance(net, fx.GraphModule)]
     shapes = [tuple(t.shape) for t in given.tensors]
     text = f"{networks['original']!r} on {shapes}: {'; '.join(forms)}"
     key = f"module {hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -193,6 +193,36 @@ def test_a_layer_that_is_called_twice_is_told_in_both_its_forms(monkeypatch: pyt
     assert [layer.chosen for layer in report.layers] == ["dense", "sparse_conv2d_rows"]
 
 
+def test_times_are_those_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two networks that print the same, of the same layers, are two races."""
+
+    class Sums(nn.Module):
+        def __init__(self, more: bool) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Conv2d(3, 3, 3, 1, 1) for _ in range(2))
+            self.more = more
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x) + x
+            z = self.b(y) + y
+            return z.sin() if self.more else z
+
+    raced = list[str]()
+
+    def noted(calls: Mapping[str, Call], sample: Any) -> Any:
+        raced.extend(name for name in calls if name == "converted")
+        return joins(calls, sample)
+
+    monkeypatch.setattr(timing, "seconds", noted)
+    first, second = Sums(False).eval(), Sums(True).eval()
+    second.load_state_dict(first.state_dict())
+    masks, x = random_masks(first, 0.5), torch.randn(2, 3, 6, 6)
+    assert repr(first) == repr(second)
+    for model, count in ((first, 1), (second, 2), (first, 2)):
+        sparse.convert(model, masks, x)
+        assert len(raced) == count
+
+
 def test_what_does_not_pay_stays_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     def apart(calls: Mapping[str, Call], sample: Any) -> Any:
         return times({n: 1e-9 if n == "converted" else s for n, s in joins(calls, sample).items()})
