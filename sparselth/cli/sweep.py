@@ -175,19 +175,10 @@ def _grid(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) 
     if flags["resume"] and out is not None and is_sweep(out):
         theirs = Layout.read(out)
         if theirs.experiment == experiment.name:
-            axes = {**{name: _values(values) for name, values in theirs.axes.items()}, **axes}
-            settings = {**{name: _value(value) for name, value in theirs.settings.items()}, **settings}
+            axes = theirs.axes | axes
+            settings = theirs.settings | settings
             recipe = recipe or theirs.recipe
     return Grid(experiment.name, axes, settings, recipe)
-
-
-def _values(values: list[Any]) -> list[Any]:
-    return [_value(value) for value in values]
-
-
-def _value(value: Any) -> Any:
-    """A setting as JSON has kept it."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 def axis(experiment: type[Experiment], text: str) -> tuple[str, list[Any]]:

@@ -68,9 +68,11 @@ class Layout:
             if data.pop("schema") != SCHEMA:
                 raise ValueError("it is of another version")
             rows = data.pop("runs")
-            return Layout(
-                **data, runs=[Run(**row | {"config": config_from_json(row["config"])}) for row in rows]
-            )
+            data["axes"] = {name: [*map(_held, values)] for name, values in data["axes"].items()}
+            data["settings"] = _all_held(data["settings"])
+            for row in rows:
+                row |= {"config": config_from_json(row["config"]), "values": _all_held(row["values"])}
+            return Layout(**data, runs=[Run(**row) for row in rows])
         except FileNotFoundError:
             raise SparselthError(f"{path}: not the folder of a sweep (no {SWEEP})") from None
         except UsageError as error:
@@ -83,6 +85,15 @@ class Layout:
             raise
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise SparselthError(f"{file}: cannot be read ({error}); choose another `out`") from error
+
+
+def _held(value: Any) -> Any:
+    """A setting as configurations hold it: JSON has made a list of a tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _all_held(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: _held(value) for name, value in values.items()}
 
 
 def is_sweep(path: Path) -> bool:

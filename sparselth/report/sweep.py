@@ -145,7 +145,7 @@ def table(sweep: SweepRecord) -> str:
     """The whole report as text."""
     numbers, layout = Numbers(sweep), sweep.layout
     done, number = len(sweep.finished), len(layout.runs)
-    axes = "; ".join(f"{name} {', '.join(map(_short, values))}" for name, values in layout.axes.items())
+    axes = "; ".join(f"{name} {', '.join(map(spelled, values))}" for name, values in layout.axes.items())
     state = f"{len(sweep.points)} points, {done} of {number} runs finished"
     parts = [fill(f"{layout.experiment} over {axes}: {state}")]
     if numbers.levels:
@@ -169,10 +169,6 @@ def troubles(sweep: SweepRecord) -> list[str]:
     """A line for each run that has an error, and for networks that diverged."""
     lines = [fill(f"failed: {name}: {why}") for name, why in sweep.failed.items()]
     return lines + [fill(f"{name}: {'; '.join(said(record))}") for name, record in sweep.diverged]
-
-
-def _short(value: Any) -> str:
-    return spelled(tuple(value)) if isinstance(value, list) else spelled(value)
 
 
 def _by_level(numbers: Numbers) -> str:

@@ -23,6 +23,7 @@ from sparselth.cluster.sweep import plan_sweep, sweep
 from sparselth.cluster.worker import Worker
 from sparselth.errors import Interrupted, SparselthError, UsageError
 from sparselth.experiments.run import go, plan
+from sparselth.report.sweep import Numbers, table
 
 Contents = Callable[[Path], dict[str, bytes]]
 
@@ -94,6 +95,20 @@ def test_it_goes_on_with_more_points_seeds_and_levels_and_keeps_what_is_there(
         sweep(replace(more, settings=more.settings | {"seeds": (1,)}), out=out, executor=inline, resume=True)
     with pytest.raises(SparselthError, match=r"begun with another steps \(60 there, 61 here\)"):
         sweep(replace(more, settings=more.settings | {"steps": 61}), out=out, executor=inline, resume=True)
+
+
+def test_an_axis_of_lists_is_resumed_and_named(rates: Grid, inline: Inline, tmp_path: Path) -> None:
+    """sweep.json has lists where configurations have tuples."""
+    arms = replace(
+        rates,
+        axes={"arms": [("ticket",), ("ticket", "reinit")]},
+        settings={name: value for name, value in SETTINGS.items() if name != "arms"} | {"seeds": (0,)},
+    )
+    sweep(arms, out=tmp_path / "sweep", executor=inline)
+    record = sweep(arms, out=tmp_path / "sweep", resume=True, executor=inline).record
+    assert record.layout.axes == arms.axes
+    assert [*Numbers(record).labels.values()] == ["arms=ticket", "arms=ticket+reinit"]
+    assert "imp over arms ticket, ticket+reinit: 2 points" in table(record)
 
 
 def test_what_failed_is_listed_and_tried_again_by_resume(rates: Grid, inline: Inline, tmp_path: Path) -> None:
