@@ -159,25 +159,24 @@ def _grid(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) 
     from sparselth.cluster.grid import Grid
     from sparselth.cluster.store import Layout, is_sweep
 
-    before = dict(flags)
-    usual(experiment, flags, given)
-    known = settings_of(experiment)
-    settings = {
-        name: flags[name]
-        for name in known
-        if name in flags and (name in given or flags[name] != before[name])
-    }
     axes = {name: values for text in flags["axes"] for name, values in [axis(experiment, text)]}
     if len(axes) < len(flags["axes"]):
         raise UsageError("`grid`: an axis is given twice; expected its values in one")
-    recipe = flags["recipe"] if "recipe" in given else ""
-    out = flags["out"]
+    out, theirs, before = flags["out"], None, dict(flags)
     if flags["resume"] and out is not None and is_sweep(out):
         theirs = Layout.read(out)
-        if theirs.experiment == experiment.name:
-            axes = theirs.axes | axes
-            settings = theirs.settings | settings
-            recipe = recipe or theirs.recipe
+    if theirs is None:
+        usual(experiment, flags, given | {*axes})
+    settings = {
+        name: flags[name]
+        for name in settings_of(experiment)
+        if name in flags and (name in given or flags[name] != before[name])
+    }
+    recipe = flags["recipe"] if "recipe" in given else ""
+    if theirs is not None and theirs.experiment == experiment.name:
+        axes = theirs.axes | axes
+        settings = theirs.settings | settings
+        recipe = recipe or theirs.recipe
     return Grid(experiment.name, axes, settings, recipe)
 
 

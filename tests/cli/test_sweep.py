@@ -103,6 +103,26 @@ def test_dry_run_writes_nothing(cli: Cli, here: Inline) -> None:
     assert planned["missing"] == ["rate=0.2", "rate=0.5"]
 
 
+def test_what_is_usual_of_a_data_set_yields_to_axes_and_to_the_sweep_that_goes_on(
+    cli: Cli, here: Inline
+) -> None:
+    here.number = 1
+
+    def planned(words: str) -> list[dict[str, Any]]:
+        code, out, err = cli("sweep", "imp", *words.split(), "--dry-run", "--json", "--quiet")
+        assert code == 0, err
+        return [run["config"] for run in json.loads(out)["runs"]]
+
+    models = planned("--dataset mnist1d --grid model=mnist1d-mlp")
+    assert [one["model"] for one in models] == ["mnist1d-mlp"]
+    levels = planned("--dataset mnist1d --grid levels=1,2")
+    assert [(one["model"], one["levels"]) for one in levels] == [("mnist1d-mlp", 1), ("mnist1d-mlp", 2)]
+    words = "--dataset mnist1d --levels 1 --seeds 0 --steps 20 --arms ticket --grid rate=0.2 --out sweep"
+    assert cli("sweep", "imp", *words.split(), "--quiet")[0] == 0
+    (again,) = planned("--dataset mnist1d --out sweep --resume")
+    assert (again["levels"], again["seeds"]) == (1, [0])
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
