@@ -162,7 +162,7 @@ class SweepRecord:
         """Runs with networks that diverged, by name."""
         return [(name, record) for name, record in self.records.items() if record.diverged]
 
-    @property
+    @cached_property
     def finished(self) -> list[str]:
         """The names of the runs whose cells are all finished, or have no result."""
         wanted = {run.name: run.config.cells() for run in self.layout.runs}
