@@ -1,8 +1,9 @@
 """A sweep as text, JSON and a figure: accuracy at each level by point, and which point is best.
 
 Points are compared where all of them are: at the sparsest share of weights that every point reaches, each at
-its level nearest to that. Every pair is compared seed by seed (Student's t, as in `stats`), and all pairs are
-read at once by Holm's correction: so the best may be chosen by looking, and still stands or does not.
+its level nearest to that; where one has dense networks alone, dense ones. Every pair is compared seed by seed
+(Student's t, as in `stats`), and all pairs are read at once by Holm's correction: so the best may be chosen
+by looking, and still stands or does not.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,6 @@ from sparselth.report.stats import (
     Gap,
     holm,
     mean_interval,
-    nearest_level,
     seed_list,
     signed,
     signed_pp,
@@ -76,9 +77,9 @@ class Numbers:
 
     @cached_property
     def arm(self) -> str:
-        """The arm that is shown: the ticket, or the first there is."""
+        """The arm that is shown: the ticket, or the first there is; dense where there is no other."""
         arms = dict.fromkeys(one["arm"] for cells in self.cells.values() for one in cells)
-        return "ticket" if "ticket" in arms or not arms else next(iter(arms))
+        return next((arm for arm in ("ticket", *arms) if arm in arms and arm != "dense"), "dense")
 
     @cached_property
     def field(self) -> str | None:
@@ -92,6 +93,8 @@ class Numbers:
         found = dict[str, dict[int, Level]]()
         for point, cells in self.cells.items() if self.field else ():
             mine = [one for one in cells if one["arm"] == self.arm]
+            if self.arm == "ticket":  # of at-init's score imp other draws are rounds before it
+                mine = [one for one in mine if not one["draw"]]
             for level in sorted({one["level"] for one in mine}):
                 here = by_seed(mine, str(self.field), level=level)
                 left = by_seed(mine, "weights_remaining", level=level)
@@ -113,9 +116,12 @@ class Numbers:
         """The level at which a point is compared: nearest to the common share, or its last."""
         found = dict[str, int]()
         for point, levels in self.levels.items():
-            shares = {level: one.remaining for level, one in levels.items() if one.remaining is not None}
-            near = nearest_level(shares, self.common) if self.common else None
-            found[point] = max(levels) if near is None else near
+            if (common := self.common) is None:
+                found[point] = max(levels)
+                continue
+            shares = {level: one.remaining for level, one in levels.items() if one.remaining}
+            sparse = {level: share for level, share in shares.items() if share < 1 or common == 1}
+            found[point] = min(sparse, key=lambda level: abs(log(sparse[level] / common)))
         return found
 
     def at(self, point: str) -> Level:
@@ -204,18 +210,19 @@ def sentence(numbers: Numbers) -> str:
     where = "at the last level"
     if numbers.common is not None:
         where = f"at about {percent(numbers.common)} % of the weights, the sparsest that all points reach"
-    seeds = min(len(numbers.at(point).accuracies) for point in numbers.ranked)
+    gaps = {point: numbers.minus(best, point) for point in others}
+    seeds = min(gap.seeds if gap else 0 for gap in gaps.values())  # that two points have in common
     if seeds < FEWEST:
         return (
-            f"Which point is best {where} is open: {seeds} seed{'s' * (seeds > 1)} of some give no interval; "
-            "five tell more."
+            f"Which point is best {where} is open: {seeds} seed{'s' * (seeds != 1)} of some give no "
+            "interval; five tell more."
         )
     count = len(numbers.ranked) * len(others) // 2
     rule = "Student's t seed by seed, 5 %" + f" over all {count} pairs by Holm's correction" * (count > 1)
     told = f"Best {where}: {numbers.labels[best]}, {mean_cell(numbers.at(best).accuracies)} %"
     if not (near := [point for point in others if point not in numbers.clear]):
         return f"{told}, clearly above every other ({rule})."
-    second = numbers.minus(best, near[0])
+    second = gaps[near[0]]
     assert second is not None
     listed = ", ".join(numbers.labels[point] for point in near[:3]) + (
         f" and {len(near) - 3} more" if len(near) > 3 else ""

@@ -25,7 +25,8 @@ def numbers(
 
     def minus(self: Numbers, a: str, b: str) -> Any:
         left, right = self.at(a).accuracies, self.at(b).accuracies
-        return paired([left[seed] - right[seed] for seed in left if seed in right], 1000)
+        both = [left[seed] - right[seed] for seed in left if seed in right]
+        return paired(both, 1000) if both else None
 
     monkeypatch.setattr(report.Numbers, "minus", minus)
     return made
@@ -49,6 +50,41 @@ def test_without_shares_it_is_the_last_level(monkeypatch: pytest.MonkeyPatch) ->
     made = numbers(monkeypatch, {"a": {0: (None, [0.5]), 3: (None, [0.6])}, "b": {0: (None, [0.7])}})  # type: ignore[dict-item]
     assert made.common is None
     assert made.compared == {"a": 3, "b": 0}
+
+
+def test_a_point_of_dense_networks_alone_is_compared_with_dense_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while a sweep is under way; a sparse level 0, as of strong tickets, is as others."""
+    dense = {"a": {0: (1.0, [0.9] * 3)}, "b": {0: (1.0, [0.9] * 3), 1: (0.5, [0.1] * 3)}}
+    assert numbers(monkeypatch, dense).compared == {"a": 0, "b": 0}
+    strong = {"a": {0: (0.1, [0.9] * 3)}, "b": {0: (0.1, [0.9] * 3), 1: (0.5, [0.1] * 3)}}
+    assert numbers(monkeypatch, strong).compared == {"a": 0, "b": 0}
+
+
+def test_points_without_a_seed_in_common_are_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = numbers(monkeypatch, {"a": {1: (0.5, [0.9] * 3)}, "b": {1: (0.5, [0.1] * 3)}})
+    found.levels["b"][1] = Level(0.5, {3: 0.1, 4: 0.1, 5: 0.1})
+    assert "is open: 0 seeds of some give no interval" in sentence(found)
+
+
+def line(arm: str, level: int, draw: int, left: float, accuracy: float) -> dict[str, Any]:
+    where = {"seed": 0, "arm": arm, "level": level, "draw": draw}
+    return where | {"weights_remaining": left, "final_accuracy": accuracy}
+
+
+def test_rounds_before_a_ticket_are_no_draws_of_it() -> None:
+    """at-init's score imp keeps its rounds as draws of the ticket's arm, the last as draw 0."""
+    made = Numbers(None)  # type: ignore[arg-type]
+    rows = [line("ticket", 1, 0, 0.1, 0.7), line("ticket", 1, 1, 0.5, 0.9)]
+    vars(made)["cells"] = {"score=imp": rows}
+    assert made.levels == {"score=imp": {1: Level(0.1, {0: 0.7})}}
+
+
+def test_dense_is_shown_where_there_is_no_other_arm() -> None:
+    """rewinding and schedule have it first."""
+    made, alone = Numbers(None), Numbers(None)  # type: ignore[arg-type]
+    rows = [line("dense", 0, 0, 1.0, 0.9), line("ticket-0", 1, 0, 0.8, 0.9)]
+    vars(made)["cells"], vars(alone)["cells"] = {"a": rows}, {"a": rows[:1]}
+    assert (made.arm, alone.arm) == ("ticket-0", "dense")
 
 
 def test_clear_differences_stand_and_one_pair_in_many_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
