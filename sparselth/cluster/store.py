@@ -112,6 +112,11 @@ def fail(path: Path, ended: Ended) -> None:
     write_atomically(path / FAILED / f"{ended.name}.json", dump(data))
 
 
+def failed(path: Path, name: str) -> bool:
+    """Whether a run ended with an error when it was computed last, be it in its figures."""
+    return (path / FAILED / f"{name}.json").exists()
+
+
 def forget(path: Path, name: str) -> None:
     """A run has no error any more."""
     (path / FAILED / f"{name}.json").unlink(missing_ok=True)

@@ -22,7 +22,18 @@ from sparselth import signals
 from sparselth.cluster.executor import Executor, How, Task
 from sparselth.cluster.grid import REPLICAS, Grid, Point, folder_of, groups, of_seeds, spelled
 from sparselth.cluster.local import Local
-from sparselth.cluster.store import Layout, Run, SweepRecord, complete, fail, forget, is_sweep, read, seal
+from sparselth.cluster.store import (
+    Layout,
+    Run,
+    SweepRecord,
+    complete,
+    fail,
+    failed,
+    forget,
+    is_sweep,
+    read,
+    seal,
+)
 from sparselth.config import Config
 from sparselth.data import resolve
 from sparselth.errors import Interrupted, SparselthError
@@ -134,7 +145,7 @@ def plan_sweep(
         new,
         [str(file) for file in plugins()],
     )
-    missing = [run for run in new if not complete(path, run)]
+    missing = [run for run in new if failed(path, run.name) or not complete(path, run)]
     if there and not resume and missing:
         raise SparselthError(
             f"{path}: {len(missing)} of {len(new)} runs are unfinished; add `resume` to go on, or choose "

@@ -22,8 +22,10 @@ from sparselth.cluster.store import Layout, read
 from sparselth.cluster.sweep import plan_sweep, sweep
 from sparselth.cluster.worker import Worker
 from sparselth.errors import Interrupted, SparselthError, UsageError
+from sparselth.experiments.imp import ImpConfig
 from sparselth.experiments.run import go, plan
 from sparselth.report.sweep import Numbers, table
+from sparselth.runs import RunRecord
 
 Contents = Callable[[Path], dict[str, bytes]]
 
@@ -125,6 +127,24 @@ def test_what_failed_is_listed_and_tried_again_by_resume(rates: Grid, inline: In
     assert record.complete
     assert record.failed == {}
     assert inline.taken == ["rate=0.2", "rate=0.5", "rate=0.2"]
+
+
+def test_a_run_that_failed_as_it_drew_is_tried_again_too(
+    rates: Grid, inline: Inline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its cells are finished by then."""
+    one = replace(rates, axes={"rate": [0.5]}, settings=SETTINGS | {"seeds": (0,)})
+
+    def full(self: ImpConfig, record: RunRecord, folder: Path) -> None:
+        raise OSError(28, "No space left on device", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImpConfig, "draw", full)
+        record = sweep(one, out=tmp_path / "sweep", executor=inline).record
+    assert record.complete
+    assert "No space left on device" in record.failed["rate=0.5"]
+    assert sweep(one, out=tmp_path / "sweep", resume=True, executor=inline).record.failed == {}
+    assert inline.taken == ["rate=0.5", "rate=0.5"]
 
 
 def test_a_run_whose_worker_died_is_tried_once_more(rates: Grid, tmp_path: Path) -> None:
