@@ -48,7 +48,7 @@ class Worker(Watcher):
             stopped = True
         except SparselthError as said:
             error = str(said)
-        except Exception as fault:
+        except (Exception, SystemExit) as fault:
             error, trace = f"{type(fault).__name__}: {fault}", traceback.format_exc()
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         where = socket.gethostname() + (f", GPU {gpu}" if gpu and task.config.get("device") == "cuda" else "")
@@ -113,10 +113,14 @@ class _Thread(threading.Thread):
         self.sentinel, self._ends = os.pipe()
 
     def run(self) -> None:
-        with suppress(BrokenPipeError, EOFError, ConnectionResetError):  # it was left
-            super().run()
-        self.theirs.close()
-        os.close(self._ends)
+        try:
+            with suppress(BrokenPipeError, EOFError, ConnectionResetError):  # it was left
+                super().run()
+        except SystemExit:  # a user's network may end a process
+            self.exitcode = 1
+        finally:  # so that nobody waits for a word of it
+            self.theirs.close()
+            os.close(self._ends)
 
     def kill(self) -> None:
         self.left = True

@@ -129,6 +129,19 @@ def test_what_failed_is_listed_and_tried_again_by_resume(rates: Grid, inline: In
     assert inline.taken == ["rate=0.2", "rate=0.5", "rate=0.2"]
 
 
+def test_a_network_that_ends_its_process_ends_its_run(
+    rates: Grid, inline: Inline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker computes in a thread, whose end would be heard by nobody."""
+
+    def leaves(self: ImpConfig, cells: object, place: object) -> None:
+        raise SystemExit(4)
+
+    monkeypatch.setattr(ImpConfig, "compute", leaves)
+    record = sweep(replace(rates, axes={"rate": [0.5]}), out=tmp_path / "sweep", executor=inline).record
+    assert "worker 0 ended without a result, exit code 1" in record.failed["rate=0.5,seeds=0"]
+
+
 def test_a_run_that_failed_as_it_drew_is_tried_again_too(
     rates: Grid, inline: Inline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
