@@ -43,6 +43,11 @@ class Grid:
     settings: Mapping[str, Any] = field(default_factory=dict)
     recipe: str = ""
 
+    def __post_init__(self) -> None:
+        axes = {name: [*map(held, values)] for name, values in self.axes.items()}
+        object.__setattr__(self, "axes", axes)
+        object.__setattr__(self, "settings", {name: held(value) for name, value in self.settings.items()})
+
     def points(self) -> list[Point]:
         """Every point, checked by its configuration; UsageError where one makes no experiment."""
         experiment = get_experiment(self.experiment)
@@ -88,6 +93,11 @@ def axis(experiment: type[Experiment], name: str) -> str:
     if found == DEVICE:
         raise UsageError("`grid` device: all points are computed on one kind of device; give it as `device`")
     return found
+
+
+def held(value: Any) -> Any:
+    """A setting as configurations hold it: a list, which JSON makes of a tuple, or a range is the tuple."""
+    return tuple(value) if isinstance(value, (list, range)) else value
 
 
 def value_of(config: Any, name: str) -> Any:

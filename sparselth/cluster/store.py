@@ -21,6 +21,7 @@ from typing import Any
 from sparselth import runs
 from sparselth.begun import recalled
 from sparselth.cluster.executor import Ended
+from sparselth.cluster.grid import held
 from sparselth.config import config_from_json
 from sparselth.errors import SparselthError, UsageError, one_line
 from sparselth.files import dump, holds, read_json, sealed, unsealed, write_atomically
@@ -68,10 +69,11 @@ class Layout:
             if data.pop("schema") != SCHEMA:
                 raise ValueError("it is of another version")
             rows = data.pop("runs")
-            data["axes"] = {name: [*map(_held, values)] for name, values in data["axes"].items()}
-            data["settings"] = _all_held(data["settings"])
+            data["axes"] = {name: [*map(held, values)] for name, values in data["axes"].items()}
+            data["settings"] = {name: held(value) for name, value in data["settings"].items()}
             for row in rows:
-                row |= {"config": config_from_json(row["config"]), "values": _all_held(row["values"])}
+                row["values"] = {name: held(value) for name, value in row["values"].items()}
+                row["config"] = config_from_json(row["config"])
             return Layout(**data, runs=[Run(**row) for row in rows])
         except FileNotFoundError:
             raise SparselthError(f"{path}: not the folder of a sweep (no {SWEEP})") from None
@@ -85,15 +87,6 @@ class Layout:
             raise
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise SparselthError(f"{file}: cannot be read ({error}); choose another `out`") from error
-
-
-def _held(value: Any) -> Any:
-    """A setting as configurations hold it: JSON has made a list of a tuple."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _all_held(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: _held(value) for name, value in values.items()}
 
 
 def is_sweep(path: Path) -> bool:

@@ -1,8 +1,8 @@
 """An experiment at every point of a grid, computed by an executor.
 
 >>> grid = Grid("imp", {"rate": [0.1, 0.2]}, {"model": "lenet-300-100", "seeds": (0, 1, 2)})
->>> record = sweep(grid, out="runs/rates", executor=Local(workers=2))
->>> print(table(record))
+>>> done = sweep(grid, out="runs/rates", executor=Local(2))
+>>> print(table(done.record))
 
 Each point is a run folder, its seeds are the replicas of that run. Where there are more workers than points,
 the seeds of a point are split into groups, a run each. The folders tell what is done: an executor that was

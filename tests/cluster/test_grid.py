@@ -24,6 +24,13 @@ def test_a_name_is_the_same_in_any_order_and_spelling() -> None:
     assert names({"batch-size": [20], "rate": [2e-1, 1e-1]}) == first[::-1]
 
 
+def test_lists_and_ranges_are_tuples() -> None:
+    """As docs/clusters.md has them."""
+    settings: dict[str, Any] = BASE | {"seeds": range(2)}
+    (point,) = Grid("imp", {"arms": [["ticket", "reinit"]]}, settings).points()
+    assert (point.name, point.config.seeds) == ("arms=ticket+reinit", (0, 1))  # type: ignore[attr-defined]
+
+
 def test_names_of_other_kinds() -> None:
     assert names({"one_shot": [True, False]}) == ["one_shot=true", "one_shot=false"]
     arms = names({"arms": [("ticket",), ("reinit", "ticket")]})
