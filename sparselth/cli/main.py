@@ -92,7 +92,7 @@ def run(args: list[str]) -> int:
         if group.rank:
             return _ended(lambda: _followed(group), debug)
         try:
-            return _ended(lambda: _called(args, group), debug)
+            return _ended(lambda: _led(args, group), debug)
         finally:
             torchrun.join(None)
             group.dismiss()
@@ -100,6 +100,12 @@ def run(args: list[str]) -> int:
 
 def _called(args: list[str], group: torchrun.Group | None = None) -> Any:
     return cli.main(_plugged(args or ["--help"]), prog_name="sparselth", standalone_mode=False, obj=group)
+
+
+def _led(args: list[str], group: torchrun.Group) -> Any:
+    """The part of rank 0."""
+    group.open()
+    return _called(args, group)
 
 
 def _followed(group: torchrun.Group) -> int:

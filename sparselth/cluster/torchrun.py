@@ -122,6 +122,14 @@ class Group:
             ) from error
         return found
 
+    def open(self) -> None:
+        """By rank 0, before all else: others look for the store for COME seconds, whatever is done meanwhile.
+
+        Under srun it waits until all are there; SparselthError where one does not come.
+        """
+        if self.host:
+            _ = self.store
+
     def _key(self, name: str) -> str:
         return f"sparselth/{self.restarts}/{name}"
 
@@ -134,7 +142,7 @@ class Group:
 
     def dismiss(self) -> None:
         """By rank 0: nobody is needed any more; ranks that were never called leave, and are awaited."""
-        if not self.host:
+        if "store" not in vars(self):  # none was opened
             return
         with suppress(RuntimeError, SparselthError):
             if self.store.check([self._key("call")]):

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -281,6 +281,33 @@ def test_what_is_no_run_rank_0_does_alone(
     assert other == (0, "", "")
     assert first[0] == code
     assert bool(first[1]) != bool(first[2])
+
+
+def test_rank_0_is_found_before_it_does_anything(
+    cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it does may take longer than others look for it: a download, `bench`, a sweep."""
+    order: list[str] = []
+
+    class Store:
+        def check(self, keys: list[str]) -> bool:
+            order.append("dismissed")
+            return True
+
+    def opened(self: Group) -> Store:
+        order.append("opened")
+        return Store()
+
+    store = cached_property(opened)
+    store.__set_name__(Group, "store")
+    monkeypatch.setattr(Group, "store", store)
+    called = main._called
+    monkeypatch.setattr(main, "_called", lambda *words: order.append("called") or called(*words))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    for name, value in (SRUN | {"SLURM_PROCID": "0", "MASTER_ADDR": "127.0.0.1"}).items():
+        monkeypatch.setenv(name, value)
+    assert cli("ls", "models")[0] == 0
+    assert order == ["opened", "called", "dismissed"]
 
 
 def test_srun_without_an_address_says_how(
