@@ -111,7 +111,7 @@ class Processes:
         all_of_it = time.perf_counter() - worker.since
         try:
             found = worker.connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # also in the middle of a message
             self.all.remove(worker)
             self.free.append(worker.place)
             code = self._end(worker)

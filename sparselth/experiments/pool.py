@@ -102,9 +102,7 @@ class Pool(Processes):
                         break
                     busy[worker] = cells
                     watcher.started(worker, cells)
-                    with suppress(
-                        BrokenPipeError, ConnectionResetError
-                    ):  # the next receive tells how the worker ended
+                    with suppress(OSError):  # the next receive tells how the worker ended
                         hand.connection.send(cells)
                 if not busy:
                     break
@@ -165,7 +163,7 @@ class Pool(Processes):
         hand = self.hands[worker]
         try:
             message: tuple[str, Any] = hand.connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # also in the middle of a message, or a host that is gone
             return "failed", SparselthError(
                 f"{hand.name} ended without a result{hand.how()}; what is finished is kept, "
                 "continue with `resume`"

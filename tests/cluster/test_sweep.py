@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +249,19 @@ def test_processes_of_this_machine_killed_stopped_and_gone_on_with(
     for name in ("rate=0.2", "rate=0.5"):
         assert run_contents(out / name) == run_contents(quiet / name)
     assert {file: file.stat().st_mtime_ns for file in kept} == kept  # none was computed again
+
+
+def test_a_worker_that_ends_amidst_a_word_has_died() -> None:
+    """As one that the system kills for its memory."""
+    ours, theirs = Pipe()
+    with theirs:
+        os.write(theirs.fileno(), struct.pack("!i", 100) + b"half")
+    process = subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    crew = Processes([])
+    crew.all.append(local._Process(process, ours, None, Task("a", "", "", {}, {}, How(), (), "")))
+    (ended,) = crew.wait(1.0)
+    assert ended.died
+    assert "killed by signal 9 (out of memory?" in ended.error
 
 
 def test_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
