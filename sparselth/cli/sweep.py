@@ -155,7 +155,10 @@ def _main(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) 
 
 
 def _grid(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) -> Grid:
-    """What is swept: what was given, with --resume over what the sweep in --out was begun with."""
+    """What is swept: what was given, with --resume over what the sweep in --out was begun with.
+
+    Of `flags` that were not given, those of `How` become that sweep's.
+    """
     from sparselth.cluster.grid import Grid
     from sparselth.cluster.store import Layout, is_sweep
 
@@ -174,6 +177,7 @@ def _grid(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) 
     }
     recipe = flags["recipe"] if "recipe" in given else ""
     if theirs is not None and theirs.experiment == experiment.name:
+        flags.update({name: theirs.how[name] for name in theirs.how.keys() & flags.keys() - given})
         axes = theirs.axes | axes
         settings = theirs.settings | settings
         recipe = recipe or theirs.recipe

@@ -53,6 +53,7 @@ class Layout:
     recipe: str
     runs: list[Run]
     plugins: list[str] = field(default_factory=list)
+    how: dict[str, Any] = field(default_factory=dict)  # of `How` what bits may depend on
 
     def write(self, path: Path) -> None:
         listed = [vars(run) | {"config": run.config.to_json()} for run in self.runs]

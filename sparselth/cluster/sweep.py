@@ -144,6 +144,7 @@ def plan_sweep(
         grid.recipe,
         new,
         [str(file) for file in plugins()],
+        {"replicas": how.replicas, "deterministic": how.deterministic},
     )
     missing = [run for run in new if failed(path, run.name) or not complete(path, run)]
     if there and not resume and missing:

@@ -13,6 +13,7 @@ from inline import Inline
 
 from sparselth.cli import sweep as command
 from sparselth.cli.experiment import parameters
+from sparselth.cluster.executor import How
 from sparselth.cluster.grid import Grid
 from sparselth.cluster.local import Local
 from sparselth.config import EXPERIMENTS
@@ -121,6 +122,24 @@ def test_what_is_usual_of_a_data_set_yields_to_axes_and_to_the_sweep_that_goes_o
     assert cli("sweep", "imp", *words.split(), "--quiet")[0] == 0
     (again,) = planned("--dataset mnist1d --out sweep --resume")
     assert (again["levels"], again["seeds"]) == (1, [0])
+
+
+def test_how_a_sweep_was_begun_is_how_it_goes_on(
+    cli: Cli, here: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU --deterministic chooses the kernels, and a run goes on with no others."""
+    words = [*RATES.split(), "--quiet"]
+    assert cli(*words, "--deterministic", "--replicas", "2")[0] == 0
+    asked = list[How]()
+
+    def caught(grid: Grid, **more: Any) -> Any:
+        asked.append(more["how"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparselth.cluster.sweep.sweep", caught)
+    cli("sweep", "imp", "--out", "sweep", "--resume", "--quiet")
+    cli("sweep", "imp", "--out", "sweep", "--resume", "--replicas", "3", "--quiet")
+    assert asked == [How(None, 2, True), How(None, 3, True)]
 
 
 @pytest.mark.parametrize(
