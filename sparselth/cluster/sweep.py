@@ -263,6 +263,7 @@ def _going_on(point: Point, there: Sequence[Run]) -> tuple[list[Run], Any]:
 
 def _extended(run: Run, config: Config) -> Config:
     """The configuration of a run as it goes on; SparselthError where that would be another one."""
+    config = config.going_on(run.config)
     for name, ours, theirs in config.difference(run.config):
         if name not in config.extends() or not config.keeps(run.config, name):
             raise SparselthError(

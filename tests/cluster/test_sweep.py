@@ -146,6 +146,16 @@ def test_a_network_that_ends_its_process_ends_its_run(
     assert "worker 0 ended without a result, exit code 1" in record.failed["rate=0.5,seeds=0"]
 
 
+def test_scores_in_another_order_go_on(tmp_path: Path, inline: Inline) -> None:
+    """As a run of at-init does: what is new comes behind."""
+    grid = Grid("at-init", {"rate": [0.5]}, {"dataset": "mnist5k", "seeds": (0,), "score": ("snip",)})
+    how: dict[str, Any] = {"out": tmp_path, "executor": inline, "how": How(), "told": lambda text: None}
+    plan_sweep(grid, resume=False, **how).layout.write(tmp_path)
+    more = replace(grid, settings=grid.settings | {"score": ("magnitude", "snip")})
+    (run,) = plan_sweep(more, resume=True, **how).layout.runs
+    assert run.config.score == ("snip", "magnitude")
+
+
 def test_a_run_that_failed_as_it_drew_is_tried_again_too(
     rates: Grid, inline: Inline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
