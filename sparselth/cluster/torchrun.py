@@ -220,13 +220,13 @@ def here(environ: Mapping[str, str] = os.environ) -> Group | None:
 
 
 def share_of(cores: int, environ: Mapping[str, str] = os.environ) -> int:
-    """Of the cores that a process may use, those for its workers: what Slurm gave its task, or an even share
-    beside the ranks of its host.
+    """Of the cores that a process may use, those for its workers: what Slurm gave its task, and beside other
+    ranks of torchrun's on its host an even share.
     """
     cpus, tasks = environ.get("SLURM_CPUS_PER_TASK", ""), environ.get("SLURM_NTASKS", "")
     if cpus.isdecimal():
         alone = "SLURM_STEP_NUM_TASKS" not in environ  # a batch script, which has the cores of all its tasks
         cores = min(cores, int(cpus) * (int(tasks) if alone and tasks.isdecimal() else 1))
-    elif _joined:
+    if _joined:
         cores //= _joined.local_size
     return max(1, cores)

@@ -73,6 +73,7 @@ def test_who_a_process_is(environ: dict[str, str], group: Group | None) -> None:
         ({"SLURM_CPUS_PER_TASK": "2", "SLURM_NTASKS": "3"}, None, 6),  # a batch script
         (SRUN | {"SLURM_CPUS_PER_TASK": "5"}, Group(1, 2, 1, 1), 5),
         (SRUN | {"SLURM_CPUS_PER_TASK": "50"}, None, 12),
+        (SRUN | {"SLURM_CPUS_PER_TASK": "8"}, Group(1, 8, 1, 4), 2),  # torchrun in a step
     ],
 )
 def test_the_cores_of_a_rank(
