@@ -70,16 +70,18 @@ class Layout:
             if data.pop("schema") != SCHEMA:
                 raise ValueError("it is of another version")
             rows = data.pop("runs")
+            needed = [name for name in data.get("plugins", []) if Path(name) not in plugins()]
             data["axes"] = {name: [*map(held, values)] for name, values in data["axes"].items()}
             data["settings"] = {name: held(value) for name, value in data["settings"].items()}
             for row in rows:
                 row["values"] = {name: held(value) for name, value in row["values"].items()}
                 row["config"] = config_from_json(row["config"])
+                if needed:  # which may have a name in it
+                    row["config"].check()
             return Layout(**data, runs=[Run(**row) for row in rows])
         except FileNotFoundError:
             raise SparselthError(f"{path}: not the folder of a sweep (no {SWEEP})") from None
         except UsageError as error:
-            needed = [name for name in data.get("plugins", []) if Path(name) not in plugins()]
             named = " ".join(f"`plugin` {name}" for name in needed)
             raise SparselthError(
                 f"{path}: was begun with {named}; give it again ({error})" if named else f"{file}: {error}"

@@ -146,6 +146,16 @@ def test_a_network_that_ends_its_process_ends_its_run(
     assert "worker 0 ended without a result, exit code 1" in record.failed["rate=0.5,seeds=0"]
 
 
+def test_a_plugin_that_is_needed_is_asked_for(rates: Grid, inline: Inline, tmp_path: Path) -> None:
+    """Of a score, too, whose name is held against nothing when a configuration is read."""
+    how: dict[str, Any] = {"out": tmp_path, "executor": inline, "how": How(), "told": lambda text: None}
+    layout = plan_sweep(rates, resume=False, **how).layout
+    theirs = [replace(run, config=replace(run.config, score="mine")) for run in layout.runs]
+    replace(layout, runs=theirs, plugins=["/mine.py"]).write(tmp_path)
+    with pytest.raises(SparselthError, match=r"was begun with `plugin` /mine.py; give it again .*'mine'"):
+        Layout.read(tmp_path)
+
+
 def test_scores_in_another_order_go_on(tmp_path: Path, inline: Inline) -> None:
     """As a run of at-init does: what is new comes behind."""
     grid = Grid("at-init", {"rate": [0.5]}, {"dataset": "mnist5k", "seeds": (0,), "score": ("snip",)})
