@@ -133,7 +133,8 @@ def _main(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) 
             if flags["dry_run"]:
                 planned = plan_sweep(grid, **common, told=_say)
             else:
-                done = run(grid, **common, told=(lambda text: None) if flags["quiet"] else _say)
+                told = (lambda text: None) if flags["quiet"] else _say
+                done = run(grid, **common, told=told, note=_say)
     except KeyboardInterrupt as stop:
         raise Interrupted(f"stopped by {name_of(stop)} before anything was computed") from None
     if flags["dry_run"]:

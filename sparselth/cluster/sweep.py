@@ -12,6 +12,7 @@ killed loses what its workers had not yet written, and `resume` goes on with any
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,17 +97,19 @@ def sweep(
     executor: Executor | None = None,
     how: How | None = None,
     told: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] = warnings.warn,
 ) -> Swept:
     """Compute what is missing of the runs of a grid in the folder `out`, and read them.
 
     `out` is runs/ and the sweep's own name unless given; with `resume` an unfinished sweep goes on, one with
     errors tries these again, and one of fewer points, seeds or levels is extended. The executor is this
-    machine's unless given; `told` hears a line of each run that ends. A run whose worker died is tried once
-    more. Raises UsageError, before anything is written, for what makes no sweep; Interrupted after a signal.
-    Runs with errors and networks that diverged are in the record.
+    machine's unless given; `told` hears a line of each run that ends, `note` what a user must know, such as
+    that another data set is taken. A run whose worker died is tried once more. Raises UsageError, before
+    anything is written, for what makes no sweep; Interrupted after a signal. Runs with errors and networks
+    that diverged are in the record.
     """
     executor, how = executor or Local(), how or How()
-    planned = plan_sweep(grid, out=out, resume=resume, executor=executor, how=how, told=told)
+    planned = plan_sweep(grid, out=out, resume=resume, executor=executor, how=how, told=note)
     path = planned.path
     with errors_named(path):
         path.mkdir(parents=True, exist_ok=True)

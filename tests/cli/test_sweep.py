@@ -93,6 +93,21 @@ def test_one_json_document_and_nothing_else(cli: Cli, here: Inline) -> None:
     assert json.loads(out)["wall"]["computed"] == 2
 
 
+def test_what_a_user_must_know_is_said_to_the_quiet_too(
+    cli: Cli, here: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a run: that another data set is taken, or that networks train one after another."""
+
+    def planned(*_: Any, note: Callable[[str], None], **__: Any) -> None:
+        note("NOT using MNIST")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparselth.cluster.sweep.plan", planned)
+    code, out, err = cli(*RATES.split(), "--quiet")
+    assert (code, out) == (130, "")
+    assert "NOT using MNIST" in err
+
+
 def test_dry_run_writes_nothing(cli: Cli, here: Inline) -> None:
     code, out, err = cli(*RATES.split(), "--dry-run")
     assert (code, out) == (0, "")
