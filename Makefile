@@ -129,7 +129,7 @@ mutants: $(STAMP)
 # The ends of the ranges in pyproject.toml: each lower bound, on the oldest Python it allows; whatever is newest.
 test-oldest:
 	@mkdir -p build
-	@sed -nE 's/^ *"?([a-z0-9-]+)>=([0-9.]+)".*/\1==\2/p' pyproject.toml >build/oldest.txt
+	@sed -nE 's/^ *"?([a-z0-9-]+)>=([0-9.]+(post[0-9]+)?)".*/\1==\2/p' pyproject.toml >build/oldest.txt
 	@$(MAKE) test VENV=.venv-oldest PYTHON="python3.11 python3" PINS=build/oldest.txt
 
 test-newest:

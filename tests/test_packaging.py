@@ -193,7 +193,7 @@ def requirements() -> dict[str, str]:
     """{package: its lower bound} of everything in pyproject.toml, in development too."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    return dict(re.fullmatch(r"([a-z0-9-]+)>=([0-9.]+)", line).groups() for line in listed)  # type: ignore[union-attr]
+    return dict(re.fullmatch(r"([a-z0-9-]+)>=([0-9.]+(?:post[0-9]+)?)", line).groups() for line in listed)  # type: ignore[union-attr]
 
 
 def numbers(version: str) -> list[int]:
