@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import click
 
-from sparselth.cli.experiment import parameters, usual
+from sparselth.cli.experiment import DIVERGED, EXIT_CODES, parameters, usual
 from sparselth.cli.options import PATH, as_flags, flag
 from sparselth.config import EXPERIMENTS, Recipe
 from sparselth.errors import Interrupted, SparselthError, UsageError
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from sparselth.cluster.grid import Grid
     from sparselth.cluster.sweep import Planned
 
-DIVERGED = 3
-EXIT_CODES = (
-    "Exit codes: 0 done, 1 a run failed, 2 usage, 3 a network diverged, 130 interrupted after saving."
-)
 # of a run that are no flags of a sweep, or other ones
 OTHERS = ("workers", "out", "resume", "dry_run", "price_on", "grid")
 
