@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparselth.report.diverged import unfinished
-from sparselth.report.page import Group, fill, side_by_side, width
+from sparselth.report.page import Group, report, side_by_side, width
 from sparselth.report.stats import FEWEST, Gap, mean_interval, paired
 from sparselth.report.tables import MISSING, percent, title
 from sparselth.runs import RunRecord
@@ -49,14 +49,8 @@ def shown(gap: Gap | None) -> str:
 
 def table(record: RunRecord) -> str:
     """The whole report as text, as wide as the terminal."""
-    config = record.config
-    parts = [
-        fill(title(record, config.how)),
-        _rows(record),
-        fill(_legend(record)),
-        fill(sentence(record), indent=""),
-    ]
-    return "\n\n".join(part for part in parts if part)
+    titled = title(record, record.config.how)
+    return report(titled, _rows(record), legend=_legend(record), sentence=sentence(record))
 
 
 def _rows(record: RunRecord) -> str:

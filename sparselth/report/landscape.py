@@ -7,7 +7,7 @@ from math import exp, log
 from typing import Any
 
 from sparselth.report.diverged import unfinished
-from sparselth.report.page import Group, fill, side_by_side, width
+from sparselth.report.page import Group, report, side_by_side, width
 from sparselth.report.stats import FEWEST, Gap, apart, mean_interval, paired, seeds_named
 from sparselth.report.tables import MISSING, percent
 from sparselth.runs import RunRecord
@@ -46,8 +46,7 @@ def table(record: RunRecord) -> str:
     config = record.config
     seeds = seeds_named(config.seeds)
     title = f"{config.imp.model} on {config.dataset}, {seeds}, of {config.source}\n{config.how}"
-    parts = [fill(title), _rows(record), fill(_legend(record)), fill(sentence(record), indent="")]
-    return "\n\n".join(part for part in parts if part)
+    return report(title, _rows(record), legend=_legend(record), sentence=sentence(record))
 
 
 def _rows(record: RunRecord) -> str:

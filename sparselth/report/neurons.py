@@ -13,7 +13,7 @@ from matplotlib.ticker import NullLocator
 
 from sparselth.report.diverged import unfinished
 from sparselth.report.drawing import STYLE, WIDTH, balanced, band_note, head, heading, look, save, spread
-from sparselth.report.page import Group, fill, side_by_side, width
+from sparselth.report.page import Group, report, side_by_side, width
 from sparselth.report.stats import (
     FEWEST,
     images_counted,
@@ -38,10 +38,9 @@ def values(record: RunRecord, arm: str, level: int, field: str) -> dict[int, flo
 def table(record: RunRecord) -> str:
     """The whole report as text, as wide as the terminal."""
     config = record.config
-    parts = [fill(title(record, config.how)), _images(record)]
-    parts += [_single(record)] if config.units else []
-    parts += [fill(_legend(record)), fill(_closing(record), indent="")]
-    return "\n\n".join(part for part in parts if part)
+    tables = [_images(record)] + ([_single(record)] if config.units else [])
+    titled = title(record, config.how)
+    return report(titled, *tables, legend=_legend(record), sentence=_closing(record))
 
 
 def _images(record: RunRecord) -> str:

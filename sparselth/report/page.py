@@ -15,6 +15,15 @@ def width() -> int:
     return max(40, shutil.get_terminal_size((80, 24)).columns)
 
 
+def report(title: str, *tables: str, legend: str, sentence: str) -> str:
+    """A whole report, as wide as the terminal: what it is of, its tables, what they mean, and what follows.
+
+    What is "" is left out.
+    """
+    parts = [fill(title), *tables, fill(legend), fill(sentence, indent="")]
+    return "\n\n".join(part for part in parts if part)
+
+
 def fill(text: str, indent: str = "  ", first: str = "") -> str:
     """Each line wrapped, what goes over indented; words longer than a line, such as paths, stay whole."""
     return "\n".join(

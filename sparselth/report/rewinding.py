@@ -12,7 +12,7 @@ from matplotlib.ticker import NullLocator
 from sparselth.report.diverged import unfinished
 from sparselth.report.drawing import WIDTH, band_note, extremes, heading, save_each, short
 from sparselth.report.lines import by_seed, gap, gap_json, level_of_dense, line, mean_cell, said
-from sparselth.report.page import Group, fill, side_by_side, width
+from sparselth.report.page import Group, report, side_by_side, width
 from sparselth.report.stats import FEWEST, Gap, holm, mean_interval, signed
 from sparselth.report.tables import MISSING, percent, title
 from sparselth.runs import RunRecord
@@ -41,14 +41,8 @@ def against_dense(record: RunRecord, k: int, level: int) -> Gap | None:
 
 def table(record: RunRecord) -> str:
     """The whole report as text, as wide as the terminal."""
-    config = record.config
-    parts = [
-        fill(title(record, config.method)),
-        _rows(record),
-        fill(_legend(record)),
-        fill(sentence(record), indent=""),
-    ]
-    return "\n\n".join(part for part in parts if part)
+    titled = title(record, record.config.method)
+    return report(titled, _rows(record), legend=_legend(record), sentence=sentence(record))
 
 
 def _rows(record: RunRecord) -> str:
