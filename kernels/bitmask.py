@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, library
 
 from sparselth.kernels._choose import use_triton
+from sparselth.kernels._operator import operator
 from sparselth.kernels._triton import tl, triton
 
 BLOCK = 1024  # bytes of bits a program packs or unpacks
@@ -205,46 +206,46 @@ def _check_bits(bits: Tensor) -> None:
         raise ValueError(f"expected packed bits, uint8 [..., bytes], got {bits.dtype} {tuple(bits.shape)}")
 
 
-@library.custom_op("sparselth::pack", mutates_args=())
+@operator("pack")
 def pack(mask: Tensor) -> Tensor:
     """Mask [..., K], whatever is not 0 is kept, to uint8 bits [..., ceil(K / 8)]."""
     return launch_pack(mask)
 
 
-@pack.register_fake
+@library.register_fake(pack)
 def _(mask: Tensor) -> Tensor:
     return mask.new_empty((*mask.shape[:-1], -(-mask.shape[-1] // 8)), dtype=torch.uint8)
 
 
-@library.custom_op("sparselth::unpack", mutates_args=())
+@operator("unpack")
 def unpack(bits: Tensor, k: int) -> Tensor:
     """Bits [..., ceil(k / 8)] to a bool mask [..., k]."""
     return launch_unpack(bits, k)
 
 
-@unpack.register_fake
+@library.register_fake(unpack)
 def _(bits: Tensor, k: int) -> Tensor:
     return bits.new_empty((*bits.shape[:-1], k), dtype=torch.bool)
 
 
-@library.custom_op("sparselth::count", mutates_args=())
+@operator("count")
 def count(bits: Tensor, rows: bool = False) -> Tensor:
     """Ones, int64: of the whole tensor (0-dim), or of every row [...]."""
     return launch_count(bits, None, rows)
 
 
-@count.register_fake
+@library.register_fake(count)
 def _(bits: Tensor, rows: bool = False) -> Tensor:
     return bits.new_empty(bits.shape[:-1] if rows else (), dtype=torch.int64)
 
 
-@library.custom_op("sparselth::hamming", mutates_args=())
+@operator("hamming")
 def hamming(a: Tensor, b: Tensor, rows: bool = False) -> Tensor:
     """Places where two masks differ, int64: of the whole tensor (0-dim), or of every row [...]."""
     return launch_count(a, b, rows)
 
 
-@hamming.register_fake
+@library.register_fake(hamming)
 def _(a: Tensor, b: Tensor, rows: bool = False) -> Tensor:
     return a.new_empty(a.shape[:-1] if rows else (), dtype=torch.int64)
 

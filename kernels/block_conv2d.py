@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from sparselth.kernels import _choose, _native, _tiles
+from sparselth.kernels._operator import operator
 from sparselth.kernels._tiles import BLOCKS, DTYPES, GATHERED, SINGLY, Blocks, Tile, kind, written
 from sparselth.kernels._triton import tl, triton
 from sparselth.kernels.block_linear import HAS, BlockWeight
@@ -517,10 +518,10 @@ def _forward(
     return _torch(x, values, places, starts, order, runs, n, bias, relu, g)
 
 
-_operator = library.custom_op("sparselth::block_conv2d", _forward, mutates_args=())
+_operator = operator("block_conv2d")(_forward)
 
 
-@_operator.register_fake
+@library.register_fake(_operator)
 def _(x, values, places, starts, order, runs, n, bias, relu, geometry, kernels):
     return _empty(x, n, _geometry(geometry))
 

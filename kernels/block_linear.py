@@ -43,6 +43,7 @@ from torch import Tensor, library
 
 from sparselth.kernels import _native, _tiles
 from sparselth.kernels._choose import choose
+from sparselth.kernels._operator import operator
 from sparselth.kernels._tiles import BLOCKS, DTYPES, GATHERED, SINGLY, Blocks, Tile, kind, laid, written
 from sparselth.kernels._triton import tl, triton
 
@@ -445,9 +446,9 @@ def _forward(
     return _torch(x, values, columns, starts, order, runs, n, bias, relu)
 
 
-_operator = library.custom_op("sparselth::block_linear", _forward, mutates_args=())
+_operator = operator("block_linear")(_forward)
 
 
-@_operator.register_fake
+@library.register_fake(_operator)
 def _(x, values, columns, starts, order, runs, n, bias, relu, kernels):
     return x.new_empty(x.shape[0], n)

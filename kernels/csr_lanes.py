@@ -32,6 +32,7 @@ from torch import Tensor, library
 
 from sparselth.kernels import _native
 from sparselth.kernels._choose import choose, use_triton
+from sparselth.kernels._operator import operator
 from sparselth.kernels._triton import tl, triton
 from sparselth.kernels.csr_linear import CsrIndex, csr_linear
 
@@ -465,7 +466,7 @@ def csr_lanes(
     return _infer(*packed.arrays(), x, bias, packed.lanes, relu, kernels)  # type: ignore[no-any-return]
 
 
-@library.custom_op("sparselth::csr_lanes", mutates_args=())
+@operator("csr_lanes")
 def _infer(
     values: Tensor,
     columns: Tensor,
@@ -482,6 +483,6 @@ def _infer(
     return compute(packed, x, bias, relu)
 
 
-@_infer.register_fake
+@library.register_fake(_infer)
 def _(values, columns, starts, rows, x, bias, lanes, relu, kernels):
     return x.new_empty(rows.shape[0], x.shape[1])

@@ -47,6 +47,7 @@ import torch
 from torch import Tensor, library
 
 from sparselth.kernels._choose import use_triton
+from sparselth.kernels._operator import operator
 from sparselth.kernels._triton import tl, triton
 from sparselth.kernels.bitmask import (
     is_ragged,
@@ -431,12 +432,12 @@ def _check(weights: Sequence[Tensor], k: Tensor, masks: Sequence[Tensor]) -> Non
         raise ValueError(f"expected fewer than 2**32 weights a replica, got {8 * _starts(weights)[1]}")
 
 
-@library.custom_op("sparselth::magnitude_threshold", mutates_args=())
+@operator("magnitude_threshold")
 def _op(weights: Sequence[Tensor], k: Tensor, masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return launch(weights, k, masks)
 
 
-@_op.register_fake
+@library.register_fake(_op)
 def _(weights: Sequence[Tensor], k: Tensor, masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     bits = weights[0].new_empty((len(k), _starts(weights)[1]), dtype=torch.uint8)
     return bits, weights[0].new_empty(k.shape, dtype=torch.float32)

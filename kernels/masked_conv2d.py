@@ -56,6 +56,7 @@ from torch import Tensor, library
 from sparselth.kernels import _native
 from sparselth.kernels._choose import use_triton
 from sparselth.kernels._graphs import replayed
+from sparselth.kernels._operator import operator
 from sparselth.kernels._tiles import DTYPES, Tile, kind, precision
 from sparselth.kernels._triton import INTERPRET, tl, triton, within_grid
 from sparselth.kernels.bitmask import launch_count, launch_unpack
@@ -820,46 +821,6 @@ def _check(x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None, g: Geometry)
         raise ValueError(f"expected fewer than 2^31 numbers in x[r] and y[r]; got {got}")
 
 
-@library.custom_op("sparselth::masked_conv2d", mutates_args=())
-def _forward(
-    x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None, g: Sequence[int], kernels: str
-) -> Tensor:
-    return forward(x, w, mask, bias, _pairs(g), kernels)
-
-
-@library.custom_op("sparselth::masked_conv2d_dgrad", mutates_args=())
-def _dgrad(
-    dy: Tensor, w: Tensor, mask: Tensor, size: Sequence[int], g: Sequence[int], kernels: str
-) -> Tensor:
-    return dgrad(dy, w, mask, size, _pairs(g), kernels)
-
-
-@library.custom_op("sparselth::masked_conv2d_wgrad", mutates_args=())
-def _wgrad(dy: Tensor, x: Tensor, mask: Tensor, g: Sequence[int], kernels: str) -> Tensor:
-    return wgrad(dy, x, mask, _pairs(g), kernels)
-
-
-def _pairs(g: Sequence[int]) -> Geometry:
-    """A geometry again, from the list of ints that an operator takes."""
-    return Geometry(*zip(g[::2], g[1::2], strict=True))
-
-
-@_forward.register_fake
-def _(x, w, mask, bias, g, kernels):
-    p, q = _pairs(g).out(*x.shape[3:])
-    return x.new_empty(*x.shape[:2], p, q, w.shape[1]).permute(0, 1, 4, 2, 3)
-
-
-@_dgrad.register_fake
-def _(dy, w, mask, size, g, kernels):
-    return dy.new_empty(*dy.shape[:2], *size, w.shape[2]).permute(0, 1, 4, 2, 3)
-
-
-@_wgrad.register_fake
-def _(dy, x, mask, g, kernels):
-    return x.new_empty(len(x), dy.shape[2], x.shape[2], *g[:2])
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, w, mask, _, ctx.g, ctx.kernels = inputs
     ctx.save_for_backward(x, w, mask)
@@ -873,4 +834,41 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dw, None, db, None, None
 
 
-_forward.register_autograd(_backward, setup_context=_save)
+@operator("masked_conv2d", _backward, _save)
+def _forward(
+    x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None, g: Sequence[int], kernels: str
+) -> Tensor:
+    return forward(x, w, mask, bias, _pairs(g), kernels)
+
+
+@operator("masked_conv2d_dgrad")
+def _dgrad(
+    dy: Tensor, w: Tensor, mask: Tensor, size: Sequence[int], g: Sequence[int], kernels: str
+) -> Tensor:
+    return dgrad(dy, w, mask, size, _pairs(g), kernels)
+
+
+@operator("masked_conv2d_wgrad")
+def _wgrad(dy: Tensor, x: Tensor, mask: Tensor, g: Sequence[int], kernels: str) -> Tensor:
+    return wgrad(dy, x, mask, _pairs(g), kernels)
+
+
+def _pairs(g: Sequence[int]) -> Geometry:
+    """A geometry again, from the list of ints that an operator takes."""
+    return Geometry(*zip(g[::2], g[1::2], strict=True))
+
+
+@library.register_fake(_forward)
+def _(x, w, mask, bias, g, kernels):
+    p, q = _pairs(g).out(*x.shape[3:])
+    return x.new_empty(*x.shape[:2], p, q, w.shape[1]).permute(0, 1, 4, 2, 3)
+
+
+@library.register_fake(_dgrad)
+def _(dy, w, mask, size, g, kernels):
+    return dy.new_empty(*dy.shape[:2], *size, w.shape[2]).permute(0, 1, 4, 2, 3)
+
+
+@library.register_fake(_wgrad)
+def _(dy, x, mask, g, kernels):
+    return x.new_empty(len(x), dy.shape[2], x.shape[2], *g[:2])

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, library
 
 from sparselth.kernels._choose import use_triton
+from sparselth.kernels._operator import operator
 from sparselth.kernels._tiles import Tile, kind, precision
 from sparselth.kernels._triton import INTERPRET, tl, triton, within_grid
 from sparselth.kernels.bitmask import reference_unpack
@@ -413,52 +414,6 @@ def _check(x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None, scores: Tens
         raise ValueError(f"expected all on one device; got {got}")
 
 
-@library.custom_op("sparselth::masked_linear", mutates_args=())
-def _forward(
-    x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None, scores: Tensor | None, kernels: str
-) -> Tensor:
-    if use_triton(kernels, x):
-        return launch_product(x, w, mask, bias)
-    return reference(x, w, mask, bias)
-
-
-@library.custom_op("sparselth::masked_linear_dx", mutates_args=())
-def _dx(dy: Tensor, w: Tensor, mask: Tensor, kernels: str) -> Tensor:
-    if use_triton(kernels, dy):
-        return launch_product(dy, w, mask, None, transposed=True)
-    return reference_dx(dy, w, mask)
-
-
-@library.custom_op("sparselth::masked_linear_dw", mutates_args=())
-def _dw(dy: Tensor, x: Tensor, mask: Tensor, kernels: str) -> Tensor:
-    if use_triton(kernels, dy):
-        return launch_weight_grad(dy, x, mask, scores=False)
-    return reference_dw(dy, x, mask)
-
-
-@library.custom_op("sparselth::masked_linear_ds", mutates_args=())
-def _ds(dy: Tensor, x: Tensor, w: Tensor, kernels: str) -> Tensor:
-    if use_triton(kernels, dy):
-        return launch_weight_grad(dy, x, w, scores=True)
-    return reference_ds(dy, x, w)
-
-
-@_forward.register_fake
-def _(x, w, mask, bias, scores, kernels):
-    return x.new_empty(*x.shape[:2], w.shape[1])
-
-
-@_dx.register_fake
-def _(dy, w, mask, kernels):
-    return dy.new_empty(*dy.shape[:2], w.shape[2])
-
-
-@_dw.register_fake
-@_ds.register_fake
-def _(dy, x, factor, kernels):
-    return x.new_empty(x.shape[0], dy.shape[2], x.shape[2])
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, w, mask, _, _, ctx.kernels = inputs
     ctx.save_for_backward(x, w, mask)
@@ -477,4 +432,47 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-_forward.register_autograd(_backward, setup_context=_save)
+@operator("masked_linear", _backward, _save)
+def _forward(
+    x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None, scores: Tensor | None, kernels: str
+) -> Tensor:
+    if use_triton(kernels, x):
+        return launch_product(x, w, mask, bias)
+    return reference(x, w, mask, bias)
+
+
+@operator("masked_linear_dx")
+def _dx(dy: Tensor, w: Tensor, mask: Tensor, kernels: str) -> Tensor:
+    if use_triton(kernels, dy):
+        return launch_product(dy, w, mask, None, transposed=True)
+    return reference_dx(dy, w, mask)
+
+
+@operator("masked_linear_dw")
+def _dw(dy: Tensor, x: Tensor, mask: Tensor, kernels: str) -> Tensor:
+    if use_triton(kernels, dy):
+        return launch_weight_grad(dy, x, mask, scores=False)
+    return reference_dw(dy, x, mask)
+
+
+@operator("masked_linear_ds")
+def _ds(dy: Tensor, x: Tensor, w: Tensor, kernels: str) -> Tensor:
+    if use_triton(kernels, dy):
+        return launch_weight_grad(dy, x, w, scores=True)
+    return reference_ds(dy, x, w)
+
+
+@library.register_fake(_forward)
+def _(x, w, mask, bias, scores, kernels):
+    return x.new_empty(*x.shape[:2], w.shape[1])
+
+
+@library.register_fake(_dx)
+def _(dy, w, mask, kernels):
+    return dy.new_empty(*dy.shape[:2], w.shape[2])
+
+
+@library.register_fake(_dw)
+@library.register_fake(_ds)
+def _(dy, x, factor, kernels):
+    return x.new_empty(x.shape[0], dy.shape[2], x.shape[2])

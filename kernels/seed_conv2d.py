@@ -37,6 +37,7 @@ from torch import Tensor, library
 from torch.nn import grad
 
 from sparselth.kernels import hash_weights
+from sparselth.kernels._operator import operator
 from sparselth.kernels._tiles import Tile, kind, precision
 from sparselth.kernels._triton import INTERPRET, tl, triton
 from sparselth.kernels.hash_weights import Keys, row_keys, word
@@ -472,70 +473,6 @@ def seed_conv2d(
     return _forward(x, w.bits, bias, scores, shape, list(w.keys), w.scale, stride, padding, kernels)  # type: ignore[no-any-return]
 
 
-@library.custom_op("sparselth::seed_conv2d", mutates_args=())
-def _forward(
-    x: Tensor,
-    bits: Tensor,
-    bias: Tensor | None,
-    scores: Tensor | None,
-    shape: list[int],
-    keys: list[int],
-    s: float,
-    stride: int,
-    padding: int,
-    kernels: str,
-) -> Tensor:
-    compute = {"triton": launch, "native": native, "reference": reference}[_backend(kernels, x)]
-    return compute(x, bits, bias, shape, keys, s, stride, padding)
-
-
-@library.custom_op("sparselth::seed_conv2d_dx", mutates_args=())
-def _dx(
-    dy: Tensor,
-    bits: Tensor,
-    size: list[int],
-    shape: list[int],
-    keys: list[int],
-    s: float,
-    stride: int,
-    padding: int,
-    kernels: str,
-) -> Tensor:
-    compute = {"triton": launch_dx, "native": native_dx, "reference": reference_dx}[_backend(kernels, dy)]
-    return compute(dy, bits, size, shape, keys, s, stride, padding)
-
-
-@library.custom_op("sparselth::seed_conv2d_ds", mutates_args=())
-def _ds(
-    dy: Tensor,
-    x: Tensor,
-    shape: list[int],
-    keys: list[int],
-    s: float,
-    stride: int,
-    padding: int,
-    dtype: torch.dtype,
-    kernels: str,
-) -> Tensor:
-    compute = {"triton": launch_scores, "native": native_ds, "reference": reference_ds}[_backend(kernels, dy)]
-    return compute(dy, x, shape, keys, s, stride, padding, dtype)
-
-
-@_forward.register_fake
-def _(x, bits, bias, scores, shape, keys, s, stride, padding, kernels):
-    return x.new_empty(x.shape[0], shape[0], *sizes(x, shape, stride, padding))
-
-
-@_dx.register_fake
-def _(dy, bits, size, shape, keys, s, stride, padding, kernels):
-    return dy.new_empty(size)
-
-
-@_ds.register_fake
-def _(dy, x, shape, keys, s, stride, padding, dtype, kernels):
-    return x.new_empty(shape, dtype=dtype)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, bits, _, scores, *ctx.rest = inputs
     ctx.save_for_backward(x, bits)
@@ -554,4 +491,65 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-_forward.register_autograd(_backward, setup_context=_save)
+@operator("seed_conv2d", _backward, _save)
+def _forward(
+    x: Tensor,
+    bits: Tensor,
+    bias: Tensor | None,
+    scores: Tensor | None,
+    shape: list[int],
+    keys: list[int],
+    s: float,
+    stride: int,
+    padding: int,
+    kernels: str,
+) -> Tensor:
+    compute = {"triton": launch, "native": native, "reference": reference}[_backend(kernels, x)]
+    return compute(x, bits, bias, shape, keys, s, stride, padding)
+
+
+@operator("seed_conv2d_dx")
+def _dx(
+    dy: Tensor,
+    bits: Tensor,
+    size: list[int],
+    shape: list[int],
+    keys: list[int],
+    s: float,
+    stride: int,
+    padding: int,
+    kernels: str,
+) -> Tensor:
+    compute = {"triton": launch_dx, "native": native_dx, "reference": reference_dx}[_backend(kernels, dy)]
+    return compute(dy, bits, size, shape, keys, s, stride, padding)
+
+
+@operator("seed_conv2d_ds")
+def _ds(
+    dy: Tensor,
+    x: Tensor,
+    shape: list[int],
+    keys: list[int],
+    s: float,
+    stride: int,
+    padding: int,
+    dtype: torch.dtype,
+    kernels: str,
+) -> Tensor:
+    compute = {"triton": launch_scores, "native": native_ds, "reference": reference_ds}[_backend(kernels, dy)]
+    return compute(dy, x, shape, keys, s, stride, padding, dtype)
+
+
+@library.register_fake(_forward)
+def _(x, bits, bias, scores, shape, keys, s, stride, padding, kernels):
+    return x.new_empty(x.shape[0], shape[0], *sizes(x, shape, stride, padding))
+
+
+@library.register_fake(_dx)
+def _(dy, bits, size, shape, keys, s, stride, padding, kernels):
+    return dy.new_empty(size)
+
+
+@library.register_fake(_ds)
+def _(dy, x, shape, keys, s, stride, padding, dtype, kernels):
+    return x.new_empty(shape, dtype=dtype)

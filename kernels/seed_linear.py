@@ -58,6 +58,7 @@ from torch import Tensor, library
 
 from sparselth.kernels import _native, hash_weights
 from sparselth.kernels._choose import choose
+from sparselth.kernels._operator import operator
 from sparselth.kernels._tiles import Tile, _sum_kernel, kind, precision
 from sparselth.kernels._triton import INTERPRET, tl, triton
 from sparselth.kernels.bitmask import pack, reference_unpack
@@ -692,52 +693,6 @@ def _backend(kernels: str, t: Tensor) -> str:
     return choose(kernels, own, t)
 
 
-@library.custom_op("sparselth::seed_linear", mutates_args=())
-def _forward(
-    x: Tensor,
-    bits: Tensor,
-    bias: Tensor | None,
-    scores: Tensor | None,
-    keys: list[int],
-    s: float,
-    kernels: str,
-) -> Tensor:
-    return {"triton": launch, "native": native_linear, "reference": reference}[_backend(kernels, x)](
-        x, bits, bias, keys, s
-    )
-
-
-@library.custom_op("sparselth::seed_linear_dx", mutates_args=())
-def _dx(dy: Tensor, bits: Tensor, k: int, keys: list[int], s: float, kernels: str) -> Tensor:
-    backend = _backend(kernels, dy)
-    if backend == "triton":
-        return launch_product(dy, bits, None, k, keys, s, transposed=True)
-    return (native_dx if backend == "native" else reference_dx)(dy, bits, k, keys, s)
-
-
-@library.custom_op("sparselth::seed_linear_ds", mutates_args=())
-def _ds(dy: Tensor, x: Tensor, keys: list[int], s: float, dtype: torch.dtype, kernels: str) -> Tensor:
-    backend = _backend(kernels, dy)
-    if backend == "native":
-        return native_ds(dy, x, keys, s).to(dtype)
-    return (launch_ds if backend == "triton" else reference_ds)(dy, x, keys, s, dtype)
-
-
-@_forward.register_fake
-def _(x, bits, bias, scores, keys, s, kernels):
-    return x.new_empty(x.shape[0], bits.shape[0])
-
-
-@_dx.register_fake
-def _(dy, bits, k, keys, s, kernels):
-    return dy.new_empty(dy.shape[0], k)
-
-
-@_ds.register_fake
-def _(dy, x, keys, s, dtype, kernels):
-    return x.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, bits, _, scores, ctx.keys, ctx.s, ctx.kernels = inputs
     ctx.save_for_backward(x, bits)
@@ -755,4 +710,47 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-_forward.register_autograd(_backward, setup_context=_save)
+@operator("seed_linear", _backward, _save)
+def _forward(
+    x: Tensor,
+    bits: Tensor,
+    bias: Tensor | None,
+    scores: Tensor | None,
+    keys: list[int],
+    s: float,
+    kernels: str,
+) -> Tensor:
+    return {"triton": launch, "native": native_linear, "reference": reference}[_backend(kernels, x)](
+        x, bits, bias, keys, s
+    )
+
+
+@operator("seed_linear_dx")
+def _dx(dy: Tensor, bits: Tensor, k: int, keys: list[int], s: float, kernels: str) -> Tensor:
+    backend = _backend(kernels, dy)
+    if backend == "triton":
+        return launch_product(dy, bits, None, k, keys, s, transposed=True)
+    return (native_dx if backend == "native" else reference_dx)(dy, bits, k, keys, s)
+
+
+@operator("seed_linear_ds")
+def _ds(dy: Tensor, x: Tensor, keys: list[int], s: float, dtype: torch.dtype, kernels: str) -> Tensor:
+    backend = _backend(kernels, dy)
+    if backend == "native":
+        return native_ds(dy, x, keys, s).to(dtype)
+    return (launch_ds if backend == "triton" else reference_ds)(dy, x, keys, s, dtype)
+
+
+@library.register_fake(_forward)
+def _(x, bits, bias, scores, keys, s, kernels):
+    return x.new_empty(x.shape[0], bits.shape[0])
+
+
+@library.register_fake(_dx)
+def _(dy, bits, k, keys, s, kernels):
+    return dy.new_empty(dy.shape[0], k)
+
+
+@library.register_fake(_ds)
+def _(dy, x, keys, s, dtype, kernels):
+    return x.new_empty(dy.shape[1], x.shape[1], dtype=dtype)

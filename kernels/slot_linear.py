@@ -60,6 +60,7 @@ from torch import Tensor, library
 
 from sparselth.kernels import _native
 from sparselth.kernels._choose import use_triton
+from sparselth.kernels._operator import operator
 from sparselth.kernels._triton import INTERPRET, tl, triton
 
 ROWS, COLUMNS, UNIT = 128, 64, 512  # of a block, a chunk, a unit
@@ -527,9 +528,9 @@ def _forward(
     return reference(slots, x, bias, relu)
 
 
-_operator = library.custom_op("sparselth::slot_linear", _forward, mutates_args=())
+_operator = operator("slot_linear")(_forward)
 
 
-@_operator.register_fake
+@library.register_fake(_operator)
 def _(values, places, residual, rows, columns, starts, n, k, x, bias, relu, kernels):
     return x.new_empty(x.shape[0], n)

@@ -18,8 +18,6 @@ from hypothesis import Phase, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of a kernel
 
-import torch._dynamo  # which every forked worker would import with its first op, for a second and more
-
 from sparselth.cli.main import run
 from sparselth.data import load
 from sparselth.data.batches import Resident
