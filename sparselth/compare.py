@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING
 
+from sparselth import chance
 from sparselth.errors import SparselthError
 from sparselth.module_tickets import bits
+from sparselth.params import TensorSpec
+from sparselth.patterns import UNSTRUCTURED, get_pattern, pattern_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,13 +57,18 @@ class Overlap:
     differ: int  # weights kept in both whose values differ
     by_chance: float  # weights that random masks have in common, on average
     variance: float  # of these
+    pattern: str = UNSTRUCTURED  # that both masks are in, and so the random ones
 
     @staticmethod
-    def of(name: str, size: int, kept: tuple[int, int], both: int, differ: int) -> Overlap:
-        """Of one tensor; the common weights of random masks follow the hypergeometric law."""
-        n, (a, b) = size, kept
-        variance = a * b * (n - a) * (n - b) / (n * n * (n - 1)) if n > 1 else 0.0
-        return Overlap(name, size, kept, both, differ, a * b / n if n else 0.0, variance)
+    def of(name: str, one: Tensor, other: Tensor, differ: int) -> Overlap:
+        """Of the masks of one tensor; random ones are in whole groups where both of these are."""
+        spec, masks = TensorSpec(name, tuple(one.shape), 0), (one.flatten(), other.flatten())
+        named = pattern_of(spec, masks)
+        a, b = (mask.numpy() for mask in masks)
+        pattern = get_pattern(named)
+        law = pattern.overlap(spec, a, b) if pattern else chance.Overlap.of(a, b)
+        kept = law.a, law.b
+        return Overlap(name, law.n, kept, law.shared, differ, law.expected, law.deviation**2, named)
 
     @property
     def times_chance(self) -> float:
@@ -92,8 +100,9 @@ class Differences:
         rows = self.layers
         kept = sum(row.kept[0] for row in rows), sum(row.kept[1] for row in rows)
         size, both, differ = (sum(getattr(row, name) for row in rows) for name in ("size", "both", "differ"))
-        chance, variance = (sum(getattr(row, name) for row in rows) for name in ("by_chance", "variance"))
-        return Overlap("all", size, kept, both, differ, chance, variance)
+        by_chance, variance = (sum(getattr(row, name) for row in rows) for name in ("by_chance", "variance"))
+        patterns = ", ".join(dict.fromkeys(row.pattern for row in rows))
+        return Overlap("all", size, kept, both, differ, by_chance, variance, patterns)
 
 
 def differences(a: Ticket, b: Ticket) -> Differences:
@@ -108,11 +117,8 @@ def differences(a: Ticket, b: Ticket) -> Differences:
     rows = []
     for name, mask in a.masks.items():
         other = b.masks[name]
-        both = mask & other
-        differ = int(_unlike(first[name], second[name])[both].sum())
-        rows.append(
-            Overlap.of(name, mask.numel(), (int(mask.sum()), int(other.sum())), int(both.sum()), differ)
-        )
+        differ = int(_unlike(first[name], second[name])[mask & other].sum())
+        rows.append(Overlap.of(name, mask, other, differ))
     rest = [name for name in first if name not in a.masks]
     others = [n for n in rest if n not in second or bool(_unlike(first[n], second[n]).any())]
     return Differences(rows, others)

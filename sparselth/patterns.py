@@ -24,6 +24,8 @@ from sparselth.params import Params, TensorSpec
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from sparselth.chance import Bits, Overlap
+
 UNSTRUCTURED = "unstructured"
 EXPECTED = "expected unstructured, 2:4, unit, or blocks of 2 to 128, block:16"
 
@@ -50,6 +52,14 @@ class Pattern(ABC):
     @abstractmethod
     def shuffle(self, groups: Tensor, mask: Tensor, generator: Generator) -> Tensor:
         """A random mask of a layer that keeps as much in the same pattern."""
+
+    @abstractmethod
+    def holds(self, spec: TensorSpec, mask: Tensor) -> bool:
+        """Whether the mask [numel] of a layer that fits is in the pattern."""
+
+    @abstractmethod
+    def overlap(self, spec: TensorSpec, one: Bits, other: Bits) -> Overlap:
+        """What two masks [numel] of a layer share, beside chance in the pattern."""
 
     def whole(self, params: Params, exclude: Sequence[str] = ()) -> dict[str, str]:
         """Layers that stay whole because they do not fit, by name, and why."""
@@ -95,11 +105,21 @@ class Pattern(ABC):
         return new
 
     def shuffled(self, params: Params, mask: Tensor, generator: Generator) -> Tensor:
-        """`pruning.shuffle` in the pattern: as much of every layer is kept, in random groups."""
+        """`pruning.shuffle` in the pattern: as much of every layer is kept, in random groups.
+
+        Weight by weight where a mask that was carried from another network is not in the pattern.
+        """
+        import torch
+
         new = mask.clone()
         for spec in params.weights:
-            if not bool(mask[spec.span].all()):
-                new[spec.span] = self.shuffle(self.groups(spec), mask[spec.span], generator)
+            own = mask[spec.span]
+            if bool(own.all()):
+                continue
+            if self.misfit(spec) or not self.holds(spec, own):
+                new[spec.span] = own[torch.randperm(spec.numel, generator=generator, device="cpu")]
+            else:
+                new[spec.span] = self.shuffle(self.groups(spec), own, generator)
         return new
 
 
@@ -184,6 +204,15 @@ class Groups(Pattern):
         alive = alive[torch.randperm(count, generator=generator, device="cpu")]
         return alive[groups]
 
+    def holds(self, spec: TensorSpec, mask: Tensor) -> bool:
+        counts = self.groups(spec)[mask].bincount()
+        return bool(((counts == 0) | (counts == self.size(spec))).all())
+
+    def overlap(self, spec: TensorSpec, one: Bits, other: Bits) -> Overlap:
+        from sparselth.chance import Overlap
+
+        return Overlap.of(one, other, self.size(spec))
+
 
 class Units(Groups):
     """Rows of the matrix: all that feeds a neuron or filter."""
@@ -255,6 +284,14 @@ class TwoFour(Pattern):
         draw = torch.rand(len(mask), generator=generator, dtype=torch.float64, device="cpu")
         return self.pick(groups, draw, mask, len(mask) // 2)
 
+    def holds(self, spec: TensorSpec, mask: Tensor) -> bool:
+        return bool((mask.view(-1, 4).sum(1) == 2).all())
+
+    def overlap(self, spec: TensorSpec, one: Bits, other: Bits) -> Overlap:
+        from sparselth.chance import Fours
+
+        return Fours.of(one, other)
+
 
 def known(name: str) -> str | None:
     """What was expected where a name is no pattern's."""
@@ -276,3 +313,25 @@ def get_pattern(name: str) -> Pattern | None:
     if name in ("2:4", "unit"):
         return TwoFour() if name == "2:4" else Units()
     return Blocks(int(name.partition(":")[2]))
+
+
+def pattern_of(spec: TensorSpec, masks: Sequence[Tensor]) -> str:
+    """The name of the pattern of the largest groups that all masks [numel] of a layer are in.
+
+    Unstructured where they are in none, and where one keeps everything or nothing, as in every pattern.
+    """
+    if len(spec.shape) < 2 or any(bool(mask.all()) or not bool(mask.any()) for mask in masks):
+        return UNSTRUCTURED
+    n, c = spec.shape[:2]
+    sides = [side for side in range(2, 129) if n % side == c % side == 0]
+    found, broken = {UNSTRUCTURED: 1}, list[int]()
+    for name in ("2:4", "unit", *(f"block:{side}" for side in sides)):
+        pattern = get_pattern(name)
+        assert pattern is not None
+        if isinstance(pattern, Blocks) and any(pattern.side % side == 0 for side in broken):
+            continue  # it would be made of blocks of that side
+        if not pattern.misfit(spec) and all(pattern.holds(spec, mask) for mask in masks):
+            found[name] = pattern.size(spec) if isinstance(pattern, Groups) else 2
+        elif isinstance(pattern, Blocks):
+            broken.append(pattern.side)
+    return max(found, key=lambda name: found[name])

@@ -8,7 +8,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from sparselth.chance import Overlap, auc, ranks, shuffled_auc
+from sparselth.chance import Fours, Overlap, auc, ranks, shuffled_auc
 
 
 def test_equal_numbers_share_the_mean_of_their_ranks() -> None:
@@ -112,3 +112,18 @@ def test_of_groups_chance_is_that_of_whole_ones() -> None:
     assert Overlap(0, 600, 600, 1200, 30).interval() == tuple(
         30 * k for k in Overlap(0, 20, 20, 40).interval()
     )
+
+
+def test_of_fours_chance_is_that_of_2_in_every_4() -> None:
+    """All pairs of masks of three fours with the first of these masks, one by one."""
+    fours = [np.isin(np.arange(4), kept) for kept in itertools.combinations(range(4), 2)]
+    masks = [np.concatenate(parts) for parts in itertools.product(fours, repeat=3)]
+    counts = [Fours.of(masks[0], other).shared for other in masks]
+    found = Fours.of(masks[0], masks[1])
+    assert found.expected == pytest.approx(np.mean(counts))
+    assert found.deviation == pytest.approx(np.std(counts))
+    for k in range(-1, 8):
+        assert found.chance(k) == pytest.approx(np.mean([count == k for count in counts]), abs=1e-12)
+    many = Fours(0, 20_000, 20_000, 40_000)
+    low, high = many.interval()
+    assert (high - low) / 2 == pytest.approx(1.96 * (40_000 / 12) ** 0.5, rel=0.01)

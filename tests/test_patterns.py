@@ -18,7 +18,7 @@ from sparselth.kernels.block_linear import BlockWeight
 from sparselth.kernels.two_four_linear import TwoFour
 from sparselth.models import Conv, Linear, Model, ReLU, get_model
 from sparselth.models.torch import network
-from sparselth.patterns import UNSTRUCTURED, get_pattern, known
+from sparselth.patterns import UNSTRUCTURED, get_pattern, known, pattern_of
 from sparselth.pruning import rounded
 from sparselth.runs import RunRecord, cell_path
 from sparselth.sparse import convert
@@ -112,6 +112,29 @@ def test_a_shuffled_mask_keeps_as_much_in_the_same_pattern(name: str) -> None:
     for spec in params.weights[:2]:
         counts = torch.bincount(one.groups(spec)[found[spec.span]])
         assert len(set(counts.tolist()) - {0}) == 1
+
+
+@pytest.mark.parametrize("name", ["2:4", "block:16", "unit"])
+def test_a_mask_in_no_groups_is_shuffled_weight_by_weight(name: str) -> None:
+    """As one may be that was carried from another network; its counts stay."""
+    params = WIDE.params
+    mask = drawn(WIDE) > 0.7
+    found = pattern(name).shuffled(params, mask, torch.Generator().manual_seed(0))
+    assert params.kept(found) == params.kept(mask)
+    assert not torch.equal(found, mask)
+
+
+def test_the_pattern_of_masks_is_that_of_their_largest_groups() -> None:
+    params = FILTERS.params
+    for name in ("unit", "block:8", "block:16", "2:4"):
+        one = pattern(name)
+        rung = one.ladder(params, 1, 0.5, "layer")[1]
+        masks = [one.prune(params, drawn(FILTERS, seed), params.full_mask(), rung) for seed in (0, 1)]
+        for spec in params.weights[:2]:
+            own = [mask[spec.span] for mask in masks]
+            assert pattern_of(spec, own) == name
+            assert pattern_of(spec, [*own, drawn(FILTERS)[spec.span] > 0.7]) == UNSTRUCTURED
+            assert pattern_of(spec, [own[0], torch.ones_like(own[0])]) == UNSTRUCTURED
 
 
 def test_fast_forms_take_what_is_left() -> None:

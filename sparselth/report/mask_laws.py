@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 
 from sparselth.chance import Overlap
 from sparselth.files import write_atomically
+from sparselth.params import TensorSpec
+from sparselth.patterns import Pattern, TwoFour, get_pattern, in_words
 from sparselth.report.drawing import (
     DASHED,
     STYLE,
@@ -26,7 +29,7 @@ from sparselth.report.drawing import (
     save,
     short,
 )
-from sparselth.report.masks import Numbers, layers_of
+from sparselth.report.masks import Layer, Numbers, layers_of
 from sparselth.report.stats import weights_remaining
 
 LAYERS = 3  # whose degrees are drawn: the first, one in the middle, the last
@@ -68,6 +71,8 @@ def draw_degrees(numbers: Numbers) -> Figure:
     panels = fig.subplots(len(picked), 2, squeeze=False, sharey=True)
     rows = {(row["level"], row["layer"], row["kind"]): np.array(row["counts"]) for row in degrees(numbers)}
     remaining, last = weights_remaining(numbers.record), numbers.levels[-1]
+    specs = {one.name: spec for one, spec in zip(every, numbers.model.weights, strict=True)}
+    pattern = get_pattern(numbers.record.config.pattern)
     for y, name in enumerate(picked):
         layer = next(one for one in every if one.name == name)
         for axes, kind in zip(panels[y], ("into", "out_of"), strict=True):
@@ -75,8 +80,7 @@ def draw_degrees(numbers: Numbers) -> Figure:
                 colour = matplotlib.colormaps["viridis"](0.85 * (1 - i / max(1, len(numbers.levels) - 1)))
                 label = f"{short(remaining[level])} %"
                 _survival(axes, rows[level, name, kind], color=colour, label=label)
-            of = layer.mask.shape[1] if kind == "into" else len(layer.mask) * layer.fields
-            chance = _random(layer.mask.size, int(layer.mask.sum()), of)
+            chance = _random(layer, kind, specs[name], pattern)
             _survival(axes, chance, color="black", linestyle=DASHED, linewidth=0.7, label="_")
             axes.set_xlim(left=0)
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -87,6 +91,7 @@ def draw_degrees(numbers: Numbers) -> Figure:
         axes.set_xlabel("kept weights")
     fig.supylabel("share with at least so many", fontsize=8)
     note = f"dashed: a random mask at {short(remaining[last])} %"
+    note += f", in {in_words(numbers.record.config.pattern)}" if pattern else ""
     return _with_legend(fig, panels[0][0], numbers, note)
 
 
@@ -97,10 +102,38 @@ def _survival(axes: Axes, counts: NDArray[Any], **how: Any) -> None:
     axes.plot(np.arange(len(at_least) + 1), [*at_least, 0.0], drawstyle="steps-pre", **how)
 
 
-def _random(n: int, kept: int, of: int) -> NDArray[np.float64]:
-    """The law of how many of `kept` of n weights at random are among `of`."""
-    one = Overlap(0, kept, of, n)
-    return np.array([one.chance(k) for k in range(min(kept, of) + 1)])
+def _random(layer: Layer, kind: str, spec: TensorSpec, pattern: Pattern | None) -> NDArray[np.float64]:
+    """The law of a layer's degrees under random masks that keep as much of it, in the run's pattern."""
+    n, kept = layer.mask.size, int(layer.mask.sum())
+    if kept == n:  # as where the pattern does not fit
+        pattern = None
+    groups = pattern.groups(spec).numpy() if pattern else np.arange(n)
+    size = n // (int(groups.max()) + 1)
+    places = groups.reshape(len(layer.mask), -1, layer.fields)
+    places = places if kind == "into" else places.swapaxes(0, 1)
+    law = np.zeros(1 + places[0].size)
+    if not pattern:
+        places = places[:1]  # all units are alike, all inputs, too
+    # what each has of every group that it has a part in
+    parts = Counter(tuple(np.unique(one, return_counts=True)[1].tolist()) for one in places)
+    for counts, number in parts.items():
+        if isinstance(pattern, TwoFour):
+            found = _of_fours(counts)
+        else:  # all parts are of one size
+            stay = Overlap(0, kept // size, len(counts), n // size)
+            found = np.zeros(len(law))
+            found[:: counts[0]] = [stay.chance(k) for k in range(len(counts) + 1)]
+        law[: len(found)] += number / len(places) * found
+    return law
+
+
+def _of_fours(counts: tuple[int, ...]) -> NDArray[np.float64]:
+    """The law of how many weights stay of so many of each of several fours, of which 2 stay."""
+    law = np.ones(1)
+    for count in counts:
+        two = Overlap(0, 2, count, 4)
+        law = np.convolve(law, [two.chance(k) for k in range(min(2, count) + 1)])
+    return law
 
 
 def draw_overlap(numbers: Numbers) -> Figure | None:

@@ -25,7 +25,7 @@ from sparselth.files import file_sum
 from sparselth.models import Model
 from sparselth.models.module import is_module
 from sparselth.params import TensorSpec
-from sparselth.patterns import Groups, Pattern, get_pattern, in_words
+from sparselth.patterns import UNSTRUCTURED, Pattern, get_pattern, in_words
 from sparselth.report.page import Group, fill, side_by_side, width
 from sparselth.report.stats import weights_remaining
 from sparselth.report.tables import percent
@@ -152,15 +152,15 @@ class Shared:
 def overlap(
     model: Model, one: Masks, other: Masks, pattern: Pattern | None = None
 ) -> tuple[tuple[str, Overlap], ...]:
-    """By layer; masks that a pattern of groups made consist of whole ones."""
+    """By layer; masks that a pattern made are beside random ones in it."""
 
-    def group(spec: TensorSpec) -> int:
-        return pattern.size(spec) if isinstance(pattern, Groups) and not pattern.misfit(spec) else 1
+    def found(spec: TensorSpec) -> Overlap:
+        a, b = one[spec.name].ravel(), other[spec.name].ravel()
+        if pattern is None or a.all() or b.all():  # as where the pattern does not fit
+            return Overlap.of(a, b)
+        return pattern.overlap(spec, a, b)
 
-    return tuple(
-        (s.name.removesuffix(".weight"), Overlap.of(one[s.name].ravel(), other[s.name].ravel(), group(s)))
-        for s in model.weights
-    )
+    return tuple((spec.name.removesuffix(".weight"), found(spec)) for spec in model.weights)
 
 
 class Numbers:
@@ -321,7 +321,7 @@ def table(numbers: Numbers) -> str:
             "dead: hidden units that nothing goes into or nothing comes out of, with what only they read and "
             "what reads only them; a bias may leave a constant.\n"
             "shared: of the weights of the smaller mask, those that the other has, too, mean over pairs. By "
-            f"chance: of masks with as many {_drawn(numbers)} in each layer, at random (hypergeometric); its "
+            f"chance: of masks with {_drawn(numbers)} in each layer, at random (hypergeometric); its "
             "interval is of one pair. A level's mask lies within that of the level before, by the way it is "
             "found."
         )
@@ -330,8 +330,11 @@ def table(numbers: Numbers) -> str:
 
 
 def _drawn(numbers: Numbers) -> str:
+    """What chance draws in each layer."""
     name = numbers.record.config.pattern
-    return in_words(name) if isinstance(get_pattern(name), Groups) else "weights"
+    if name == "2:4":
+        return "2 of every 4 weights"
+    return f"as many {'weights' if name == UNSTRUCTURED else in_words(name)}"
 
 
 def _between(row: Mapping[str, Any]) -> str:

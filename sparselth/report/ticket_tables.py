@@ -9,6 +9,7 @@ from typing import Any
 
 from sparselth.compare import Differences, LayerFacts, Overlap
 from sparselth.measure.ticket_layers import PROBES, Speed
+from sparselth.patterns import UNSTRUCTURED, in_words
 from sparselth.report.page import fill, width
 from sparselth.tickets import RunTicket, Ticket
 
@@ -130,10 +131,19 @@ def overlap(a: Ticket, b: Ticket, found: Differences) -> str:
     total = found.total
     lines = [f"A {a.file}", f"B {b.file}"]
     end = [f"values: {total.differ:,} of the {total.both:,} weights that both keep differ"]
+    groups = dict[str, list[str]]()
+    for one in found.layers:
+        groups.setdefault(one.pattern, []).append(one.name)
+    for pattern in sorted(groups.keys() - {UNSTRUCTURED}):
+        end.append(f"by chance: of masks in {in_words(pattern)}, as both are, of {_some(groups[pattern])}")
     if found.others:
-        some = ", ".join(found.others[:5]) + (" ..." if len(found.others) > 5 else "")
-        end.append(f"other tensors that differ: {len(found.others):,} ({some})")
+        end.append(f"other tensors that differ: {len(found.others):,} ({_some(found.others)})")
     return fill("\n".join(lines)) + "\n\n" + table(rows) + "\n\n" + fill("\n".join(end))
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of them."""
+    return ", ".join(names[:5]) + " ..." * (len(names) > 5)
 
 
 def _row(one: Overlap) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,10 @@ from sparselth import tickets
 from sparselth.chance import Overlap
 from sparselth.config import Cell
 from sparselth.models import Linear, Model, ReLU, get_model
+from sparselth.params import TensorSpec
 from sparselth.patterns import get_pattern
 from sparselth.report.mask_laws import _random, degrees
-from sparselth.report.masks import Numbers, Shared, dead_units, layers_of, overlap, sentence
+from sparselth.report.masks import Layer, Numbers, Shared, dead_units, layers_of, overlap, sentence
 from sparselth.runs import RunRecord, cell_path, read
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -118,9 +121,43 @@ def test_masks_of_random_groups_are_told_from_chance_as_rarely_as_others(name: s
 
 
 def test_the_law_of_degrees_of_a_random_mask() -> None:
-    law = _random(40, 12, 8)
-    assert law.sum() == pytest.approx(1)
-    assert (np.arange(len(law)) * law).sum() == pytest.approx(12 * 8 / 40)
+    mask = np.arange(40).reshape(5, 8) < 12
+    for kind, of in (("into", 8), ("out_of", 5)):
+        law = _random(Layer("", mask, 1), kind, TensorSpec("", (5, 8), 0), None)
+        assert law.sum() == pytest.approx(1)
+        assert (np.arange(len(law)) * law).sum() == pytest.approx(12 * of / 40)
+        assert law[1] == pytest.approx(of * comb(40 - of, 11) / comb(40, 12))
+
+
+@pytest.mark.parametrize(("name", "shape"), [("unit", (4, 2, 2)), ("block:2", (4, 4, 2)), ("2:4", (2, 2, 4))])
+def test_the_law_of_degrees_is_that_of_masks_in_the_pattern(name: str, shape: tuple[int, ...]) -> None:
+    """By all of these masks, one by one; a layer that the pattern does not fit is whole."""
+    pattern, spec = get_pattern(name), TensorSpec("", (*shape, 1), 0)
+    assert pattern is not None
+    groups = pattern.groups(spec).numpy()
+    if name == "2:4":
+        fours = [np.isin(np.arange(4), two) for two in itertools.combinations(range(4), 2)]
+        masks = [np.concatenate(parts) for parts in itertools.product(fours, repeat=4)]
+    else:
+        picked = itertools.combinations(range(int(groups.max()) + 1), 2)
+        masks = [np.isin(groups, two) for two in picked]
+    layers = [Layer("", mask.reshape(spec.matrix), shape[2]) for mask in masks]
+    for kind in ("into", "out_of"):
+        found = np.concatenate([getattr(one, kind) for one in layers])
+        law = _random(layers[0], kind, spec, pattern)
+        counts = np.bincount(found, minlength=len(law)) / len(found)
+        np.testing.assert_allclose(law, counts, atol=1e-12)
+        whole = Layer("", np.ones(spec.matrix, bool), shape[2])
+        assert _random(whole, kind, spec, pattern)[-1] == pytest.approx(1)
+
+
+def test_of_fours_of_odd_kernels_inputs_differ_by_where_they_lie() -> None:
+    """A kernel of 3 weights has parts of 3, or of 1 and 2, of its fours."""
+    spec, fours = TensorSpec("", (1, 4, 3), 0), get_pattern("2:4")
+    mask = np.tile([True, True, False, False], 3).reshape(1, 12)
+    law = _random(Layer("", mask, 3), "out_of", spec, fours)
+    three, two = np.array([0, 0.5, 0.5, 0]), np.convolve([0.5, 0.5], [1 / 6, 4 / 6, 1 / 6])
+    np.testing.assert_allclose(law, (three + two) / 2, atol=1e-12)
 
 
 def test_numbers_are_those_of_the_files(finished: Callable[..., RunRecord], cli: Cli) -> None:
