@@ -130,6 +130,13 @@ class Groups(Pattern):
     def size(self, spec: TensorSpec) -> int:
         """Weights of a group."""
 
+    def sizes(self, params: Params, exclude: Sequence[str] = ()) -> list[int]:
+        """Weights of a group, of each layer that is pruned."""
+        from sparselth.pruning import excluded
+
+        still = {*excluded(params, exclude), *self.whole(params, exclude)}
+        return [self.size(spec) for spec in params.weights if spec.name not in still]
+
     def next(self, spec: TensorSpec, kept: int, rate: float) -> int:
         from sparselth.pruning import rounded
 
@@ -145,7 +152,7 @@ class Groups(Pattern):
             return super().ladder(params, levels, rate, scope, exclude)
         still = {*excluded(params, exclude), *self.whole(params, exclude)}
         whole = {s.name: s.numel for s in params.weights if s.name in still}
-        sizes = {self.size(s) for s in params.weights if s.name not in still}
+        sizes = {*self.sizes(params, exclude)}
         size = sizes.pop() if len(sizes) == 1 else 1  # groups of one size are counted, others by weight
         counts = [(params.prunable - sum(whole.values())) // size]
         for _ in range(levels):

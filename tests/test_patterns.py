@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from sparselth import tickets
 from sparselth.config import Cell
+from sparselth.data import load
 from sparselth.errors import UsageError
 from sparselth.experiments.imp import ImpConfig
 from sparselth.kernels.block_conv2d import BlockFilters
@@ -252,12 +254,35 @@ def test_names() -> None:
             r"`pattern` block:16: fits no layer of lenet-300-100 \(fc1.weight: 300 x 784 is",
         ),
         ({"pattern": "unit", "levels": 30}, "would prune nothing"),
+        (
+            {"pattern": "unit", "scope": "global", "levels": 30},
+            "`levels` 30: level 25 would prune nothing: at `rate` 0.2 it rounds to 251 weights, and the "
+            "smallest unit has 300",
+        ),
+        ({"pattern": "unit", "scope": "global", "rate": 0.001}, "level 1 would prune nothing"),
     ],
 )
 def test_what_makes_no_experiment(changes: dict[str, Any], says: str) -> None:
     values: dict[str, Any] = {"model": "lenet-300-100", "dataset": "mnist5k", "device": "cpu"} | changes
     with pytest.raises(UsageError, match=says):
         ImpConfig(**values).check()
+
+
+def test_the_plan_says_from_where_on_a_level_may_prune_nothing() -> None:
+    """A unit of 784 weights, as of fc1, may be next, and is not pruned where fewer are to go."""
+    values: dict[str, Any] = {"model": "lenet-300-100", "dataset": "mnist5k", "levels": 22}
+    over_all = ImpConfig(**values, pattern="unit", scope="global")
+    over_all.check()
+    rungs, params = [rung["all"] for rung in over_all.rungs()], over_all.network.params
+    assert rungs[18] - rungs[19] >= 784 > rungs[19] - rungs[20]
+    said = f"; from level 20 on a level may prune nothing: it has {rungs[19] - rungs[20]} weights to prune"
+    assert said in over_all.plan(load("mnist5k", Path()), 0)["levels"]
+    scores, full = torch.ones(params.mask_size), params.full_mask()
+    scores[params.weights[0].span] = 0
+    keep = {"all": 265_200 - 783, "fc3.weight": 1000}
+    assert torch.equal(pattern("unit").prune(params, scores, full, keep), full)
+    for name, scope in (("unit", "layer"), ("block:4", "global")):
+        assert ImpConfig(**values | {"pattern": name, "levels": 4}, scope=scope).uneven == ""
 
 
 def test_a_run_in_whole_units(imp: Callable[..., RunRecord]) -> None:

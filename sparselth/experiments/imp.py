@@ -24,7 +24,7 @@ from sparselth.experiments.arms import ARMS, RandomMask
 from sparselth.experiments.base import Place, register
 from sparselth.experiments.training import Training
 from sparselth.models import Model, get_model
-from sparselth.patterns import UNSTRUCTURED, get_pattern, in_words, known
+from sparselth.patterns import UNSTRUCTURED, Groups, get_pattern, in_words, known
 from sparselth.user_files import short
 
 if TYPE_CHECKING:
@@ -129,11 +129,11 @@ class ImpConfig(Training):
             raise self.wrong("reinits", "has no effect without an arm of fresh weights; add reinit to `arms`")
         for arm in self.arms:
             ARMS[arm].recipe(self.recipe)
-        self._check_pattern()
+        self.check_pattern()
         self.cells()
         check_rungs(self)
 
-    def _check_pattern(self) -> None:
+    def check_pattern(self) -> None:
         if (pattern := get_pattern(self.pattern)) is None:
             return
         if self.pattern == "2:4" and self.levels > 1:
@@ -268,7 +268,19 @@ class ImpConfig(Training):
         steps = [f"{100 * rung:.1f}" for rung in shown]
         if len(shown) < len(rungs):
             steps.insert(4, "...")
-        return f"{self.levels} and dense: {' '.join(steps)} % left"
+        return f"{self.levels} and dense: {' '.join(steps)} % left{self.uneven}"
+
+    @property
+    def uneven(self) -> str:
+        """From which level on one may prune nothing, because the next unit may be too large; in words."""
+        most = max(_sizes(self)) if self.scope == "global" else 1
+        for level, (before, after) in enumerate(pairwise(self.rungs()), 1):
+            if (going := sum(before.values()) - sum(after.values())) < most:
+                return (
+                    f"; from level {level} on a level may prune nothing: it has {going:,} weights to prune, "
+                    f"and a unit has up to {most:,}"
+                )
+        return ""
 
     def draw(self, record: RunRecord, folder: Path) -> None:
         last, lines = folder / "pixels.svg", record.path / "cells.jsonl"  # pixels are drawn last
@@ -285,13 +297,25 @@ def leave_out(config: Any) -> None:
 
 def check_rungs(config: Any) -> None:
     """UsageError where a level of an experiment with `levels`, `rate` and `rungs` would prune nothing."""
+    least = min(_sizes(config))
     for level, (before, after) in enumerate(pairwise(config.rungs()), 1):
-        if before == after:
+        left = sum(before.values())
+        going = left - sum(after.values())
+        if going < least:
+            what = f"no weight of the {left:,} that are left"
+            if going:
+                what = f"{going:,} weights, and the smallest unit has {least:,}"
             raise config.wrong(
                 "levels",
-                f"level {level} would prune nothing: at `rate` {config.rate:g} it rounds to no weight of "
-                f"the {sum(before.values()):,} that are left",
+                f"level {level} would prune nothing: at `rate` {config.rate:g} it rounds to {what}",
             )
+
+
+def _sizes(config: Any) -> list[int]:
+    """Weights that go at once, in each layer."""
+    pattern = get_pattern(getattr(config, "pattern", UNSTRUCTURED))
+    found = pattern.sizes(config.network.params, config.exclude) if isinstance(pattern, Groups) else []
+    return found or [1]
 
 
 def find_mask(config: ImpConfig, place: Place, cell: Cell) -> Tensor:

@@ -5,7 +5,7 @@ At every level, of the source's seeds,
     own          the target's own ticket, found by pruning on the target as the source was pruned
     ticket       the source's mask and its weights of the rewind step
     mask         the source's mask on the target's own weights, which are those of `own`
-    random-mask  the source's mask shuffled within each layer, on the same weights
+    random-mask  the source's mask shuffled within each layer, by its groups if any, on the same weights
 
 Level 0 is the target's dense network, an `own`. Every arm goes on from the rewind step. Between networks
 masks are carried as `sparselth.elastic` says; weights only where widths are equal.
@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sparselth.config import Cell, Recipe, at_least, like, option
 from sparselth.errors import UsageError
 from sparselth.experiments.base import Diverged, Finished, Place, register
-from sparselth.experiments.imp import MOST_LEVELS, ImpConfig
+from sparselth.experiments.imp import MOST_LEVELS, ImpConfig, check_rungs
 from sparselth.experiments.source import FromRun
 from sparselth.experiments.training import Training
 from sparselth.models import MODELS, get_model
+from sparselth.patterns import get_pattern
 from sparselth.registry import Registry
 from sparselth.user_files import short
 
@@ -140,7 +141,8 @@ class TransferConfig(FromRun, Training):
         if not 0 <= self.rewind < steps:
             raise self.wrong("rewind", f"expected a step from 0 to {steps - 1}; training ends at {steps}")
         self._check_shapes()
-        self.rungs()
+        self._own.check_pattern()
+        check_rungs(self._own)
 
     def _check_shapes(self) -> None:
         from sparselth.elastic import differing
@@ -220,7 +222,9 @@ class TransferConfig(FromRun, Training):
         found = self.ticket(ticket)
         mask = torch.from_numpy(carry_mask(self.pairs, params, found.mask))
         if cell.arm == "random-mask":
-            mask = pruning.shuffle(params, mask, stream(cell.seed, cell.arm, cell.level, "mask"))
+            draw, pattern = stream(cell.seed, cell.arm, cell.level, "mask"), get_pattern(self.imp.pattern)
+            shuffled = pattern.shuffled if pattern else pruning.shuffle
+            mask = shuffled(params, mask, draw)
         weights = self._weights(cell, place)
         if cell.arm == "ticket":
             assert found.rewound is not None
@@ -281,7 +285,7 @@ class TransferConfig(FromRun, Training):
         if odd or len(self.pairs) != len(self.imp.network.weights):
             carried = f"; carried to {len(self.pairs)} layers from {len(self.imp.network.weights)}"
             carried += f", {len(odd)} of other widths" if odd else ""
-        return {"source": f"{self.origin}, {self.source}: {self.method}{carried}"} | rows
+        return {"source": f"{self.origin}, {self.source}: {self.method}{carried}{self._own.uneven}"} | rows
 
 
 def _base(model: str) -> str:

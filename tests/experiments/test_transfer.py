@@ -16,8 +16,10 @@ from sparselth.config import Cell
 from sparselth.data import load
 from sparselth.data.batches import Resident
 from sparselth.engine.dense import init_weights
+from sparselth.errors import UsageError
 from sparselth.experiments.base import Place
 from sparselth.experiments.transfer import TransferConfig
+from sparselth.patterns import get_pattern
 from sparselth.report import transfer as report
 from sparselth.runs import RunRecord, cell_path, read
 from sparselth.streams import stream
@@ -64,6 +66,25 @@ def test_every_arm_starts_from_what_it_says(source: RunRecord, cli: Cli) -> None
         sizes, kept, alive = np.abs(before.weights[spec.span]), mask[spec.span], before.mask[spec.span]
         assert kept[~alive].sum() == 0
         assert sizes[kept].min() >= sizes[alive & ~kept].max()
+
+
+def test_random_masks_of_a_source_in_groups_are_in_groups(finished: Callable[..., RunRecord]) -> None:
+    """Where the target's layers fit them; else weight by weight. Counts are the mask's in any case."""
+    finished("--levels", "1", "--arms", "ticket", "--seeds", "0", "--pattern", "block:4", "--rate", "0.5")
+    pattern = get_pattern("block:4")
+    assert pattern is not None
+    for model, fits in (("lenet-300-100", 2), ("lenet-300-100@0.5", 0)):
+        config: Any = TransferConfig(source="run", model=model, dataset="mnist5k")
+        params, cells = config.network.params, [Cell(0, arm, 1) for arm in ("mask", "random-mask")]
+        own, random = (config.start(cell, place("run"))[0] for cell in cells)
+        assert params.kept(random) == params.kept(own)
+        assert not torch.equal(random, own)
+        there = [spec for spec in params.weights if not pattern.misfit(spec)]
+        assert len(there) == fits
+        for spec in there:
+            assert pattern.holds(spec, random[spec.span])
+    with pytest.raises(UsageError, match=r"`pattern` block:4: fits no layer of lenet-300-100@0.5"):
+        config.check()  # its own tickets would be dense
 
 
 def test_points_say_where_tickets_are_from(source: RunRecord, cli: Cli) -> None:
