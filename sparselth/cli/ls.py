@@ -169,24 +169,53 @@ def _experiments() -> Listing:
 
 
 def _runs(out: Path) -> Listing:
+    """Runs, and sweeps, whose own runs `ls runs --out SWEEP` lists."""
+    from sparselth.cluster.store import SWEEP, is_sweep
     from sparselth.report.page import fill
-    from sparselth.runs import read, reporting
 
     rows, lines = [], []
-    for file in sorted(out.glob("*/config.json")):
+    for folder in sorted({file.parent for name in ("config.json", SWEEP) for file in out.glob(f"*/{name}")}):
         try:
-            record = read(file.parent)
-            with reporting(record):
-                title = record.config.title
+            row, said = _sweep(folder) if is_sweep(folder) else _run(folder)
         except SparselthError as error:
-            lines.append(fill(as_flags(f"{file.parent}: {error}")))
+            lines.append(fill(as_flags(f"{folder}: {error}")))
             continue
-        config, total = record.config, len(record.config.cells())
-        state = "finished" if record.complete else f"{len(record.points)} of {total} cells, --resume goes on"
-        state += f"; {len(record.diverged)} diverged" if record.diverged else ""
-        state += f"; damaged: {record.damage}" * bool(record.damage)
-        of = {name: getattr(config, name) for name in ("model", "dataset") if hasattr(config, name)}
-        row = {"run": str(record.path), "experiment": config.name} | of
-        rows.append(row | {"cells": total, "finished": len(record.points), "diverged": len(record.diverged)})
-        lines.append(fill(f"{record.path}  {title}: {state}"))
+        rows.append({"run": str(folder)} | row)
+        lines.append(fill(f"{folder}  {said}"))
     return rows, lines or [f"no runs in {out}; `sparselth imp` makes one"]
+
+
+def _run(folder: Path) -> tuple[dict[str, Any], str]:
+    """A run as JSON, and in words."""
+    from sparselth.runs import read, reporting
+
+    record = read(folder)
+    with reporting(record):
+        title = record.config.title
+    config, total = record.config, len(record.config.cells())
+    state = "finished" if record.complete else f"{len(record.points)} of {total} cells, --resume goes on"
+    state += f"; {len(record.diverged)} diverged" if record.diverged else ""
+    state += f"; damaged: {record.damage}" * bool(record.damage)
+    of = {name: getattr(config, name) for name in ("model", "dataset") if hasattr(config, name)}
+    counts = {"cells": total, "finished": len(record.points), "diverged": len(record.diverged)}
+    return {"experiment": config.name} | of | counts, f"{title}: {state}"
+
+
+def _sweep(folder: Path) -> tuple[dict[str, Any], str]:
+    """A sweep as JSON, its cells being those of all its runs, and in words."""
+    from sparselth.cluster.store import read, recalled_all
+
+    with recalled_all(folder):
+        record = read(folder)
+        cells = sum(len(run.config.cells()) for run in record.layout.runs)
+        points, finished = len(record.points), record.finished
+    layout, there = record.layout, record.records.values()
+    state = "finished" if record.complete else f"{len(finished)} of {len(layout.runs)} runs finished"
+    state += f"; {len(record.failed)} failed" * bool(record.failed)
+    state += ", --resume goes on" * bool(record.failed or not record.complete)
+    diverged = sum(len(run.diverged) for run in there)
+    state += f"; {diverged} diverged" * bool(diverged)
+    row = {"experiment": layout.experiment, "axes": layout.axes, "cells": cells}
+    row |= {"finished": sum(len(run.points) for run in there), "diverged": diverged}
+    over = f"sweep of {layout.experiment} over {', '.join(layout.axes)}, {points} point{'s' * (points != 1)}"
+    return row | {"failed": len(record.failed)}, f"{over}: {state}"

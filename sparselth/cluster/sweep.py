@@ -36,10 +36,10 @@ from sparselth.cluster.store import (
     seal,
 )
 from sparselth.config import Config
-from sparselth.data import resolve
+from sparselth.data import Images, resolve
 from sparselth.errors import Interrupted, SparselthError
 from sparselth.experiments.base import Experiment
-from sparselth.experiments.run import plan
+from sparselth.experiments.run import check_images, plan
 from sparselth.experiments.training import Training
 from sparselth.files import checksum, errors_named
 from sparselth.lock import locked
@@ -87,6 +87,7 @@ class Planned:
     device: str
     workers: int
     missing: list[Run]
+    there: list[Run]  # before
 
 
 def sweep(
@@ -109,11 +110,14 @@ def sweep(
     that diverged are in the record.
     """
     executor, how = executor or Local(), how or How()
-    planned = plan_sweep(grid, out=out, resume=resume, executor=executor, how=how, told=note)
+    asked: dict[str, Any] = {"out": out, "resume": resume, "executor": executor, "how": how, "told": note}
+    planned = plan_sweep(grid, **asked)
     path = planned.path
     with errors_named(path):
         path.mkdir(parents=True, exist_ok=True)
         with locked(path):
+            if _there(path) != planned.there:  # another process has had the folder meanwhile
+                planned = plan_sweep(grid, **asked)
             planned.layout.write(path)
             wall = Wall(planned.workers)
             if planned.missing:
@@ -155,7 +159,7 @@ def plan_sweep(
             f"{path}: {len(missing)} of {len(new)} runs are unfinished; add `resume` to go on, or choose "
             "another `out`"
         )
-    return Planned(path, layout, device, min(workers, len(missing)) or workers, missing)
+    return Planned(path, layout, device, min(workers, len(missing)) or workers, missing, there)
 
 
 def _pinned(
@@ -163,13 +167,11 @@ def _pinned(
 ) -> tuple[list[Point], dict[str, dict[str, float]]]:
     """The points with the device and the data set that are taken, and the break-even densities of each.
 
-    What is asked here is the same on all machines; data sets are downloaded before anybody wants them.
+    What is asked here is the same on all machines; data sets are downloaded before anybody wants them, and
+    every point is held against its images.
     """
-    found, even, known = (
-        list[Point](),
-        dict[str, dict[str, float]](),
-        dict[Any, tuple[str, dict[str, float]]](),
-    )
+    found, even = list[Point](), dict[str, dict[str, float]]()
+    known, read = dict[Any, tuple[str, dict[str, float]]](), dict[str, Images]()
     for point in points:
         config = point.config
         if isinstance(config, Training):
@@ -178,8 +180,13 @@ def _pinned(
         else:
             key = getattr(config, "dataset", ""), config.reads
         if key not in known:
-            known[key] = _asked(config, device, how, told)
+            images, densities = _asked(config, device, how, told)
+            if images:
+                read.setdefault(images.spec.name, images)
+            known[key] = images.spec.name if images else "", densities
         dataset, even[point.name] = known[key]
+        if dataset and isinstance(config, Training):
+            check_images(config, read[dataset])
         if dataset and hasattr(config, "dataset"):
             named: dict[str, Any] = {"dataset": dataset}
             config = replace(config, **named)
@@ -189,16 +196,14 @@ def _pinned(
 
 def _asked(
     config: Experiment, device: str, how: How, told: Callable[[str], None]
-) -> tuple[str, dict[str, float]]:
-    """The data set that is taken, and break-even densities; the plan of a run says them."""
+) -> tuple[Images | None, dict[str, float]]:
+    """The data set that is taken, if any, and break-even densities; the plan of a run says them."""
     if isinstance(config, Training) and device == "cuda" and choose_device("auto")[0] != "cuda":
         named = config.dataset or None  # only the workers have GPUs, and no layer is compressed on these
-        images = resolve(
-            named, Path(how.data_dir) if how.data_dir else None, told, get_model(config.model).dataset
-        )
-        return images.spec.name, {}
+        folder = Path(how.data_dir) if how.data_dir else None
+        return resolve(named, folder, told, get_model(config.model).dataset), {}
     planned = plan(config, data_dir=how.data_dir, workers=1, replicas=how.replicas, note=told)
-    return getattr(planned.config, "dataset", ""), planned.environment["break_even"]
+    return planned.images, planned.environment["break_even"]
 
 
 def _place(grid: Grid, points: Sequence[Point]) -> Path:

@@ -58,12 +58,10 @@ def plan(
         named = config.dataset or None
         _check_fit(config, data.get_dataset(named or model.dataset))  # before it is downloaded
         images = data.resolve(named, Path(data_dir) if data_dir else None, note, model.dataset)
-        _check_fit(config, images.spec)
+        check_images(config, images)
         model = model.on(images.spec)
         if isinstance(model, ModuleModel):
-            model.check_labels(images.train_labels, images.test_labels)
             environment["network"] = words(model)
-        data.check_inputs(config.shown_as, images)
         device, why = machine.choose_device(config.device)
         kernels = config.kernels
         if deterministic and device == "cuda" and not config.autograd:
@@ -243,6 +241,15 @@ def _place(config: Experiment) -> Path:
     path = Path("runs") / config.folder
     before = path.with_name(path.name.replace(config.digest, config.digest_before()))
     return before if before.is_dir() and not path.exists() else path
+
+
+def check_images(config: Training, images: data.Images) -> None:
+    """Raise UsageError for what of a configuration does not fit its images, once these are read."""
+    _check_fit(config, images.spec)
+    model = get_model(config.model).on(images.spec)
+    if isinstance(model, ModuleModel):
+        model.check_labels(images.train_labels, images.test_labels)
+    data.check_inputs(config.shown_as, images)
 
 
 def _check_fit(config: Training, dataset: DatasetSpec) -> None:

@@ -57,6 +57,9 @@ def test_table_show_json_figure_and_going_on(cli: Cli, here: Inline) -> None:
     assert document["best"]["minus"][0]["difference"]["seeds"] == 3
     assert cli("show", "sweep/rate=0.5")[0] == 0
     assert cli("show", "sweep", "--masks")[0] == 2
+    listed = " ".join(cli("ls", "runs", "--out", ".")[1].split())
+    assert listed == "sweep sweep of imp over rate, 2 points: finished"
+    assert "rate=0.5 lenet-300-100 on mnist5k" in " ".join(cli("ls", "runs", "--out", "sweep")[1].split())
     code, _, _ = cli("sweep", "imp", "--out", "sweep", "--resume", "--grid", "rate=0.2,0.5,0.9")
     assert code == 0
     assert here.taken == ["rate=0.2", "rate=0.5", "rate=0.9"]
@@ -82,6 +85,14 @@ def test_a_failed_run_is_told_and_ends_with_1(cli: Cli, here: Inline) -> None:
     assert code == 1
     assert "failed: rate=0.5: its worker ended without a result" in out
     assert "1 of 2 runs failed (rate=0.5: its worker ended without a result); --resume tries" in err
+    listed = " ".join(cli("ls", "runs", "--out", ".")[1].split())
+    assert listed.endswith("2 points: 1 of 2 runs finished; 1 failed, --resume goes on")
+    (row,) = json.loads(cli("ls", "runs", "--out", ".", "--json")[1])["runs"]
+    assert row == {"run": "sweep", "experiment": "imp", "axes": {"rate": [0.2, 0.5]}, "cells": 12} | {
+        "finished": 6,
+        "diverged": 0,
+        "failed": 1,
+    }
     code, out, _ = cli(*RATES.split(), "--resume")
     assert code == 0
     assert "failed" not in out

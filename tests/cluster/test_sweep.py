@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
@@ -22,12 +23,13 @@ from sparselth.cluster import local
 from sparselth.cluster.executor import How, Task
 from sparselth.cluster.grid import Grid
 from sparselth.cluster.local import Local, Processes
-from sparselth.cluster.store import Layout, read
+from sparselth.cluster.store import Layout, is_sweep, read
 from sparselth.cluster.sweep import plan_sweep, sweep
 from sparselth.cluster.worker import Worker
 from sparselth.errors import Interrupted, SparselthError, UsageError
 from sparselth.experiments.imp import ImpConfig
 from sparselth.experiments.run import go, plan
+from sparselth.lock import locked
 from sparselth.report.sweep import Numbers, table
 from sparselth.runs import RunRecord
 
@@ -204,6 +206,44 @@ def test_a_worker_that_does_not_see_the_folder_says_so(rates: Grid, inline: Inli
     planned.layout.write(there)  # another sweep's
     assert "choose another `out`" in Worker().compute(task).error
     assert not (there / run.name).exists()
+
+
+def test_what_another_head_has_written_meanwhile_is_kept(
+    rates: Grid, inline: Inline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had the folder between this one's plan and its lock."""
+    first, second = (replace(rates, axes={"rate": [rate]}) for rate in (0.2, 0.5))
+    how: dict[str, Any] = {"out": tmp_path / "sweep", "resume": True, "executor": inline}
+
+    @contextmanager
+    def late(path: Path) -> Iterator[None]:
+        with locked(path):
+            if not is_sweep(path):
+                plan_sweep(first, **how, how=How(), told=lambda text: None).layout.write(path)
+            yield
+
+    monkeypatch.setattr("sparselth.cluster.sweep.locked", late)
+    with pytest.raises(SparselthError, match=r"has the point rate=0.2 and keeps it"):
+        sweep(second, **how)
+    assert {run.point for run in Layout.read(tmp_path / "sweep").runs} == {"rate=0.2"}
+    assert inline.taken == []
+
+
+def test_every_point_is_held_against_its_images_before_anything_starts(
+    rates: Grid, inline: Inline, tmp_path: Path
+) -> None:
+    """Floats are no bytes that could be put into [0, 1]: the data tells, not the configuration."""
+    file = tmp_path / "floats.py"
+    file.write_text(
+        "import numpy as np\n"
+        "x, y = np.random.default_rng(0).random((400, 1, 28, 28), dtype=np.float32), np.arange(400) % 10\n"
+        "def load(): return x[:300], y[:300], x[300:], y[300:]\n"
+    )
+    settings = SETTINGS | {"dataset": f"{file}:load"}
+    mixed = replace(rates, axes={"inputs": ["standard", "unit"]}, settings=settings)
+    with pytest.raises(UsageError, match="`inputs` unit: expected images of bytes"):
+        sweep(mixed, out=tmp_path / "sweep", executor=inline)
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_folders_of_something_else_and_altered_ones_are_refused(
