@@ -93,6 +93,7 @@ def plan_json(plan: Plan, there: There | None) -> dict[str, Any]:
         "config": plan.config.to_json(),
         "cells": len(plan.config.cells()),
         "workers": plan.workers,
+        "ranks": plan.ranks,
         "replicas": plan.limit,
         "seconds": plan.seconds,
         "bytes": plan.bytes,

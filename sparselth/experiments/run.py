@@ -94,7 +94,8 @@ def plan(
     ranks = group.size if group else 1
     own = 1 if cuda else workers or available_workers(config.device)
     total = min(own * ranks, together)
-    limit = replicas or (-(-together // total) if cuda else 1)
+    share = -(-together // total) if cuda else together  # GPUs share what is ready evenly
+    limit = replicas or (share if cuda else 1)
     if images is not None and isinstance(config, Training) and takes_autograd(config.widest, paths):
         limit = _side_by_side(config, images, replicas, deterministic, note)
     return Plan(
@@ -103,7 +104,7 @@ def plan(
         Path(out) if out else _place(config),
         why,
         total,
-        min(limit, together),
+        min(limit, share),
         environment,
         ranks=ranks,
     )

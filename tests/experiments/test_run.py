@@ -14,6 +14,8 @@ from simulated import Simulated
 
 from sparselth import data, machine
 from sparselth.cli.progress import Lines
+from sparselth.cli.screen import plan_json
+from sparselth.cluster.torchrun import Group
 from sparselth.config import EXPERIMENTS, Cell, Recipe, at_least, option
 from sparselth.errors import Interrupted, SparselthError, UsageError
 from sparselth.experiments.base import Experiment, Finished, Place, register
@@ -250,6 +252,20 @@ def test_on_cuda_one_worker_trains_all_that_can_start_and_deterministic_by_our_k
     assert (planned.config.device, planned.config.kernels) == ("cuda", kernels)  # type: ignore[attr-defined]
     assert (planned.workers, planned.limit, planned.why) == (1, 6, "it is said to be there")
     assert planned.environment["break_even"] == {}
+
+
+def test_on_cuda_a_rank_trains_no_more_at_once_than_its_share(
+    config: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many replicas are asked for: else one takes what all wait for."""
+    monkeypatch.setattr(machine, "choose_device", lambda wanted: ("cuda", "it is said to be there"))
+    monkeypatch.setattr("sparselth.cluster.torchrun._joined", Group(0, 2, 0, 2))
+    six = config(**SHORT | {"seeds": (0, 1)}, device="auto")
+    for replicas, limit in ((None, 3), (100, 3), (2, 2)):
+        planned = plan(six, replicas=replicas)
+        assert (planned.ranks, planned.workers, planned.limit) == (2, 2, limit)
+    found = plan_json(planned, None)
+    assert (found["workers"], found["ranks"], found["replicas"]) == (2, 2, 2)
 
 
 def test_what_came_out_otherwise_is_told_and_takes_along_what_came_from_it(
