@@ -34,10 +34,11 @@ LEVELS = 13  # of contours
 
 
 def draw(record: RunRecord, folder: Path) -> list[Path]:
-    """Draw what is not there yet, or is older than the cells."""
-    last = folder / "slices.svg"
+    """Draw what is not there yet, or is older than the cells; an older version drew no levels."""
+    wanted = ["slices", *["levels"] * (len(_sharp_levels(record)) > 1)]
     fresh = (record.path / "cells.jsonl").stat().st_mtime_ns
-    if last.exists() and last.stat().st_mtime_ns > fresh:
+    files = [folder / f"{name}.svg" for name in wanted]
+    if all(file.exists() and file.stat().st_mtime_ns > fresh for file in files):
         return []
     folder.mkdir(parents=True, exist_ok=True)
     makers = {"eigenvalues": _eigenvalues, "levels": _levels, "lines": _lines, "slices": _slices}
@@ -154,10 +155,15 @@ def _positive(record: RunRecord, level: int, arm: str) -> dict[int, float]:
     return {seed: v for seed, v in values(record, level, arm, EIGENVALUE).items() if v > 0}
 
 
+def _sharp_levels(record: RunRecord) -> set[int]:
+    """The levels whose tickets have a largest eigenvalue."""
+    return {level for level, _ in rows(record) if values(record, level, "ticket", EIGENVALUE)}
+
+
 def _levels(record: RunRecord) -> Figure | None:
     """Sharpness, and the rise along the line to the ticket or dense, from level to level; a line an arm."""
     left, places = record.config.imp.remaining(), rows(record)
-    if len({level for level, _ in places if values(record, level, "ticket", EIGENVALUE)}) < 2:
+    if len(_sharp_levels(record)) < 2:
         return None
     fig = Figure(figsize=(WIDTH, 4.0), layout="constrained")
     sharp, rise = fig.subplots(2, 1, sharex=True)

@@ -195,6 +195,9 @@ def test_several_levels_are_a_figure_and_are_read_at_once(
     record: RunRecord, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert "levels.svg" in [file.name for file in figures.draw(record, tmp_path)]
+    assert figures.draw(record, tmp_path) == []
+    (tmp_path / "levels.svg").unlink()  # as an older version left it
+    assert "levels.svg" in [file.name for file in figures.draw(record, tmp_path)]
     # t of -3 from five seeds: a two-sided p of 0.04, which stands alone and not beside another
     monkeypatch.setattr(report, "ratio", lambda record, level, arm: Gap(-0.3, 0.1, 5))
     assert "the ticket's minimum is flatter" in report.sentence(record)
