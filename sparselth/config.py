@@ -252,7 +252,8 @@ class Recipe(Options):
     )
     augment: Literal["none", "crop-flip"] = option(
         "none",
-        "What is done to training images: crop-flip shifts them by up to 4 pixels and mirrors every second.",
+        "What is done to training images: crop-flip shifts them by up to 4 pixels, or of JPEGs takes random "
+        "parts, and mirrors every second.",
         choices=AUGMENTS,
         added=True,
     )
@@ -373,6 +374,7 @@ EXPERIMENTS: Registry[type[Config]] = Registry(
             "at_init_jobs",
             "base",
             "connectivity_jobs",
+            "cost",
             "flag",
             "landscape_jobs",
             "jobs",

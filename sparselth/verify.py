@@ -77,14 +77,14 @@ def _accuracy(
     """Test accuracy of the network as it was trained, by the engine that trained it, and its images."""
     import torch
 
-    from sparselth.data.batches import Resident
+    from sparselth.data.streamed import opened
     from sparselth.engine.state import Job, State
     from sparselth.train import accuracies_on_test
 
     config, strong = record.config, "frozen" in ticket.header
     chunk, most = config.evaluation
     images = data.look(config.dataset, data_dir)
-    resident = Resident(images, "cpu", chunk, most, config.shown_as)
+    resident = opened(images, "cpu", chunk, most, config.shown_as)
     weights = torch.from_numpy(ticket.content.weights.copy())[None]
     state = State.start(weights, config.recipe, config.recipe.steps)
     job = Job(cell, state, torch.from_numpy(ticket.content.mask.copy()), config.recipe.steps)

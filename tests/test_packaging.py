@@ -113,6 +113,7 @@ ORDER = [
     "experiments.rewinding",
     "experiments.agenda",
     "experiments.price",
+    "experiments.cost",
     "experiments.plan",
     "experiments.flag",
     "experiments.worker",

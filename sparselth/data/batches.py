@@ -69,11 +69,11 @@ class Resident:
 
     @property
     def n_validation(self) -> int:
-        return n_validation(len(self.images))
+        return n_validation(len(self.labels))
 
     @property
     def n_train(self) -> int:
-        return len(self.images) - self.n_validation
+        return len(self.labels) - self.n_validation
 
     @property
     def n_test(self) -> int:
@@ -96,16 +96,30 @@ class Resident:
         other._cache()
         return other
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory that the images take, on their device."""
+        return self.images.nbytes
+
+    def batches(self, replicas: Sequence[Cell], batch: int, augment: str = "none") -> Batches:
+        """Training batches of these replicas."""
+        return Batches(self, replicas, batch, augment)
+
+    def shown(self, index: Tensor) -> Chunk:
+        """Training images by their indices as they are looked at, x [B, *shape], and labels [B, ...]."""
+        index = index.to(self.device)
+        return self._first(self.images[index], self.labels[index])
+
     def split(self, seed: int) -> tuple[Tensor, Tensor]:
         """Indices of the training and of the validation images; the same for every arm and level."""
-        order = torch.randperm(len(self.images), generator=stream(seed, "data", 0, "split"), device="cpu")
+        order = torch.randperm(len(self.labels), generator=stream(seed, "data", 0, "split"), device="cpu")
         return order[self.n_validation :], order[: self.n_validation]
 
     def _validation(self, seed: int) -> list[Chunk]:
         """The validation images of a seed that are looked at, in evaluation batches."""
         return [self._last(x, y) for x, y in self._chunks(*self._validated(seed))]
 
-    def _validation_first(self, seed: int) -> list[Chunk]:
+    def _validation_first(self, seed: int) -> Sequence[Chunk]:
         """The same as x [B, *shape] and labels [B, ...]."""
         return [self._first(x, y) for x, y in self._chunks(*self._validated(seed))]
 
@@ -113,7 +127,7 @@ class Resident:
         """The test images that are looked at, evenly spread, in evaluation batches."""
         return [self._last(x, y) for x, y in self._chunks(*self._tested())]
 
-    def test_first(self) -> list[Chunk]:
+    def test_first(self) -> Sequence[Chunk]:
         """The same as x [B, *shape] and labels [B, ...]."""
         return [self._first(x, y) for x, y in self._chunks(*self._tested())]
 
@@ -121,7 +135,7 @@ class Resident:
         """So many training images of a seed at most, in evaluation batches."""
         return [self._last(x, y) for x, y in self._chunks(*self._trained(seed, most))]
 
-    def training_first(self, seed: int, most: int) -> list[Chunk]:
+    def training_first(self, seed: int, most: int) -> Sequence[Chunk]:
         """The same as x [B, *shape] and labels [B, ...]."""
         return [self._first(x, y) for x, y in self._chunks(*self._trained(seed, most))]
 
@@ -134,9 +148,12 @@ class Resident:
         return self.images[index], self.labels[index]
 
     def _tested(self) -> Chunk:
-        index = torch.arange(self.n_tested, device="cpu") * self.n_test // self.n_tested
+        index = self._tested_index()
         images, labels = (t[index].to(self.device) for t in self._test)
         return images, labels
+
+    def _tested_index(self) -> Tensor:
+        return torch.arange(self.n_tested, device="cpu") * self.n_test // self.n_tested
 
     def _chunks(self, images: Tensor, labels: Tensor) -> zip[Chunk]:
         return zip(torch.split(images, self.chunk), torch.split(labels, self.chunk), strict=True)
@@ -206,7 +223,7 @@ class Batches:
     """
 
     def __init__(self, data: Resident, replicas: Sequence[Cell], batch: int, augment: str = "none") -> None:
-        check_batch(batch, len(data.images))
+        check_batch(batch, len(data.labels))
         self.data, self.replicas, self.batch, self.augment = data, replicas, batch, augment
         self.steps_per_epoch = data.n_train // batch
         self.split = [data.split(replica.seed)[0] for replica in replicas]

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparselth import lock, user_files
-from sparselth.data import own
+from sparselth.data import folders, own
 from sparselth.data.sets import (
     DATASETS,
     DEFAULT,
@@ -74,7 +74,7 @@ def data_dir(flag: Path | None) -> Path:
 def look(name: str, flag: Path | None) -> Images:
     """A data set where it lies, the package or `data_dir(flag)`; MissingData where it is not there."""
     spec = get_dataset(name)
-    return load(name, ASSETS if spec.torchvision is None and spec.read is None else data_dir(flag))
+    return load(name, ASSETS if spec.inside else data_dir(flag))
 
 
 def load(name: str, folder: Path) -> Images:
@@ -86,6 +86,8 @@ def load(name: str, folder: Path) -> Images:
     if user_files.is_file(name):
         return own.images(name)
     spec = get_dataset(name)
+    if spec.pictures:
+        return folders.images(spec, folder)
     if spec.read is not None:
         return _user_images(spec, spec.read, folder)
     if spec.torchvision is None:
@@ -127,7 +129,7 @@ def load(name: str, folder: Path) -> Images:
 def when(spec: DatasetSpec, flag: Path | None, missing: MissingData) -> str:
     """When a data set will be there that is missing: once it is downloaded, or as the error says."""
     with contextlib.suppress(MissingData):
-        if spec.read is None:
+        if spec.read is None and not spec.pictures:
             return f"not in {data_dir(flag)}; downloaded when first used"
     return str(missing)
 
@@ -224,8 +226,10 @@ def resolve(
     spec = get_dataset(default if name is None else name)
     if folder_flag:
         data_dir(folder_flag)  # is there, whether it is needed or not
-    if spec.torchvision is None and spec.read is None:
+    if spec.inside:
         return load(spec.name, ASSETS)
+    if spec.pictures:
+        return load(spec.name, data_dir(folder_flag))
     asked = folder_flag or os.environ.get("SPARSELTH_DATA")
     try:
         folder = data_dir(folder_flag)

@@ -71,7 +71,7 @@ class CifarFile:
         return images, whole[labels + 1 + 2 * i + 2 * (i // 1000)]
 
 
-Pixels = NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.int64]
+Pixels = NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.int64] | NDArray[np.bytes_]
 Labels = NDArray[np.int64] | NDArray[np.float32]
 Read = Callable[[Path], tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]]
 
@@ -83,7 +83,8 @@ class DatasetSpec:
     The files hold images and labels by turns, at the end those of the test; or images and labels once,
     of which the last n_test / classes images of each class are the test images. `read` takes the data folder
     and gives training images, their labels, test images and theirs: bytes or floats [n, ...] and numbers [n]
-    from 0 on.
+    from 0 on. Of `pictures` the folder says how many images and classes there are; each becomes one of
+    `shape`.
     """
 
     name: str
@@ -99,6 +100,7 @@ class DatasetSpec:
     files: tuple[IdxFile | CifarFile, ...] = ()
     torchvision: str | None = None  # the class that downloads it; None: inside the package
     read: Read | None = None
+    pictures: bool = False  # files folder/train/CLASS/* and folder/val/CLASS/*, read when they are wanted
     tokens: bool = False  # samples are numbers of words, int64, and not to be scaled
     # what a command has where it is given nothing but this data set: fields of the experiment by name
     usual: Mapping[str, Any] = field(default_factory=dict)
@@ -107,6 +109,11 @@ class DatasetSpec:
     def n_validation(self) -> int:
         """Of the training images, 5,000 as in Frankle & Carbin 2019, less for a small set."""
         return min(5000, self.n_train // 8)
+
+    @property
+    def inside(self) -> bool:
+        """Whether it lies inside the package."""
+        return self.torchvision is None and self.read is None and not self.pictures
 
     @property
     def digest(self) -> str:
@@ -166,6 +173,10 @@ def check_inputs(inputs: str, images: Images) -> None:
     if inputs == "standard" or kind == np.uint8 or (inputs == "norm" and kind == np.float32):
         return
     what = "tokens" if images.spec.tokens else "floats, which are taken as they are"
+    if images.root is not None:
+        if inputs == "unit":
+            return
+        what = "files, which are scaled by channel"
     raise UsageError(
         f"`inputs` {inputs}: expected images of bytes, {images.spec.name} has {what}; use `inputs` standard"
     )
@@ -173,7 +184,10 @@ def check_inputs(inputs: str, images: Images) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """A data set in memory; a row of images is one sample, flattened, of an image channel first."""
+    """A data set in memory; a row of images is one sample, flattened, of an image channel first.
+
+    Where images stay in files, a row is the name of one below `root`.
+    """
 
     spec: DatasetSpec
     train_images: Pixels  # [n_train, C * H * W]; int64 tokens as they are
@@ -182,6 +196,7 @@ class Images:
     test_labels: Labels
     digest: str
     source: str  # the folder it was read from, or "inside the package"
+    root: Path | None = None
 
 
 def _like_mnist(
@@ -233,7 +248,11 @@ class Datasets(Registry[DatasetSpec]):
         return (isinstance(name, str) and user_files.is_file(name)) or super().__contains__(name)
 
 
-DATASETS = Datasets("dataset", "sparselth.data", but=("sets", "files", "batches", "own", "augment"))
+DATASETS = Datasets(
+    "dataset",
+    "sparselth.data",
+    but=("sets", "files", "folders", "batches", "streamed", "own", "augment"),
+)
 _BUILT_IN = {
     "mnist": _like_mnist(
         "mnist",

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparselth.config import Cell
-from sparselth.data.batches import Batches, Chunk
+from sparselth.data.batches import Chunk
 from sparselth.engine.memory import Held, is_out_of_memory
 from sparselth.engine.paths import Paths
 from sparselth.engine.state import Batch, Stopped, never
@@ -32,7 +32,7 @@ from sparselth.user_files import said
 
 def takes_autograd(model: Model, paths: Paths) -> bool:
     """Whether a network is trained here."""
-    return isinstance(model, ModuleModel) or paths.masked_linear.takes == "autograd"
+    return model.needs_autograd or paths.masked_linear.takes == "autograd"
 
 
 @contextmanager
@@ -157,7 +157,7 @@ class AutogradSteps:
         self.batch, self.job, self.recipe = batch, job, recipe
         self.grad = torch.zeros(1, n, dtype=torch.float32, device=batch.weights.device)
         self.network = AutogradNetwork(model, job.who, batch.weights, self.grad)
-        self.batches = Batches(batch.data, batch.who, recipe.batch_size, recipe.augment)
+        self.batches = batch.data.batches(batch.who, recipe.batch_size, recipe.augment)
         live = None if int(job.mask.sum()) == model.params.prunable else batch.mask
         moments = [moment[:, :n] for moment in batch.moments]
         self.update, size = bind_update(batch.weights[:, :n], self.grad, moments, live, recipe, batch.paths)

@@ -143,7 +143,7 @@ def prepare(
     return steps(Batch(model, data, group.jobs, recipe, group.paths))
 
 
-def images_of_test(model: Model, data: Resident, kernels: str) -> list[Chunk]:
+def images_of_test(model: Model, data: Resident, kernels: str) -> Sequence[Chunk]:
     """The test images as `Group.measure` takes them."""
     return data.test_first() if takes_autograd(model, choose(kernels, data.device)) else data.test()
 

@@ -90,6 +90,7 @@ class Network:
         active: Tensor | None = None,
         parts: bool = False,
     ) -> None:
+        model.check_engines()
         replicas, nodes, readers = flat.shape[0], model.nodes, model.readers
         self.late: Tensor | None = None
         left: dict[int, Tensor] = {}  # biases that a layer did not add, by its place

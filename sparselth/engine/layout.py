@@ -25,7 +25,7 @@ def compressible(model: Model) -> bool:
     known = (
         isinstance(op, Linear | ReLU)
         or (isinstance(op, Conv) and op.stride == 1)
-        or (isinstance(op, MaxPool) and op.size == 2)
+        or (isinstance(op, MaxPool) and op.size == 2 and op.tiles)
         for op in ops
     )
     return model.is_chain and all(known) and not isinstance(ops[0], ReLU)

@@ -45,7 +45,7 @@ class Many:
         self.model, self.data, self.seed = model, data, seed
         self.one_by_one = takes_autograd(model, paths)
         self.vendor = not self.one_by_one and takes_vendor(model, paths)
-        self.settles: list[Chunk] = []  # what statistics are computed from
+        self.settles: Sequence[Chunk] = []  # what statistics are computed from
         self.module: AutogradNetwork | None = None
         self.norms: list[_BatchNorm] = []
         if self.one_by_one:
@@ -61,12 +61,12 @@ class Many:
             full = [chunk for chunk in whole if self._size(chunk) == data.chunk]
             self.settles = full or whole
 
-    def training(self, most: int) -> list[Chunk]:
+    def training(self, most: int) -> Sequence[Chunk]:
         """So many training images at most."""
         data = self.data
         return (data.training_first if self.one_by_one else data.training)(self.seed, most)
 
-    def test(self, most: int) -> list[Chunk]:
+    def test(self, most: int) -> Sequence[Chunk]:
         """So many test images at most, evenly spread."""
         some = self.data.sample(most)
         return some.test_first() if self.one_by_one else some.test()

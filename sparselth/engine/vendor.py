@@ -20,6 +20,7 @@ class VendorNetwork:
 
     def __init__(self, model: Model, flat: Tensor, grad: Tensor | None = None, first: bool = True) -> None:
         """Not `first`: the gradient of the input is computed too, for timing a layer alone."""
+        model.check_engines()
         self.model, self.first = model, first
         self.flat, self.grad = flat[0], None if grad is None else grad[0]
         self.kept: list[tuple[Tensor, ...]] = []  # of every layer, what backward needs

@@ -335,10 +335,11 @@ def find_mask(config: ImpConfig, place: Place, cell: Cell) -> Tensor:
         return model.params.full_mask()
     before, _ = tickets.read(cell_path(place.run, config.pruned(cell)), model.params)
     weights, mask = (torch.from_numpy(array).to(config.device) for array in (before.weights, before.mask))
-    batch, generator = score_batch(model, place, seed, level), stream(seed, "ticket", level, "score")
+    scored, generator = scores.SCORES[config.score], stream(seed, "ticket", level, "score")
+    batch = score_batch(model, place, seed, level) if scored.looks else scores.NOTHING
     with drawing_apart(config.device):  # a forward may draw, as dropout does
         seed_everything(number(seed, "ticket", level, "score forward"), config.device)
-        found = scores.SCORES[config.score].of(
+        found = scored.of(
             *(model, weights, mask, batch, generator),
             start=lambda: rewound_weights(config, place, cell).to(config.device),
         )
@@ -358,15 +359,14 @@ def score_batch(model: Model, place: Place, seed: int, level: int) -> tuple[Tens
     """Training images of a seed for the score of a level, x [B, C, H, W] and labels [B]."""
     import torch
 
-    from sparselth.data.batches import Gather
     from sparselth.streams import stream
 
     data = place.data
     assert data is not None
     images, count = data.split(seed)[0], min(PER_CLASS * (model.classes or 10), data.n_train)
     order = torch.randperm(len(images), generator=stream(seed, "ticket", level, "score images"), device="cpu")
-    x, y = Gather(data, 1, count).first(images[order[:count]].to(data.device))
-    return x[0].reshape(count, *model.input), y[0]
+    x, y = data.shown(images[order[:count]])
+    return x.reshape(count, *model.input), y
 
 
 def start_weights(config: ImpConfig, place: Place, cell: Cell) -> Tensor:

@@ -31,7 +31,7 @@ from sparselth.experiments.agenda import Agenda, widest
 from sparselth.experiments.training import Training
 from sparselth.files import read_json
 from sparselth.machine import RESULTS
-from sparselth.models import Model
+from sparselth.models import Add, BatchNorm, Layer, MaxPool, Model
 from sparselth.models.module import ModuleModel
 
 LONG: dict[str, Any] = {"steps": 20_000, "eval_every": 20_000, "lr_drops": (), "warmup": 0}
@@ -105,11 +105,23 @@ def replica_bytes(model: Model, recipe: Recipe) -> int:
     moments = 2 if recipe.optimizer == "adam" else 1
     # weights, best weights, moments, and gradients where a convolution writes them; masks are a bit a weight
     floats = model.params.size * (2 + moments + model.convolves + 1 / 32)
-    numbers = [prod(shape) for shape in model.shapes]
-    chunk = model.evaluation_batch
+    numbers, chunk = [prod(shape) for shape in model.shapes], model.evaluation_batch
+    if model.needs_autograd and not isinstance(model, ModuleModel):
+        kept = numbers[0] + sum(_kept(node.op) * n for node, n in zip(model.nodes, numbers[1:], strict=True))
+        return int(
+            4 * (floats + max(recipe.batch_size * (kept + 3 * max(numbers)), 4 * chunk * max(numbers)))
+        )
     # a layer's output, its gradient and what a pool or a loss holds beside them
     floats += recipe.batch_size * 4 * sum(numbers) + chunk * (2 * sum(numbers) + numbers[0])
     return int(4 * floats)
+
+
+def _kept(op: Layer) -> int:
+    """Floats that torch keeps for the gradient for each number that a layer of a graph puts out.
+
+    A batch norm keeps what it reads, which is the output of what is before it.
+    """
+    return {BatchNorm: 0, Add: 0, MaxPool: 3}.get(type(op), 1)  # of a pool places, too, int64
 
 
 def recorded(device: str, config: Training) -> tuple[str, Price]:
@@ -234,7 +246,7 @@ def measured(
     if len(timed_rungs) < len(shares):
         # from sparse to dense, as np.interp wants its points
         of_first = np.interp(shares, [shares[rung] for rung in timed_rungs[::-1]], of_first[::-1]).tolist()
-    fixed = data.images.nbytes + CONTEXT if cuda else resident_bytes()
+    fixed = data.held_bytes + CONTEXT if cuda else resident_bytes()
     test_share = data.n_tested / data.n_validated
     price = Price(batches, tuple(of_first), validation, test_share, fixed, each, dense_overhead)
     price = replace(price, before=config.beforehand(data))

@@ -112,8 +112,11 @@ class Processes:
             line = replace(self.dial, who=(self.dial.who[0], number))
         else:
             ours, line = self.context.Pipe()
+        images = self.work.images  # who reads them from files has processes of its own, as no daemon may
         process = self.context.Process(
-            target=live, args=(line, self.stop, os.getpid(), self.work), daemon=True
+            target=live,
+            args=(line, self.stop, os.getpid(), self.work),
+            daemon=images is None or images.root is None,
         )
         try:
             process.start()

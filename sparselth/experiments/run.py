@@ -56,22 +56,27 @@ def plan(
     if isinstance(config, Training):
         model = get_model(config.model)
         named = config.dataset or None
-        _check_fit(config, data.get_dataset(named or model.dataset))  # before it is downloaded
+        device, why = machine.choose_device(config.device)
+        found: dict[str, Any] = {"device": device}
+        config = replace(config, **found)
+        if not (spec := data.get_dataset(named or model.dataset)).pictures:  # whose folder tells their number
+            _check_fit(config, spec)  # before it is downloaded
         images = data.resolve(named, Path(data_dir) if data_dir else None, note, model.dataset)
         check_images(config, images)
         model = model.on(images.spec)
         if isinstance(model, ModuleModel):
             environment["network"] = words(model)
-        device, why = machine.choose_device(config.device)
         kernels = config.kernels
-        if deterministic and device == "cuda" and not config.autograd:
+        if images.root is not None:
+            kernels = _of_files(config, images.spec.name)
+        elif deterministic and device == "cuda" and not config.autograd:
             kernels = "triton"
         most = config.eval_images
         if most is None:
             most = evaluated_images(config.recipe, images.spec)
         elif most >= max(images.spec.n_validation, images.spec.n_test):
             most = 0
-        found: dict[str, Any] = {"dataset": images.spec.name, "device": device, "kernels": kernels}
+        found = {"dataset": images.spec.name, "kernels": kernels}
         config = replace(config, **found, eval_images=most)
         environment |= {"dataset": config.dataset, "data_sha256": images.digest}
         environment["test_images"] = images.spec.n_test
@@ -223,7 +228,7 @@ def _side_by_side(
     model, asked = config.network, replicas or (MOST_REPLICAS if config.device == "cuda" else 1)
     if deterministic or not isinstance(model, ModuleModel):
         return 1 if deterministic else replicas or 1
-    if not config.side_by_side:
+    if not config.side_by_side or images.root is not None:
         return 1
     if asked > 1:
         import torch
@@ -251,6 +256,19 @@ def check_images(config: Training, images: data.Images) -> None:
     if isinstance(model, ModuleModel):
         model.check_labels(images.train_labels, images.test_labels)
     data.check_inputs(config.shown_as, images)
+
+
+def _of_files(config: Training, dataset: str) -> str:
+    """The kernels for images that stay in files; UsageError where the experiment goes another way."""
+    if config.kernels not in ("auto", "autograd"):
+        raise config.wrong("kernels", f"expected auto; images of {dataset} stay in files, for autograd alone")
+    try:
+        replace(config, kernels="autograd").check()
+    except UsageError as error:
+        raise UsageError(
+            f"`dataset` {dataset}: its images stay in files, which autograd alone trains on ({error})"
+        ) from error
+    return "autograd"
 
 
 def _check_fit(config: Training, dataset: DatasetSpec) -> None:

@@ -181,7 +181,8 @@ class Training(Experiment):
 
     @property
     def autograd(self) -> bool:
-        return self.kernels == "autograd" or is_module(self.model)
+        known = self.kernels == "autograd" or is_module(self.model)
+        return known or get_model(self.model).needs_autograd
 
     @property
     def reads(self) -> str:
@@ -197,7 +198,7 @@ class Training(Experiment):
 
     def refuse_autograd(self) -> None:
         """Raise UsageError where scores over frozen weights cannot be trained: through autograd."""
-        _ = get_model(self.model).nodes
+        get_model(self.model).check_engines()
         if self.kernels == "autograd":
             raise self.wrong("kernels", "expected auto; autograd trains no scores over frozen weights")
 
@@ -300,16 +301,19 @@ class Training(Experiment):
         return f"{100 * left:.1f} %: test {100 * accuracy:.2f} %"
 
     def plan(self, images: Images | None, finished: int) -> dict[str, str]:
-        assert images is not None
+        from sparselth.data.sets import get_dataset
+
         model, recipe = self.network, self.recipe
+        spec = images.spec if images else get_dataset(self.dataset or model.dataset)
         rate = f"lr {recipe.lr:g}" + (f", warm-up {recipe.warmup:,}" if recipe.warmup else "")
         rate += ", along a cosine" if recipe.cosine else ""
         rate += f", a tenth from {', '.join(f'{s:,}' for s in recipe.lr_drops)}" if recipe.lr_drops else ""
-        rate += "" if recipe.augment == "none" else "; images shifted and flipped"
+        moved = "random parts of images, flipped" if spec.pictures else "images shifted and flipped"
+        rate += "" if recipe.augment == "none" else f"; {moved}"
         inputs = "" if recipe.inputs == "standard" else f"; {INPUTS[recipe.inputs]}"
         return {
             "model": f"{model.name}, {model.params.prunable:,} prunable weights",
-            "data": f"{images.spec.title} from {images.source}{inputs}",
+            "data": spec.title + (f" from {images.source}" if images else "") + inputs,
             "cells": f"seeds {', '.join(map(str, self.seeds))}; {counted(len(self.cells()), finished)}",
             "training": f"{recipe.steps:,} steps of {recipe.batch_size} with {recipe.optimizer}, {rate}",
         }

@@ -26,6 +26,7 @@ from sparselth.cluster.torchrun import Dial
 from sparselth.config import Cell
 from sparselth.data import Images, own
 from sparselth.data.batches import Resident
+from sparselth.data.streamed import opened
 from sparselth.engine.memory import free_memory, is_out_of_memory
 from sparselth.engine.state import Job
 from sparselth.errors import SparselthError
@@ -106,7 +107,7 @@ def serve(connection: Connection, stop: Flag, leave_if_orphaned: Callable[[], No
             if task is None:
                 return
             if data is None and work.images is not None:
-                data = Resident(work.images, config.device, *config.evaluation, inputs=config.shown_as)
+                data = opened(work.images, config.device, *config.evaluation, inputs=config.shown_as)
             if isinstance(task, int):
                 assert data is not None
                 assert isinstance(config, Training)

@@ -133,7 +133,8 @@ class Usual:
 def fits(config: Training, images: Images) -> bool:
     """Whether the usual loop is one for it: of pictures and their classes."""
     own_loss = isinstance(config.network, ModuleModel) and config.network.loss is not None
-    return config.has_usual and len(images.spec.shape) == 3 and bool(images.spec.classes) and not own_loss
+    pictures = len(images.spec.shape) == 3 and images.root is None
+    return config.has_usual and pictures and bool(images.spec.classes) and not own_loss
 
 
 def sample(config: Training, images: Images, seconds: float = 2.0) -> Usual:

@@ -34,9 +34,25 @@ class Conv:
 
 @dataclass(frozen=True)
 class MaxPool:
-    """Maximum over non-overlapping squares of `size` pixels."""
+    """Maximum over squares of `size` pixels, which lie side by side unless they are `stride` apart.
+
+    `padding` pixels on every side are less than any. Of squares that overlap or are padded only torch's
+    autograd takes gradients.
+    """
 
     size: int = 2
+    stride: int = 0  # 0: `size`
+    padding: int = 0
+
+    def __repr__(self) -> str:
+        # as of Conv: what was there before has the name it had
+        more = "" if self.tiles else f", stride={self.stride}, padding={self.padding}"
+        return f"MaxPool(size={self.size}{more})"
+
+    @property
+    def tiles(self) -> bool:
+        """Whether the squares lie side by side, without padding."""
+        return self.stride in (0, self.size) and not self.padding
 
 
 @dataclass(frozen=True)
@@ -155,6 +171,19 @@ class Model:
     def convolves(self) -> bool:
         return any(isinstance(node.op, Conv) for node in self.nodes)
 
+    @property
+    def needs_autograd(self) -> bool:
+        """Whether a layer has no gradient in the engines, so that torch's autograd trains the network."""
+        return any(isinstance(node.op, MaxPool) and not node.op.tiles for node in self.nodes)
+
+    def check_engines(self) -> None:
+        """Raise UsageError where a network of known layers is none for the engines."""
+        if self.needs_autograd:
+            raise UsageError(
+                f"`model` {self.name}: has a max pool whose squares overlap, of which torch's autograd alone "
+                "takes gradients, and this goes another way"
+            )
+
     def may_overwrite(self, i: int) -> bool:
         """Whether layer i may work in place: it alone reads what it reads, and that is not the image."""
         (source, *_) = self.nodes[i].inputs
@@ -169,8 +198,11 @@ class Model:
             match node.op:
                 case Conv(out, kernel, padding, stride):
                     shape = (out, *((n + 2 * padding - kernel) // stride + 1 for n in shape[1:]))
-                case MaxPool(size):
-                    shape = (*shape[:1], *(n // size for n in shape[1:]))
+                case MaxPool(size, stride, padding):
+                    shape = (
+                        *shape[:1],
+                        *((n + 2 * padding - size) // (stride or size) + 1 for n in shape[1:]),
+                    )
                 case AvgPool():
                     shape = (*shape[:1], 1, 1)
                 case Linear(out):

@@ -99,6 +99,13 @@ class ModuleModel(Model):
     def nodes(self) -> tuple[Node, ...]:
         raise self.unknown()
 
+    @property
+    def needs_autograd(self) -> bool:
+        return True
+
+    def check_engines(self) -> None:
+        raise self.unknown()
+
     def unknown(self) -> UsageError:
         """The error of what needs more than a module tells."""
         return UsageError(

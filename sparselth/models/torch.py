@@ -9,7 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from sparselth.models.graph import Add, AvgPool, BatchNorm, Conv, Layer, Linear, MaxPool, Model, ReLU
+from sparselth.models.graph import (
+    INPUT,
+    Add,
+    AvgPool,
+    BatchNorm,
+    Conv,
+    Layer,
+    Linear,
+    MaxPool,
+    Model,
+    ReLU,
+)
 from sparselth.models.module import ModuleModel
 
 Masks = dict[Tensor, Tensor]
@@ -39,13 +50,19 @@ class Graph(nn.Module):
         for name, layer in layers.items():
             self.add_module(name, layer)
         self.inputs = [node.inputs for node in model.nodes]
+        # what a layer is the last to read: of 224 x 224 pixels all outputs at once are gigabytes
+        self.done = [
+            {j for j in node.inputs if model.readers[j + 1][-1] == i} for i, node in enumerate(model.nodes)
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
-        values = [x]
-        for inputs, layer in zip(self.inputs, self.children(), strict=True):
-            read = [values[j + 1] for j in inputs]
-            values.append(layer(read[0].flatten(1)) if isinstance(layer, nn.Linear) else layer(*read))
-        return values[-1]
+        values = {INPUT: x}
+        for i, (inputs, layer) in enumerate(zip(self.inputs, self.children(), strict=True)):
+            read = [values[j] for j in inputs]
+            values[i] = layer(read[0].flatten(1)) if isinstance(layer, nn.Linear) else layer(*read)
+            for j in self.done[i]:
+                del values[j]
+        return values[i]
 
 
 def network(model: Model, flat: Tensor, seed: int = 0) -> nn.Module:
@@ -133,8 +150,8 @@ def _layer(op: Layer, before: tuple[int, ...]) -> nn.Module:
     match op:
         case Conv(out, kernel, padding, stride):
             return nn.Conv2d(before[0], out, kernel, stride, padding, **PLAIN)
-        case MaxPool(size):
-            return nn.MaxPool2d(size)
+        case MaxPool(size, stride, padding):
+            return nn.MaxPool2d(size, stride or size, padding)
         case AvgPool():
             return nn.AvgPool2d((before[1], before[2]))
         case BatchNorm():

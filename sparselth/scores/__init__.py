@@ -26,6 +26,10 @@ from sparselth.models import Model
 from sparselth.registry import Registry
 
 Batch = tuple[Tensor, Tensor]  # x [B, C, H, W] fp32 as the network takes them, labels [B] int64
+NOTHING: Batch = (  # that nobody looks at
+    torch.empty(0, dtype=torch.float32, device="cpu"),
+    torch.empty(0, dtype=torch.int64, device="cpu"),
+)
 Score = Callable[..., Tensor]  # (network, weights, mask, batch, generator), and start=
 
 
@@ -38,6 +42,7 @@ class Scored:
     autograd: bool = True  # whether it may take gradients by torch's autograd
     start: bool = False  # whether it compares with the weights that training began with
     rounds: int = 1  # in which a network that was not trained is pruned by it
+    looks: bool = True  # whether it looks at the batch; else that may be `NOTHING`
 
     def of(
         self,
@@ -57,18 +62,23 @@ SCORES: Registry[Scored] = Registry("score", "sparselth.scores", but=("gradients
 
 
 def register(
-    name: str, meaning: str, autograd: bool = True, start: bool = False, rounds: int = 1
+    name: str,
+    meaning: str,
+    autograd: bool = True,
+    start: bool = False,
+    rounds: int = 1,
+    looks: bool = True,
 ) -> Callable[[Score], Score]:
     """Make a function known as a score under a name, which must be free."""
 
     def add(score: Score) -> Score:
-        SCORES.add(name, Scored(score, meaning, autograd, start, rounds))
+        SCORES.add(name, Scored(score, meaning, autograd, start, rounds, looks))
         return score
 
     return add
 
 
-@register("magnitude", "the size of the trained weight (Frankle & Carbin 2019)", autograd=False)
+@register("magnitude", "the size of the trained weight (Frankle & Carbin 2019)", autograd=False, looks=False)
 def magnitude(
     network: Model, weights: Tensor, mask: Tensor, batch: Batch, generator: torch.Generator
 ) -> Tensor:
@@ -88,7 +98,7 @@ def _beside_the_start(name: str, meaning: str, of: Callable[[Tensor, Tensor], Te
     ) -> Tensor:
         return of(weights[: mask.numel()], start[: mask.numel()])
 
-    register(name, meaning, autograd=False, start=True)(score)
+    register(name, meaning, autograd=False, start=True, looks=False)(score)
 
 
 _beside_the_start(
@@ -106,7 +116,12 @@ _beside_the_start(
 )
 
 
-@register("random", "a uniform draw of the seed and level: what others are held against", autograd=False)
+@register(
+    "random",
+    "a uniform draw of the seed and level: what others are held against",
+    autograd=False,
+    looks=False,
+)
 def random(network: Model, weights: Tensor, mask: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
     return torch.rand(mask.numel(), generator=generator, dtype=torch.float32, device="cpu").to(weights.device)
 

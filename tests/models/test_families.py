@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from torchvision import models as torchvision
 
 from sparselth.config import config_from_json
-from sparselth.engine.dense import init_weights
+from sparselth.engine.dense import Network, init_weights
+from sparselth.engine.layout import compressible
 from sparselth.engine.vendor import VendorNetwork
+from sparselth.errors import UsageError
 from sparselth.experiments.imp import ImpConfig
+from sparselth.experiments.strong import StrongConfig
 from sparselth.files import read_json
-from sparselth.models import MODELS, BatchNorm, Conv, Linear, get_model
+from sparselth.models import MODELS, BatchNorm, Conv, Linear, MaxPool, Model, get_model
+from sparselth.models.torch import network
 from sparselth.params import matrix
 from sparselth.pruning import ladder, prune
 from sparselth.runs import RunRecord
@@ -79,10 +83,52 @@ def test_outputs_are_those_of_torchvisions_network(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_resnet50_is_torchvisions() -> None:
+    """At 64 x 64 in float64, given the same weights; the biases before norms are 0."""
+    model, theirs = replace(get_model("resnet50"), input=(3, 64, 64)), torchvision.resnet50()
+    flat = init_weights(model, stream(0, "ticket", 0, "init"))
+    for spec in (*model.norms, *model.statistics, model.biases[-1]):
+        flat[spec.span] += torch.rand(spec.numel, generator=stream(1, "a", 0, spec.name)) / 4
+    ours = network(model, flat)
+    kinds = nn.Conv2d | nn.BatchNorm2d | nn.Linear
+    pairs = ([m for m in net.modules() if isinstance(m, kinds)] for net in (ours, theirs))
+    for one, other in zip(*pairs, strict=True):
+        found = {name: t for name, t in one.state_dict().items() if name in other.state_dict()}
+        other.load_state_dict(found)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for mode in (True, False):  # by the batch's own statistics, and by running ones
+        outputs = [net.double().train(mode)(x) for net in (ours, theirs)]
+        torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
+    assert model.shapes[4] == (64, 16, 16)  # behind the pool
+    assert [type(one) for one in ours.children()].count(nn.MaxPool2d) == 1
+
+
+def test_what_only_autograd_trains_is_refused_by_the_engines() -> None:
+    model = get_model("resnet50@0.0625")
+    assert model.needs_autograd
+    assert not get_model("resnet18").needs_autograd
+    assert not replace(get_model("conv2"), layers=(MaxPool(2, 2), Linear(10))).needs_autograd
+    for network_of in (VendorNetwork, lambda model, flat: Network(model, flat, 2)):
+        with pytest.raises(UsageError, match="has a max pool whose squares overlap"):
+            network_of(model, torch.zeros(1, model.params.size))
+    with pytest.raises(UsageError, match="max pool whose squares overlap"):
+        StrongConfig(model="resnet50").check()
+    plain, odd = MaxPool(3, 3), MaxPool(3, 2, 1)
+    assert (repr(plain), repr(odd)) == ("MaxPool(size=3)", "MaxPool(size=3, stride=2, padding=1)")
+    chain = Model("chain", (1, 9, 9), (MaxPool(2, 1), Linear(10)), {}, "")
+    assert chain.shapes[1] == (1, 8, 8)
+    assert not compressible(chain)
+    assert compressible(replace(chain, layers=(MaxPool(2), Linear(10))))
+
+
 COUNTS = {  # what is ranked under scope global, what stays whole
     "resnet20": (267_696, 2_560 + 640),  # Frankle & Carbin 2019, Figure 2: 274K all, 270K convolutions
     "resnet56": (848_304, 2_560 + 640),
     "resnet18": (10_987_200, 64 * 128 + 128 * 256 + 256 * 512 + 5_120),
+    "resnet50": (
+        20_686_016,
+        64 * 256 + 256 * 512 + 512 * 1024 + 1024 * 2048 + 2_048_000,
+    ),
     "vgg16": (14_710_464, 5_120),
     "vgg19": (20_018_880, 5_120),  # Figure 2: 20.0M
     "conv2": (4_300_992, 0),  # 4.3M
@@ -90,7 +136,15 @@ COUNTS = {  # what is ranked under scope global, what stays whole
     "conv6": (2_261_184, 0),
     "conv8": (5_275_840, 0),
 }
-SAID = {"resnet20": 0.27, "resnet56": 0.85, "resnet18": 11.2, "vgg19": 20.0, "vgg16": 14.7, "conv8": 5.3}
+SAID = {
+    "resnet20": 0.27,
+    "resnet56": 0.85,
+    "resnet18": 11.2,
+    "resnet50": 25.6,
+    "vgg19": 20.0,
+    "vgg16": 14.7,
+    "conv8": 5.3,
+}
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -138,6 +192,16 @@ def test_recipes_are_the_papers() -> None:
         "vgg16": (160 * (45_000 // 128), 128),
         "vgg19": (160 * (45_000 // 64), 64),
     }
+    fifty = get_model("resnet50").recipes["paper"]
+    assert (fifty.optimizer, fifty.momentum, fifty.weight_decay, fifty.augment) == (
+        "sgd",
+        0.9,
+        1e-4,
+        "crop-flip",
+    )
+    assert (fifty.steps, fifty.batch_size) == (90 * 1251, 1024)
+    epochs = [1251 * epoch for epoch in (5, 30, 60, 80)]
+    assert rates("resnet50", 0, *epochs) == pytest.approx([0.4 / 6255, 0.4, 0.04, 0.004, 0.0004])
     assert rates("resnet56", 0, 31_999, 32_000, 48_000) == pytest.approx([0.1, 0.1, 0.01, 0.001])
     assert rates("vgg16", 0, 80 * 351, 120 * 351) == pytest.approx([0.1, 0.01, 0.001])
     assert rates("vgg19", 4_999, 9_999, 80 * 703, 120 * 703) == pytest.approx([0.05, 0.1, 0.01, 0.001])
@@ -230,7 +294,7 @@ def test_ls_names_what_scope_global_leaves_out(cli: Callable[..., tuple[int, str
     lines = [line.strip() for line in out.splitlines()]
     assert "scope global leaves out conv8, conv13, conv18, fc1" in lines
     assert "--recipe paper   sgd 0.1, 35,100 steps of 128, crop-flip" in lines
-    assert len([line for line in lines if line.startswith("scope global")]) == 5
+    assert len([line for line in lines if line.startswith("scope global")]) == 6
 
 
 def test_a_name_that_means_nothing_is_said(cli: Callable[..., tuple[int, str, str]]) -> None:
