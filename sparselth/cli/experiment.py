@@ -108,7 +108,8 @@ def parameters(experiment: type[Experiment]) -> Iterator[click.Parameter]:
         yield click.Option(
             ["--price-on"],
             metavar="DEVICE",
-            help="With --dry-run: the price on a device with recorded results too, e.g. h200.",
+            help="With --dry-run: the price on a device with recorded results too, e.g. h200; or by a model "
+            "on GPUs that are not here, e.g. 8xh100 (a100, h100 or h200), with all that it assumes.",
         )
     yield from output(click.command()(lambda: None)).params
 
@@ -171,9 +172,20 @@ def _done(
     if not flags["quiet"]:
         _say("loading torch and the data ...")
 
-    from sparselth.cli.screen import Screen, plan_json, say_plan
+    from sparselth.cli.screen import Screen, cost_json, plan_json, say_cost, say_plan
+    from sparselth.experiments.cost import gpus_named, modelled
     from sparselth.experiments.run import plan, priced, run
 
+    gpus = gpus_named(other_device) if other_device else None
+    if gpus is not None:
+        assert isinstance(config, Training)
+        cost = modelled(config, *gpus)
+        if flags["as_json"]:
+            schema = f"sparselth.{experiment.name}-plan/1"
+            print(json.dumps({"schema": schema} | cost_json(config, cost), indent=2), file=results)
+        else:
+            say_cost(config, cost)
+        return None
     names = ("out", "data_dir", "workers", "replicas", "deterministic")
     arguments = {name: flags[name] for name in names if name in flags}
     if flags["dry_run"]:

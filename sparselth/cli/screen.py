@@ -11,6 +11,7 @@ from typing import Any
 from sparselth.cli.options import as_flags
 from sparselth.cli.progress import duration, progress
 from sparselth.experiments.agenda import widest
+from sparselth.experiments.cost import Cost
 from sparselth.experiments.plan import Plan, Watcher
 from sparselth.experiments.price import Price
 from sparselth.experiments.training import Training
@@ -151,4 +152,22 @@ def say_plan(plan: Plan, there: There | None = None) -> None:
         )
     for name, text in (rows | {"folder": str(plan.path)}).items():
         print(fill(text, " " * 9, f"{name:<9}"), file=sys.stderr)
+    sys.stderr.flush()
+
+
+def cost_json(config: Training, cost: Cost) -> dict[str, Any]:
+    found = {"gpus": cost.gpus, "seconds": cost.seconds, "gpu_hours": cost.gpu_hours, "busy": cost.busy}
+    found |= {"gpus_of_a_network": cost.each, "measured": False, "assumptions": cost.assumptions}
+    return {"config": config.to_json(), "cells": len(config.cells()), "price_on": found}
+
+
+def say_cost(config: Training, cost: Cost) -> None:
+    """What a run would cost on GPUs that are not here, and every assumption on a line of its own."""
+    price = f"about {duration(cost.seconds)} ({cost.seconds / 86400:,.1f} days) on {cost.gpus}"
+    rows = config.plan(None, 0) | {
+        "price": f"{price}, {cost.gpu_hours:,.0f} GPU-hours, of which GPUs train {100 * cost.busy:.0f} %",
+        "measured": "nothing of it on such GPUs: this is a model, which assumes",
+    }
+    for name, text in (rows | {f"  {name}": said for name, said in cost.assumptions.items()}).items():
+        print(fill(text, " " * 14, f"{name:<14}"), file=sys.stderr)
     sys.stderr.flush()
