@@ -23,6 +23,7 @@ from sparselth.signals import name_of
 if TYPE_CHECKING:
     from sparselth.cluster.executor import Executor
     from sparselth.cluster.grid import Grid
+    from sparselth.cluster.price import Cost
     from sparselth.cluster.sweep import Planned
 
 # of a run that are no flags of a sweep, or other ones
@@ -100,7 +101,9 @@ def _own() -> Iterator[click.Option]:
         help="Go on with the sweep in --out, or begin it, and try again what failed; flags not given are the "
         "sweep's.",
     )
-    yield click.Option(["--dry-run"], is_flag=True, help="Say what would be done, then stop.")
+    yield click.Option(
+        ["--dry-run"], is_flag=True, help="Say what would be done and what all runs cost together, then stop."
+    )
 
 
 def _main(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) -> int:
@@ -114,6 +117,7 @@ def _main(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) 
             grid.points()  # before torch and data take their seconds
             if not flags["quiet"]:
                 _say("loading torch and the data ...")
+            from sparselth.cluster import price
             from sparselth.cluster.executor import How
             from sparselth.cluster.sweep import plan_sweep
             from sparselth.cluster.sweep import sweep as run
@@ -128,13 +132,14 @@ def _main(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) 
             common["executor"] = _executor(flags)
             if flags["dry_run"]:
                 planned = plan_sweep(grid, **common, told=_say)
+                cost = price.cost(planned, how)
             else:
                 told = (lambda text: None) if flags["quiet"] else _say
                 done = run(grid, **common, told=told, note=_say)
     except KeyboardInterrupt as stop:
         raise Interrupted(f"stopped by {name_of(stop)} before anything was computed") from None
     if flags["dry_run"]:
-        _plan(planned, common["executor"], flags["as_json"])
+        _plan(planned, common["executor"], cost, flags["as_json"])
         return 0
     record, wall = done.record, done.wall
     show_sweep(record.path, flags["as_json"], vars(wall) if wall else None)
@@ -214,8 +219,9 @@ def _executor(flags: dict[str, Any]) -> Executor:
     return Local(flags["workers"])
 
 
-def _plan(planned: Planned, executor: Executor, as_json: bool) -> None:
-    """What would be done; on stdout as JSON, else on stderr."""
+def _plan(planned: Planned, executor: Executor, cost: Cost | None, as_json: bool) -> None:
+    """What would be done and what it takes; on stdout as JSON, else on stderr."""
+    from sparselth.cli.progress import duration
     from sparselth.report.page import fill
 
     layout, runs = planned.layout, planned.missing
@@ -233,6 +239,7 @@ def _plan(planned: Planned, executor: Executor, as_json: bool) -> None:
         "executor": executor.name,
         "device": planned.device,
         "workers": planned.workers,
+        "price": cost and {"seconds": cost.wall, "runs_seconds": cost.together, "runs": cost.runs},
     }
     if as_json:
         print(json.dumps(document, indent=2))
@@ -243,9 +250,16 @@ def _plan(planned: Planned, executor: Executor, as_json: bool) -> None:
         "points": "; ".join([*points][:8]) + ("; ..." if len(points) > 8 else ""),
         "runs": f"{len(layout.runs)}, {cells:,} cells; {len(runs)} runs are missing",
         "executor": f"{executor.name}, {planned.workers} at once, each on {planned.device}",
-        "folder": str(planned.path),
     }
-    for name, text in rows.items():
+    if runs:
+        rows["price"] = "not known: nothing of it was timed on such a device, or the experiment has no price"
+    if runs and cost:
+        longest = max(cost.runs.values())
+        rows["price"] = (
+            f"about {duration(cost.wall)} on {planned.workers} workers; all runs together "
+            f"{duration(cost.together)}, the longest {duration(longest)}"
+        )
+    for name, text in (rows | {"folder": str(planned.path)}).items():
         print(fill(text, " " * 9, f"{name:<9}"), file=sys.stderr)
 
 

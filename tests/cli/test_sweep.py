@@ -13,9 +13,11 @@ from inline import Inline
 
 from sparselth.cli import sweep as command
 from sparselth.cli.experiment import parameters
+from sparselth.cluster import price
 from sparselth.cluster.executor import How
 from sparselth.cluster.grid import Grid
 from sparselth.cluster.local import Local
+from sparselth.cluster.price import Cost
 from sparselth.config import EXPERIMENTS
 from sparselth.experiments.base import get_experiment
 
@@ -30,6 +32,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inline:
     executor = Inline()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "_executor", lambda flags: executor)
+    monkeypatch.setattr(price, "cost", lambda planned, how: Cost({"rate=0.2": 90.0, "rate=0.5": 30.0}, 60.0))
     return executor
 
 
@@ -123,10 +126,13 @@ def test_dry_run_writes_nothing(cli: Cli, here: Inline) -> None:
     code, out, err = cli(*RATES.split(), "--dry-run")
     assert (code, out) == (0, "")
     assert "points   rate=0.2; rate=0.5" in err
+    assert "price    about 1 min 0 s on 2 workers; all runs together 2 min 0 s, the longest" in err
     assert not Path("sweep").exists()
     planned = json.loads(cli(*RATES.split(), "--dry-run", "--json")[1])
     assert planned["schema"] == "sparselth.sweep-plan/1"
     assert planned["cells"] == 12
+    assert planned["price"]["seconds"] == 60.0
+    assert planned["price"]["runs"]["rate=0.2"] == 90.0
     assert planned["missing"] == ["rate=0.2", "rate=0.5"]
 
 
