@@ -126,6 +126,48 @@ def test_the_head_is_killed_and_a_new_one_loses_nothing(
     assert kept == {file: file.stat().st_mtime_ns for file in kept}
 
 
+def test_ray_is_gone_with_its_head_and_a_new_cluster_goes_on(
+    long: Grid, tmp_path: Path, run_contents: Contents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All processes of a cluster are killed amidst the second cell, then the sweep that hangs on it."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), *sys.path])))
+    out, quiet = tmp_path / "sweep", tmp_path / "quiet"
+    layout = begun(long, out, quiet)
+    words = [sys.executable, "-m", "sparselth", "sweep", "imp", "--resume", "--out", str(out), "--quiet"]
+    words += ["--executor", "ray", "--address"]
+    first = out / layout.runs[0].name / "cells.jsonl"
+    old = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        process = subprocess.Popen([*words, old.address], start_new_session=True, stderr=subprocess.PIPE)
+        while not (first.exists() and first.read_bytes()):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.02)
+        old.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+    finally:
+        old.shutdown()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {file: file.stat().st_mtime_ns for file in (first.parent / "cells").iterdir()}
+    assert kept
+    new = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    deadline = time.monotonic() + 60
+    try:
+        while True:  # an actor of the old one that lives for a moment longer holds its run's lock
+            done = subprocess.run([*words, new.address], capture_output=True, text=True, timeout=120)
+            if not done.returncode:
+                break
+            assert "is running this run" in done.stderr, done.stderr
+            assert time.monotonic() < deadline
+    finally:
+        new.shutdown()
+    sweep(long, out=quiet, resume=True, executor=Inline())
+    for run in layout.runs:
+        assert run_contents(out / run.name) == run_contents(quiet / run.name)
+    assert kept == {file: file.stat().st_mtime_ns for file in kept}
+
+
 def test_what_ray_cannot_do_is_one_line(cluster: Any) -> None:
     with pytest.raises(SparselthError, match="`workers` 3: expected at most 2"):
         Ray(3, cluster.address).workers("cpu")
