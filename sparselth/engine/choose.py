@@ -39,11 +39,14 @@ class Group:
     model: Model
     jobs: Sequence[Job]
     paths: Paths
-    compressed: frozenset[str] = frozenset()  # layers in the compressed domain: then it is one job
+    # of one job that trains through a chain of calls: its layers in the compressed domain, which may be none
+    compressed: frozenset[str] | None = None
 
     def enter(self, recipe: Recipe) -> None:
         """Bring the states to the form in which they train."""
-        for job in self.jobs if self.compressed else ():
+        if self.compressed is None:
+            return
+        for job in self.jobs:
             layout = Layout(self.model, job.mask, self.compressed, decays=recipe.weight_decay > 0)
             job.state.enter(layout)
 
@@ -62,7 +65,7 @@ class Group:
         if takes_autograd(self.model, self.paths):
             (job,) = self.jobs
             return AutogradNetwork(self.model, job.who, weights).measure(chunks, should_stop)
-        if not self.compressed:
+        if self.compressed is None:
             dense = DenseForward(self.model, weights, takes_vendor(self.model, self.paths))
             return measure(dense, chunks, should_stop)
         (job,) = self.jobs
@@ -101,10 +104,10 @@ def groups(
         yield from (Group(model, [job], paths) for job in jobs)
         return
     for job in jobs:
-        compressed = frozenset[str]()
+        compressed = None
         if job.frozen is None:
             compressed = compressed_layers(model, job.mask, break_even or {}, paths)
-        if compressed or trains_alone(paths, device):
+        if compressed is not None or trains_alone(paths, device):
             yield Group(model, [job], paths, compressed)
         else:
             together[job.frozen is not None].append(job)
@@ -159,10 +162,14 @@ def trains_alone(paths: Paths, device: str) -> bool:
 
 def compressed_layers(
     model: Model, mask: Tensor, break_even: Mapping[str, float], paths: Paths
-) -> frozenset[str]:
-    """The layers that are trained in the compressed domain."""
+) -> frozenset[str] | None:
+    """The layers that are trained in the compressed domain; None: the network is no chain of calls for that.
+
+    Fully connected ones are, with no layer compressed, too: dense LeNet-300-100 takes 0.78 of the time of
+    `DenseSteps`. Dense convolutions are faster through torch's own layers.
+    """
     if not compressible(model) or paths.csr_linear.takes not in ("native", "torch"):
-        return frozenset()
+        return None
     kept = model.params.kept(mask)
     found = {s.name for s in model.weights if kept[s.name] < break_even.get(s.name, 0.0) * s.numel}
     convs = {s.name: prod(after[1:]) for s, layer, _, after in model.producers if isinstance(layer, Conv)}
@@ -175,7 +182,7 @@ def compressed_layers(
         > 0
     )
     if convs and not pay and paths.masked_conv2d.takes == "vendor":
-        return frozenset()
+        return None
     return frozenset(found | set(convs) if pay else found - set(convs))
 
 

@@ -10,7 +10,7 @@ arithmetic costs. Activations are features-major as in `dense`, without the repl
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
@@ -38,6 +38,7 @@ from sparselth.kernels.sparse_conv2d import (
 from sparselth.kernels.step_parts import (
     Call,
     bind_bias_relu,
+    bind_cross_entropy,
     bind_cross_entropy_grad,
     bind_gather,
     bind_max_pool,
@@ -69,17 +70,32 @@ class CompressedForward:
             if spec.name in layout.compressed
         }
         self.chains: dict[int, Chain] = {}
+        self.ready: dict[int, Ready] = {}  # by the id of images, which stay as long as it does
 
     def sums(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         n = x.shape[2]
         if n not in self.chains:
             self.chains[n] = self.chain(n, None)
         chain = self.chains[n]
-        chain.x[:, :n] = x[0] if self.rows is None else x[0].index_select(0, self.rows)
-        chain.run()
-        loss, right = cross_entropy(chain.logits[:, :n], y[0, 0], self.kernels)
+        if len(self.model.weights[0].shape) == 2:
+            if id(x) not in self.ready:
+                self.ready[id(x)] = self._ready(chain, x, y)
+            ready = self.ready[id(x)]
+            ready.run()
+            loss, right = ready.judge()
+        else:
+            chain.x[:, :n] = x[0]
+            chain.run()
+            loss, right = cross_entropy(chain.logits[:, :n], y[0, 0], self.kernels)
         found = torch.tensor([[loss], [right]], dtype=torch.float64, device="cpu")
         return found[0], found[1]
+
+    def _ready(self, chain: Chain, x: Tensor, y: Tensor) -> Ready:
+        """Images [1, K, B] that are read at every evaluation, as a fully connected layer takes them."""
+        n, own = x.shape[2], torch.zeros_like(chain.x)
+        own[:, :n] = x[0] if self.rows is None else x[0].index_select(0, self.rows)
+        judge = bind_cross_entropy(chain.logits[:, :n], y[0, 0], self.kernels)
+        return Ready(x, chain.reading(own), judge)
 
     def chain(self, batch: int, grad: Tensor | None) -> Chain:
         pixels = len(self.layout.inputs) if self.rows is None else len(self.rows)
@@ -90,6 +106,15 @@ class CompressedForward:
         if first and self.rows is not None:
             mask = mask[:, self.rows]
         return make_index(spec, layer, before, mask, first)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A chain that reads images where they lie; to lay them out every time took as long as the products."""
+
+    images: Tensor
+    run: Call
+    judge: Callable[[], tuple[float, int]]
 
 
 class CompressedSteps:
@@ -230,6 +255,8 @@ class Chain:
                     kernels,
                 )
                 forward = product.forward(ends, layout.view(weights, bias), relu)
+                if not forwards:
+                    self._first = product, ends, layout.view(weights, bias), relu
                 backward = product.backward(ends) if grad is not None else []
                 if relu and dy is not None:
                     shape = *after, columns
@@ -247,6 +274,12 @@ class Chain:
             calls += [call for layer in reversed(backwards) for call in layer]
         self.calls = calls  # by name, for a profile
         self.run = sequence([call for _, call in calls])
+
+    def reading(self, x: Tensor) -> Call:
+        """`run` on images [pixels, columns] that lie elsewhere, in a network that begins with a product."""
+        product, ends, bias, relu = self._first
+        first = product.forward(replace(ends, x=x), bias, relu)
+        return sequence([*first, *(call for _, call in self.calls[len(first) :])])
 
 
 def _pool(

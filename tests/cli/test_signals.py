@@ -16,7 +16,7 @@ from forks import Break, Ended, ask, command, small
 from sparselth import data
 from sparselth.data.batches import Batches
 from sparselth.engine import break_even
-from sparselth.engine.batch import DenseForward
+from sparselth.engine.compressed import CompressedForward
 from sparselth.experiments import jobs, pool, worker
 from sparselth.experiments.imp import ImpConfig
 
@@ -59,7 +59,7 @@ PHASES: dict[str, tuple[Any, str, str]] = {
         "{run}",
     ),
     "evaluation": (
-        partial(slow, DenseForward, "sums", seconds=0.3, calls=2),
+        partial(slow, CompressedForward, "sums", seconds=0.3, calls=2),
         "worker",
         "; 0 of 2 cells are finished, 1 under way are saved in {run}",
     ),

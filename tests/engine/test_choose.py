@@ -43,8 +43,9 @@ def test_layers_without_kernels_or_gain_stay_dense() -> None:
     paths = choose("auto", "cpu")
     mask = job(LENET, 0.1).mask
     assert compressed_layers(LENET, mask, every(LENET), paths)
-    assert not compressed_layers(LENET, mask, {}, paths)
-    assert not compressed_layers(LENET, mask, every(LENET), choose("reference", "cpu"))
+    assert compressed_layers(LENET, mask, {}, paths) == frozenset()  # a chain of calls, all dense
+    assert compressed_layers(LENET5, job(LENET5, 1.0).mask, {}, paths) is None
+    assert compressed_layers(LENET, mask, every(LENET), choose("reference", "cpu")) is None
     pooled = Model("pooled", (1, 28, 28), (Conv(2, 3), MaxPool(3), Linear(10)), {}, "")
     mask = job(pooled, 0.1).mask
     assert not compressed_layers(pooled, mask, every(pooled), paths)
@@ -75,7 +76,7 @@ def test_the_engine_is_that_of_mask_and_paths(few: Resident) -> None:
         return type(steps), type(steps.network) if isinstance(steps, DenseSteps) else None
 
     assert engine(LENET, 0.1, "auto", 0.3) == (CompressedSteps, None)
-    assert engine(LENET, 0.5, "auto", 0.3) == (DenseSteps, Network)
+    assert engine(LENET, 0.5, "auto", 0.3) == (CompressedSteps, None)  # with no layer compressed
     assert engine(LENET5, 0.5, "auto", 0.3) == (DenseSteps, VendorNetwork)
     assert engine(LENET5, 0.1, "auto", 0.3) == (CompressedSteps, None)
     assert engine(LENET5, 0.1, "reference", 0.3) == (DenseSteps, Network)

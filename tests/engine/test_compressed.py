@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Resident
+from sparselth.engine.batch import DenseForward
+from sparselth.engine.compressed import CompressedForward
 from sparselth.engine.dense import init_weights
-from sparselth.engine.state import Job, State
+from sparselth.engine.layout import Layout
+from sparselth.engine.state import Job, State, measure
 from sparselth.kernels import _native
 from sparselth.models import Conv, Linear, MaxPool, Model, ReLU, get_model
 from sparselth.runs import RunRecord
@@ -118,6 +121,23 @@ def test_random_networks_and_mixes_of_layers(
         states.append(state)
     assert close(found[0].weights, expected[0].weights)
     assert close(found[0].moments[0], expected[0].moments[0], 1e-4)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.0])
+@pytest.mark.parametrize("kernels", LIBRARIES)
+def test_images_stay_laid_out_and_weights_do_not(kernels: str, share: float, digits: Resident) -> None:
+    state, mask = start(LENET, ADAM, 0.1)
+    names = frozenset(spec.name for spec in LENET.weights if share)
+    layout = Layout(LENET, mask, names)
+    layout.leave_out(state.weights)
+    weights = layout.compress(state.weights)
+    forward = CompressedForward(LENET, layout, weights, kernels)
+    for chunks in (digits.validation(0), digits.validation(1), digits.test(), digits.validation(0)):
+        weights *= 1.5
+        found = measure(forward, chunks)
+        loss, accuracy = measure(DenseForward(LENET, layout.expand(weights), False), chunks)
+        assert found[0] == pytest.approx(loss, rel=1e-5)
+        assert found[1] == pytest.approx(accuracy, abs=2e-3)
 
 
 @pytest.mark.parametrize(("stop", "step"), [(1, 1), (6, 6), (7, 6), (9, 7)])
