@@ -91,6 +91,15 @@ def parameters(experiment: type[Experiment]) -> Iterator[click.Parameter]:
             help="The same bits whoever trains beside a network: on CUDA our kernels alone, modules of "
             "torch's one by one; on a CPU so unless --replicas is given.",
         )
+    if issubclass(experiment, Training) and experiment.compute is Training.compute:
+        yield click.Option(
+            ["--split"],
+            type=int,
+            default=1,
+            metavar="N",
+            help="Let N workers train each network together, every batch split over them (DDP), where one "
+            "network fills more than a device; see docs/clusters.md.",
+        )
     words = [] if experiment.name == "imp" else [experiment.name]
     words += [metavar(f) for f in named if f.metadata["argument"]]
     words += ["model", "dataset", "hash"] if trains else ["hash"]
@@ -186,7 +195,7 @@ def _done(
         else:
             say_cost(config, cost)
         return None
-    names = ("out", "data_dir", "workers", "replicas", "deterministic")
+    names = ("out", "data_dir", "workers", "replicas", "deterministic", "split")
     arguments = {name: flags[name] for name in names if name in flags}
     if flags["dry_run"]:
         planned = plan(config, **arguments, note=_say)

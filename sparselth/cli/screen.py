@@ -96,6 +96,7 @@ def plan_json(plan: Plan, there: There | None) -> dict[str, Any]:
         "workers": plan.workers,
         "ranks": plan.ranks,
         "replicas": plan.limit,
+        "split": plan.split,
         "seconds": plan.seconds,
         "bytes": plan.bytes,
     }
@@ -125,12 +126,15 @@ def say_plan(plan: Plan, there: There | None = None) -> None:
         used = f"{plan.workers} of " * (plan.workers < plan.ranks)  # no more can run side by side
         each = "a GPU each" if config.device == "cuda" else "one thread each"
         place = f"{plan.workers} workers on {used}{plan.ranks} ranks, {each}"
+    if plan.split > 1:
+        place += f"; each network over {plan.split} workers"
     rows = config.plan(plan.images, len(plan.finished)) | {"device": f"{config.device} ({plan.why}), {place}"}
     if limit > 1 or config.device == "cuda":
         rows["batches"] = f"up to {limit} networks at once, of {together} that could run side by side"
     if price and plan.seconds is not None and plan.bytes is not None:
         first, last = (1e3 * price.batches[1] * price.levels[level] for level in (0, -1))
-        step = f"{first:.2f} ms a step" + (f", {last:.2f} at the last level" if last < first else "")
+        step = f"{first:.2f} ms a step" + ", without sending" * (plan.split > 1)
+        step += f", {last:.2f} at the last level" if last < first else ""
         if limit > 1 and limit in price.batches:
             step += f", {1e3 * price.batches[limit]:.2f} of {limit}"
         size = f"{plan.bytes / 1e9 + 0.2:.1f} GB of memory"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sparselth.cluster.sweep import Planned
 
 # of a run that are no flags of a sweep, or other ones
-OTHERS = ("workers", "out", "resume", "dry_run", "price_on", "grid")
+OTHERS = ("workers", "split", "out", "resume", "dry_run", "price_on", "grid")
 
 
 class SweepGroup(click.Group):

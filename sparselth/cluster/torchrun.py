@@ -133,6 +133,10 @@ class Group:
     def _key(self, name: str) -> str:
         return f"sparselth/{self.restarts}/{name}"
 
+    def shared(self, name: str) -> tuple[tuple[str, int], str]:
+        """Where any process finds the store, and what a name of this start of the ranks is there."""
+        return (self.host, self.port), self._key(name)
+
     def call(self) -> Listener:
         """By rank 0: the others are needed, and called to a listener."""
         store, listener = self.store, Listener(self.host, 4 * self.size)

@@ -101,9 +101,11 @@ class Resident:
         """Memory that the images take, on their device."""
         return self.images.nbytes
 
-    def batches(self, replicas: Sequence[Cell], batch: int, augment: str = "none") -> Batches:
-        """Training batches of these replicas."""
-        return Batches(self, replicas, batch, augment)
+    def batches(
+        self, replicas: Sequence[Cell], batch: int, augment: str = "none", share: slice | None = None
+    ) -> Batches:
+        """Training batches of these replicas, or that share of each."""
+        return Batches(self, replicas, batch, augment, share)
 
     def shown(self, index: Tensor) -> Chunk:
         """Training images by their indices as they are looked at, x [B, *shape], and labels [B, ...]."""
@@ -219,12 +221,21 @@ class Batches:
     """Training batches of R replicas: `at(step)` and `first(step)` give what `gather` makes of its images.
 
     The images behind the last full batch of an epoch are left out of that epoch. With `augment` an index
-    tells how its image is moved, too (`Gather`).
+    tells how its image is moved, too (`Gather`). With `share` only that part of each batch is given.
     """
 
-    def __init__(self, data: Resident, replicas: Sequence[Cell], batch: int, augment: str = "none") -> None:
+    def __init__(
+        self,
+        data: Resident,
+        replicas: Sequence[Cell],
+        batch: int,
+        augment: str = "none",
+        share: slice | None = None,
+    ) -> None:
         check_batch(batch, len(data.labels))
         self.data, self.replicas, self.batch, self.augment = data, replicas, batch, augment
+        self.share = share or slice(0, batch)
+        self.size = self.share.stop - self.share.start  # of what is given
         self.steps_per_epoch = data.n_train // batch
         self.split = [data.split(replica.seed)[0] for replica in replicas]
         self.epoch = -1
@@ -232,14 +243,22 @@ class Batches:
 
     @cached_property
     def gather(self) -> Gather:
-        return Gather(self.data, len(self.replicas), self.batch, self.augment)
+        return Gather(self.data, len(self.replicas), self.size, self.augment)
 
     def index(self, step: int) -> Tensor:
-        """Image indices of the batches of a step, [R * B]."""
+        """Image indices of the batches of a step, or of their share, [R * B]."""
+        return self._of(step)[:, self.share].flatten()
+
+    def labels(self, step: int) -> Tensor:
+        """Labels of the whole batches of a step, [R, B, ...]."""
+        return self.data.labels[self._of(step) % len(self.data.labels)]
+
+    def _of(self, step: int) -> Tensor:
+        """Image indices of the whole batches of a step, [R, B]."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.order, self.epoch = self.draw(epoch).to(self.data.device), epoch
-        return self.order[:, place].flatten()
+        return self.order[:, place]
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         return self.gather(self.index(step))

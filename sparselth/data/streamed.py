@@ -131,8 +131,10 @@ class Streamed(Resident):
     def n_test(self) -> int:
         return len(self.test_labels)
 
-    def batches(self, replicas: Sequence[Cell], batch: int, augment: str = "none") -> Batches:
-        return StreamedBatches(self, replicas, batch, augment)
+    def batches(
+        self, replicas: Sequence[Cell], batch: int, augment: str = "none", share: slice | None = None
+    ) -> Batches:
+        return StreamedBatches(self, replicas, batch, augment, share)
 
     def shown(self, index: Tensor) -> Chunk:
         x, y = zip(*self._looked(index.cpu()), strict=True)
@@ -215,12 +217,12 @@ class Places(Batches):
     Processes are told of it ahead of training: if it held what holds them, they would not end with that.
     """
 
-    def index(self, step: int) -> Tensor:
-        """Places of the images of a step, [R * B], on the CPU."""
+    def _of(self, step: int) -> Tensor:
+        """Places of the images of whole batches of a step, [R, B], on the CPU."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.order, self.epoch = self.draw(epoch), epoch
-        return self.order[:, place].flatten()
+        return self.order[:, place]
 
     def wanted(self, step: int, crops: bool) -> Iterator[Wanted]:
         """What the steps from one on want, piece by piece."""
@@ -235,7 +237,8 @@ class Places(Batches):
         found = list[int]()
         for who in self.replicas:
             generator = stream(who.seed, who.arm, who.level, f"crops/{step}", who.draw)
-            found += torch.randint(2**63 - 1, (self.batch,), generator=generator, device="cpu").tolist()
+            drawn = torch.randint(2**63 - 1, (self.batch,), generator=generator, device="cpu")
+            found += drawn[self.share].tolist()
         return found
 
 
@@ -244,11 +247,18 @@ class StreamedBatches(Batches):
 
     data: Streamed
 
-    def __init__(self, data: Streamed, replicas: Sequence[Cell], batch: int, augment: str = "none") -> None:
-        super().__init__(data, replicas, batch)
-        self.places, self.crops = Places(data, replicas, batch), augment != "none"
+    def __init__(
+        self,
+        data: Streamed,
+        replicas: Sequence[Cell],
+        batch: int,
+        augment: str = "none",
+        share: slice | None = None,
+    ) -> None:
+        super().__init__(data, replicas, batch, share=share)
+        self.places, self.crops = Places(data, replicas, batch, share=share), augment != "none"
         self.next, self.pieces = -1, iter(list[Decoded]())
-        self.each = -(-len(replicas) * batch // PIECE)  # pieces of a step
+        self.each = -(-len(replicas) * self.size // PIECE)  # pieces of a step
 
     def first(self, step: int) -> tuple[Tensor, Tensor]:
         """The batches of a step, x [R, B, C, H, W] with channels last in memory, and labels [R, B]."""
@@ -260,5 +270,5 @@ class StreamedBatches(Batches):
         self.next = step + 1
         places = torch.tensor([place for _, some in found for place in some], device="cpu")
         x = self.data.scaled(torch.cat([rows for rows, _ in found]))
-        y, shape = self.data.labels[places.to(self.data.device)], (len(self.replicas), self.batch)
+        y, shape = self.data.labels[places.to(self.data.device)], (len(self.replicas), self.size)
         return x.view(*shape, *x.shape[1:]), y.view(shape)

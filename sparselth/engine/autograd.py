@@ -20,6 +20,7 @@ from sparselth.data.batches import Chunk
 from sparselth.engine.memory import Held, is_out_of_memory
 from sparselth.engine.paths import Paths
 from sparselth.engine.state import Batch, Stopped, never
+from sparselth.engine.team import Team, synchronise
 from sparselth.engine.update import bind_update
 from sparselth.errors import SparselthError
 from sparselth.models import Model
@@ -65,11 +66,18 @@ def judges(model: Model) -> tuple[Judge | None, Judge | None]:
     return (model.loss, model.accuracy) if isinstance(model, ModuleModel) else (None, None)
 
 
-def mean_loss(model: Model, output: Tensor, target: Tensor) -> Tensor:
-    """The loss whose gradient trains, a number."""
+def mean_loss(model: Model, output: Tensor, target: Tensor, whole: Tensor | None = None) -> Tensor:
+    """The loss whose gradient trains, a number.
+
+    Where targets are a share of the `whole` batch, that share of its mean: the sum over shares is the loss.
+    """
     if (loss := judges(model)[0]) is not None:
-        return one_number("loss", loss(output, target))
-    return F.cross_entropy(output.flatten(0, -2), target.flatten())
+        found = one_number("loss", loss(output, target))
+        return found if whole is None else found * (len(target) / len(whole))
+    output, target = output.flatten(0, -2), target.flatten()
+    if whole is None:
+        return F.cross_entropy(output, target)
+    return F.cross_entropy(output, target, reduction="sum") / (whole != IGNORED).sum()
 
 
 def sums(model: Model, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -130,24 +138,34 @@ class AutogradNetwork:
 
     @torch.no_grad()
     def measure(
-        self, chunks: Sequence[Chunk], should_stop: Callable[[], bool] = never
+        self, chunks: Sequence[Chunk], should_stop: Callable[[], bool] = never, team: Team | None = None
     ) -> tuple[list[float], list[float]]:
-        """(loss, accuracy) in evaluation mode, a list of one each; Stopped where `should_stop` says so."""
-        found, who, device = [], self.who, str(self.flat.device)
+        """(loss, accuracy) in evaluation mode, a list of one each; Stopped where `should_stop` says so.
+
+        Of a team each takes its turn at a chunk, and all come to the same.
+        """
+        found, who, device = list[tuple[Any, Any, int]](), self.who, str(self.flat.device)
+        size, rank = (team.size, team.rank) if team else (1, 0)
+        own = iter(chunks[rank::size])
         self.net.eval()
         with drawing_apart(device), errors_named(self.model, "evaluation"):
             seed_everything(number(who.seed, who.arm, who.level, "evaluation", who.draw), device)
-            for x, y in chunks:
+            for _ in range(0, len(chunks), size):
                 if should_stop():
                     raise Stopped
-                found.append(sums(self.model, self(x), y))
-        total = sum(count for *_, count in found)
-        loss, right = (sum(column) / total for column in (*zip(*found, strict=True),)[:2])
-        return [float(loss)], [float(right)]
+                if chunk := next(own, None):
+                    x, y = chunk
+                    found.append(sums(self.model, self(x), y))
+        loss, right, total = (sum(column) for column in zip(*found, strict=True)) if found else (0.0, 0.0, 0)
+        if team:
+            of_all = torch.tensor([loss, right, total], dtype=torch.float64, device="cpu")
+            team.add(of_all)
+            loss, right, total = of_all
+        return [float(loss / total)], [float(right / total)]
 
 
 class AutogradSteps:
-    """The steps of one job; see `engine.state.Steps`."""
+    """The steps of one job; see `engine.state.Steps`. Of a team each takes its share of every batch."""
 
     many = 1
 
@@ -157,7 +175,11 @@ class AutogradSteps:
         self.batch, self.job, self.recipe = batch, job, recipe
         self.grad = torch.zeros(1, n, dtype=torch.float32, device=batch.weights.device)
         self.network = AutogradNetwork(model, job.who, batch.weights, self.grad)
-        self.batches = batch.data.batches(batch.who, recipe.batch_size, recipe.augment)
+        self.team, share = job.team, None
+        if self.team:
+            share = self.team.share(recipe.batch_size)
+            synchronise(self.network.net, self.team)
+        self.batches = batch.data.batches(batch.who, recipe.batch_size, recipe.augment, share)
         live = None if int(job.mask.sum()) == model.params.prunable else batch.mask
         moments = [moment[:, :n] for moment in batch.moments]
         self.update, size = bind_update(batch.weights[:, :n], self.grad, moments, live, recipe, batch.paths)
@@ -165,22 +187,28 @@ class AutogradSteps:
 
     def advance(self, step: int, steps: int, should_stop: Callable[[], bool]) -> int:
         who, network, device = self.job.drawn, self.network, self.batches.data.device
-        start, taken = self.job.start_step, 0
+        start, taken, team, whole = self.job.start_step, 0, self.team, None
+        aside = team.aside if team else ""
         network.net.train()
         with drawing_apart(device), errors_named(network.model, "training"):
             while taken < steps and not should_stop():
                 now = step + taken
-                seed_everything(number(who.seed, who.arm, who.level, f"step/{now}", who.draw), device)
+                seed_everything(number(who.seed, who.arm, who.level, f"step/{now}{aside}", who.draw), device)
                 x, y = self.batches.first(now)
+                if team:
+                    whole = self.batches.labels(now)[0]
                 self.grad.zero_()
-                mean_loss(network.model, network(x[0]), y[0]).backward()  # type: ignore[no-untyped-call]
+                mean_loss(network.model, network(x[0]), y[0], whole).backward()  # type: ignore[no-untyped-call]
+                if team:
+                    team.add(self.grad)
                 self.update(now - start + 1, self.recipe.lr_at(now))
                 taken += 1
         network.keep()
         return taken
 
     def measure(self, should_stop: Callable[[], bool] = never) -> tuple[list[float], list[float]]:
-        return self.network.measure(self.batch.data.validation_first(self.job.who.seed), should_stop)
+        chunks = self.batch.data.validation_first(self.job.who.seed)
+        return self.network.measure(chunks, should_stop, self.team)
 
     def memory(self) -> Held:
         return self.batch.held(self.grad, self.batches)

@@ -64,7 +64,7 @@ class Group:
         """(loss, accuracy) of weights [R, P] under the jobs' masks, each a list of R; may raise Stopped."""
         if takes_autograd(self.model, self.paths):
             (job,) = self.jobs
-            return AutogradNetwork(self.model, job.who, weights).measure(chunks, should_stop)
+            return AutogradNetwork(self.model, job.who, weights).measure(chunks, should_stop, job.team)
         if self.compressed is None:
             dense = DenseForward(self.model, weights, takes_vendor(self.model, self.paths))
             return measure(dense, chunks, should_stop)

@@ -15,6 +15,7 @@ from sparselth.data.batches import Chunk, Resident
 from sparselth.engine.layout import Layout
 from sparselth.engine.memory import Held
 from sparselth.engine.paths import Paths
+from sparselth.engine.team import Team
 from sparselth.frozen import Frozen, effective
 from sparselth.models import Model
 
@@ -107,7 +108,8 @@ class Job:
     optimizer started at (its own count begins there; the learning rate is that of the true step); weights
     are copied to `state.kept_weights` when `keep_step` is reached. A job that diverges says why, and its
     state stays where it was noticed. With `frozen` scores are trained, and no weights; then the mask is full.
-    Its data order and all else that training draws are those of `draws`, where that is not who it is.
+    Its data order and all else that training draws are those of `draws`, where that is not who it is. Where a
+    `team` trains it, all workers of that have it, and take its steps at one time.
     """
 
     who: Cell
@@ -118,6 +120,7 @@ class Job:
     diverged: str | None = None
     frozen: Frozen | None = None
     draws: Cell | None = None
+    team: Team | None = None
 
     @property
     def drawn(self) -> Cell:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sparselth.data import Images
     from sparselth.data.batches import Resident
     from sparselth.engine.state import Job
+    from sparselth.engine.team import Team
     from sparselth.runs import RunRecord
 
 E = TypeVar("E", bound=type["Experiment"])
@@ -51,7 +52,13 @@ class Place:
     data: Resident | None  # of experiments that read one
     break_even: Mapping[str, float]
     evaluated: Callable[[Sequence[Job]], None] = lambda jobs: None
-    should_stop: Callable[[], bool] = lambda: False
+    should_stop: Callable[[], bool] = lambda: False  # of a team all are told the same
+    team: Team | None = None  # the workers that compute each of the cells together
+
+    @property
+    def leads(self) -> bool:
+        """Whether files are written here, and cells reported."""
+        return self.team is None or self.team.leads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,8 @@ def job(
     """
     assert place.data is not None
     (mask, weights), device = start, place.data.device
+    if place.team:
+        place.team.follow(mask, weights)
     weights[: len(mask)] *= mask
     generations = None
     if frozen is not None and METHODS[frozen.method].has_generations:
@@ -52,7 +54,7 @@ def job(
         with suppress(SparselthError):  # what is none is as good as nothing: the cell begins again
             found = _load_state(checkpoint, device, 32 * weights.numel() + CHECKPOINT_BYTES)
             state = found if _goes_on(found, state, recipe, keep_step) else state
-    return Job(cell, state, mask.to(device), start_step, keep_step, frozen=frozen)
+    return Job(cell, state, mask.to(device), start_step, keep_step, frozen=frozen, team=place.team)
 
 
 Finish = Callable[[Model, Job, Place, dict[str, Any], float, float], Finished]
@@ -104,14 +106,15 @@ def train(
 ) -> list[Finished | Diverged] | None:
     """Train cells together and write their files; None when stopped, after checkpoints were written.
 
-    `where` they come from is what their files say of it, beside the cell; `finish` writes one and reports.
+    `where` they come from is what their files say of it, beside the cell; `finish` writes one and reports. Of
+    a team who leads does both, and masks and weights are checked to be the same on all before and after.
     """
     assert place.data is not None
     saved, asked, paused = time.monotonic(), 0, False
 
     def save(some: Sequence[Job]) -> None:
         nonlocal saved
-        for job in some:
+        for job in some if place.leads else ():
             if job.diverged is None:
                 save_state(checkpoint_path(place.run, job.who), job.state.expanded(), where)
         saved = time.monotonic()
@@ -126,8 +129,11 @@ def train(
         nonlocal asked, paused
         asked += 1
         paused = asked > 1 and time.monotonic() - saved > PAUSE_SECONDS
+        if place.team:
+            paused = place.team.agree(paused)
         return paused
 
+    _check_teams(jobs)
     while not all(is_done(job, recipe) for job in jobs):
         asked, paused = 0, False
         fit(
@@ -146,6 +152,7 @@ def train(
             if not paused or place.should_stop():
                 return None
     going = [job for job in jobs if job.diverged is None]
+    _check_teams(going)
     try:
         accuracies = accuracies_on_test(
             model, place.data, going, kernels, place.break_even, place.should_stop
@@ -153,11 +160,22 @@ def train(
     except Stopped:
         save(jobs)
         return None
+    if not place.leads:
+        return []
     pairs = zip(going, accuracies, strict=True)
     return [
         *(Diverged(job.who, job.diverged) for job in jobs if job.diverged),
         *(finish(model, job, place, where, *pair) for job, pair in pairs),
     ]
+
+
+def _check_teams(jobs: Sequence[Job]) -> None:
+    """Raise SparselthError where the workers of a team do not hold the same network."""
+    for job in jobs:
+        if job.team is not None:
+            stand = torch.tensor([job.state.step, job.state.best_step], device="cpu")
+            job.team.check(job.who, "mask", [job.mask])
+            job.team.check(job.who, "weights", [stand, job.state.weights, *job.state.moments])
 
 
 def save_state(file: Path, state: State, where: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ class Plan:
     lost: frozenset[Cell] = frozenset()  # that have diverged, or need one that has
     price: Price | None = None  # of experiments that train
     ranks: int = 1  # processes that torchrun or srun started for it
+    split: int = 1  # workers that train a network together
 
     @property
     def seconds(self) -> float | None:
@@ -43,7 +44,7 @@ class Plan:
             return None if unknown or not known else max(*known, sum(known) / self.workers)
         if self.price is None:
             return None
-        alone = self.price.run_seconds(self.config, done, self.workers, self.limit)
+        alone = self.price.run_seconds(self.config, done, self.workers // self.split, self.limit)
         return alone * self.price.slowdown(self.workers)
 
     @property

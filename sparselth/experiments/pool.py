@@ -1,15 +1,17 @@
 """Batches of cells over workers: processes of this machine and, under torchrun or srun, of other ranks.
 
-Only this process writes the run's lines; a worker writes the files of its cells, then reports. A batch for
-which memory is short is halved. A signal asks workers to save; one that cannot within GRACE, because a step
-is long, is killed: its cells go on from their last checkpoint.
+Only this process writes the run's lines; a worker writes the files of its cells, then reports. Where networks
+are split, cells go to teams of workers: the first of a team leads and reports, from the others errors alone
+are heard. A batch for which memory is short is halved. A signal asks workers to save; one that cannot within
+GRACE, because a step is long, is killed with its team: the cells go on from their last checkpoint.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +21,7 @@ from sparselth.cluster import torchrun
 from sparselth.config import Cell
 from sparselth.data import Images
 from sparselth.diverged import in_need
+from sparselth.engine.team import Parted, Seat
 from sparselth.errors import Interrupted, SparselthError
 from sparselth.experiments.agenda import Agenda
 from sparselth.experiments.base import Diverged, Experiment
@@ -31,6 +34,7 @@ from sparselth.machine import cores
 from sparselth.runs import RunFolder, checkpoint_path
 
 GRACE = 1.2  # seconds from a signal until a worker must have come to an end of a step or of a chunk of images
+CAUSE = 2.0  # seconds in which the end of a worker is seen behind the errors of its team
 
 
 class Pool(Processes):
@@ -44,16 +48,18 @@ class Pool(Processes):
         workers: int,
         break_even: Mapping[str, float],
         ranks: Ranks | None = None,
+        split: int = 1,
     ) -> None:
         own = ranks.share(workers, 0) if ranks else workers
         super().__init__(Work(config, images, run, break_even), own)
-        self.config, self.workers, self.ranks = config, workers, ranks
+        self.config, self.workers, self.ranks, self.split = config, workers, ranks, split
         self.hands: list[Hand] = []
 
     def __enter__(self) -> Self:
         super().__enter__()
         pairs = enumerate(zip(self.connections, self.processes, strict=True))
-        self.hands = [Hand(f"worker {number}", *pair) for number, pair in pairs]
+        of = " of rank 0" if self.ranks else ""
+        self.hands = [Hand(f"worker {number}{of}", *pair) for number, pair in pairs]
         if self.ranks:
             try:
                 self.hands += self.ranks.call(self.work, self.workers)
@@ -68,9 +74,9 @@ class Pool(Processes):
         super().end(patience)
 
     def price(self, limit: int) -> tuple[Price, int]:
-        """Measure what a batch of up to `limit` networks costs, and how many fit into memory."""
-        self.hands[0].connection.send(limit)
-        kind, value = self._receive(0)
+        """Measure what a batch of up to `limit` networks costs a worker, and how many fit into memory."""
+        self.hands[0].connection.send((limit, self.split))
+        kind, value = _received(self.hands[0])
         if kind == "failed":
             raise value
         price, fits = value
@@ -83,8 +89,8 @@ class Pool(Processes):
         Raises Interrupted after a signal, or what a cell raised.
         """
         agenda = Agenda(self.config, folder.finished, folder.diverged)
-        busy: dict[int, list[Cell]] = {}
-        saving: set[int] = set()  # workers that have come to an end of a step and write checkpoints
+        busy: dict[int, list[Cell]] = {}  # by team, which is one worker unless networks are split
+        saving: set[int] = set()  # teams that have come to an end of a step and write checkpoints
         saved, cut, lost, told, passed_on = 0, 0, 0, False, False
         failure: BaseException | None = None
         caught: list[tuple[str, float]] = []
@@ -93,20 +99,21 @@ class Pool(Processes):
             caught.append((name, time.monotonic()))
             self.stop.value = True
 
-        with signals.asked_to_stop(ask):
+        with signals.asked_to_stop(ask), self._teams() as teams:
             while True:
-                for worker, hand in enumerate(self.hands):
+                for worker, hands in enumerate(teams):
                     if worker in busy or self.stop.value:
                         continue
-                    if not (cells := agenda.next(limit, sum(w not in busy for w in range(len(self.hands))))):
+                    if not (cells := agenda.next(limit, len(teams) - len(busy))):
                         break
                     busy[worker] = cells
                     watcher.started(worker, cells)
-                    with suppress(OSError):  # the next receive tells how the worker ended
-                        hand.connection.send(cells)
+                    for hand in hands:
+                        with suppress(OSError):  # the next receive tells how the worker ended
+                            hand.connection.send(cells)
                 if not busy:
                     break
-                ready = wait([one for w in busy for one in self.hands[w].awaited], timeout=0.25)
+                ready = wait([one for w in busy for hand in teams[w] for one in hand.awaited], timeout=0.25)
                 watcher.tick()
                 if watcher.stopped_by and not caught:
                     ask(watcher.stopped_by)
@@ -115,13 +122,17 @@ class Pool(Processes):
                     passed_on = True
                 if caught and time.monotonic() - caught[0][1] > GRACE:
                     for worker in busy.keys() - saving:
-                        self.hands[worker].kill()
+                        for hand in teams[worker]:
+                            hand.kill()
                         cut += len(busy.pop(worker))
                     if busy and not told:
                         watcher.stopping()
                         told = True
-                for worker in [w for w in busy if self.hands[w].connection in ready or self.hands[w].ended]:
-                    kind, value = self._receive(worker)
+                heard = [(w, h) for w in busy for h in teams[w] if h.connection in ready or h.ended]
+                for worker, hand in heard:
+                    if worker not in busy:  # another of its team has ended it
+                        continue
+                    kind, value = _received(hand)
                     match kind:
                         case "evaluated":
                             watcher.evaluated(worker, *value)
@@ -152,23 +163,57 @@ class Pool(Processes):
                                     watcher.diverged(worker, done, without)
                         case "failed":
                             del busy[worker]
-                            failure, self.stop.value = failure or value, True
+                            failure, self.stop.value = failure or _cause(value, teams[worker]), True
         if failure:
             raise failure
         if folder.missing:
             raise stopped(folder, caught[0][0] if caught else "its caller", saved, cut, lost)
         folder.complete()
 
-    def _receive(self, worker: int) -> tuple[str, Any]:
-        hand = self.hands[worker]
-        try:
-            message: tuple[str, Any] = hand.connection.recv()
-        except (EOFError, OSError):  # also in the middle of a message, or a host that is gone
-            return "failed", SparselthError(
-                f"{hand.name} ended without a result{hand.how()}; what is finished is kept, "
-                "continue with `resume`"
-            )
-        return message
+    @contextmanager
+    def _teams(self) -> Iterator[list[list[Hand]]]:
+        """The workers by the networks that they train; where these are several each is told its seat."""
+        starts = range(0, len(self.hands) - self.split + 1, self.split)
+        found = [self.hands[start : start + self.split] for start in starts]
+        if self.split == 1:
+            yield found
+            return
+        with tempfile.TemporaryDirectory(prefix="sparselth-") as folder:
+            for team, hands in enumerate(found):
+                store: str | tuple[str, int] = f"{folder}/{team}"
+                name, names = f"team/{team}", tuple(hand.name for hand in hands)
+                if self.ranks:
+                    store, name = self.ranks.group.shared(name)
+                for rank, hand in enumerate(hands):
+                    with suppress(OSError):
+                        hand.connection.send(Seat(store, name, names, rank))
+            yield found
+
+
+def _received(hand: Hand) -> tuple[str, Any]:
+    """What a worker says next, or that it has ended."""
+    try:
+        message: tuple[str, Any] = hand.connection.recv()
+    except (EOFError, OSError):  # also in the middle of a message, or a host that is gone
+        return "failed", SparselthError(
+            f"{hand.name} ended without a result{hand.how()}; what is finished is kept, "
+            "continue with `resume`"
+        )
+    return message
+
+
+def _cause(error: BaseException, hands: list[Hand]) -> BaseException:
+    """Why a team has failed: of several errors the one that was before the others. The team is ended."""
+    until = time.monotonic() + CAUSE
+    while isinstance(error, Parted) and (left := until - time.monotonic()) > 0:
+        ready = wait([one for hand in hands for one in hand.awaited], left)
+        for hand in [hand for hand in hands if hand.connection in ready or hand.ended]:
+            kind, value = _received(hand)
+            if kind == "failed" and not isinstance(value, Parted):
+                error = value
+    for hand in hands if len(hands) > 1 else ():
+        hand.kill()
+    return error
 
 
 def stopped(folder: RunFolder, who: str, saved: int = 0, cut: int = 0, lost: int = 0) -> Interrupted:

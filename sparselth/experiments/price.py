@@ -189,13 +189,13 @@ def _line(points: dict[int, float], x: int) -> float:
 
 
 def measured(
-    config: Training, data: Resident, break_even: Mapping[str, float], limit: int
+    config: Training, data: Resident, break_even: Mapping[str, float], limit: int, split: int = 1
 ) -> tuple[Price, int]:
     """Time a few steps of one dense network and of as many as train at once, and, where sparse is cheaper,
     of sparse ones; and a batch of an evaluation. Nothing of it is kept. Also how many replicas fit into
-    memory.
+    memory. With `split` it is a worker's share of these, and what workers send each other is not counted.
     """
-    each = replica_bytes(config.widest, config.recipe)
+    each = replica_bytes(config.widest, _share(config.recipe, split))
     limit = min(limit, widest(config))
     if data.device == "cuda":
         limit = max(1, min(limit, int(0.9 * torch.cuda.mem_get_info()[0] / each)))
@@ -209,7 +209,7 @@ def measured(
         nonlocal overhead
         sampled = [config.sample(rung, draw, data.device) for draw in range(replicas)]
         model, _, recipe = sampled[0]
-        jobs, recipe = [job for _, job, _ in sampled], replace(recipe, **LONG)
+        jobs, recipe = [job for _, job, _ in sampled], replace(_share(recipe, split), **LONG)
         began = clock()
         steps = prepare(model, some, jobs, recipe, config.kernels, break_even)
         steps.advance(0, 1, lambda: False)
@@ -223,7 +223,7 @@ def measured(
                 torch.cuda.synchronize()
         spent, began = clock() - began, clock()
         steps.measure()
-        return spent / (taken - 1), (clock() - began) * data.n_validated / some.n_validated
+        return spent / (taken - 1), (clock() - began) * data.n_validated / some.n_validated / split
 
     batches, validation = dict[int, float](), dict[int, float]()
     batches[1], validation[1] = timed(0, 1)
@@ -253,3 +253,8 @@ def measured(
     if not cuda:
         price = replace(price, busy=neighbours.cores_taken(), cores=machine.cores())
     return price, limit
+
+
+def _share(recipe: Recipe, split: int) -> Recipe:
+    """The recipe with the largest share of a batch that one of so many workers has."""
+    return replace(recipe, batch_size=-(-recipe.batch_size // split))

@@ -38,14 +38,14 @@ class Ranks:
         self.group, self.data_dir = group, data_dir
         self.lines: dict[int, Connection] = {}  # by rank
         self.hosts: dict[int, str] = {}
-        self.hands: list[Hand] = []
+        self.hands: dict[tuple[int, int], Hand] = {}  # by rank and number there
 
     def share(self, workers: int, rank: int) -> int:
         """How many of all workers a rank has."""
         return workers // self.group.size + (rank < workers % self.group.size)
 
     def call(self, work: Work, workers: int) -> list[Hand]:
-        """Have the others start their share of so many workers; these, once all are there.
+        """Have the others start their share of so many workers; these by rank, once all are there.
 
         SparselthError where a rank does not come, or says why it has none.
         """
@@ -75,7 +75,7 @@ class Ranks:
                         raise self._why(rank, line)
                 if listener.socket in ready:
                     self._accept(listener)
-        return self.hands
+        return [self.hands[place] for place in sorted(self.hands)]
 
     def _accept(self, listener: Listener) -> None:
         if (found := listener.accept()) is None:
@@ -84,7 +84,7 @@ class Ranks:
         if worker is None:
             self.lines[rank], self.hosts[rank] = connection, host
         else:
-            self.hands.append(Hand(f"worker {worker} of rank {rank} on {host}", connection))
+            self.hands[rank, worker] = Hand(f"worker {worker} of rank {rank} on {host}", connection)
 
     def _why(self, rank: int, line: Connection) -> SparselthError:
         try:
@@ -99,11 +99,11 @@ class Ranks:
 
     def leave(self, patience: float) -> None:
         """Let the others end their workers, waiting so many seconds for them."""
-        for hand in self.hands:
+        for hand in self.hands.values():
             with suppress(OSError):
                 hand.connection.send(None)
         self._tell(patience)
-        for connection in (*self.lines.values(), *(hand.connection for hand in self.hands)):
+        for connection in (*self.lines.values(), *(hand.connection for hand in self.hands.values())):
             connection.close()
 
     def _tell(self, what: str | float) -> None:

@@ -45,12 +45,14 @@ def plan(
     workers: int | None = None,
     replicas: int | None = None,
     deterministic: bool = False,
+    split: int = 1,
     note: Callable[[str], None] = warnings.warn,
 ) -> Plan:
     """What `run` would do, not priced yet; nothing is written. Arguments are as there."""
     config.check()
     check_number("workers", workers, 1, most_workers(), "four a core")
     check_number("replicas", replicas, 1, MOST_REPLICAS)
+    _check_split(config, split, replicas)
     environment = machine.environment()
     images, why, even = None, "nothing in it is for a GPU", dict[str, float]()
     if isinstance(config, Training):
@@ -69,6 +71,8 @@ def plan(
         kernels = config.kernels
         if images.root is not None:
             kernels = _of_files(config, images.spec.name)
+        elif split > 1:
+            kernels = "autograd"
         elif deterministic and device == "cuda" and not config.autograd:
             kernels = "triton"
         most = config.eval_images
@@ -98,11 +102,16 @@ def plan(
     group = torchrun.joined()
     ranks = group.size if group else 1
     own = 1 if cuda else workers or available_workers(config.device)
-    total = min(own * ranks, together)
+    if split > own * ranks:
+        raise UsageError(
+            f"`split` {split}: expected at most {own * ranks}, the workers that there are; start more ranks"
+            + ("" if cuda else ", or more `workers`")
+        )
+    total = min(own * ranks // split, together) * split
     share = -(-together // total) if cuda else together  # GPUs share what is ready evenly
     limit = replicas or (share if cuda else 1)
     if images is not None and isinstance(config, Training) and takes_autograd(config.widest, paths):
-        limit = _side_by_side(config, images, replicas, deterministic, note)
+        limit = _side_by_side(config, images, replicas, deterministic or split > 1, note)
     return Plan(
         config,
         images,
@@ -112,6 +121,7 @@ def plan(
         min(limit, share),
         environment,
         ranks=ranks,
+        split=split,
     )
 
 
@@ -129,6 +139,7 @@ def run(
     workers: int | None = None,
     replicas: int | None = None,
     deterministic: bool = False,
+    split: int = 1,
     watcher: Watcher | None = None,
 ) -> runs.RunRecord:
     """Compute what is missing of an experiment in the folder `out`, draw its figures and read it.
@@ -138,8 +149,9 @@ def run(
     `data_dir`, $SPARSELTH_DATA or the user's cache, and is downloaded into it if need be. A CPU has
     `workers` processes, one a core unless given, that train up to `replicas` networks as one batch; under
     torchrun every rank has as many. A run of this configuration goes on where torchrun has restarted all;
-    `deterministic` chooses the kernels whose bits do not depend on the batch. A network that diverges is in
-    the record's `diverged`, and cells that need it are not computed. Raises UsageError for what makes no
+    `deterministic` chooses the kernels whose bits do not depend on the batch. With `split` so many workers
+    train a network together, each on its share of every batch, through autograd. A network that diverges is
+    in the record's `diverged`, and cells that need it are not computed. Raises UsageError for what makes no
     experiment, Interrupted after a signal (KeyboardInterrupt before the folder is there), SparselthError
     for all else that a user can mend; what is finished is kept.
     """
@@ -151,6 +163,7 @@ def run(
         workers=workers,
         replicas=replicas,
         deterministic=deterministic,
+        split=split,
         note=watcher.note,
     )
     if (group := torchrun.joined()) is None:
@@ -176,7 +189,8 @@ def go(planned: Plan, resume: bool, watcher: Watcher, pool_of: Callable[..., Poo
         planned = replace(planned, finished=frozenset(folder.finished), lost=frozenset(folder.lost))
         try:
             if folder.missing:
-                with pool_of(config, planned.images, path, planned.workers, folder.break_even) as pool:
+                even, split = folder.break_even, planned.split
+                with pool_of(config, planned.images, path, planned.workers, even, split=split) as pool:
                     if watcher.prices or planned.limit > 1:  # or how many networks fit into memory
                         planned = _priced(planned, pool)
                     with watcher.begin(planned) as told:
@@ -206,7 +220,8 @@ def _restarted(planned: Plan, group: torchrun.Group) -> bool:
 
 def priced(plan: Plan) -> Plan:
     """A plan with what a worker of its own has measured."""
-    with Pool(plan.config, plan.images, plan.path, 1, plan.environment["break_even"]) as pool:
+    even, split = plan.environment["break_even"], plan.split
+    with Pool(plan.config, plan.images, plan.path, 1, even, split=split) as pool:
         return _priced(plan, pool)
 
 
@@ -215,6 +230,25 @@ def _priced(plan: Plan, pool: Pool) -> Plan:
         return plan
     price, limit = pool.price(plan.limit)
     return replace(plan, price=price, limit=limit)
+
+
+def _check_split(config: Experiment, split: int, replicas: int | None) -> None:
+    """Raise UsageError where the batches of an experiment's networks cannot be split over workers."""
+    check_number("split", split, 1, MOST_REPLICAS)
+    if split == 1:
+        return
+    if not isinstance(config, Training) or type(config).compute is not Training.compute:
+        raise UsageError(f"`split` {split}: {config.name} splits no batches; imp does")
+    if config.kernels not in ("auto", "autograd"):
+        raise UsageError(
+            f"`kernels` {config.kernels}: with `split` networks train through autograd; use `kernels` auto"
+        )
+    if (replicas or 1) > 1:
+        raise UsageError(f"`replicas` {replicas}: with `split` networks train one by one; expected 1")
+    if split > config.recipe.batch_size:
+        raise UsageError(
+            f"`split` {split}: expected at most the {config.recipe.batch_size} samples of a batch"
+        )
 
 
 def _side_by_side(

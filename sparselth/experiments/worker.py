@@ -29,6 +29,7 @@ from sparselth.data.batches import Resident
 from sparselth.data.streamed import opened
 from sparselth.engine.memory import free_memory, is_out_of_memory
 from sparselth.engine.state import Job
+from sparselth.engine.team import Seat, Team
 from sparselth.errors import SparselthError
 from sparselth.experiments.base import Experiment, Place
 from sparselth.experiments.flag import Flag
@@ -84,18 +85,22 @@ def live(line: Connection | Dial, stop: Flag, parent: int, work: Work) -> None:
 
 
 def serve(connection: Connection, stop: Flag, leave_if_orphaned: Callable[[], None], work: Work) -> None:
-    """Compute cells until there are no more; on one thread."""
+    """Compute cells until there are no more; on one thread.
+
+    Of a team who leads reports, stops included; from the others errors alone are heard.
+    """
     torch.set_num_threads(1)
     asked = False
+    team: Team | None = None
 
     def should_stop() -> bool:
         """Asked wherever a cell can be left, at every step: so the parent knows that it will be."""
         nonlocal asked
         leave_if_orphaned()
-        if stop.value and not asked:
+        if stop.value and not asked and (team is None or team.leads):
             asked = True
             connection.send(("stopping", None))
-        return asked
+        return asked if team is None else team.agree(asked)
 
     config = work.config
     data: Resident | None = None
@@ -103,15 +108,20 @@ def serve(connection: Connection, stop: Flag, leave_if_orphaned: Callable[[], No
         while not connection.poll(1.0):
             leave_if_orphaned()
         try:
-            task: list[Cell] | int | None = connection.recv()
+            task: list[Cell] | Seat | tuple[int, int] | None = connection.recv()
             if task is None:
+                if team:
+                    team.end()
                 return
+            if isinstance(task, Seat):
+                team = task.taken(config.device)
+                continue
             if data is None and work.images is not None:
                 data = opened(work.images, config.device, *config.evaluation, inputs=config.shown_as)
-            if isinstance(task, int):
+            if isinstance(task, tuple):
                 assert data is not None
                 assert isinstance(config, Training)
-                connection.send(("priced", measured(config, data, work.break_even, task)))
+                connection.send(("priced", measured(config, data, work.break_even, *task)))
                 continue
 
             before: tuple[float, int, tuple[Cell, ...]] = (0.0, 0, ())
@@ -127,9 +137,10 @@ def serve(connection: Connection, stop: Flag, leave_if_orphaned: Callable[[], No
                 accuracy = sum(job.state.evaluations[-1]["validation_accuracy"] for job in jobs) / len(jobs)
                 connection.send(("evaluated", (cells, step, accuracy, speed)))
 
-            short, result = False, None
+            short, result, leads = False, None, team is None or team.leads
             try:
-                place = Place(work.run, data, work.break_even, on_evaluation, should_stop)
+                told = on_evaluation if leads else _to_nobody
+                place = Place(work.run, data, work.break_even, told, should_stop, team)
                 result = config.compute(task, place)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -143,7 +154,7 @@ def serve(connection: Connection, stop: Flag, leave_if_orphaned: Callable[[], No
             if short:  # out here, where the error no longer holds what it could not finish
                 free_memory()
                 connection.send(("memory", None))
-            else:
+            elif leads:
                 connection.send(("stopped", None) if result is None else ("finished", result))
         except (BrokenPipeError, EOFError, ConnectionResetError):
             raise
@@ -158,6 +169,12 @@ def serve(connection: Connection, stop: Flag, leave_if_orphaned: Callable[[], No
                     "`resume`"
                 )
             connection.send(("failed", report))
+        if isinstance(task, Seat):
+            return  # without its team it computes nothing
+
+
+def _to_nobody(jobs: Sequence[Job]) -> None:
+    """Of a team one tells."""
 
 
 def end_with_the_parent() -> None:

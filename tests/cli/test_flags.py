@@ -288,6 +288,7 @@ CASES: dict[tuple[str, str], Case] = (
         ("imp", "workers"): Case(IMP, "--workers 3", of("run", "workers"), 3),
         ("imp", "replicas"): Case(IMP, "--replicas 4", of("run", "replicas"), 4),
         ("imp", "deterministic"): Case(IMP, "--deterministic", of("run", "deterministic")),
+        ("imp", "split"): Case(IMP, "--split 2", of("run", "split"), 2),
         ("imp", "out"): Case(IMP, "--out there", of("run", "out"), Path("there")),
         ("imp", "resume"): Case(IMP, "--resume", of("run", "resume")),
         ("imp", "dry_run"): Case(IMP, "--dry-run --json", lambda seen: "run" not in seen.asked),

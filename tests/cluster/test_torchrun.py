@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -19,10 +17,9 @@ from typing import Any
 
 import click
 import pytest
+from ranks import SRUN, Rank
 
-from forks import small
 from sparselth.cli import main
-from sparselth.cli.main import run
 from sparselth.cluster import torchrun
 from sparselth.cluster.torchrun import Dial, Group, Listener, here, share_of
 from sparselth.engine import break_even
@@ -30,7 +27,7 @@ from sparselth.experiments import processes
 from sparselth.experiments import run as run_module
 from sparselth.experiments.run import plan
 from sparselth.models import Model
-from sparselth.runs import RunRecord, read
+from sparselth.runs import RunRecord
 
 FLAGS = "imp --model lenet-300-100 --dataset mnist5k --seeds 0,1 --levels 1 --arms ticket,reinit"
 TORCHRUN = {
@@ -40,7 +37,6 @@ TORCHRUN = {
     "LOCAL_WORLD_SIZE": "2",
     "MASTER_ADDR": "there",
 }
-SRUN = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2"}
 
 
 @pytest.mark.parametrize(
@@ -112,65 +108,6 @@ def test_rank_0_hears_who_has_the_key_alone() -> None:
     connection.close()
 
 
-class Rank:
-    """A rank of srun's as a fork of this process, which has torch loaded."""
-
-    def __init__(self, number: int, port: int, words: list[str], prepare: Callable[[], object]) -> None:
-        self.files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid:
-            return
-        code = 99
-        try:
-            os.setpgid(0, 0)
-            for file, stream in zip(self.files, (1, 2), strict=True):
-                os.dup2(file.fileno(), stream)
-            sys.stdout, sys.stderr = (os.fdopen(stream, "w", 1, closefd=False) for stream in (1, 2))
-            os.environ |= SRUN | {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
-            os.environ |= {"SLURM_CPUS_PER_TASK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            prepare()
-            code = run(words)
-            sys.stdout.flush()
-        finally:
-            os._exit(code)
-
-    def ended(self) -> tuple[int, str, str]:
-        """Exit code, stdout, stderr."""
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        for file in self.files:
-            file.seek(0)
-        out, err = (file.read().decode() for file in self.files)
-        return code, out, err
-
-
-Ended = list[tuple[int, str, str]]
-
-
-@pytest.fixture
-def port() -> int:
-    listener = Listener("127.0.0.1", 1)
-    with listener.socket:
-        return listener.port
-
-
-@pytest.fixture
-def start(port: int) -> Callable[..., list[Rank]]:
-    """`start(words, {1: prepare})`: ranks 0 and 1."""
-
-    def call(
-        words: list[str], prepare: Mapping[int, Callable[[], object]] | None = None, every: int = 10
-    ) -> list[Rank]:
-        def both(number: int) -> None:
-            small(every)
-            (prepare or {}).get(number, lambda: None)()
-
-        return [Rank(number, port, words, partial(both, number)) for number in (1, 0)][::-1]
-
-    return call
-
-
 def compressed(model: Model, *_: object) -> dict[str, float]:
     """In place of a measured break-even, which others on this machine could move."""
     return {spec.name: 2.0 for spec in model.weights}
@@ -188,20 +125,23 @@ def single(
     return run_contents(record.path)
 
 
+def restarted() -> None:
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+
+
 def test_two_ranks_come_to_the_bits_of_one_process(
     start: Callable[..., list[Rank]],
     single: dict[str, bytes],
     tmp_path: Path,
     run_contents: Callable[[Path], dict[str, bytes]],
 ) -> None:
-    """Also stopped by USR1 to all, as Slurm sends it, and begun again by the same command."""
+    """Also stopped by USR1 to all, as Slurm sends it, and begun again as torchrun does."""
     words = [
         *FLAGS.split(),
         "--steps",
         "60",
         "--eval-every",
         "10",
-        "--resume",
         "--out",
         str(tmp_path / "run"),
     ]
@@ -217,7 +157,7 @@ def test_two_ranks_come_to_the_bits_of_one_process(
     assert first[0] == 130, first[2]
     assert "2 workers on 2 ranks, one thread each" in first[2]
     assert first[2].splitlines()[-1].startswith("sparselth: stopped by SIGUSR1; ")
-    first, other = (rank.ended() for rank in start([*words, "--quiet"]))
+    first, other = (rank.ended() for rank in start([*words, "--quiet"], {0: restarted, 1: restarted}))
     assert other == (0, "", "")
     assert (first[0], first[2]) == (0, "")
     assert run_contents(tmp_path / "run") == single
@@ -323,39 +263,6 @@ def test_srun_without_an_address_says_how(
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert cli(*FLAGS.split(), "--out", str(tmp_path / "run")) == (0, "", "")
-
-
-@pytest.mark.whole
-def test_torchrun_restarts_a_run_whose_rank_was_killed(
-    single: dict[str, bytes],
-    environment: dict[str, str],
-    tmp_path: Path,
-    run_contents: Callable[[Path], dict[str, bytes]],
-) -> None:
-    """Without --resume: rank 1 kills itself at its 20th step, then torchrun starts both again."""
-    (tmp_path / "kill.py").write_text(
-        "import os, signal\nfrom sparselth.data.batches import Batches\n"
-        "from sparselth.engine import break_even\nfrom sparselth.experiments.imp import ImpConfig\n\n"
-        "real, steps = Batches.index, []\n\ndef index(self, *args):\n    steps.append(1)\n"
-        "    if len(steps) == 20 and os.environ['RANK'] == '1' and "
-        "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n        os.kill(os.getppid(), signal.SIGKILL)\n"
-        "    return real(self, *args)\n\nBatches.index, ImpConfig.draw = index, lambda *_: None\n"
-        "break_even.break_even = lambda model, *_: {spec.name: 2.0 for spec in model.weights}\n"
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [*FLAGS.split(), "--plugin", "kill.py", "--steps", "60", "--eval-every", "10", "--out", "run"]
-    done = subprocess.run(
-        [*torchrun, "--max-restarts", "1", "-m", "sparselth", *words],
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "exitcode: -9" in done.stderr
-    assert read(tmp_path / "run").complete
-    assert run_contents(tmp_path / "run") == single
 
 
 @pytest.mark.parametrize(("code", "again"), [(0, ""), (1, ""), (130, "requeue 7\n")])

@@ -145,6 +145,23 @@ def test_inputs_in_0_to_1_and_of_norm_1(inputs: str, augment: str) -> None:
         torch.testing.assert_close(seen.double(), right, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("augment", ["none", "crop-flip"])
+def test_shares_side_by_side_are_the_batch(augment: str) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(32, 3072), dtype=np.uint8)
+    labels = np.arange(32) % 10
+    data = Resident(Images(get_dataset("cifar10"), pixels, labels, pixels, labels, "", ""), "cpu", 2)
+    whole = Batches(data, [TICKET, Cell(1, "ticket", 0)], 7, augment)
+    parts = [Batches(data, whole.replicas, 7, augment, share) for share in (slice(0, 3), slice(3, 7))]
+    for step in (0, 5, 2):
+        for way in (Batches.first, Batches.at):
+            x, y = way(whole, step)
+            some = [way(part, step) for part in parts]
+            images, batch = (1, 1) if way is Batches.first else (2, 2)
+            assert torch.equal(torch.cat([x for x, _ in some], images), x)
+            assert torch.equal(torch.cat([y for _, y in some], batch), y)
+        assert all(torch.equal(part.labels(step), whole.first(step)[1]) for part in parts)
+
+
 def test_inputs_that_make_no_sense_are_refused() -> None:
     labels, spec = np.zeros(16, np.int64), get_dataset("mnist")
     floats = np.ones((16, 784), np.float32)

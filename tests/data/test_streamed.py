@@ -144,6 +144,16 @@ def test_bits_are_those_of_the_step_however_many_decode_and_wherever_training_be
         assert torch.equal(some.first(step)[0], straight[step][0])
 
 
+def test_shares_side_by_side_are_the_batch(images: Images) -> None:
+    whole, data = batches(images, range(3, 6)), streamed(images)
+    parts = [data.batches(WHO, 7, "crop-flip", share) for share in (slice(0, 3), slice(3, 7))]
+    for step, (x, y) in enumerate(whole, 3):
+        some = [part.first(step) for part in parts]
+        assert torch.equal(torch.cat([x for x, _ in some], 1), x)
+        assert torch.equal(torch.cat([y for _, y in some], 1), y)
+        assert all(torch.equal(part.labels(step), y) for part in parts)
+
+
 def test_batches_are_the_files_that_memory_would_give_cut_out_by_torchvision(images: Images) -> None:
     """In the order of `Batches`, each crop drawn from the number of its image."""
     data = streamed(images)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from teams import together
 from torch import Tensor
 
 from sparselth import pruning, tickets
@@ -17,6 +18,7 @@ from sparselth.config import Cell, Recipe
 from sparselth.data.batches import Resident
 from sparselth.engine.dense import init_weights
 from sparselth.engine.state import Job, State, Stopped
+from sparselth.engine.team import Team
 from sparselth.errors import SparselthError
 from sparselth.experiments import jobs
 from sparselth.experiments.base import Finished, Place
@@ -438,6 +440,27 @@ def test_between_two_checkpoints_lies_a_step(
     monkeypatch.setattr(jobs, "accuracies_on_test", lambda *_: [(0.5, 0.5)])
     assert plan().compute([DENSE], place) is not None
     assert said == [False, True] * RECIPE.steps
+
+
+@pytest.mark.host
+def test_of_a_team_one_says_when_to_save_and_saves(
+    plan: Configs, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though by the clocks of the others it is never time, or always; all take the same steps."""
+    monkeypatch.setattr(jobs, "accuracies_on_test", lambda *_: [(0.5, 0.5)])
+
+    def work(team: Team) -> Any:
+        saved = list[int]()
+        jobs.PAUSE_SECONDS = 0.0 if team.leads == (now == "leads") else 1e9
+        monkeypatch.setattr(jobs, "save_state", lambda file, state, where: saved.append(state.step))
+        found = plan(kernels="autograd").compute([DENSE], replace(place, team=team))
+        return saved, found and [done.cell for done in found]
+
+    now = "leads"
+    assert together(work) == [([1, 2, 3, 4, 5], [DENSE]), ([], [])]
+    now = "follows"
+    assert together(work) == [([], [DENSE]), ([], [])]
+    assert cell_path(place.run, DENSE).exists()
 
 
 def test_what_diverges_has_no_checkpoint_and_no_file_and_the_others_have(

@@ -209,6 +209,7 @@ def test_run_hands_all_that_was_asked_for_to_the_plan(
 ) -> None:
     asked: dict[str, Any] = {
         "out": "there", "data_dir": "images", "workers": 3, "replicas": 4, "deterministic": True,
+        "split": 2,
     }  # fmt: skip
     given: dict[str, Any] = {}
 
