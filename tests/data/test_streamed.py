@@ -12,6 +12,7 @@ import pictures
 import pytest
 import torch
 from PIL import Image
+from teams import together
 from torchvision import transforms
 
 from sparselth.config import Cell, Recipe
@@ -21,6 +22,7 @@ from sparselth.data.batches import Batches, Resident
 from sparselth.data.streamed import Looked, Streamed, StreamedBatches, opened
 from sparselth.engine.dense import init_weights
 from sparselth.engine.state import Job, State
+from sparselth.engine.team import Team
 from sparselth.errors import SparselthError, UsageError
 from sparselth.models import AvgPool, BatchNorm, Conv, Linear, MaxPool, Model, ReLU
 from sparselth.streams import stream
@@ -291,3 +293,24 @@ def test_training_is_resumed_to_the_same_bits(images: Images, monkeypatch: pytes
     for other in (trained(0), trained(1, 2), trained(0, 4)):
         assert torch.equal(other.state.weights, straight.state.weights)
         assert other.state.evaluations == straight.state.evaluations
+
+
+@pytest.mark.host
+def test_a_team_trains_on_its_shares_of_the_files(images: Images) -> None:
+    """Nine images over two workers; evaluations, too, look at each file once."""
+    recipe = Recipe(steps=4, lr=0.1, batch_size=9, optimizer="sgd", augment="crop-flip", eval_every=2)
+
+    def trained(team: Team | None) -> tuple[torch.Tensor, list[float]]:
+        weights = init_weights(SMALL, stream(0, "ticket", 0, "init"))[None]
+        job = Job(Cell(0, "ticket", 0), State.start(weights, recipe), SMALL.params.full_mask(), team=team)
+        data = streamed(images)
+        fit(SMALL, data, [job], recipe, kernels="autograd")
+        found = [one["validation_loss"] for one in job.state.evaluations]
+        return job.state.weights, [*found, *accuracies_on_test(SMALL, data, [job], "autograd")[0]]
+
+    (weights, found), (same, others) = together(trained)
+    alone, expected = trained(None)
+    assert torch.equal(weights, same)
+    assert found == others
+    assert torch.allclose(weights, alone, rtol=1e-4, atol=1e-6)
+    assert found == pytest.approx(expected, rel=1e-4)
