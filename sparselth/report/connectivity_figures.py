@@ -52,7 +52,7 @@ def _lines(record: RunRecord) -> Figure | None:
     fig.supylabel("error (%)", fontsize=8)
     panels[-1].set_xlabel("place on the line between two copies")
     handles = [Line2D([], [], color=look(i)[0], label=f"from step {k:,}") for i, k in enumerate(steps)]
-    _finish(fig, record, [*handles, *_kinds()])
+    _finish(fig, record, handles, _kinds())
     return fig
 
 
@@ -83,7 +83,7 @@ def _instability(record: RunRecord) -> Figure | None:
     bound = Line2D(
         [], [], color="0.4", linewidth=0.8, linestyle=":", label=f"{100 * STABLE:g} %, stable below"
     )
-    _finish(fig, record, [*drawn, *_kinds(), bound])
+    _finish(fig, record, drawn, [*_kinds(), bound])
     return fig
 
 
@@ -102,8 +102,15 @@ def _steps(axes: Axes, steps: tuple[int, ...]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _finish(fig: Figure, record: RunRecord, handles: list[Line2D]) -> None:
+def _finish(fig: Figure, record: RunRecord, curves: list[Line2D], rest: list[Line2D]) -> None:
+    """Heading and legend, in which what is no curve has a column of its own."""
     notes = band_note(len(record.config.seeds))
     how = record.config.method if max(record.config.levels) else ""
     fig.suptitle(heading(record, notes, how=how), fontsize=7)
-    fig.legend(handles=handles, loc="outside lower center", ncols=3, columnspacing=1.2, handlelength=1.8)
+    rows, gap = max(len(rest), -(-len(curves) // 2)), Line2D([], [], linestyle="", label=" ")
+    handles = [*curves, *[gap] * (-len(curves) % rows), *rest]  # a legend fills one column after another
+    handles += [gap] * (-len(handles) % rows)
+    columns = len(handles) // rows
+    fig.legend(
+        handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.2, handlelength=1.8
+    )

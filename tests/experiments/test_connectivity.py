@@ -24,6 +24,7 @@ from sparselth.experiments.base import Finished, Place
 from sparselth.experiments.connectivity import ConnectivityConfig
 from sparselth.files import load_arrays
 from sparselth.report import connectivity as report
+from sparselth.report import connectivity_figures
 from sparselth.report.stats import Gap
 from sparselth.runs import RunRecord, cell_path, read
 from sparselth.train import fit
@@ -244,6 +245,13 @@ def test_a_run_goes_on_with_more(record: RunRecord, tmp_path: Path, figures: boo
     for name in ("lines", "instability"):
         for kind in ("png", "svg"):
             assert (out / "figures" / f"{name}.{kind}").stat().st_size > 5000
+    for make, curves in ((connectivity_figures._lines, 3), (connectivity_figures._instability, 2)):
+        drawn = make(more)
+        assert drawn is not None
+        words = [text.get_text() for text in drawn.legends[0].get_texts()]
+        rest = words.index("test")  # in a column of its own, behind the curves
+        assert rest % (len(words) // drawn.legends[0]._ncols) == 0
+        assert len([word for word in words[:rest] if word.strip()]) == curves
 
 
 # ---- what is said
