@@ -108,7 +108,7 @@ def _datasets(folder: Path | None) -> Listing:
                 "source": str(source),
             }
         )
-        lines.append(f"{spec.name:<16}{spec.n_train:>7,} + {spec.n_test:>6,} images of {shape}; {source}")
+        lines.append(f"{spec.name:<14}{spec.n_train:>9,} + {spec.n_test:>6,} images of {shape}; {source}")
     return rows, lines
 
 

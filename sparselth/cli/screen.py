@@ -173,5 +173,5 @@ def say_cost(config: Training, cost: Cost) -> None:
         "measured": "nothing of it on such GPUs: this is a model, which assumes",
     }
     for name, text in (rows | {f"  {name}": said for name, said in cost.assumptions.items()}).items():
-        print(fill(text, " " * 14, f"{name:<14}"), file=sys.stderr)
+        print(fill(as_flags(text), " " * 14, f"{name:<14}"), file=sys.stderr)
     sys.stderr.flush()

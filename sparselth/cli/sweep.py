@@ -239,7 +239,7 @@ def _plan(planned: Planned, executor: Executor, cost: Cost | None, as_json: bool
         "executor": executor.name,
         "device": planned.device,
         "workers": planned.workers,
-        "price": cost and {"seconds": cost.wall, "runs_seconds": cost.together, "runs": cost.runs},
+        "price": cost and vars(cost) | {"together": cost.together},
     }
     if as_json:
         print(json.dumps(document, indent=2))
@@ -254,11 +254,11 @@ def _plan(planned: Planned, executor: Executor, cost: Cost | None, as_json: bool
     if runs:
         rows["price"] = "not known: nothing of it was timed on such a device, or the experiment has no price"
     if runs and cost:
-        longest = max(cost.runs.values())
-        rows["price"] = (
-            f"about {duration(cost.wall)} on {planned.workers} workers; all runs together "
-            f"{duration(cost.together)}, the longest {duration(longest)}"
-        )
+        rows["price"] = f"about {duration(cost.wall)} on {planned.workers} workers"
+        if cost.slowdown > 1:
+            rows["price"] += f", {duration(cost.wall / cost.slowdown)} without others here"
+        longest = duration(max(cost.runs.values()))
+        rows["price"] += f"; all runs together {duration(cost.together)}, the longest {longest}"
     for name, text in (rows | {"folder": str(planned.path)}).items():
         print(fill(text, " " * 9, f"{name:<9}"), file=sys.stderr)
 

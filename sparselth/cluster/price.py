@@ -30,6 +30,7 @@ class Cost:
 
     runs: dict[str, float]  # of each missing run, on a worker of its own
     wall: float  # until the last of them ends
+    slowdown: float = 1.0  # of the wall time by others who are busy here
 
     @property
     def together(self) -> float:
@@ -59,7 +60,8 @@ def cost(planned: Planned, how: How) -> Cost | None:
         assert timed.price is not None
         slowdown = max(slowdown, timed.price.slowdown(planned.workers))
         seconds |= {run.name: _trained(run, timed, _finished(planned, run)) for run in lot}
-    return Cost(seconds, slowdown * wall([seconds[run.name] for run in planned.missing], planned.workers))
+    alone = wall([seconds[run.name] for run in planned.missing], planned.workers)
+    return Cost(seconds, slowdown * alone, slowdown)
 
 
 def wall(seconds: Sequence[float], workers: int) -> float:

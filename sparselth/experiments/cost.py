@@ -135,7 +135,7 @@ def modelled(config: Training, number: int, name: str) -> Cost:
         "evaluation": f"{validated:,} validation images each {recipe.eval_every:,} steps, "
         f"{validated * looked:.1f} s, and {tested:,} test images twice, {tested * looked:.1f} s each time",
         "networks": f"{len(cells)}, of which {widest(config)} can train at one time; {groups} groups of "
-        f"{gpus} take them in the order of a run" + f" (split {each})" * (each > 1),
+        f"{gpus} take them in the order of a run" + f" (`split` {each})" * (each > 1),
         "left out": "masks and updates, copies to the GPU, files and checkpoints, starting, faults, waiting "
         "for the slowest, and that a few images a GPU reach a smaller share of its peak",
     }

@@ -122,7 +122,7 @@ def test_what_a_user_must_know_is_said_to_the_quiet_too(
     assert "NOT using MNIST" in err
 
 
-def test_dry_run_writes_nothing(cli: Cli, here: Inline) -> None:
+def test_dry_run_writes_nothing(cli: Cli, here: Inline, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = cli(*RATES.split(), "--dry-run")
     assert (code, out) == (0, "")
     assert "points   rate=0.2; rate=0.5" in err
@@ -131,9 +131,15 @@ def test_dry_run_writes_nothing(cli: Cli, here: Inline) -> None:
     planned = json.loads(cli(*RATES.split(), "--dry-run", "--json")[1])
     assert planned["schema"] == "sparselth.sweep-plan/1"
     assert planned["cells"] == 12
-    assert planned["price"]["seconds"] == 60.0
+    assert (planned["price"]["wall"], planned["price"]["together"]) == (60.0, 120.0)
     assert planned["price"]["runs"]["rate=0.2"] == 90.0
     assert planned["missing"] == ["rate=0.2", "rate=0.5"]
+    busy = Cost({"rate=0.2": 90.0, "rate=0.5": 30.0}, 180.0, 3.0)
+    monkeypatch.setattr(price, "cost", lambda planned, how: busy)
+    said = " ".join(cli(*RATES.split(), "--dry-run")[2].split())
+    assert "about 3 min 0 s on 2 workers, 1 min 0 s without others here; all runs" in said
+    monkeypatch.setattr(price, "cost", lambda planned, how: None)
+    assert "price not known" in " ".join(cli(*RATES.split(), "--dry-run")[2].split())
 
 
 def test_what_is_usual_of_a_data_set_yields_to_axes_and_to_the_sweep_that_goes_on(

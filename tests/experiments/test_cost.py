@@ -116,6 +116,7 @@ def test_the_command_prints_a_model_and_all_that_it_assumes(cli: Cli) -> None:
     for line in ("step", "GPU", "decoding", "batch", "all-reduce", "evaluation", "networks", "left out"):
         assert f"\n  {line} " in err
     assert "4 bytes x 25," in said
+    assert "1 groups of 8 GPUs take them in the order of a run (--split 8)" in said
     assert max(map(len, err.splitlines())) <= 80
     code, out, _ = cli(*words, "8xh100", "--json")
     found = json.loads(out)["price_on"]
