@@ -36,6 +36,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.cache import get_cache_manager  # noqa: E402
 
 import sass  # noqa: E402
+from covering import covering  # noqa: E402
 from sass import Instruction  # noqa: E402
 
 NAMES = sorted(file.stem for file in Path(__file__).with_name("shipped").glob("[!_]*.py"))
@@ -130,11 +131,23 @@ def build_case(i: int) -> tuple[dict[str, Any], bytes]:
     return build(*CASES[i])
 
 
-def examine(name: str, capabilities: tuple[int, ...] = (80, 90)) -> list[dict[str, Any]]:
-    """The facts of every configuration of a kernel file, for each capability in turn."""
+def parameters(aot: Any, capability: int) -> dict[str, str]:
+    """By what configurations differ, in the name of their kernel."""
+    found = aot.signature | aot.constants | {"warps": aot.num_warps, "stages": aot.num_stages}
+    found |= {"aligned": aot.aligned, "capability": capability}
+    return {f"{aot.kernel.__name__}.{name}": str(value) for name, value in found.items()}
+
+
+def examine(name: str, capabilities: tuple[int, ...] = (80, 90), some: bool = False) -> list[dict[str, Any]]:
+    """The facts of every configuration of a kernel file, for each capability in turn.
+
+    Or of some, in which every value of every parameter of a kernel is met.
+    """
     knobs.nvidia.dump_ptxas_log = True
     module = importlib.import_module(f"shipped.{name}")
-    CASES[:] = [(aot, capability) for aot in module.AOT for capability in capabilities]
+    cases = [(aot, capability) for aot in module.AOT for capability in capabilities]
+    kept = covering([parameters(*case) for case in cases]) if some else range(len(cases))
+    CASES[:] = [cases[i] for i in kept]
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
         built = pool.map(build_case, range(len(CASES)), chunksize=1)
     for capability in capabilities:

@@ -90,14 +90,12 @@ def server(*first: str) -> Iterator[Callable[[str], str]]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What starts processes of its own is not for a device; the interpreter takes not every combination.
 
-    All are run on a device, where tests are asked for by name, and with SPARSELTH_EVERY=1 (`make gpu-dry`,
-    `make properties`).
+    All are run on a device, and where `every` says so.
     """
     for item in items:
         if "without_interpreter" in getattr(item, "fixturenames", ()):
             item.add_marker("host")
-    named = config.option.keyword or any("::" in arg for arg in config.args)
-    if not INTERPRET or "SPARSELTH_EVERY" in os.environ or named:
+    if not INTERPRET or every(config):
         return
     functions: dict[Any, list[pytest.Item]] = defaultdict(list)
     for item in items:
@@ -111,6 +109,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left:
         config.hook.pytest_deselected(items=[item for item in items if item in left])
         items[:] = [item for item in items if item not in left]
+
+
+def every(config: pytest.Config) -> bool:
+    """Whether all combinations are run: where tests are asked for by name, and with SPARSELTH_EVERY=1
+    (`make gpu-dry`, `make properties`)."""
+    named = config.option.keyword or any("::" in arg for arg in config.args)
+    return bool(named) or "SPARSELTH_EVERY" in os.environ
 
 
 @cache
@@ -127,26 +132,32 @@ def without_interpreter() -> Iterator[Callable[[str], str]]:
         yield run
 
 
-def examined(run: Callable[[str], str], name: str, capabilities: str) -> list[dict[str, Any]]:
+def examined(
+    run: Callable[[str], str], name: str, capabilities: str, some: bool = False
+) -> list[dict[str, Any]]:
     source = f"""
 import json, sys
 sys.path.insert(0, {str(HERE)!r})
 import aot
-print(json.dumps(aot.examine({name!r}, {capabilities})))
+print(json.dumps(aot.examine({name!r}, {capabilities}, {some})))
 """
     facts: list[dict[str, Any]] = json.loads(run(source))
     return facts
 
 
 @pytest.fixture(scope="session")
-def machine_code(without_interpreter: Callable[[str], str]) -> Callable[[str], list[dict[str, Any]]]:
-    """`machine_code("masked_linear")`: what aot.py finds in each configuration, compiled once."""
-    return cache(lambda name: examined(without_interpreter, name, "(80, 90)"))
+def machine_code(
+    without_interpreter: Callable[[str], str], pytestconfig: pytest.Config
+) -> Callable[[str], list[dict[str, Any]]]:
+    """`machine_code("masked_linear")`: what aot.py finds in configurations that meet every parameter, or in
+    each; compiled once."""
+    some = not every(pytestconfig)
+    return cache(lambda name: examined(without_interpreter, name, "(80, 90)", some))
 
 
 @pytest.fixture(scope="session")
 def machine_code_of_the_device() -> Iterator[Callable[[str], list[dict[str, Any]]]]:
-    """The same for sm_90 and the device's Triton, which is fetched where it is missing."""
+    """The same in each, for sm_90 and the device's Triton, which is fetched where it is missing."""
     try:
         place = folder()
     except OSError as why:
@@ -157,14 +168,13 @@ def machine_code_of_the_device() -> Iterator[Callable[[str], list[dict[str, Any]
 
 @pytest.fixture(scope="session")
 def takes_warp_groups(
-    machine_code: Callable[[str], list[dict[str, Any]]],
+    machine_code_of_the_device: Callable[[str], list[dict[str, Any]]],
 ) -> Callable[[str, dict[str, tuple[Any, ...]], str], None]:
     """`takes_warp_groups("block_linear", TILES, "BLOCK_B")`: on sm_90, tiles of 64 rows or more do."""
 
     def check(name: str, tiles: dict[str, tuple[Any, ...]], rows: str) -> None:
         wanted = {(kind, tile) for kind in ("half", "tf32") for tile in tiles[kind] if tile.rows >= 64}
-        hopper = [facts for facts in machine_code(name) if facts["capability"] == 90]
-        for facts in hopper[: sum(map(len, tiles.values()))]:
+        for facts in machine_code_of_the_device(name)[: sum(map(len, tiles.values()))]:
             c = facts["constants"]
             kind = "half" if facts["signature"]["x_ptr"] == "*bf16" else c["PRECISION"]
             sizes = int(c[rows]), int(c["BLOCK_N"])

@@ -1,7 +1,8 @@
-"""The compile gate: every kernel, in every configuration it ships with, for sm_80 and sm_90; no GPU.
+"""The compile gate: every kernel that ships, without a GPU.
 
-With the pinned Triton and with the device's. Another one's allocation of registers is its own affair: what a
-compiler of another month does differently is a warning.
+The device's Triton compiles every configuration for sm_90; the pinned one, for sm_80 and sm_90, those in
+which every parameter of a kernel is met (in `make gpu-dry` every one). Another one's allocation of registers
+is its own affair: what a compiler of another month does differently is a warning.
 """
 
 from __future__ import annotations
