@@ -167,7 +167,7 @@ class Replay:
         self.place = torch.zeros(1, dtype=torch.int64, device=device)  # of the step in its epoch
         self.shown = Shown(data, r, recipe.batch_size, recipe.augment)
 
-        images = torch.stack([data.split(who.seed)[1] for who in batch.who]).to(device)
+        images = torch.stack([data.split(who.seed)[1][: data.n_validated] for who in batch.who]).to(device)
         self.validation: list[tuple[Tensor, Shown | Gather, Network]] = []
         by_size: dict[int, tuple[Shown | Gather, Network]] = {}
         for chunk in torch.split(images, data.chunk, 1):

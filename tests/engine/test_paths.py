@@ -42,8 +42,8 @@ def trained(name: str, data: Resident, recipe: Recipe, kernels: str) -> tuple[St
     [("lenet-300-100", SGD), ("lenet5", replace(ADAM, steps=1, eval_every=1))],
     ids=["lenet-300-100-sgd", "lenet5-adam"],
 )
-def test_triton_trains_what_the_reference_trains(name: str, recipe: Recipe, digits: Resident) -> None:
-    (ours, mask), (reference, _) = (trained(name, digits, recipe, k) for k in ("triton", "reference"))
+def test_triton_trains_what_the_reference_trains(name: str, recipe: Recipe, few: Resident) -> None:
+    (ours, mask), (reference, _) = (trained(name, few, recipe, k) for k in ("triton", "reference"))
     for found, expected in zip(
         (ours.weights, *ours.moments), (reference.weights, *reference.moments), strict=True
     ):
@@ -65,7 +65,7 @@ def test_imp_through_triton_gives_the_numbers_of_the_reference(
     imp: Callable[..., RunRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(MODELS.things, SMALL.name, SMALL)
-    flags = f"--model {SMALL.name} --levels 1 --seeds 0 --arms ticket --batch-size 1 --workers 1"
+    flags = f"--model {SMALL.name} --levels 1 --seeds 0 --arms ticket --batch-size 1 --eval-images 50"
     ours, reference = (
         imp(*flags.split(" "), "--kernels", kernels, out=kernels, steps=1)
         for kernels in ("triton", "reference")
