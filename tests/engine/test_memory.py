@@ -20,7 +20,7 @@ from sparselth.streams import stream
 
 FC = Model("fc", (1, 28, 28), (Linear(12), ReLU(), Linear(10)), {}, "")
 CONVS = Model("convs", (1, 28, 28), (Conv(2, 9), ReLU(), MaxPool(2), Linear(10)), {}, "")
-ADAM = Recipe(steps=6, lr=1.2e-3, batch_size=7, eval_every=3)
+ADAM = Recipe(steps=6, lr=1.2e-3, batch_size=3, eval_every=3)
 ENGINES = [
     ("auto", 1.0),
     ("auto", 0.0),

@@ -50,6 +50,7 @@ NORMS = Model(
     {},
     "",
 )
+FEW_CONVS = replace(CONVS, name="few-convs", layers=(MaxPool(4), Conv(2, 3), *CONVS.layers[1:]))
 FEW_NORMS = replace(NORMS, name="few-norms", layers=(MaxPool(4), Conv(2, 3), BatchNorm(), *NORMS.layers[6:]))
 RESIDUAL = replace(
     NORMS,
@@ -103,7 +104,7 @@ cells = st.lists(
 @pytest.mark.parametrize("kernels", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("model", [LENET, CONVS, NORMS, RESIDUAL], ids=lambda model: model.name)
 @given(cells=cells, recipe=st.sampled_from([ADAM, SGD, replace(SGD, momentum=0.0)]))
-@settings(max_examples=12)
+@settings(max_examples=6)
 def test_a_replica_of_any_batch_equals_itself_alone(
     kernels: str, model: Model, cells: list[tuple[int, float, int, str]], recipe: Recipe, few: Resident
 ) -> None:
@@ -124,20 +125,18 @@ def test_a_replica_of_any_batch_equals_itself_alone(
     ("model", "recipe", "replicas"),
     [
         (SMALL, ADAM, 3),
-        (SMALL, ADAM, 1),
         (SMALL, replace(SGD, momentum=0.0), 2),
-        (CONVS, SGD, 2),
+        (FEW_CONVS, SGD, 2),
         (FEW_NORMS, SGD, 2),
         (RESIDUAL, SGD, 2),
     ],
-    ids=["small-adam", "small-adam-1", "small-sgd", "convs-sgd", "few-norms", "residual"],
+    ids=["small-adam", "small-sgd", "few-convs", "few-norms", "residual"],
 )
 def test_a_replica_of_a_triton_batch_equals_itself_alone(
     model: Model, recipe: Recipe, replicas: int, few: Resident
 ) -> None:
-    steps = 1 if model is CONVS else 2
-    recipe = replace(recipe, steps=steps, eval_every=steps, batch_size=3)
-    cells = [(seed, (1.0, 0.3, 0.1)[seed], (0, steps - 1, 0)[seed]) for seed in range(replicas)]
+    recipe = replace(recipe, steps=2, eval_every=2, batch_size=3)
+    cells = [(seed, (1.0, 0.3, 0.1)[seed], (0, 1, 0)[seed]) for seed in range(replicas)]
     jobs = [job(model, recipe, *cell) for cell in cells]
     fit(model, few, jobs, recipe, kernels="triton")
     for found, cell in zip(jobs, cells, strict=True):

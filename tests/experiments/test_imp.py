@@ -190,15 +190,15 @@ def test_same_flags_give_the_same_bits_with_one_worker_or_two(
     imp: Imp, run_contents: Callable[[Path], dict[str, bytes]]
 ) -> None:
     flags = ("--levels", "2", "--arms", "ticket,random-mask")
-    one = imp(*flags, "--workers", "1", out="one")
-    two = imp(*flags, "--workers", "2", out="two")
+    one = imp(*flags, "--workers", "1", out="one", steps=30)
+    two = imp(*flags, "--workers", "2", out="two", steps=30)
     assert run_contents(one.path) == run_contents(two.path)
 
 
 def test_a_cell_does_not_depend_on_who_else_is_run(imp: Imp) -> None:
     # no config digest in the comparison: the runs differ, the cells must not
-    many = imp("--levels", "1", "--seeds", "0-2", "--arms", ALL_ARMS, out="many")
-    few = imp("--levels", "1", "--seeds", "2", "--arms", "random-reinit,ticket", out="few")
+    many = imp("--levels", "1", "--seeds", "0-2", "--arms", ALL_ARMS, out="many", steps=30)
+    few = imp("--levels", "1", "--seeds", "2", "--arms", "random-reinit,ticket", out="few", steps=30)
     for who in few.config.cells():
         a, b = load_arrays(cell_path(many.path, who))[0], load_arrays(cell_path(few.path, who))[0]
         assert a.keys() == b.keys()
