@@ -1,6 +1,7 @@
 r"""Convolution with a sparse weight on images as torch has them, for inference on CPUs: fast for one image.
 
     y[b, n, p, q] = act(bias[n] + sum over kept (n, c, i, j) of v x[b, c, p s + i - pad, q s + j - pad])
+    adds: the same with the old y[b, n, p, q] in the sum
 
 | name   | shape          | dtype |                           Floor, bytes and FLOPs:
 | x      | [B, C, H, W]   | fp32  |  contiguous               x, y and the bias once each,
@@ -12,7 +13,8 @@ r"""Convolution with a sparse weight on images as torch has them, for inference 
 images that are worked on are copied into planes with zeros around them, one for each channel, in which all
 places of y that are computed at once are one run, across the ends of rows; a kept weight is the distance from
 such a run to its input. Small images lie below each other in a plane, so the layout depends on the batch that
-it is meant for; any batch is right.
+it is meant for; any batch is right. Between convolutions the copy can be saved: `Planes` are images that lie
+as they are read.
 
 A pruned weight is not multiplied: NaN and infinity in x reach y through kept weights only. The zeros around
 the image are multiplied like any pixel. Results do not depend on the number of threads, which is torch's.
@@ -34,12 +36,50 @@ from sparselth.kernels._choose import use_native
 
 LINE = 16  # floats of a cache line
 RUN = 96  # places of y that registers hold, of one filter
-LONGEST = 16  # floats of the largest vector
+MOST = 192  # places of a run, in twelve of the largest vectors
 NEAR = 24 << 10  # bytes of the planes that stay in the first-level cache
 FAR = 192 << 10  # bytes of the planes that stay in the second-level cache
 WORTH = 14  # kept weights of a filter that pay for another block of channels
 WORK = 1 << 18  # FLOPs that pay for another thread
 SHARE = 8  # pieces for each thread that make up for unequal ones
+
+
+@dataclass(frozen=True, eq=False)
+class Planes:
+    """Images [B, C, H, W] as convolutions may read them in place and write them: a plane for each channel."""
+
+    memory: Tensor  # [B, C, pitch], zeros around each image; behind the last one room for some vectors
+    size: tuple[int, int]
+    row: int  # floats from one row to the next
+    padding: int  # rows of zeros above an image, columns of them before it
+
+    @staticmethod
+    def of(
+        batch: int, channels: int, size: tuple[int, int], row: int = 0, padding: int = 0, pitch: int = 0
+    ) -> Planes:
+        """Zeros; without more than a size the images have none around them. Each begins with a cache line."""
+        pitch = pitch or -(-size[0] * size[1] // LINE) * LINE
+        row, floats = row or size[1], batch * channels * pitch
+        lead = -padding * (row + 1) % LINE
+        memory = torch.zeros(lead + floats + 4 * LINE, dtype=torch.float32, device="cpu")
+        return Planes(memory[lead : lead + floats].view(batch, channels, pitch), size, row, padding)
+
+    @property
+    def images(self) -> Tensor:
+        """[B, C, H, W]"""
+        b, c, pitch = self.memory.shape
+        first = self.memory.storage_offset() + self.padding * (self.row + 1)
+        strides = c * pitch, pitch, self.row, 1
+        return self.memory.as_strided((b, c, *self.size), strides, first)
+
+    @property
+    def geometry(self) -> tuple[int, ...]:
+        return (*self.memory.shape, *self.size, self.row, self.padding)
+
+    @property
+    def bare(self) -> bool:
+        """Whether zeros stand behind images alone: there the rest of a vector may be written."""
+        return self.padding == 0 and self.row == self.size[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +95,12 @@ class ConvRows:
     row: int  # floats of a plane from one row to the next
     image_rows: int  # rows from one image to the one below it
     pitch: int  # floats from one plane to the next
+    unit: int  # floats that a cell counts: of 1 x 1 filters a plane, else 1
     group: int  # images that lie below each other
     strip: int  # rows of y that are worked on at a time
     blocks: int  # of channels
     starts: Tensor  # int32 [blocks * N + 1]: where the kept weights of a block and filter begin
-    cells: Tensor  # uint16 [kept]: from the first place of a run to its input, within a block
+    cells: Tensor  # uint16 [kept], times unit: from the first place of a run to its input, within a block
     values: Tensor  # fp32 [kept]
 
     @staticmethod
@@ -89,6 +130,10 @@ class ConvRows:
             for d in (0, 1)
         )
         several = planes[0] * planes[1]
+        wider = -(-row // LINE) * LINE
+        short, long = (-(-((down - 1) * r + across) // LINE) for r in (row, wider))
+        if short == long and long * LINE > RUN and more[1]:
+            row = wider  # as many vectors, and of each column of the kernel they lie alike in all its rows
 
         # As many small images as registers hold, else strips of a large one.
         image, one = image_rows * row, (down - 1) * row + across
@@ -100,18 +145,25 @@ class ConvRows:
         strip += strip % 2 if strips > 1 else 0  # pairs for a pool
         run = ((group - 1) * image_rows + strip - 1) * row + across
         reach = more[0] * row + more[1]
-        lines = -(-(((group - 1) * image_rows + strip + more[0]) * row + more[1]) // LINE)
-        if run > RUN:
-            lines |= 1  # else the same lines of all channels would share a few places of a cache
-        pitch = lines * LINE
-        together = (1 << 16) // (several * pitch)
-        if not together:
-            raise ValueError(f"images of {size[0]} x {size[1]} are too wide")
+
+        def pitch_for(rows: int) -> int:
+            lines = -(-(((group - 1) * image_rows + rows + more[0]) * row + more[1]) // LINE)
+            # odd, or the same lines of all channels would share a few places of a cache
+            return LINE * (lines | 1 if run > RUN else lines)
 
         out, inner, i, j = weight.nonzero().unbind(1)
         kept = len(out)
         near = -(-4 * c * several * (min(run, RUN) + reach) // NEAR)
-        blocks = max(1, -(-c // together), min(near, c, kept // (WORTH * max(1, n))))
+        wanted = max(1, min(near, c, kept // (WORTH * max(1, n))))
+        flat = kernel == [1, 1]
+        pitch, whole = pitch_for(strip), pitch_for(down)
+        if stride == 1 and -(-c // max(1, (1 << 16) // whole)) <= wanted:
+            pitch = whole  # then all of an image may lie in planes
+        unit = pitch if flat else 1
+        together = (1 << 16) // (several * pitch // unit)
+        if not together:
+            raise ValueError(f"images of {size[0]} x {size[1]} are too wide")
+        blocks = max(wanted, -(-c // together))
         block = inner * blocks // max(1, c)
         part = block * n + out
         order = torch.sort(part, stable=True).indices
@@ -119,7 +171,7 @@ class ConvRows:
         starts[1:] = torch.bincount(part, minlength=blocks * n).cumsum(0)
         first = (block * c + blocks - 1) // blocks
         plane = ((inner - first) * planes[0] + i % stride) * planes[1] + j % stride
-        cells = plane * pitch + i // stride * row + j // stride
+        cells = plane * (pitch // unit) + i // stride * row + j // stride
         return ConvRows(
             shape=(n, c, kernel[0], kernel[1]),
             size=(size[0], size[1]),
@@ -130,6 +182,7 @@ class ConvRows:
             row=row,
             image_rows=image_rows,
             pitch=pitch,
+            unit=unit,
             group=group,
             strip=strip,
             blocks=blocks,
@@ -150,6 +203,27 @@ class ConvRows:
         return self.out[0] // 2, self.out[1] // 2
 
     @property
+    def direct(self) -> bool:
+        """Whether x may lie as it is read."""
+        (kh, kw), (down, _) = self.shape[2:], self.out
+        if kh == kw == 1:  # in planes that have no zeros between rows
+            return self.stride == 1 and self.padding == 0
+        return self.stride == 1 and (down + self.more[0]) * self.row + self.more[1] <= self.pitch
+
+    def room(self, batch: int) -> Planes | None:
+        """Zeros for an x that is read in place; None where that cannot be."""
+        if not self.direct:
+            return None
+        if self.unit > 1:
+            return Planes.of(batch, self.shape[1], self.size)
+        return Planes.of(batch, self.shape[1], self.size, self.row, self.padding, self.pitch)
+
+    def reads(self, x: Planes) -> bool:
+        """Whether these are read in place."""
+        fits = x.memory.shape[2] == self.pitch or (self.unit > 1 and x.memory.shape[2] % LINE == 0)
+        return self.direct and fits and x.row == self.row and x.padding == self.padding
+
+    @property
     def kept(self) -> int:
         return self.values.numel()
 
@@ -162,7 +236,8 @@ class ConvRows:
         n, c, kh, kw = self.shape
         part = torch.repeat_interleave(self.starts.diff().long())
         block, out = part // max(1, n), part % max(1, n)
-        plane, at = self.cells.long() // self.pitch, self.cells.long() % self.pitch
+        cells = self.cells.long() * self.unit
+        plane, at = cells // self.pitch, cells % self.pitch
         inner = (block * c + self.blocks - 1) // self.blocks + plane // (self.planes[0] * self.planes[1])
         i = at // self.row * self.stride + plane // self.planes[1] % self.planes[0]
         j = at % self.row * self.stride + plane % self.planes[1]
@@ -252,25 +327,52 @@ def sparse_conv2d_rows_call(
 
 def bind_sparse_conv2d_rows(
     packed: ConvRows,
-    x: Tensor,
+    x: Tensor | Planes,
     bias: Tensor | None,
-    y: Tensor,
+    y: Tensor | Planes,
     relu: bool = False,
     pool: bool = False,
     kernels: str = "auto",
+    adds: bool = False,
 ) -> Callable[[], None]:
-    """`sparse_conv2d_rows` on fixed tensors: each call of what this returns is one foreign call."""
+    """`sparse_conv2d_rows` on fixed tensors: each call of what this returns is one foreign call.
+
+    `adds`: y = act(y + conv(x, W) + b). x and y may be `Planes`, but for y with a pool; what `packed.room`
+    made is read in place, other planes are copied first, as tensors are.
+    """
     _native.refuse_gradient(bias=bias, values=packed.values)
-    _image("x", x, len(x), _inputs(packed))
-    _image("y", y, len(x), (packed.shape[0], *(packed.halves if pool else packed.out)))
+    batch = len(x.memory) if isinstance(x, Planes) else len(x)
+    _image("x", x, batch, _inputs(packed))
+    _image("y", y, batch, (packed.shape[0], *(packed.halves if pool else packed.out)))
+    if pool and (adds or isinstance(y, Planes)):
+        raise ValueError("pool: expected a y of its own, got one that is added to, or planes")
     if not use_native(kernels):
+        inner, outer = (t.images if isinstance(t, Planes) else t for t in (x, y))
 
         def run() -> None:
-            y.copy_(reference(packed, x, bias, relu, pool))
+            if not adds:
+                outer.copy_(reference(packed, inner, bias, relu, pool))
+                return
+            outer.add_(reference(packed, inner, bias))
+            if relu:
+                outer.relu_()
 
         return run
-    arguments, call = _bind(packed, len(x), bias, relu, pool, x, y)
-    arguments.x, arguments.y = x.data_ptr(), y.data_ptr()
+    direct = isinstance(x, Planes) and packed.reads(x) and not pool
+    arguments, call = _bind(packed, batch, bias, relu, pool, direct, adds, x, y)
+    if isinstance(x, Planes):
+        arguments.x = x.memory.data_ptr() if direct else x.images.data_ptr()
+        arguments.x_image, arguments.x_channel, arguments.x_row, _ = x.images.stride()
+        if direct:
+            arguments.pitch = x.memory.shape[2]
+            arguments.unit = arguments.pitch if packed.unit > 1 else 1
+    else:
+        arguments.x = x.data_ptr()
+    if isinstance(y, Planes):
+        arguments.y, arguments.room = y.images.data_ptr(), y.bare
+        arguments.y_image, arguments.y_channel, arguments.y_row, _ = y.images.stride()
+    else:
+        arguments.y = y.data_ptr()
     return call
 
 
@@ -279,25 +381,38 @@ class _Arguments(ctypes.Structure):  # struct sparse_conv2d_rows
         *[(f, ctypes.c_void_p) for f in ("starts", "cells", "values", "bounds", "bias", "x", "y", "work")],
         *[(f, ctypes.c_int64) for f in ("batch", "channels", "height", "width", "filters", "down", "across")],
         *[(f, ctypes.c_int64) for f in ("step", "padding", "planes_down", "planes_across")],
-        *[(f, ctypes.c_int64) for f in ("more_rows", "more_columns", "row", "image_rows", "pitch")],
+        *[(f, ctypes.c_int64) for f in ("more_rows", "more_columns", "row", "image_rows", "pitch", "unit")],
         *[(f, ctypes.c_int64) for f in ("group", "strip", "blocks", "parts", "slot")],
-        *[(f, ctypes.c_int32) for f in ("relu", "pool", "threads")],
+        *[(f, ctypes.c_int64) for f in ("x_image", "x_channel", "x_row", "y_image", "y_channel", "y_row")],
+        *[(f, ctypes.c_int32) for f in ("relu", "pool", "direct", "adds", "room", "threads")],
     ]
 
 
 def _bind(
-    packed: ConvRows, batch: int, bias: Tensor | None, relu: bool, pool: bool, *alive: Tensor
+    packed: ConvRows,
+    batch: int,
+    bias: Tensor | None,
+    relu: bool,
+    pool: bool,
+    direct: bool = False,
+    adds: bool = False,
+    *alive: object,
 ) -> tuple[_Arguments, Callable[[], None]]:
+    """For tensors [B, C, H, W], whose addresses are still wanted."""
     n, c, _, _ = packed.shape
     _native.vector("bias", bias, n)
-    p, q = packed.out
-    whole = -(-batch // packed.group) * -(-p // packed.strip)  # pieces with all filters
+    (h, w), (p, q) = packed.size, packed.out
     threads = max(1, min(_native.threads(), 1 + floor(packed, batch)["flops"] // WORK))
-    parts = 1 if whole >= SHARE * threads or not whole else threads // gcd(whole, threads)
+    if direct:  # pieces with all filters
+        whole = batch * -(-((p - 1) * packed.row + q) // MOST)
+    else:
+        whole = -(-batch // packed.group) * -(-p // packed.strip)
+    enough = whole >= SHARE * threads and not direct  # where x is copied for each of the parts
+    parts = 1 if enough or not whole else threads // gcd(whole, threads)
     threads = max(1, min(threads, whole * parts))
     bounds = _bounds(packed, parts)
-    slot = c * packed.planes[0] * packed.planes[1] * packed.pitch + 64
-    slot += n * RUN // 8 * LONGEST if packed.blocks > 1 else 0
+    slot = 0 if direct else c * packed.planes[0] * packed.planes[1] * packed.pitch + 64
+    slot += n * MOST if packed.blocks > 1 else 0
     slot += packed.group * n * p * q if pool else 0
     slot = -(-slot // LINE) * LINE
     work = _native.scratch(threads * slot + 2 * LINE)
@@ -310,8 +425,8 @@ def _bind(
         work=work.data_ptr() + -work.data_ptr() % (4 * LINE),
         batch=batch,
         channels=c,
-        height=packed.size[0],
-        width=packed.size[1],
+        height=h,
+        width=w,
         filters=n,
         down=p,
         across=q,
@@ -324,13 +439,22 @@ def _bind(
         row=packed.row,
         image_rows=packed.image_rows,
         pitch=packed.pitch,
+        unit=packed.unit,
         group=packed.group,
         strip=packed.strip,
         blocks=packed.blocks,
         parts=parts,
         slot=slot,
+        x_image=c * h * w,
+        x_channel=h * w,
+        x_row=w,
+        y_image=n * p * q,
+        y_channel=p * q,
+        y_row=q,
         relu=relu,
         pool=pool,
+        direct=direct,
+        adds=adds,
         threads=threads,
     )
     alive_too = packed, bias, bounds, work
@@ -353,7 +477,10 @@ def _inputs(packed: ConvRows) -> tuple[int, int, int]:
     return packed.shape[1], *packed.size
 
 
-def _image(name: str, t: Tensor, batch: int, shape: tuple[int, int, int]) -> None:
+def _image(name: str, t: Tensor | Planes, batch: int, shape: tuple[int, int, int]) -> None:
+    if isinstance(t, Planes):
+        _native.check(name, t.images, (batch, *shape))
+        return
     _native.check(name, t, (batch, *shape))
     if not t.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous [B, C, H, W], got strides {t.stride()}")

@@ -10,6 +10,7 @@
     X(sparse_conv2d_add) \
     X(sparse_conv2d_weight_grad) \
     X(sparse_conv2d_rows) \
+    X(max_pool_rows) \
     X(masked_update) \
     X(gather) \
     X(bias_relu) \
@@ -35,6 +36,7 @@
 #include "csr_tiled.inc"
 #include "sparse_conv2d.inc"
 #include "sparse_conv2d_rows.inc"
+#include "max_pool_rows.inc"
 #include "step_parts.inc"
 #include "masked_update.inc"
 #include "score_update.inc"
@@ -62,6 +64,7 @@
 #include "csr_tiled.inc"
 #include "sparse_conv2d.inc"
 #include "sparse_conv2d_rows.inc"
+#include "max_pool_rows.inc"
 #include "step_parts.inc"
 #include "masked_update.inc"
 #include "score_update.inc"
@@ -96,6 +99,7 @@
 #include "csr_tiled.inc"
 #include "sparse_conv2d.inc"
 #include "sparse_conv2d_rows.inc"
+#include "max_pool_rows.inc"
 #include "step_parts.inc"
 #include "masked_update.inc"
 #include "score_update.inc"

@@ -76,6 +76,20 @@ typedef int32_t ivec __attribute__((vector_size(4 * VEC)));
 typedef uint32_t uvec __attribute__((vector_size(4 * VEC)));
 typedef float NAME(loose) __attribute__((vector_size(4 * VEC), aligned(4), may_alias));
 
+/* Every second float of two vectors one after the other, from the first or the second on. */
+#undef EVENS
+#undef ODDS
+#if VEC == 16
+#define EVENS(a, b) SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+#define ODDS(a, b) SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+#elif VEC == 8
+#define EVENS(a, b) SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14)
+#define ODDS(a, b) SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15)
+#else
+#define EVENS(a, b) SHUFFLE(a, b, 0, 2, 4, 6)
+#define ODDS(a, b) SHUFFLE(a, b, 1, 3, 5, 7)
+#endif
+
 #define load NAME(load)
 #define store NAME(store)
 #define vec_and NAME(vec_and)

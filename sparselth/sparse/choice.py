@@ -25,6 +25,7 @@ from sparselth.sparse.report import LayerReport
 from sparselth.sparse.times import Cache
 
 MARGIN = 1.03
+APART = 1.5  # times the seconds of a chain by itself that its layers may take where what is joined is raced
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,16 @@ class Choice:
     units: list[Units]
     networks: dict[str, float]
     checks: dict[str, Checked]
-    columns: list[Formed]  # the plan in columns from end to end where that pays but for its ends, else []
-    layers_in_columns: list[LayerReport]  # `layers` of that plan
+    joinable: list[Joinable]
+
+
+@dataclass(frozen=True)
+class Joinable:
+    """A plan in one layout from end to end, to be joined with those of other chains; its `layers`."""
+
+    name: str  # of a network of such plans
+    plan: list[Formed]
+    layers: list[LayerReport]
 
 
 def choose(
@@ -73,16 +82,22 @@ def choose(
     right = [name for name in plans if name == "original" or not checks[name].fault]
     chosen = min(right, key=lambda name: times[name] * handicap(plans[name]))
     layers = _layer_reports(trials, plans[chosen], original)
-    columns = _in_columns(trials, times[chosen])
-    turned = _layer_reports(trials, columns, original) if columns else []
-    return Choice(plans[chosen], chosen, layers, units, times, checks, columns, turned)
+    limit = times[chosen]
+    found = {
+        "joined": _cheapest_of(trials, limit, lambda form: form.in_columns and not form.made.in_place),
+        "joined rows": _cheapest_of(trials, APART * limit, lambda form: form.made.bind is not None),
+    }
+    joinable = [
+        Joinable(name, plan, _layer_reports(trials, plan, original)) for name, plan in found.items() if plan
+    ]
+    return Choice(plans[chosen], chosen, layers, units, times, checks, joinable)
 
 
-def _in_columns(trials: list[Trial], limit: float) -> list[Formed]:
-    """The fastest forms in columns, [] where one is missing or they take more than `limit` seconds."""
+def _cheapest_of(trials: list[Trial], limit: float, takes: Callable[[Formed], bool]) -> list[Formed]:
+    """The fastest forms of a kind, [] where one is missing or they take more than `limit` seconds."""
     plan, cost = list[Formed](), 0.0
     for trial in trials:
-        forms = [form for form in trial.right() if form.in_columns and not form.made.in_place]
+        forms = [form for form in trial.right() if takes(form)]
         if not forms:
             return []
         plan.append(min(forms, key=lambda form: trial.times[form.name]))

@@ -1,8 +1,9 @@
-"""Chains of layers with sums and ReLUs between them, features-major from end to end.
+"""Chains of layers with sums and ReLUs between them, in one layout from end to end.
 
-The branches of a residual network meet in sums. Each chain by itself lays its images features-major and back;
-here chains, sums and ReLUs that reach each other are one list of calls on memory of its own: images change
-layout where they come in and where they leave, and a convolution adds to what lies where its result goes.
+The branches of a residual network meet in sums. Each chain by itself lays its images features-major and back,
+or its convolutions copy what they read; here chains, sums and ReLUs that reach each other are one list of
+calls on memory of its own, features-major or in planes: images change layout where they come in and where
+they leave, and a convolution adds to what lies where its result goes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparselth.kernels.step_parts import Call, bind_bias_relu
+from sparselth.kernels.sparse_conv2d import Slices
+from sparselth.kernels.sparse_conv2d_rows import Planes
+from sparselth.kernels.step_parts import Call, bind_bias_relu, sequence
 from sparselth.sparse.forms.stage import columns, image
 from sparselth.sparse.forms.table import Formed
 from sparselth.sparse.network import Bound, InColumns
@@ -57,7 +60,10 @@ class Joined(nn.Module):
 
     def _link(self) -> None:
         self.plans: Plans = [segment.plan for segment in self._parts()]
-        self.run = InColumns(partial(Program, self.plans, self.steps))
+        forms = [form for plan in self.plans for form in plan]
+        in_rows = all(form.made.bind for form in forms)
+        self.bound = in_rows or all(form.in_columns for form in forms)
+        self.run = InColumns(partial(InRows if in_rows else Program, self.plans, self.steps))
 
     def _parts(self) -> list[Segment]:
         return [one for one in self.segments if isinstance(one, Segment)]
@@ -68,7 +74,7 @@ class Joined(nn.Module):
         if any(part.plan is not plan for part, plan in zip(parts, self.plans, strict=True)):
             self._link()  # other weights were loaded
         fits = x.is_cpu and x.dtype == torch.float32 and x.shape[1:] == self.plans[0][0].place.before
-        if fits and len(x) and all(form.in_columns for plan in self.plans for form in plan):
+        if fits and len(x) and self.bound:
             y: Tensor = self.run(x)
             return y
         values = {0: x}
@@ -87,68 +93,134 @@ class Joined(nn.Module):
 
 
 class Program(Bound):
-    """The steps bound to memory, which is taken again as soon as nobody reads it any more."""
+    """The steps bound to memory, which is taken again as soon as nobody reads it any more.
+
+    Images lie features-major, in a room [features, B or more] or in slices.
+    """
 
     def __init__(self, plans: Plans, steps: list[Step], batch: int) -> None:
         self.batch = batch
         self.free: defaultdict[Hashable, list[Any]] = defaultdict(list)
         calls, ops, before = list[Call](), scheduled(steps, plans), plans[0][0].place.before
         last = {source: i for i, step in enumerate(ops) for source in step.sources}
-        shapes, rooms = {0: before}, {0: self._take(prod(before))}
-        x = rooms[0][:, :batch]
+        readers = {s.sources[0]: plans[s.segment][0] for s in reversed(ops) if s.segment is not None}
+        shapes, rooms = {0: before}, {0: self._take(before, readers.get(0))}
+        x = rooms[0]
         for i, step in enumerate(ops):
             plan = [] if step.segment is None else plans[step.segment]
             *others, given = step.sources  # what is added to, or changed
             fills = bool(plan) and not others
             kept = fills or last[given] > i or (len(plan) == 1 and given in others)
             after = shapes[step.value] = plan[-1].place.after if plan else shapes[given]
-            rooms[step.value] = self._take(prod(after)) if kept else rooms[given]
-            xs = [image(rooms[source], shapes[source], batch) for source in step.sources]
-            y = image(rooms[step.value], after, batch)
+            rooms[step.value] = self._take(after, readers.get(step.value)) if kept else rooms[given]
+            xs = [self._images(rooms[source], shapes[source]) for source in step.sources]
+            y = self._images(rooms[step.value], after)
             if kept and not fills:
-                calls.append(partial(y.copy_, xs[-1]))
+                calls.append(partial(self._plain(y).copy_, self._plain(xs[-1])))
             if plan:
                 calls += self._chain(plan, xs[0], y, None if fills else step.relu)
             else:
-                calls += [partial(torch.add, y, xs[0], out=y)] if others else []
-                calls += [bind_bias_relu(y)] if step.relu else []
+                plain = self._plain(y)
+                calls += [partial(torch.add, plain, self._plain(xs[0]), out=plain)] if others else []
+                calls += [self._relu(y)] if step.relu else []
             for source in {*step.sources}:
                 if last[source] == i and rooms[source] is not rooms[step.value]:
-                    self.free[prod(shapes[source])].append(rooms[source])
+                    self._leave(rooms[source])
         value = steps[-1].value
-        super().__init__(x, rooms[value][:, :batch], shapes[value], calls)
+        self._end(x, rooms[value], shapes[value], calls)
 
-    def _chain(self, forms: list[Formed], x: Any, y: Tensor, adds: bool | None) -> list[Call]:
+    def _chain(self, forms: list[Formed], x: Any, y: Any, adds: bool | None) -> list[Call]:
         """Forms one after the other; the last one fills y or, unless `adds` is None, adds to it.
 
         `adds`: whether a ReLU comes behind the sum."""
-        calls, taken = list[Call](), list[tuple[Hashable, Any]]()
+        calls, taken = list[Call](), list[Any]()
         for form, behind in pairwise(forms):
-            slices = behind.made.slices(self.batch) if form.made.slices and behind.made.slices else None
-            if slices is None:
-                key: Hashable = prod(form.place.after)
-                room: Any = self._take(prod(form.place.after))
-                z: Any = image(room, form.place.after, self.batch)
-            else:
-                key = (*slices.memory.shape, slices.padding)
-                z = room = self.free[key].pop() if self.free[key] else slices
-            taken.append((key, room))
-            calls += form.call(x, z)
+            taken.append(self._take(form.place.after, behind, form))
+            z = self._images(taken[-1], form.place.after)
+            calls += self._calls(form, x, z)
             x = z
         if adds is None:
-            calls += forms[-1].call(x, y)
+            calls += self._calls(forms[-1], x, y)
         else:
             assert forms[-1].made.adds is not None
             calls += forms[-1].made.adds(x, y, adds)
-        for key, room in taken:
-            self.free[key].append(room)
+        for room in taken:
+            self._leave(room)
         return calls
 
-    def _take(self, features: int) -> Tensor:
-        """[features, B or more]"""
-        free = self.free[features]
-        memory: Tensor = free.pop() if free else columns(features, self.batch)
-        return memory
+    def _take(self, shape: tuple[int, ...], reader: Formed | None, writer: Formed | None = None) -> Any:
+        """Room for images that `reader` reads and, within a chain, `writer` fills."""
+        if writer and reader and writer.made.slices and (slices := reader.made.slices):
+            room = slices(self.batch)
+            if room is not None:
+                free = self.free[_key(room)]
+                return free.pop() if free else room
+        free = self.free[prod(shape)]
+        return free.pop() if free else columns(prod(shape), self.batch)
+
+    def _leave(self, room: Any) -> None:
+        self.free[_key(room)].append(room)
+
+    def _images(self, room: Any, shape: tuple[int, ...]) -> Any:
+        """As forms take them."""
+        return room if isinstance(room, Slices) else image(room, shape, self.batch)
+
+    def _plain(self, images: Any) -> Tensor:
+        """As torch takes them."""
+        plain: Tensor = images
+        return plain
+
+    def _calls(self, form: Formed, x: Any, y: Any) -> list[Call]:
+        calls: list[Call] = form.call(x, y)
+        return calls
+
+    def _relu(self, y: Any) -> Call:
+        return bind_bias_relu(y)
+
+    def _end(self, x: Any, y: Any, shape: tuple[int, ...], calls: list[Call]) -> None:
+        super().__init__(x[:, : self.batch], y[:, : self.batch], shape, calls)
+
+
+class InRows(Program):
+    """Images in planes: what a convolution fills the next one reads as it is."""
+
+    def _take(self, shape: tuple[int, ...], reader: Formed | None, writer: Formed | None = None) -> Planes:
+        room = reader.made.planes(self.batch) if reader and reader.made.planes else None
+        channels, high, wide = shape
+        room = room or Planes.of(self.batch, channels, (high, wide))
+        free = self.free[_key(room)]
+        return free.pop() if free else room
+
+    def _images(self, room: Any, shape: tuple[int, ...]) -> Any:
+        return room
+
+    def _plain(self, images: Any) -> Tensor:
+        plain: Tensor = images.images
+        return plain
+
+    def _calls(self, form: Formed, x: Any, y: Any) -> list[Call]:
+        assert form.made.bind is not None
+        return form.made.bind(x, y)
+
+    def _relu(self, y: Any) -> Call:
+        return self._plain(y).relu_
+
+    def _end(self, x: Any, y: Any, shape: tuple[int, ...], calls: list[Call]) -> None:
+        self.given, self.found = self._plain(x), self._plain(y)
+        self.run = sequence(calls)
+
+    def fill(self, x: Tensor) -> None:
+        self.given.copy_(x)
+
+    def result(self) -> Tensor:
+        return self.found.clone(memory_format=torch.contiguous_format)
+
+
+def _key(room: Any) -> Hashable:
+    """What memory must have in common to be taken again."""
+    if isinstance(room, Planes):
+        return room.geometry
+    return (*room.memory.shape, room.padding) if isinstance(room, Slices) else len(room)
 
 
 def scheduled(steps: list[Step], plans: Plans) -> list[Step]:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from sparselth.check import ROUNDING
 from sparselth.errors import one_line
 from sparselth.sparse.attention import split_attention
-from sparselth.sparse.choice import MARGIN, Choice, choose
+from sparselth.sparse.choice import MARGIN, Choice, Joinable, choose
 from sparselth.sparse.compaction import Part, check_evaluation, is_known, plain
 from sparselth.sparse.converted import ConvertedModule
 from sparselth.sparse.device import Device
@@ -29,8 +29,7 @@ from sparselth.sparse.times import Cache
 from sparselth.sparse.tracing import chain_at, trace
 from sparselth.sparse.units import compact_graph
 
-# of the layers of a chain; its plan in columns; what it says of them
-Reports = tuple[list[LayerReport], list[Formed], list[LayerReport]]
+Reports = tuple[list[LayerReport], list[Joinable]]  # of the layers of a chain
 
 
 def convert_module(
@@ -62,8 +61,9 @@ def convert_module(
             network, how, like = work.chains(traced, given.tensors), "a graph by torch.fx", reference.spec
         work.layers(network, _caller(network, given, like is not None))
         networks = {"original": original, "converted": network}
-        if isinstance(network, fx.GraphModule) and (joined := join(network, work.columns)):
-            networks["joined"] = joined
+        for name, plans in work.joinable.items():
+            if isinstance(network, fx.GraphModule) and (joined := join(network, plans)):
+                networks[name] = joined
         samples = Samples.of(model, masks, given, reference)
         calls = {
             name: partial(_caller, net, flat=name != "original" and like is not None)
@@ -102,7 +102,7 @@ class _Work:
         self.reports: list[Reports] = []
         self.units: list[Any] = []
         self.left_out: dict[str, str] = {}
-        self.columns: dict[Segment, list[Formed]] = {}  # plans for those that stand together
+        self.joinable: dict[str, dict[Segment, list[Formed]]] = {}  # plans for those that stand together
         self.terms = 1
         kinds = nn.Linear(1, 1, device="meta"), nn.Conv2d(1, 1, 1, device="meta")
         self.words = max((device.precision(module) for module in kinds), key=ROUNDING.__getitem__)
@@ -110,15 +110,15 @@ class _Work:
     def segment(self, parts: list[Part], x: Tensor, tokens: bool) -> Segment:
         rows = x.reshape(-1, x.shape[-1]) if tokens else x
         choice: Choice = choose(parts, rows.contiguous(), self.device, self.left_out, self.compact)
-        turned = [] if tokens else choice.columns
-        self.reports.append((choice.layers, turned, choice.layers_in_columns))
+        joinable = [] if tokens else choice.joinable
+        self.reports.append((choice.layers, joinable))
         self.units += choice.units
         weights = [p.module.weight for p in parts if isinstance(p.module, nn.Linear | nn.Conv2d)]
         self.terms = max(self.terms, *(w[0].numel() for w in weights))
         segment = Segment(choice.plan, tokens)
-        if turned:
-            same = all(a is b for a, b in zip(choice.plan, turned, strict=False))
-            self.columns[segment] = segment.plan if same else turned
+        for one in joinable:
+            same = all(a is b for a, b in zip(choice.plan, one.plan, strict=False))
+            self.joinable.setdefault(one.name, {})[segment] = segment.plan if same else one.plan
         return segment
 
     def compacted(
@@ -331,8 +331,8 @@ def _as_taken(reports: list[Reports], network: nn.Module) -> list[LayerReport]:
     """With the forms that layers have in this network; one that is called twice may have two."""
     plans = [module.plan for module in network.modules() if isinstance(module, Segment)]
     found: list[LayerReport] = []
-    for layers, columns, in_columns in reports:
-        found += in_columns if any(plan is columns for plan in plans) else layers
+    for layers, joinable in reports:
+        found += next((one.layers for one in joinable if any(plan is one.plan for plan in plans)), layers)
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -81,12 +82,23 @@ def bound(form: Formed, x: Tensor) -> tuple[Call, Callable[[], Tensor]]:
     return run_all, result
 
 
+class Held(Protocol):
+    """Memory for batches of one size, and what computes on it."""
+
+    run: Call
+
+    def fill(self, x: Tensor) -> None: ...
+
+    def result(self) -> Tensor:
+        """Batch first, in memory of its own."""
+
+
 class InColumns:
     """What `make(batch)` binds, on batches of any size; buffers are kept for the last few sizes."""
 
-    def __init__(self, make: Callable[[int], Bound]) -> None:
+    def __init__(self, make: Callable[[int], Held]) -> None:
         self.make, self.lock = make, threading.Lock()
-        self.chains: dict[tuple[int, int], Bound] = {}
+        self.chains: dict[tuple[int, int], Held] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         key = len(x), torch.get_num_threads()

@@ -18,6 +18,7 @@ from sparselth.kernels.block_linear import BlockWeight, block_linear
 from sparselth.kernels.csr_lanes import LanedCsr, csr_lanes
 from sparselth.kernels.csr_linear import CsrIndex, csr_input_grad, csr_linear, csr_weight_grad
 from sparselth.kernels.csr_tiled import TiledCsr, csr_tiled
+from sparselth.kernels.max_pool_rows import max_pool_rows
 from sparselth.kernels.seed_conv2d import seed_conv2d
 from sparselth.kernels.seed_linear import SeedWeight, seed_linear
 from sparselth.kernels.slot_linear import Slots, slot_linear
@@ -122,6 +123,10 @@ OPS: dict[str, Op] = {
         {"logits": some(10, 4)},
     ),
     "max_pool": (step_parts.max_pool, {"x": IMAGES}),
+    "max_pool_rows": (
+        lambda x, **k: max_pool_rows(x, (3, 3), (2, 2), (1, 1), **k),
+        {"x": some(2, 4, 6, 6)},
+    ),
     "max_pool_backward": (
         step_parts.max_pool_backward,
         {"dy": some(16, 3, 3, 4), "x": IMAGES, "y": some(16, 3, 3, 4)},

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparselth.kernels import _native
 from sparselth.kernels import sparse_conv2d_rows as sr
 from sparselth.kernels._choose import use_native
-from sparselth.kernels.sparse_conv2d_rows import ConvRows
+from sparselth.kernels.sparse_conv2d_rows import ConvRows, Planes
 
 CASES = settings(max_examples=int(os.environ.get("SPARSELTH_CASES", "25")), deadline=None)
 native = pytest.mark.skipif(_native.LIB is None, reason=_native.WHY)
@@ -32,6 +32,7 @@ LAYERS = {  # [N, C, kh, kw], size, stride, padding, batch, kept
     "LeNet-5, second": ((16, 6, 5, 5), (14, 14), 1, 0, 5, 0.3),
     "stride beyond the kernel": ((3, 2, 2, 2), (9, 8), 3, 0, 16, 0.7),
     "padding beyond the kernel": ((3, 2, 2, 3), (5, 8), 2, 4, 3, 0.5),
+    "strips that end within a vector": ((3, 40, 3, 1), (40, 43), 1, 1, 1, 0.5),
     "nothing kept": ((3, 2, 3, 3), (5, 6), 1, 1, 5, 0.0),
     "all kept": ((3, 2, 3, 3), (5, 70), 1, 1, 2, 1.0),
     "one of everything": ((1, 1, 1, 1), (1, 1), 1, 0, 1, 1.0),
@@ -105,6 +106,73 @@ def test_against_float64(name: str, kernels: str) -> None:
     compare(packed, batch, kernels, 1, bias=True, relu=True)
 
 
+def planes(shape: tuple[int, int, int, int], apart: int, padding: int) -> Planes:
+    """NaN everywhere, rows `apart` further from each other than they are long."""
+    b, c, h, w = shape
+    row = w + apart
+    pitch = -(-((h + 2 * padding) * row + padding) // 16) * 16
+    found = Planes.of(b, c, (h, w), row, padding, pitch)
+    found.memory.fill_(torch.nan)
+    return found
+
+
+def compare_planes(packed: ConvRows, batch: int, kernels: str, apart: int, relu: bool) -> None:
+    """In place where that can be and not, into planes and tensors, and added to what lies there."""
+    n, c, _, _ = packed.shape
+    x, b, old = torch.randn(batch, c, *packed.size), torch.randn(n), torch.randn(batch, n, *packed.out)
+    for held in (packed.room(batch), planes((batch, c, *packed.size), apart, 0)):
+        if held is None:
+            continue
+        if packed.unit > 1:
+            held.memory.fill_(torch.nan)  # around 1 x 1 filters there are no zeros
+        held.images.copy_(x)
+        for adds in (False, True):
+            exact = sr.reference(packed, x.double(), b.double())
+            exact = exact + old if adds else exact
+            exact = exact.relu() if relu else exact
+            first = []
+            for threads in (2, 1, 3):
+                torch.set_num_threads(threads)
+                y, plain = planes((batch, n, *packed.out), apart + 1, apart), old.clone()
+                bare = Planes.of(batch, n, packed.out)
+                for to in (y.images, bare.images):
+                    to.copy_(old)
+                for out in (y, bare, plain):
+                    sr.bind_sparse_conv2d_rows(packed, held, b, out, relu, kernels=kernels, adds=adds)()
+                assert error(plain, exact) < 1e-6
+                assert torch.equal(y.images, plain)
+                assert torch.equal(bare.images, plain)
+                first.append(plain)
+                y.images.fill_(torch.nan)
+                assert bool(y.memory.isnan().all())  # nothing beside the images was written
+            if use_native(kernels):
+                assert all(torch.equal(one, first[0]) for one in first)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_planes(name: str, kernels: str) -> None:
+    shape, size, stride, padding, batch, kept = LAYERS[name]
+    torch.manual_seed(0)
+    packed = ConvRows.from_dense(weight(shape, kept), size, stride, padding, batch)
+    assert packed.direct == (stride == 1)
+    for apart in (0, 1):
+        compare_planes(packed, batch, kernels, apart, relu=apart > 0)
+
+
+def test_planes_of_others_are_not_read_in_place() -> None:
+    packed = ConvRows.from_dense(weight((3, 2, 3, 3), 0.5), (6, 7), 1, 1)
+    room = packed.room(2)
+    assert room is not None
+    assert packed.reads(room)
+    assert not room.bare
+    for other in (Planes.of(2, 2, (6, 7)), planes((2, 2, 6, 7), 2, 1), planes((2, 2, 6, 7), 1, 0)):
+        assert not packed.reads(other)
+    assert ConvRows.from_dense(weight((3, 2, 3, 3), 0.5), (6, 7), 2, 1).room(2) is None
+    single = ConvRows.from_dense(weight((3, 2, 1, 1), 0.5), (6, 7))
+    assert single.reads(Planes.of(2, 2, (6, 7)))
+    assert not single.reads(planes((2, 2, 6, 7), 1, 0))
+
+
 def test_layers_are_what_their_names_say() -> None:
     def packed(name: str) -> ConvRows:
         shape, size, stride, padding, batch, kept = LAYERS[name]
@@ -143,6 +211,8 @@ def test_any_shape(data: st.DataObject) -> None:
         assert torch.equal(packed.to_dense(), w)
         offset = data.draw(st.integers(0, 17), "offset")
         compare(packed, batch, "auto", offset, data.draw(st.booleans()), data.draw(st.booleans()))
+        apart = data.draw(st.integers(0, 2), "apart")
+        compare_planes(packed, min(batch, 3), "auto", apart, data.draw(st.booleans()))
 
 
 @native
@@ -213,6 +283,11 @@ def test_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda p, x: sr.sparse_conv2d_rows(p, x, x), r"bias: expected contiguous fp32 \[3\]"),
         (lambda p, x: sr.sparse_conv2d_rows(p, x, kernels="fast"), "kernels='fast'"),
         (lambda p, x: sr.bind_sparse_conv2d_rows(p, x, None, x), r"y: expected fp32 \[9, 3, 4, 5\]"),
+        (lambda p, x: sr.bind_sparse_conv2d_rows(p, x, None, Planes.of(9, 3, (4, 4))), r"y: expected fp32"),
+        (
+            lambda p, x: sr.bind_sparse_conv2d_rows(p, x, None, Planes.of(9, 3, (2, 2)), pool=True),
+            "pool: expected a y of its own",
+        ),
         (lambda p, x: sr.bind_sparse_conv2d_rows(p, x.mT.contiguous().mT, None, x), "expected a contiguous"),
         (lambda p, x: ConvRows.from_dense(x[0], (6, 7)), r"expected a weight \[N, C, kh, kw\] in fp32"),
         (lambda p, x: ConvRows.from_dense(x > 0, (6, 7)), "got torch.bool"),

@@ -106,7 +106,7 @@ def test_every_form_of_a_cpu_is_right_alone_and_as_a_network() -> None:
     wanted = {"dense", "channels-last", "dense columns", "columns", "maxima"}
     wanted |= {"CSR", "block_linear", "block_conv2d"}
     if _native.LIB is not None:
-        wanted |= {"csr_linear", "csr_tiled", "sparse_conv2d", "sparse_conv2d_rows"}
+        wanted |= {"csr_linear", "csr_tiled", "sparse_conv2d", "sparse_conv2d_rows", "max_pool_rows"}
     assert met == wanted
 
 
@@ -114,17 +114,18 @@ SIZES = (3, 2, 1), (2, None, 0), ((3, 2), (2, 1), (1, 0)), ((2, 5), 3, (0, 2)), 
 
 
 @pytest.mark.parametrize("size", [*SIZES, ((3,), (2,), (1,))])
-def test_maxima_are_those_of_torch_to_the_bit(size: Any) -> None:
+@pytest.mark.parametrize("name", ["maxima", "max_pool_rows"])
+def test_maxima_are_those_of_torch_to_the_bit(name: str, size: Any) -> None:
     """NaN and infinity too."""
     pool, x = nn.MaxPool2d(*size), torch.randn(2, 3, 11, 8)
     x[0, 0, 4, 4], x[1, 1, 0, 0], x[1, 2] = torch.nan, torch.inf, -torch.inf
-    formed = FORMS["maxima"].of(stage_of([pool], torch.randn_like(x)), CPU, 2)
+    formed = FORMS[name].of(stage_of([pool], torch.randn_like(x)), CPU, 2)
     y = network([formed])(x)
     torch.testing.assert_close(y, pool(x), rtol=0, atol=0, equal_nan=True)
     assert y.is_contiguous()
     strange = nn.MaxPool2d(3, 2, dilation=2), nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d((1, 3), 1)
     for other in strange:
-        assert not FORMS["maxima"].fits(stage_of([other], torch.randn(2, 3, 11, 8)), CPU, 2)
+        assert not FORMS[name].fits(stage_of([other], torch.randn(2, 3, 11, 8)), CPU, 2)
 
 
 def test_a_device_has_its_own_forms() -> None:

@@ -30,6 +30,17 @@ def joins(calls: Mapping[str, Call], sample: Any) -> Any:
     return times({name: fast.get(name.split()[0], 1e-3) for name in calls})
 
 
+def joins_rows(calls: Mapping[str, Call], sample: Any) -> Any:
+    """The same of rows."""
+    for call in calls.values():
+        call()
+    fast = {"sparse_conv2d_rows": 1e-7, "max_pool_rows": 1e-7, "joined rows": 1e-5}
+    return times({name: fast.get(name, 1e-3) for name in calls})
+
+
+LAYOUTS = [(joins, "joined", "sparse_conv2d"), (joins_rows, "joined rows", "sparse_conv2d_rows")]
+
+
 class Block(nn.Module):
     """Two convolutions and what goes past them: the input, or a convolution of it."""
 
@@ -74,6 +85,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "in place": lambda: resnet(True),
     "new memory": lambda: resnet(False),
     "odd": lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Odd()),
+    "stem": lambda: nn.Sequential(nn.Conv2d(3, 3, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(3, 1, 1), resnet(True)),
 }
 
 
@@ -98,13 +110,16 @@ def program(network: nn.Module) -> Joined:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_it_is_right_for_any_batch_and_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "seconds", joins)
+@pytest.mark.parametrize(("clock", "whole", "form"), LAYOUTS)
+def test_it_is_right_for_any_batch_and_size(
+    clock: Any, whole: str, form: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "seconds", clock)
     x = torch.randn(5, 3, 10, 9)
     fast, exact = converted(name, x)
-    assert fast.report.chosen == "joined", fast.report
+    assert fast.report.chosen == whole, fast.report
     chosen = {layer.name: layer.chosen for layer in fast.report.layers if len(layer.shape) == 4}
-    assert name == "odd" or {*chosen.values()} == {"sparse_conv2d"}
+    assert name == "odd" or {*chosen.values()} == {form}
     assert not [layer for layer in chosen if "segment" in layer]  # a form is converted once
     held = program(fast)
     for shape in ((5, 3, 10, 9), (1, 3, 10, 9), (17, 3, 10, 9), (2, 3, 13, 8)):

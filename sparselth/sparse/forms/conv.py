@@ -15,7 +15,12 @@ from sparselth.kernels.sparse_conv2d import (
     bind_sparse_conv2d,
     bind_sparse_conv2d_add,
 )
-from sparselth.kernels.sparse_conv2d_rows import ConvRows, sparse_conv2d_rows_call
+from sparselth.kernels.sparse_conv2d_rows import (
+    ConvRows,
+    Planes,
+    bind_sparse_conv2d_rows,
+    sparse_conv2d_rows_call,
+)
 from sparselth.kernels.step_parts import Call
 from sparselth.sparse.device import Device
 from sparselth.sparse.forms.stage import Stage, tensor_bytes, without_weight
@@ -128,13 +133,24 @@ def _sparse_conv2d(stage: Stage, device: Device, batch: int) -> Made:
 
 def _sparse_conv2d_rows(stage: Stage, device: Device, batch: int) -> Made:
     filters, size, whole = _filters(stage), (stage.before[1], stage.before[2]), without_weight(stage.whole)
+    bias, relu, pool = stage.bias, stage.relu, stage.pool is not None
     packed = ConvRows.from_dense(filters.weight, size, filters.stride, filters.padding, batch)
-    run = sparse_conv2d_rows_call(packed, stage.bias, stage.relu, stage.pool is not None)
+    run = sparse_conv2d_rows_call(packed, bias, relu, pool)
+    size_of_all = tensor_bytes([bias]) + packed.bytes()
 
     def weight() -> Tensor:
         return Filters.narrow(whole, packed.to_dense())
 
-    return Made(run, tensor_bytes([stage.bias]) + packed.bytes(), weight)
+    def bind(x: Planes, y: Planes) -> list[Call]:
+        return [bind_sparse_conv2d_rows(packed, x, bias, y, relu)]
+
+    def adds(x: Planes, y: Planes, rectify: bool) -> list[Call]:
+        return [bind_sparse_conv2d_rows(packed, x, bias, y, rectify, adds=True)]
+
+    if pool:
+        return Made(run, size_of_all, weight)
+    more = None if relu else adds
+    return Made(run, size_of_all, weight, adds=more, bind=bind, planes=packed.room)
 
 
 register(Form("sparse_conv2d", "ours", "columns", _has_native, _sparse_conv2d))

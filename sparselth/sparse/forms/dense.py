@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparselth.kernels import _native
+from sparselth.kernels.max_pool_rows import bind_max_pool_rows, max_pool_rows
+from sparselth.kernels.sparse_conv2d_rows import Planes
 from sparselth.kernels.step_parts import Call, bind_bias_relu, bind_max_pool
 from sparselth.sparse.compaction import POINTWISE, rebuilt
 from sparselth.sparse.device import Device
@@ -70,6 +73,24 @@ def _maxima(stage: Stage, device: Device, batch: int) -> Made:
         return _largest([rows[..., j : x.shape[3] - across + j + 1 : strides[1]] for j in range(across)])
 
     return Made(stage.behind(run), stage.dense_bytes)
+
+
+def _has_max_pool(stage: Stage, device: Device, batch: int) -> bool:
+    there = _native.LIB is not None and device.dtype == torch.float32 and len(stage.before) == 3
+    return there and _has_maxima(stage, device, batch)
+
+
+def _max_pool_rows(stage: Stage, device: Device, batch: int) -> Made:
+    pool, relu = stage.part.module, stage.relu
+    kernel, stride, padding = map(_pair, (pool.kernel_size, pool.stride, pool.padding))
+
+    def run(x: Tensor) -> Tensor:
+        return max_pool_rows(x, kernel, stride, padding, relu)
+
+    def bind(x: Planes, y: Planes) -> list[Call]:
+        return [bind_max_pool_rows(x.images, y.images, kernel, stride, padding, relu)]
+
+    return Made(run, stage.dense_bytes, bind=bind)
 
 
 def _largest(parts: list[Tensor]) -> Tensor:
@@ -138,5 +159,6 @@ def _pool(module: nn.Module, relu: bool, x: Tensor, y: Tensor) -> None:
 register(Form("dense", "dense", "rows", lambda stage, device, batch: True, _dense))
 register(Form("channels-last", "dense", "channels-last", _has_images, _channels_last))
 register(Form("maxima", "dense", "rows", _has_maxima, _maxima))
+register(Form("max_pool_rows", "dense", "rows", _has_max_pool, _max_pool_rows))
 register(Form("dense columns", "dense", "columns", _has_columns, _dense_columns))
 register(Form("columns", "dense", "columns", _has_no_weights, _no_weights))

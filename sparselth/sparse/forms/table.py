@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sparselth.errors import UsageError
 from sparselth.kernels.sparse_conv2d import Slices
+from sparselth.kernels.sparse_conv2d_rows import Planes
 from sparselth.kernels.step_parts import Call
 from sparselth.registry import Registry
 from sparselth.sparse.device import Device
@@ -40,8 +41,11 @@ class Made:
     weight: Callable[[], Tensor] | None = None  # gives W back, with the dead inputs or without
     in_place: bool = False  # in columns: y is the memory of x
     slices: Callable[[int], Slices | None] | None = None  # x and y may be Slices, and x those for this batch
-    # in columns: (x, y, relu) -> calls for y = act(y + what it computes of x)
-    adds: Callable[[Tensor, Tensor, bool], list[Call]] | None = None
+    # in columns, or with `bind` on planes: (x, y, relu) -> calls for y = act(y + what it computes of x)
+    adds: Callable[[Any, Any, bool], list[Call]] | None = None
+    # of rows on a CPU: (x, y) -> calls that fill y from x; the x for this batch that is read in place
+    bind: Callable[[Planes, Planes], list[Call]] | None = None
+    planes: Callable[[int], Planes | None] | None = None
 
 
 @dataclass(frozen=True)
