@@ -19,7 +19,8 @@ from sparselth.params import ALIGN, TensorSpec
 def compressible(model: Model) -> bool:
     """Whether layers of a model can be compressed: a chain of what there are kernels for.
 
-    Those are products of stride 1 and pools of 2 x 2, each with or without a ReLU.
+    Those are products of stride 1, the first of which reads the images, and pools of 2 x 2, each with or
+    without a ReLU.
     """
     ops = [node.op for node in model.nodes]
     known = (
@@ -28,7 +29,7 @@ def compressible(model: Model) -> bool:
         or (isinstance(op, MaxPool) and op.size == 2 and op.tiles)
         for op in ops
     )
-    return model.is_chain and all(known) and not isinstance(ops[0], ReLU)
+    return model.is_chain and all(known) and isinstance(ops[0], Linear | Conv)
 
 
 class Layout:

@@ -123,6 +123,17 @@ def test_random_networks_and_mixes_of_layers(
     assert close(found[0].moments[0], expected[0].moments[0], 1e-4)
 
 
+@pytest.mark.parametrize("share", [1.1, 0.0])
+def test_a_network_that_begins_with_a_pool_trains(share: float, digits: Resident) -> None:
+    model = Model("pooled", (1, 28, 28), (MaxPool(2), Linear(30), ReLU(), Linear(10)), {}, "")
+    found = []
+    for kernels in ("auto", "reference"):
+        state, mask = start(model, ADAM, 0.1)
+        fit(model, digits, [Job(TICKET, state, mask)], ADAM, kernels=kernels, break_even=every(model, share))
+        found.append(state.weights)
+    assert close(*found)
+
+
 @pytest.mark.parametrize("share", [1.0, 0.0])
 @pytest.mark.parametrize("kernels", LIBRARIES)
 def test_images_stay_laid_out_and_weights_do_not(kernels: str, share: float, digits: Resident) -> None:

@@ -118,7 +118,7 @@ def test_what_only_autograd_trains_is_refused_by_the_engines() -> None:
     chain = Model("chain", (1, 9, 9), (MaxPool(2, 1), Linear(10)), {}, "")
     assert chain.shapes[1] == (1, 8, 8)
     assert not compressible(chain)
-    assert compressible(replace(chain, layers=(MaxPool(2), Linear(10))))
+    assert compressible(replace(chain, layers=(Conv(2, 3, 1), MaxPool(2), Linear(10))))
 
 
 COUNTS = {  # what is ranked under scope global, what stays whole
