@@ -117,8 +117,8 @@ def parameters(experiment: type[Experiment]) -> Iterator[click.Parameter]:
         yield click.Option(
             ["--price-on"],
             metavar="DEVICE",
-            help="With --dry-run: the price on a device with recorded results too, e.g. h200; or by a model "
-            "on GPUs that are not here, e.g. 8xh100 (a100, h100 or h200), with all that it assumes.",
+            help="With --dry-run: the price on a device with recorded results too, e.g. h200; or of imp by a "
+            "model on GPUs that are not here, e.g. 8xh100 (a100, h100 or h200), with all that it assumes.",
         )
     yield from output(click.command()(lambda: None)).params
 

@@ -29,6 +29,7 @@ MACHINE = 8  # GPUs of a machine
 MOST = 100_000
 FULL = 0.9  # of a GPU's memory
 LATENCY = 5e-5  # seconds of a sum over GPUs beside its bytes
+KERNELS, LAUNCH = 5, 8e-6  # that a node of a network has in a step of autograd's; seconds to start each
 SECONDS = 0.5  # that decoding is timed
 
 
@@ -84,8 +85,14 @@ class Cost:
 def modelled(config: Training, number: int, name: str) -> Cost:
     """The cost of a run on so many GPUs, whose data set need not be there.
 
-    UsageError for a network of unknown layers; SparselthError where a step fits on no number of them.
+    UsageError for a network of unknown layers, and for an experiment that does more than train networks;
+    SparselthError where a step fits on no number of them.
     """
+    if type(config).compute is not Training.compute:
+        raise UsageError(
+            f"`price_on` {number}x{name}: the model knows what imp computes, not what {config.name} does; "
+            "expected a device with recorded results, such as h200"
+        )
     gpu, recipe, model = GPUS[name], config.recipe, config.network
     spec = get_dataset(config.dataset or model.dataset)
     forward, training = flops(model)
@@ -93,6 +100,7 @@ def modelled(config: Training, number: int, name: str) -> Cost:
     each = _gpus_of_a_network(config, number, name)
     groups, images = number // each, -(-recipe.batch_size // each)
     computing, decoded = images * training / speed, images / (gpu.cores * rate) if rate else 0.0
+    launching = KERNELS * LAUNCH * len(model.nodes)
     sums = 1 + 2 * sum(isinstance(node.op, BatchNorm) for node in model.nodes)
     reduced, link = 2 * (each - 1) / each * 4 * model.params.trained_size, gpu.far
     if MACHINE % each == 0:  # else some have their GPUs in two machines
@@ -102,7 +110,7 @@ def modelled(config: Training, number: int, name: str) -> Cost:
     most = config.eval_images if config.eval_images is not None else evaluated_images(recipe, spec)
     validated, tested = (min(most or n, n) for n in (spec.n_validation, spec.n_test))
     price = Price(
-        {1: max(computing, decoded) + reducing},
+        {1: max(computing, launching, decoded) + reducing},
         (1.0,) * len(config.rungs()),  # pruned weights are zeros in dense layers
         {1: validated * looked},
         tested / validated,
@@ -126,7 +134,10 @@ def modelled(config: Training, number: int, name: str) -> Cost:
         else "none: images lie in the GPU's memory",
         "batch": f"{recipe.batch_size:,} images over {gpus}, {images:,} each, "
         f"{price.replica_bytes / giga:.0f} GB of {gpu.memory / giga:.0f}: {1e3 * computing:.1f} ms of "
-        f"computing beside {1e3 * decoded:.1f} of decoding, of which the longer counts",
+        f"computing beside {1e3 * decoded:.1f} of decoding and {1e3 * launching:.1f} of launches, "
+        "of which the longest counts",
+        "launches": f"{KERNELS * len(model.nodes)} kernels, {KERNELS} for each node of the network, "
+        f"{1e6 * LAUNCH:g} us each (both assumed)",
         "all-reduce": f"2 (n - 1) / n x 4 bytes x {model.params.trained_size:,} weights, "
         f"{reduced / 1e6:.0f} MB at {link / giga:g} GB/s (vendor's peak, one way), and {1e6 * LATENCY:g} us "
         f"(assumed) for each of {sums} sums, two of each batch norm; nothing hidden: {1e3 * reducing:.1f} ms"
@@ -137,7 +148,8 @@ def modelled(config: Training, number: int, name: str) -> Cost:
         "networks": f"{len(cells)}, of which {widest(config)} can train at one time; {groups} groups of "
         f"{gpus} take them in the order of a run" + f" (`split` {each})" * (each > 1),
         "left out": "masks and updates, copies to the GPU, files and checkpoints, starting, faults, waiting "
-        "for the slowest, and that a few images a GPU reach a smaller share of its peak",
+        "for the slowest, that small networks train as one batch on a GPU, and that a few images a GPU reach "
+        "a smaller share of its peak",
     }
     title = gpu.title.partition(",")[0]
     return Cost(f"{number} {title}", seconds, number * seconds / 3600, busy, each, said)
@@ -152,13 +164,14 @@ def flops(model: Model) -> tuple[int, int]:
 def _gpus_of_a_network(config: Training, number: int, name: str) -> int:
     """As many as are left over, and at least what a step fits."""
     recipe, memory = config.recipe, FULL * GPUS[name].memory
-    for each in range(max(1, number // widest(config)), number + 1):
+    most = min(number, recipe.batch_size)  # a GPU has one image at least
+    for each in range(max(1, min(most, number // widest(config))), most + 1):
         share = replace(recipe, batch_size=-(-recipe.batch_size // each))
         if replica_bytes(config.network, share) <= memory:
             return each
     raise SparselthError(
         f"`price_on` {number}x{name}: a step of {recipe.batch_size:,} images of {config.model} does not fit "
-        f"{number} GPUs of {GPUS[name].memory / 1e9:.0f} GB; expected more of them, or a smaller `batch_size`"
+        f"{most} GPUs of {GPUS[name].memory / 1e9:.0f} GB; expected more of them, or a smaller `batch_size`"
     )
 
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sparselth.config import Recipe
+from sparselth.config import EXPERIMENTS, Recipe
 from sparselth.data import get_dataset
 from sparselth.errors import SparselthError, UsageError
 from sparselth.experiments import cost
 from sparselth.experiments.cost import GPUS, flops, gpus_named, made_up, modelled
 from sparselth.experiments.imp import ImpConfig
+from sparselth.experiments.training import Training
 from sparselth.models import get_model
 from sparselth.models.torch import network
 
@@ -65,6 +66,8 @@ def test_a_network_a_gpu_first_then_batches_over_what_is_left() -> None:
     assert [modelled(config(), n, "h100").each for n in (2, 8, 18, 27, 64)] == [2, 2, 2, 3, 7]
     small = config(recipe=replace(PAPER, batch_size=64))
     assert [modelled(small, n, "h100").each for n in (1, 9, 18)] == [1, 1, 2]
+    few = config(seeds=(0,), arms=("ticket",), recipe=replace(PAPER, batch_size=3))
+    assert modelled(few, 64, "h100").each == 3  # an image each, which is what `split` may be
     with pytest.raises(SparselthError, match="does not fit 1 GPUs of 80 GB"):
         modelled(config(), 1, "h100")
 
@@ -96,6 +99,24 @@ def test_more_gpus_take_less_time_and_more_hours() -> None:
     assert "images lie in the GPU's memory" in modelled(digits, 1, "a100").assumptions["decoding"]
 
 
+def test_a_step_takes_the_launches_of_its_kernels_at_least() -> None:
+    """By its products a step of lenet-300-100 would take 3 us of a GPU; five layers start 25 kernels."""
+    recipe = Recipe(steps=1000, lr=1e-3)
+    digits = ImpConfig(model="lenet-300-100", seeds=(0,), arms=("ticket",), levels=1, recipe=recipe)
+    found = modelled(digits, 1, "h100")
+    assert found.seconds == pytest.approx(2 * 1000 * 25 * cost.LAUNCH, rel=0.1)
+    assert "25 kernels" in found.assumptions["launches"]
+
+
+def test_what_imp_does_not_compute_has_no_model() -> None:
+    """neurons trains only a part of its networks, and at-init of some levels none."""
+    for name in ("strong", "neurons", "at-init", "schedule"):
+        experiment = EXPERIMENTS[name]
+        assert issubclass(experiment, Training)
+        with pytest.raises(UsageError, match=f"the model knows what imp computes, not what {name} does"):
+            modelled(experiment(), 8, "h100")
+
+
 def test_numbers_of_gpus_are_read() -> None:
     assert gpus_named("64xH100") == (64, "h100")
     assert gpus_named("h200") is gpus_named("bench/4xh100.json") is None
@@ -113,7 +134,17 @@ def test_the_command_prints_a_model_and_all_that_it_assumes(cli: Cli) -> None:
     said = " ".join(err.split())
     assert "on 8 H100 SXM" in said
     assert "measured nothing of it on such GPUs: this is a model" in said
-    for line in ("step", "GPU", "decoding", "batch", "all-reduce", "evaluation", "networks", "left out"):
+    for line in (
+        "step",
+        "GPU",
+        "decoding",
+        "batch",
+        "launches",
+        "all-reduce",
+        "evaluation",
+        "networks",
+        "left out",
+    ):
         assert f"\n  {line} " in err
     assert "4 bytes x 25," in said
     assert "1 groups of 8 GPUs take them in the order of a run (--split 8)" in said
