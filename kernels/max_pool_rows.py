@@ -22,7 +22,7 @@ from torch import Tensor
 from sparselth.kernels import _native
 from sparselth.kernels._choose import use_native
 
-WIDEST = 1 << 15  # pixels of a row
+WIDEST = 1 << 15  # pixels of a row, its padding with it
 MANY = 1 << 16  # numbers in x from which on a second thread pays
 Pair = tuple[int, int]
 
@@ -52,10 +52,11 @@ def places(x: Tensor, kernel: Pair, stride: Pair, padding: Pair) -> Pair:
     """P and Q; ValueError where there is no such pool."""
     inside = all(0 <= 2 * pad <= k for k, pad in zip(kernel, padding, strict=True))
     rooms = [size + 2 * pad - k for size, k, pad in zip(x.shape[2:], kernel, padding, strict=True)]
-    if not inside or min(*rooms, *stride) < 0 or 0 in stride or x.shape[3] > WIDEST:
+    wide = x.shape[3] + 2 * padding[1]
+    if not inside or min(*rooms, *stride) < 0 or 0 in stride or wide > WIDEST:
         raise ValueError(
-            f"expected windows that images of {x.shape[2]} x {x.shape[3]} hold, "
-            f"got kernel {kernel}, stride {stride}, padding {padding}"
+            f"expected windows that images of {x.shape[2]} x {x.shape[3]} hold, rows of at most {WIDEST} "
+            f"with padding, got kernel {kernel}, stride {stride}, padding {padding}"
         )
     return rooms[0] // stride[0] + 1, rooms[1] // stride[1] + 1
 
@@ -74,7 +75,7 @@ def bind_max_pool_rows(
     b, c, h, w = x.shape
     for name, t, shape in (("x", x, (b, c, h, w)), ("y", y, (b, c, down, across))):
         _native.check(name, t, shape)
-        if shape[3] > 1 and t.stride(3) != 1:
+        if shape[3] > 1 and t.numel() and t.stride(3) != 1:
             raise ValueError(f"{name}: expected rows of pixels side by side, got strides {t.stride()}")
     if not use_native(kernels):
 

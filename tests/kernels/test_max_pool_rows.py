@@ -64,11 +64,17 @@ def test_of_resnet(kernels: str) -> None:
         ([(3, 3), (2, 2), (2, 1)], r"kernel \(3, 3\), stride \(2, 2\), padding \(2, 1\)"),
         ([(7, 3), (2, 2), (0, 0)], "images of 6 x 7 hold"),
         ([(3, 3), (0, 2), (0, 0)], r"stride \(0, 2\)"),
+        ([(1, 400_000), (1, 1), (0, 200_000)], "rows of at most 32768 with padding"),  # a thread's memory
     ],
 )
 def test_refused(sizes: list[tuple[int, int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mp.max_pool_rows(torch.zeros(1, 2, 6, 7), *sizes)
+
+
+def test_of_no_images(kernels: str) -> None:
+    none = torch.zeros(0, 2, 6, 8).to(memory_format=torch.channels_last)
+    assert mp.max_pool_rows(none, (2, 2), (2, 2), (0, 0), kernels=kernels).shape == (0, 2, 3, 4)
 
 
 def test_what_cannot_be_bound() -> None:
