@@ -26,8 +26,14 @@ def images(spec: DatasetSpec, folder: Path) -> Images:
     """The names and classes of the files below `folder`; the spec of what is found has their numbers.
 
     The digest is that of the names. Raises MissingData where there is no such folder, SparselthError where
-    the folders of training and test have other classes, or one of them no image.
+    the folders of training and test have other classes, or one of them no image, and for a spec whose images
+    are not of three colours.
     """
+    if len(spec.shape) != 3 or spec.shape[0] != 3:
+        raise SparselthError(
+            f"`shape` {spec.shape} of {spec.name}: expected 3 x height x width, as files are decoded as red, "
+            "green and blue"
+        )
     root = folder.absolute() / spec.folder
     if missing := next((root / part for part in PARTS if not (root / part).is_dir()), None):
         raise MissingData(

@@ -61,7 +61,6 @@ class Decoder(Dataset[Decoded | str]):
         from torchvision import transforms  # type: ignore[import-untyped]
 
         channels, *size = shape
-        assert channels == 3, "files are decoded as red, green and blue"
         self.root, self.names, self.shape = root, names, (*size, channels)
         whole = transforms.Resize(round(max(size) * RESIZED)), transforms.CenterCrop(size)
         part = transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()

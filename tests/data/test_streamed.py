@@ -16,7 +16,7 @@ from teams import together
 from torchvision import transforms
 
 from sparselth.config import Cell, Recipe
-from sparselth.data import DATASETS, DatasetSpec, Images, MissingData, load, look, resolve, when
+from sparselth.data import DATASETS, DatasetSpec, Images, MissingData, folders, load, look, resolve, when
 from sparselth.data import streamed as module
 from sparselth.data.batches import Batches, Resident
 from sparselth.data.streamed import Looked, Streamed, StreamedBatches, opened
@@ -80,6 +80,12 @@ def test_files_and_classes_are_the_folder_s(images: Images, home: Path) -> None:
         ]
         assert all((images.root / name.decode()).is_file() for name in names)
     assert resolve(SPEC.name, home, lambda text: None).digest == images.digest
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 28), (3, 32), (32, 28, 3)])
+def test_files_are_of_three_colours(shape: tuple[int, ...], home: Path) -> None:
+    with pytest.raises(SparselthError, match="of tiny-pictures: expected 3 x height x width"):
+        folders.images(replace(SPEC, shape=shape), home)
 
 
 def test_another_file_is_another_data_set(images: Images, home: Path, tmp_path: Path) -> None:
