@@ -40,6 +40,10 @@ settings.register_profile(
 settings.load_profile("default")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("forks") is None)
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # what was imported: no collection looks through it, nor copies it in a fork
 

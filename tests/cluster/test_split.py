@@ -25,7 +25,7 @@ from sparselth.experiments import pool
 from sparselth.runs import cell_path, read
 from sparselth.tickets import read as read_ticket
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.forks]
 
 IMP = "imp --model lenet-300-100 --dataset mnist5k --seeds 0 --levels 1 --arms ticket --steps 40"
 IMP += " --batch-size 61"

@@ -302,6 +302,7 @@ def test_training_is_resumed_to_the_same_bits(images: Images, monkeypatch: pytes
 
 
 @pytest.mark.host
+@pytest.mark.forks
 def test_a_team_trains_on_its_shares_of_the_files(images: Images) -> None:
     """Nine images over two workers; evaluations, too, look at each file once."""
     recipe = Recipe(steps=4, lr=0.1, batch_size=9, optimizer="sgd", augment="crop-flip", eval_every=2)

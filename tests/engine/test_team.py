@@ -28,7 +28,7 @@ from sparselth.models.torch import network
 from sparselth.streams import number, stream
 from sparselth.train import accuracies_on_test, fit
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.forks]
 
 WHO = Cell(3, "reinit", 2)
 

@@ -566,7 +566,7 @@ for kernels in ("auto", "reference"):
     library.opcheck(_operator, (turned, weight.values, *index, 40, None, False, where, kernels))
 compiled = torch.compile(lambda x: block_conv2d(x, weight, bias, 2, 1), fullgraph=True, backend="aot_eager")
 assert compiled(x).equal(block_conv2d(x, weight, bias, 2, 1))
-with pytest.raises(RuntimeError, match="autograd"):
+with pytest.raises(RuntimeError, match="has no gradient"):
     block_conv2d(x.requires_grad_(), weight).sum().backward()
 with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
     block_conv2d(x.detach(), weight, kernels="triton")

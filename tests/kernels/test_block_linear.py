@@ -493,7 +493,7 @@ for kernels in ("auto", "reference"):
     library.opcheck(_operator, (x.t().contiguous().t(), weight.values, *index, 40, None, False, kernels))
 compiled = torch.compile(lambda x: block_linear(x, weight, bias), fullgraph=True, backend="aot_eager")
 assert compiled(x).equal(block_linear(x, weight, bias))
-with pytest.raises(RuntimeError, match="autograd"):
+with pytest.raises(RuntimeError, match="has no gradient"):
     block_linear(x.requires_grad_(), weight).sum().backward()
 with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
     block_linear(x, weight, kernels="triton")
