@@ -1,4 +1,4 @@
-"""Operators of torch from Python functions, as torch.library.custom_op makes them, two seconds sooner.
+"""Operators of torch from Python functions, as torch's own custom_op makes them, two seconds sooner.
 
 `custom_op` keeps torch's compiler out of kernels, and imports it for that with a process's first call. Here
 it is kept out where something else has imported it.
@@ -22,7 +22,7 @@ def operator(
 ) -> Callable[[Compute], torch._ops.OpOverload]:
     """Decorator: a function that changes no argument becomes `torch.ops.sparselth.<name>`, on all devices.
 
-    backward, save: its gradient, as `backward` and `setup_context` of `torch.library.register_autograd`;
+    backward, save: its gradient, as `backward` and `setup_context` of torch's `register_autograd`;
     without, going backward through it is a RuntimeError. What it returns shares no memory with its arguments.
     """
     full = f"sparselth::{name}"
