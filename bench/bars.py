@@ -97,7 +97,7 @@ def measure(bar: Bar, threads: int) -> dict[str, Any]:
 
     keep_freed()
     torch.set_num_threads(threads)
-    before, began = os.getloadavg()[0], time.perf_counter()
+    others, began = _others(), time.perf_counter()
     if bar.kind == "engine":
         from bench_compress import lenet
 
@@ -126,9 +126,19 @@ def measure(bar: Bar, threads: int) -> dict[str, Any]:
         gain, best = ours["speedup"], ours["dense_best"]
     return {
         "name": bar.name, "batch": bar.batch, "threads": threads, "sparsity": bar.sparsity, "kind": bar.kind,
-        "goal": bar.goal, "gain": gain, "best": best, "rows": rows, "notes": notes, "load": before,
+        "goal": bar.goal, "gain": gain, "best": best, "rows": rows, "notes": notes, "others": others,
         "seconds": time.perf_counter() - began, "machine": machine.environment(),
     }  # fmt: skip
+
+
+def _others() -> float:
+    """Cores that other programs use, over a second in which this one sleeps."""
+    from sparselth import machine
+
+    before = machine.busy_seconds()
+    time.sleep(1)
+    after = machine.busy_seconds()
+    return 0.0 if before is None or after is None else after - before
 
 
 def _say(line: str) -> None:
@@ -149,7 +159,7 @@ def line(bar: Bar, threads: int, found: dict[str, Any] | None) -> str:
     words += [f"CHECK FAILED: {', '.join(failed)}"] * bool(failed)
     commit = found["machine"].get("commit")
     words += [f"of {commit[:7]}"] if commit not in (None, machine.commit()) else []
-    words += ["busy machine"] * (found["load"] > 0.5 * found["machine"]["cores"])
+    words += ["busy machine"] * (found["others"] > 0.2)
     by = {row["implementation"]: row["median_s"] for row in found["rows"]}
     if "floor" in by:
         words += [f"the loop alone {by['floor'] / by['engine']:.2f}x"]

@@ -38,7 +38,7 @@ class Neighbours:
     """Who else uses the cores of this process, from its making on."""
 
     def __init__(self) -> None:
-        self.wall, self.own, self.all = time.monotonic(), time.process_time(), _busy_seconds()
+        self.wall, self.own, self.all = time.monotonic(), time.process_time(), busy_seconds()
 
     def cores_taken(self) -> float:
         """How many cores other processes ask for, 0 where they do not matter or nothing can be known.
@@ -47,14 +47,14 @@ class Neighbours:
         h others and this one, each gets cores / (h + 1).
         """
         wall, own = time.monotonic() - self.wall, time.process_time() - self.own
-        now = _busy_seconds()
+        now = busy_seconds()
         if self.all is None or now is None or wall <= 0 or own <= 0:
             return 0.0
         taken = max((now - self.all - own) / wall, cores() * wall / own - 1 if wall > 1.1 * own else 0.0)
         return taken if taken >= 0.2 else 0.0
 
 
-def _busy_seconds() -> float | None:
+def busy_seconds() -> float | None:
     """Processor time that the cores of this process have spent for anybody; None where it is not told."""
     try:
         lines = Path("/proc/stat").read_text().splitlines()

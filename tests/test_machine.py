@@ -68,7 +68,7 @@ def test_neighbours_are_who_takes_cores(monkeypatch: pytest.MonkeyPatch) -> None
         everybodys = iter((100.0, None if everybody is None else 100 + everybody))
         for name, values in clocks.items():
             monkeypatch.setattr(machine.time, name, lambda values=values: next(values))
-        monkeypatch.setattr(machine, "_busy_seconds", lambda: next(everybodys))
+        monkeypatch.setattr(machine, "busy_seconds", lambda: next(everybodys))
         monkeypatch.setattr(machine, "cores", lambda: 2)
         return machine.Neighbours().cores_taken()
 
@@ -82,10 +82,10 @@ def test_neighbours_are_who_takes_cores(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_time_that_our_cores_spent_is_read_from_proc() -> None:
-    before, began = machine._busy_seconds(), time.process_time()
+    before, began = machine.busy_seconds(), time.process_time()
     while time.process_time() - began < 0.1:
         pass
-    after = machine._busy_seconds()
+    after = machine.busy_seconds()
     assert before is not None
     assert after is not None
     assert after - before > 0.05
