@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparselth.kernels import _native
+from sparselth.kernels import _activations, _native
+from sparselth.kernels._activations import ACTIVATIONS
 from sparselth.kernels._choose import use_native
 
 LINE = 16  # floats of a cache line
@@ -267,11 +268,11 @@ def floor(packed: ConvRows, batch: int) -> dict[str, int]:
 
 
 def reference(
-    packed: ConvRows, x: Tensor, bias: Tensor | None = None, relu: bool = False, pool: bool = False
+    packed: ConvRows, x: Tensor, bias: Tensor | None = None, activation: str = "none", pool: bool = False
 ) -> Tensor:
     """The dense convolution."""
     y = F.conv2d(x, packed.to_dense().to(x.dtype), bias, packed.stride, packed.padding)
-    y = y.relu() if relu else y
+    y = ACTIVATIONS[activation](y)
     return F.max_pool2d(y, 2) if pool else y
 
 
@@ -279,22 +280,23 @@ def sparse_conv2d_rows(
     packed: ConvRows,
     x: Tensor,
     bias: Tensor | None = None,
-    relu: bool = False,
+    activation: str = "none",
     pool: bool = False,
     kernels: str = "auto",
 ) -> Tensor:
-    """act(conv(x, W) + b) as [B, N, P, Q]; `relu` makes act the rectifier; `pool` adds a maximum of 2 x 2."""
-    return sparse_conv2d_rows_call(packed, bias, relu, pool, kernels)(x)
+    """act(conv(x, W) + b) as [B, N, P, Q]; act is one of ACTIVATIONS; `pool` adds a maximum of 2 x 2."""
+    return sparse_conv2d_rows_call(packed, bias, activation, pool, kernels)(x)
 
 
 def sparse_conv2d_rows_call(
     packed: ConvRows,
     bias: Tensor | None = None,
-    relu: bool = False,
+    activation: str = "none",
     pool: bool = False,
     kernels: str = "auto",
 ) -> Callable[[Tensor], Tensor]:
     """`sparse_conv2d_rows` of any x, for repeated calls: what a batch needs is made once."""
+    _activations.number(activation)
     _native.refuse_gradient(bias=bias, values=packed.values)
     n, _, _, _ = packed.shape
     places = packed.halves if pool else packed.out
@@ -303,7 +305,7 @@ def sparse_conv2d_rows_call(
         def plain(x: Tensor) -> Tensor:
             x = x.contiguous()
             _image("x", x, len(x), _inputs(packed))
-            return reference(packed, x, bias, relu, pool)
+            return reference(packed, x, bias, activation, pool)
 
         return plain
     idle: dict[tuple[int, int], list[tuple[_Arguments, Callable[[], None]]]] = {}
@@ -316,7 +318,7 @@ def sparse_conv2d_rows_call(
         try:
             arguments, call = free.pop()  # nobody else's while it works
         except IndexError:
-            arguments, call = _bind(packed, len(x), bias, relu, pool)
+            arguments, call = _bind(packed, len(x), bias, activation, pool)
         arguments.x, arguments.y = x.data_ptr(), y.data_ptr()
         call()
         free.append((arguments, call))
@@ -330,7 +332,7 @@ def bind_sparse_conv2d_rows(
     x: Tensor | Planes,
     bias: Tensor | None,
     y: Tensor | Planes,
-    relu: bool = False,
+    activation: str = "none",
     pool: bool = False,
     kernels: str = "auto",
     adds: bool = False,
@@ -340,6 +342,7 @@ def bind_sparse_conv2d_rows(
     `adds`: y = act(y + conv(x, W) + b). x and y may be `Planes`, but for y with a pool; what `packed.room`
     made is read in place, other planes are copied first, as tensors are.
     """
+    _activations.number(activation)
     _native.refuse_gradient(bias=bias, values=packed.values)
     batch = len(x.memory) if isinstance(x, Planes) else len(x)
     _image("x", x, batch, _inputs(packed))
@@ -351,15 +354,14 @@ def bind_sparse_conv2d_rows(
 
         def run() -> None:
             if not adds:
-                outer.copy_(reference(packed, inner, bias, relu, pool))
+                outer.copy_(reference(packed, inner, bias, activation, pool))
                 return
             outer.add_(reference(packed, inner, bias))
-            if relu:
-                outer.relu_()
+            outer.copy_(ACTIVATIONS[activation](outer))
 
         return run
     direct = isinstance(x, Planes) and packed.reads(x) and not pool
-    arguments, call = _bind(packed, batch, bias, relu, pool, direct, adds, x, y)
+    arguments, call = _bind(packed, batch, bias, activation, pool, direct, adds, x, y)
     if isinstance(x, Planes):
         arguments.x = x.memory.data_ptr() if direct else x.images.data_ptr()
         arguments.x_image, arguments.x_channel, arguments.x_row, _ = x.images.stride()
@@ -384,7 +386,7 @@ class _Arguments(ctypes.Structure):  # struct sparse_conv2d_rows
         *[(f, ctypes.c_int64) for f in ("more_rows", "more_columns", "row", "image_rows", "pitch", "unit")],
         *[(f, ctypes.c_int64) for f in ("group", "strip", "blocks", "parts", "slot")],
         *[(f, ctypes.c_int64) for f in ("x_image", "x_channel", "x_row", "y_image", "y_channel", "y_row")],
-        *[(f, ctypes.c_int32) for f in ("relu", "pool", "direct", "adds", "room", "threads")],
+        *[(f, ctypes.c_int32) for f in ("activation", "pool", "direct", "adds", "room", "threads")],
     ]
 
 
@@ -392,7 +394,7 @@ def _bind(
     packed: ConvRows,
     batch: int,
     bias: Tensor | None,
-    relu: bool,
+    activation: str,
     pool: bool,
     direct: bool = False,
     adds: bool = False,
@@ -451,7 +453,7 @@ def _bind(
         y_image=n * p * q,
         y_channel=p * q,
         y_row=q,
-        relu=relu,
+        activation=_activations.number(activation),
         pool=pool,
         direct=direct,
         adds=adds,

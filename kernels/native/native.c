@@ -32,6 +32,7 @@
 #define LEVEL plain
 #define VEC 4
 #include "native.h"
+#include "activate.inc"
 #include "csr_linear.inc"
 #include "csr_tiled.inc"
 #include "sparse_conv2d.inc"
@@ -60,6 +61,7 @@
 #define BELOW plain
 #define VEC 8
 #include "native.h"
+#include "activate.inc"
 #include "csr_linear.inc"
 #include "csr_tiled.inc"
 #include "sparse_conv2d.inc"
@@ -95,6 +97,7 @@
 #define BELOW avx2
 #define VEC 16
 #include "native.h"
+#include "activate.inc"
 #include "csr_linear.inc"
 #include "csr_tiled.inc"
 #include "sparse_conv2d.inc"

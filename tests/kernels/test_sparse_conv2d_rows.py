@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparselth.kernels import _native
 from sparselth.kernels import sparse_conv2d_rows as sr
+from sparselth.kernels._activations import ACTIVATIONS
 from sparselth.kernels._choose import use_native
 from sparselth.kernels.sparse_conv2d_rows import ConvRows, Planes
 
@@ -68,24 +69,24 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).square().mean().sqrt()) / scale
 
 
-def compare(packed: ConvRows, batch: int, kernels: str, offset: int, bias: bool, relu: bool) -> None:
+def compare(packed: ConvRows, batch: int, kernels: str, offset: int, bias: bool, activation: str) -> None:
     n, c, _, _ = packed.shape
     _, x = inside((batch, c, *packed.size), offset, torch.nan)
     x.normal_()
     b = torch.randn(n) if bias else None
-    exact = sr.reference(packed, x.double(), None if b is None else b.double(), relu)
+    exact = sr.reference(packed, x.double(), None if b is None else b.double(), activation)
     memory, y = inside((batch, n, *packed.out), offset, 7.0)
     y.fill_(torch.nan)
-    sr.bind_sparse_conv2d_rows(packed, x, b, y, relu, kernels=kernels)()
+    sr.bind_sparse_conv2d_rows(packed, x, b, y, activation, kernels=kernels)()
     assert error(y, exact) < 1e-6
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        again = sr.sparse_conv2d_rows(packed, x, b, relu, kernels=kernels)
+        again = sr.sparse_conv2d_rows(packed, x, b, activation, kernels=kernels)
         if use_native(kernels):
             assert torch.equal(again, y)  # to the bit, whatever the threads
     if min(packed.halves) > 0:
         pooled_memory, pooled = inside((batch, n, *packed.halves), offset, 7.0)
-        sr.bind_sparse_conv2d_rows(packed, x, b, pooled, relu, True, kernels)()
+        sr.bind_sparse_conv2d_rows(packed, x, b, pooled, activation, True, kernels)()
         if use_native(kernels):
             assert torch.equal(pooled, F.max_pool2d(y, 2))
         assert error(pooled, F.max_pool2d(exact, 2)) < 1e-6
@@ -103,7 +104,7 @@ def test_against_float64(name: str, kernels: str) -> None:
     packed = ConvRows.from_dense(w, size, stride, padding, batch)
     assert torch.equal(packed.to_dense(), w)
     torch.set_num_threads(2)
-    compare(packed, batch, kernels, 1, bias=True, relu=True)
+    compare(packed, batch, kernels, 1, bias=True, activation="relu")
 
 
 def planes(shape: tuple[int, int, int, int], apart: int, padding: int) -> Planes:
@@ -116,7 +117,7 @@ def planes(shape: tuple[int, int, int, int], apart: int, padding: int) -> Planes
     return found
 
 
-def compare_planes(packed: ConvRows, batch: int, kernels: str, apart: int, relu: bool) -> None:
+def compare_planes(packed: ConvRows, batch: int, kernels: str, apart: int, activation: str) -> None:
     """In place where that can be and not, into planes and tensors, and added to what lies there."""
     n, c, _, _ = packed.shape
     x, b, old = torch.randn(batch, c, *packed.size), torch.randn(n), torch.randn(batch, n, *packed.out)
@@ -129,7 +130,7 @@ def compare_planes(packed: ConvRows, batch: int, kernels: str, apart: int, relu:
         for adds in (False, True):
             exact = sr.reference(packed, x.double(), b.double())
             exact = exact + old if adds else exact
-            exact = exact.relu() if relu else exact
+            exact = ACTIVATIONS[activation](exact)
             first = []
             for threads in (2, 1, 3):
                 torch.set_num_threads(threads)
@@ -138,7 +139,7 @@ def compare_planes(packed: ConvRows, batch: int, kernels: str, apart: int, relu:
                 for to in (y.images, bare.images):
                     to.copy_(old)
                 for out in (y, bare, plain):
-                    sr.bind_sparse_conv2d_rows(packed, held, b, out, relu, kernels=kernels, adds=adds)()
+                    sr.bind_sparse_conv2d_rows(packed, held, b, out, activation, kernels=kernels, adds=adds)()
                 assert error(plain, exact) < 1e-6
                 assert torch.equal(y.images, plain)
                 assert torch.equal(bare.images, plain)
@@ -155,8 +156,8 @@ def test_planes(name: str, kernels: str) -> None:
     torch.manual_seed(0)
     packed = ConvRows.from_dense(weight(shape, kept), size, stride, padding, batch)
     assert packed.direct == (stride == 1)
-    for apart in (0, 1):
-        compare_planes(packed, batch, kernels, apart, relu=apart > 0)
+    for apart, activation in ((0, "none"), (1, "hardswish")):
+        compare_planes(packed, batch, kernels, apart, activation)
 
 
 def test_planes_of_others_are_not_read_in_place() -> None:
@@ -210,9 +211,10 @@ def test_any_shape(data: st.DataObject) -> None:
         packed = ConvRows.from_dense(w, (size[0], size[1]), stride, padding, meant)
         assert torch.equal(packed.to_dense(), w)
         offset = data.draw(st.integers(0, 17), "offset")
-        compare(packed, batch, "auto", offset, data.draw(st.booleans()), data.draw(st.booleans()))
+        activation = data.draw(st.sampled_from([*ACTIVATIONS]), "activation")
+        compare(packed, batch, "auto", offset, data.draw(st.booleans()), activation)
         apart = data.draw(st.integers(0, 2), "apart")
-        compare_planes(packed, min(batch, 3), "auto", apart, data.draw(st.booleans()))
+        compare_planes(packed, min(batch, 3), "auto", apart, activation)
 
 
 @native
@@ -225,9 +227,9 @@ def test_nan_spreads_through_kept_weights_alone(size: tuple[int, int], value: fl
     x[1, 2, 3, size[1] - 1] = x[2, 4, 0, 0] = value
     touched = F.conv2d((~x.isfinite()).float(), mask, padding=1) > 0
     assert bool(touched.any())
-    y = sr.sparse_conv2d_rows(packed, x, relu=True, kernels=kernels)
+    y = sr.sparse_conv2d_rows(packed, x, activation="relu", kernels=kernels)
     assert torch.equal(~y.isfinite(), touched)
-    pooled = sr.sparse_conv2d_rows(packed, x, relu=True, pool=True, kernels=kernels)
+    pooled = sr.sparse_conv2d_rows(packed, x, activation="relu", pool=True, kernels=kernels)
     assert torch.equal(pooled.nan_to_num(7e7), F.max_pool2d(y, 2).nan_to_num(7e7))
 
 
@@ -270,7 +272,7 @@ def test_bound_forms_follow_their_memory(kernels: str) -> None:
 def test_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "LIB", None)
     packed = ConvRows.from_dense(weight((3, 2, 3, 3), 0.5), (6, 7), 2, 1)
-    compare(packed, 9, "auto", 3, bias=True, relu=True)
+    compare(packed, 9, "auto", 3, bias=True, activation="relu")
     with pytest.raises(ValueError, match="native kernels are missing"):
         sr.sparse_conv2d_rows(packed, torch.zeros(9, 2, 6, 7), kernels="native")
 
@@ -282,6 +284,10 @@ def test_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda p, x: sr.sparse_conv2d_rows(p, x.double()), "got torch.float64"),
         (lambda p, x: sr.sparse_conv2d_rows(p, x, x), r"bias: expected contiguous fp32 \[3\]"),
         (lambda p, x: sr.sparse_conv2d_rows(p, x, kernels="fast"), "kernels='fast'"),
+        (
+            lambda p, x: sr.sparse_conv2d_rows(p, x, None, "gelu"),
+            "activation: expected none, relu, .* got .gelu",
+        ),
         (lambda p, x: sr.bind_sparse_conv2d_rows(p, x, None, x), r"y: expected fp32 \[9, 3, 4, 5\]"),
         (lambda p, x: sr.bind_sparse_conv2d_rows(p, x, None, Planes.of(9, 3, (4, 4))), r"y: expected fp32"),
         (

@@ -135,17 +135,18 @@ def _sparse_conv2d_rows(stage: Stage, device: Device, batch: int) -> Made:
     filters, size, whole = _filters(stage), (stage.before[1], stage.before[2]), without_weight(stage.whole)
     bias, relu, pool = stage.bias, stage.relu, stage.pool is not None
     packed = ConvRows.from_dense(filters.weight, size, filters.stride, filters.padding, batch)
-    run = sparse_conv2d_rows_call(packed, bias, relu, pool)
+    activation = "relu" if relu else "none"
+    run = sparse_conv2d_rows_call(packed, bias, activation, pool)
     size_of_all = tensor_bytes([bias]) + packed.bytes()
 
     def weight() -> Tensor:
         return Filters.narrow(whole, packed.to_dense())
 
     def bind(x: Planes, y: Planes) -> list[Call]:
-        return [bind_sparse_conv2d_rows(packed, x, bias, y, relu)]
+        return [bind_sparse_conv2d_rows(packed, x, bias, y, activation)]
 
     def adds(x: Planes, y: Planes, rectify: bool) -> list[Call]:
-        return [bind_sparse_conv2d_rows(packed, x, bias, y, rectify, adds=True)]
+        return [bind_sparse_conv2d_rows(packed, x, bias, y, "relu" if rectify else "none", adds=True)]
 
     if pool:
         return Made(run, size_of_all, weight)
