@@ -11,6 +11,9 @@
     X(sparse_conv2d_weight_grad) \
     X(sparse_conv2d_rows) \
     X(max_pool_rows) \
+    X(activate_planes) \
+    X(plane_means) \
+    X(scale_planes) \
     X(masked_update) \
     X(gather) \
     X(bias_relu) \
@@ -39,6 +42,7 @@
 #include "sparse_conv2d_rows.inc"
 #include "max_pool_rows.inc"
 #include "step_parts.inc"
+#include "plane_parts.inc"
 #include "masked_update.inc"
 #include "score_update.inc"
 #include "hash_weights.inc"
@@ -68,6 +72,7 @@
 #include "sparse_conv2d_rows.inc"
 #include "max_pool_rows.inc"
 #include "step_parts.inc"
+#include "plane_parts.inc"
 #include "masked_update.inc"
 #include "score_update.inc"
 #include "hash_weights.inc"
@@ -104,6 +109,7 @@
 #include "sparse_conv2d_rows.inc"
 #include "max_pool_rows.inc"
 #include "step_parts.inc"
+#include "plane_parts.inc"
 #include "masked_update.inc"
 #include "score_update.inc"
 #include "hash_weights.inc"
