@@ -14,7 +14,7 @@ GPU_PYTHON := build/gpu-env/bin/python
 SECONDS_OF_BUNDLE := 3600
 CASES := 10000
 SEED := 0
-NATIVE_TESTS := native activations csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows max_pool_rows \
+NATIVE_TESTS := native activations csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows depthwise_rows max_pool_rows \
   plane_parts step_parts masked_update hash_weights score_update seed_linear seed_conv2d subset_sum
 
 .PHONY: imp tour test test-oldest test-newest check bench bench-bars same-bits science soak properties kill-test \

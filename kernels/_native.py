@@ -21,7 +21,7 @@ import torch  # first: its OpenMP runtime is the one the library then finds
 LEVELS = ("plain", "avx2", "avx512")
 ENTRIES = (  # of native.c
     *("csr_linear", "csr_weight_grad", "csr_tiled", "sparse_conv2d", "sparse_conv2d_add"),
-    *("sparse_conv2d_weight_grad", "sparse_conv2d_rows", "max_pool_rows"),
+    *("sparse_conv2d_weight_grad", "sparse_conv2d_rows", "depthwise_rows", "max_pool_rows"),
     *("activate_planes", "plane_means", "scale_planes", "masked_update", "gather"),
     *("bias_relu", "relu_backward", "cross_entropy"),
     *("cross_entropy_grad", "max_pool", "max_pool_backward", "transpose", "sequence", "hash_weights"),

@@ -10,6 +10,7 @@
     X(sparse_conv2d_add) \
     X(sparse_conv2d_weight_grad) \
     X(sparse_conv2d_rows) \
+    X(depthwise_rows) \
     X(max_pool_rows) \
     X(activate_planes) \
     X(plane_means) \
@@ -40,6 +41,7 @@
 #include "csr_tiled.inc"
 #include "sparse_conv2d.inc"
 #include "sparse_conv2d_rows.inc"
+#include "depthwise_rows.inc"
 #include "max_pool_rows.inc"
 #include "step_parts.inc"
 #include "plane_parts.inc"
@@ -70,6 +72,7 @@
 #include "csr_tiled.inc"
 #include "sparse_conv2d.inc"
 #include "sparse_conv2d_rows.inc"
+#include "depthwise_rows.inc"
 #include "max_pool_rows.inc"
 #include "step_parts.inc"
 #include "plane_parts.inc"
@@ -107,6 +110,7 @@
 #include "csr_tiled.inc"
 #include "sparse_conv2d.inc"
 #include "sparse_conv2d_rows.inc"
+#include "depthwise_rows.inc"
 #include "max_pool_rows.inc"
 #include "step_parts.inc"
 #include "plane_parts.inc"

@@ -18,6 +18,7 @@ from sparselth.kernels.block_linear import BlockWeight, block_linear
 from sparselth.kernels.csr_lanes import LanedCsr, csr_lanes
 from sparselth.kernels.csr_linear import CsrIndex, csr_input_grad, csr_linear, csr_weight_grad
 from sparselth.kernels.csr_tiled import TiledCsr, csr_tiled
+from sparselth.kernels.depthwise_rows import DepthwiseRows, depthwise_rows
 from sparselth.kernels.max_pool_rows import max_pool_rows
 from sparselth.kernels.seed_conv2d import seed_conv2d
 from sparselth.kernels.seed_linear import SeedWeight, seed_linear
@@ -50,6 +51,7 @@ LINEAR_MASK, CONV_MASK = pack(torch.ones(1, 16, 32)), pack(torch.ones(1, 3, 36))
 TILED, LANED = TiledCsr.from_dense(MATRIX, 4), LanedCsr.from_dense(MATRIX, MATRIX != 0)
 SLOTS = Slots.from_dense(WIDE)
 ROWS = ConvRows.from_dense(FILTERS, (6, 6))
+CHANNELS = DepthwiseRows.from_dense(FILTERS[:, :1].contiguous(), (6, 6))
 SEEDED = SeedWeight.of(torch.ones(16, 32), 1, 2)
 SEEDED_FILTERS = SeedWeight.of(torch.ones(3, 4, 3, 3), 1, 2)
 GEOMETRY = conv.geometry((3, 3), 1, 1, 1)
@@ -108,6 +110,10 @@ OPS: dict[str, Op] = {
     "sparse_conv2d_rows": (
         lambda values, x, bias, **k: sparse_conv2d_rows(replace(ROWS, values=values), x, bias, **k),
         {"values": ROWS.values, "x": some(2, 16, 6, 6), "bias": some(16)},
+    ),
+    "depthwise_rows": (
+        lambda values, x, bias, **k: depthwise_rows(replace(CHANNELS, values=values), x, bias, **k),
+        {"values": CHANNELS.values, "x": some(2, 16, 6, 6), "bias": some(16)},
     ),
     "bias_relu": (step_parts.bias_relu, {"y": some(16, 4), "bias": some(16)}),
     "relu_backward": (

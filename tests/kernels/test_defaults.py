@@ -16,6 +16,7 @@ from sparselth.kernels.block_linear import BlockWeight
 from sparselth.kernels.csr_lanes import LanedCsr
 from sparselth.kernels.csr_linear import CsrIndex
 from sparselth.kernels.csr_tiled import TiledCsr
+from sparselth.kernels.depthwise_rows import DepthwiseRows
 from sparselth.kernels.magnitude_threshold import magnitude_threshold
 from sparselth.kernels.masked_update import (
     bind_masked_adam,
@@ -87,6 +88,7 @@ MAKERS: dict[str, Callable[[], Tensor]] = {
     ).to_dense(index.gather(FILTERS)),
     "slices": lambda: index.memory if (index := TAPS.slices(20)) else TAPS.gather(FILTERS),
     "ConvRows": lambda: ConvRows.from_dense(FILTERS, (6, 6)).to_dense(),
+    "DepthwiseRows": lambda: DepthwiseRows.from_dense(FILTERS[:, :1], (6, 6), 2).to_dense(),
     "bind_masked_sgd": lambda: updated(
         lambda w, g, a, b: bind_masked_sgd(w, g, a, BITS, momentum=0.9, weight_decay=0.1)(1, 0.1)
     ),

@@ -75,6 +75,7 @@ def examples() -> dict[str, tuple[list[nn.Module], Tensor]]:
         "linear in blocks": ([pruned(nn.Linear(96, 80), 16), nn.ReLU()], torch.randn(5, 96)),
         "conv": ([pruned(nn.Conv2d(32, 9, 3, padding=1)), nn.ReLU(), nn.MaxPool2d(2)], images),
         "conv in blocks": ([pruned(nn.Conv2d(32, 48, 3), 16), nn.ReLU(), nn.MaxPool2d(2)], images),
+        "depthwise": ([pruned(nn.Conv2d(32, 32, 3, 2, padding=1, groups=32)), nn.ReLU()], images),
         "pool": ([nn.AvgPool2d(3, 1, 1), nn.ReLU()], images),
         "largest": ([nn.MaxPool2d(3, 2, 1), nn.ReLU()], images),
         "flatten": ([nn.Flatten()], images),
@@ -106,7 +107,8 @@ def test_every_form_of_a_cpu_is_right_alone_and_as_a_network() -> None:
     wanted = {"dense", "channels-last", "dense columns", "columns", "maxima"}
     wanted |= {"CSR", "block_linear", "block_conv2d"}
     if _native.LIB is not None:
-        wanted |= {"csr_linear", "csr_tiled", "sparse_conv2d", "sparse_conv2d_rows", "max_pool_rows"}
+        wanted |= {"csr_linear", "csr_tiled", "sparse_conv2d", "sparse_conv2d_rows", "depthwise_rows"}
+        wanted.add("max_pool_rows")
     assert met == wanted
 
 
