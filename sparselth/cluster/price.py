@@ -99,10 +99,11 @@ def _trained(run: Run, timed: Plan, finished: set[Cell]) -> float:
     assert isinstance(config, Training)
     assert isinstance(theirs, Training)
     assert price is not None
-    left, shares = zip(*sorted(zip(theirs.remaining(), price.levels, strict=True)), strict=True)
-    levels = np.interp(config.remaining(), left, shares).tolist()
+    known = sorted(zip(theirs.remaining(), price.levels, price.looks, strict=True))
+    left, *shares = zip(*known, strict=True)
+    levels, looks = (tuple(np.interp(config.remaining(), left, some).tolist()) for some in shares)
     config = replace(config, eval_images=theirs.eval_images)
-    return replace(price, levels=tuple(levels)).run_seconds(config, finished, 1, timed.limit)
+    return replace(price, levels=levels, looks=looks).run_seconds(config, finished, 1, timed.limit)
 
 
 def _untrained(run: Run, finished: set[Cell]) -> float | None:

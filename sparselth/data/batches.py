@@ -92,9 +92,13 @@ class Resident:
     def sample(self, most: int) -> Resident:
         """The same images, of which an evaluation looks at so many at most."""
         other = copy(self)
-        other.most = most
-        other._cache()
+        other.look_at(most)
         return other
+
+    def look_at(self, most: int) -> None:
+        """From now on an evaluation looks at so many images at most."""
+        self.most = most
+        self._cache()
 
     @property
     def held_bytes(self) -> int:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparselth.data import Images
+    from sparselth.data.batches import Resident
     from sparselth.runs import RunRecord
 
 STABLE = 0.02  # of the error, below which a network is stable (Frankle et al. 2020, section 3)
@@ -108,12 +109,7 @@ class ConnectivityConfig(Rewound):
     def start_step(self, cell: Cell) -> int:
         """Where training starts, as the price counts it: its steps are those until the end."""
         steps, k = self.recipe.steps, self.step_of(cell)
-        if self.kind(cell) != PATH:
-            return k if self.kind(cell) == FROM else steps - k
-        assert self.line_images is not None
-        lines = 1 + (cell.level > 0)
-        looked = lines * 2 * self.points * self.line_images  # a third of what training on an image takes
-        return steps - looked // (3 * self.recipe.batch_size)
+        return {START: steps - k, FROM: k}.get(self.kind(cell), steps)
 
     def rung(self, cell: Cell) -> int:
         return cell.level if self.kind(cell) == FROM else 0
@@ -122,6 +118,11 @@ class ConnectivityConfig(Rewound):
         from sparselth.experiments.connectivity_jobs import start
 
         return start(self, cell, place)
+
+    def beforehand(self, data: Resident) -> dict[Cell, float]:
+        from sparselth.experiments.connectivity_jobs import seconds_of_lines
+
+        return seconds_of_lines(self, data)
 
     def compute(self, cells: Sequence[Cell], place: Place) -> Sequence[Finished | Diverged] | None:
         from sparselth.experiments.connectivity_jobs import compute

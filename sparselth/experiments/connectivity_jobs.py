@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from sparselth import pruning, tickets
 from sparselth.config import Cell, Recipe
+from sparselth.data.batches import Chunk, Resident
 from sparselth.engine.dense import init_weights
 from sparselth.engine.many import Many, barrier, line
 from sparselth.engine.paths import choose
@@ -25,6 +29,7 @@ from sparselth.runs import cell_path
 from sparselth.streams import stream
 
 SCHEMA = "sparselth.line/1"
+TIMED = 0.3  # seconds at least that a line is looked along to foretell what it takes
 
 
 class Connectivity(Protocol):
@@ -48,6 +53,9 @@ class Connectivity(Protocol):
     def points(self) -> int: ...
     @property
     def line_images(self) -> int | None: ...
+    @property
+    def seeds(self) -> tuple[int, ...]: ...
+    def cells(self) -> list[Cell]: ...
     def rungs(self) -> list[dict[str, int]]: ...
     def kind(self, cell: Cell) -> str: ...
     def step_of(self, cell: Cell) -> int: ...
@@ -136,10 +144,41 @@ def _begin(config: Connectivity, cell: Cell, place: Place) -> list[Finished | Di
     return train(config.network, [one], begun, config.kernels, place, _where(config, cell))
 
 
+def _looks(config: Connectivity, data: Resident, seed: int) -> tuple[Many, list[Sequence[Chunk]], Tensor]:
+    """What looks along lines, the test and the training images that it looks at, and the points of a line."""
+    assert config.line_images is not None
+    many = Many(config.network, data, seed, config.kernels)
+    places = torch.linspace(0, 1, config.points, dtype=torch.float64, device="cpu").float()
+    looked = [many.test(config.line_images), many.training(config.line_images)]
+    return many, looked, places.to(data.device)
+
+
+def seconds_of_lines(config: Connectivity, data: Resident) -> dict[Cell, float]:
+    """What cells that look along lines take: the time of some lots of images on one, times their number."""
+    many, looked, places = _looks(config, data, config.seeds[0])
+    weights = init_weights(config.network, stream(config.seeds[0], "ticket", 0, "init")).to(data.device)
+    clock, asked = time.perf_counter if data.device == "cuda" else time.process_time, list[float]()
+
+    def enough() -> bool:
+        """Asked before every lot."""
+        if data.device == "cuda":
+            torch.cuda.synchronize()
+        asked.append(clock())
+        return len(asked) > 2 and asked[-1] - asked[0] > TIMED
+
+    with suppress(Stopped):
+        many.measure(config.points, line(weights, weights, places), looked, enough)
+    lots = len(many.settles) + sum(map(len, looked))
+    together = next(end for _, end in many.parts(config.points))
+    each = median(end - began for began, end in pairwise(asked)) / together
+    seconds = config.points * lots * each
+    lines = [cell for cell in config.cells() if config.kind(cell) == "path"]
+    return {cell: seconds * (1 + (cell.level > 0)) for cell in lines}  # and one to the dense network
+
+
 def _path(config: Connectivity, cell: Cell, place: Place) -> list[Finished | Diverged] | None:
     """The error along the line between two copies, and between the dense network and the ticket."""
     assert place.data is not None
-    assert config.line_images is not None
     model, k, began = config.network, config.step_of(cell), time.process_time()
 
     def ends(level: int, draw: int = 0) -> tickets.Content:
@@ -147,9 +186,7 @@ def _path(config: Connectivity, cell: Cell, place: Place) -> list[Finished | Div
 
     left, right = ends(cell.level), ends(cell.level, 1)
     lines = {"": (left, right)} | ({"dense_": (ends(0), left)} if cell.level else {})
-    many = Many(model, place.data, cell.seed, config.kernels)
-    looked = [many.test(config.line_images), many.training(config.line_images)]
-    places = torch.linspace(0, 1, config.points, dtype=torch.float64, device="cpu").float()
+    many, looked, places = _looks(config, place.data, cell.seed)
     said: dict[str, Any] = {"rewind_step": k}
     kept = model.params.kept(torch.from_numpy(left.mask))
     said |= {"weights_remaining": sum(kept.values()) / model.params.prunable}
@@ -157,10 +194,10 @@ def _path(config: Connectivity, cell: Cell, place: Place) -> list[Finished | Div
         f"{name}_images": sum(len(y) if many.one_by_one else int(y.shape[2]) for _, y in chunks)
         for name, chunks in zip(("test", "train"), looked, strict=True)
     }
-    arrays: Arrays = {"places": places.numpy()}
+    arrays: Arrays = {"places": places.cpu().numpy()}
     for name, pair in lines.items():
         first, last = (torch.from_numpy(end.weights).to(place.data.device) for end in pair)
-        make = line(first, last, places.to(place.data.device))
+        make = line(first, last, places)
         try:
             found = many.measure(config.points, make, looked, place.should_stop)
         except Stopped:

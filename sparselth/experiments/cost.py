@@ -109,10 +109,12 @@ def modelled(config: Training, number: int, name: str) -> Cost:
     looked = max(forward / speed, 1 / (gpu.cores * rate) if rate else 0.0) / each
     most = config.eval_images if config.eval_images is not None else evaluated_images(recipe, spec)
     validated, tested = (min(most or n, n) for n in (spec.n_validation, spec.n_test))
+    dense = (1.0,) * len(config.rungs())  # pruned weights are zeros in dense layers
     price = Price(
         {1: max(computing, launching, decoded) + reducing},
-        (1.0,) * len(config.rungs()),  # pruned weights are zeros in dense layers
+        dense,
         {1: validated * looked},
+        dense,
         tested / validated,
         0,
         replica_bytes(model, replace(recipe, batch_size=images)),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import fsum, prod
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from sparselth.models.module import ModuleModel
 
 LONG: dict[str, Any] = {"steps": 20_000, "eval_every": 20_000, "lr_drops": (), "warmup": 0}
 STRETCH = 5  # least steps between looks at the clock
+LOOK = 0.5  # seconds of an evaluation up to which all images of it are looked at
 CONTEXT = 5 * 10**8  # device memory that CUDA and its libraries take
 
 
@@ -43,15 +45,17 @@ CONTEXT = 5 * 10**8  # device memory that CUDA and its libraries take
 class Price:
     """What cells cost on a device; on a CPU in processor time, which does not count who else has its cores.
 
-    `batches` are seconds of a dense step by number of replicas, from 1 on; `levels` is the share of it that
-    a step takes by level, where sparse layers cost less; `before` what cells take before they train. Images
-    are those of an evaluation. While it was measured, others had `busy` of the `cores`.
+    `batches` are seconds of a dense step by number of replicas, from 1 on, `validation` those of a dense
+    evaluation; `levels` and `looks` are the shares of them that a step and an evaluation take by level, where
+    sparse layers cost less. `before` is what cells take before they train, or instead. While it was measured,
+    others had `busy` of the `cores`.
     """
 
     batches: dict[int, float]
     levels: tuple[float, ...]
     validation: dict[int, float]
-    test_share: float  # test images for a validation image
+    looks: tuple[float, ...]
+    test_share: float  # test images of an evaluation for a validation image of one
     fixed_bytes: int  # of a worker, without replicas
     replica_bytes: int
     overhead_seconds: float = 0.0  # of a batch, beside steps and evaluations
@@ -65,12 +69,16 @@ class Price:
 
     def _parts(self, config: Training, cells: list[Cell]) -> tuple[float, float]:
         """Seconds of the steps of a batch, and of its evaluations."""
-        recipe = config.recipe
-        share = sum(self.levels[config.rung(cell)] for cell in cells) / len(cells)
+        recipe, rungs = config.recipe, [config.rung(cell) for cell in cells]
         steps = recipe.steps - min(config.start_step(cell) for cell in cells)
+        if not steps and self.before.keys() >= set(cells):
+            return 0.0, 0.0  # they train no network
         evaluations = -(-steps // recipe.eval_every) + 2 * self.test_share
-        trained, looked = steps * _line(self.batches, len(cells)), _line(self.validation, len(cells))
-        return trained * share, evaluations * looked * share
+        trained, looked = (
+            _line(dense, len(cells)) * fmean(shares[rung] for rung in rungs)
+            for dense, shares in ((self.batches, self.levels), (self.validation, self.looks))
+        )
+        return steps * trained, evaluations * looked
 
     def evaluation_share(self, config: Training, finished: Collection[Cell]) -> float:
         """The share of evaluations in the time of the cells that are missing, in [0, 1]."""
@@ -156,9 +164,9 @@ def recorded(device: str, config: Training) -> tuple[str, Price]:
             f"batches of {recipe.batch_size}; it has {known}"
         )
     model = config.network
-    levels = (1.0,) * len(config.rungs())  # on a GPU every step is dense
+    levels = (1.0,) * len(config.rungs())  # on a GPU all networks are dense
     return name, Price(
-        *(found["step"], levels, found["evaluation"], 2.0, 2 * 10**9),
+        *(found["step"], levels, found["evaluation"], levels, 2.0, 2 * 10**9),
         replica_bytes(model, config.recipe),
     )
 
@@ -192,15 +200,16 @@ def measured(
     config: Training, data: Resident, break_even: Mapping[str, float], limit: int, split: int = 1
 ) -> tuple[Price, int]:
     """Time a few steps of one dense network and of as many as train at once, and, where sparse is cheaper,
-    of sparse ones; and a batch of an evaluation. Nothing of it is kept. Also how many replicas fit into
-    memory. With `split` it is a worker's share of these, and what workers send each other is not counted.
+    of sparse ones; and an evaluation of each, or a batch of it where all takes long. Nothing of it is kept.
+    Also how many replicas fit into memory. With `split` it is a worker's share of these, and what workers
+    send each other is not counted.
     """
     each = replica_bytes(config.widest, _share(config.recipe, split))
     limit = min(limit, widest(config))
     if data.device == "cuda":
         limit = max(1, min(limit, int(0.9 * torch.cuda.mem_get_info()[0] / each)))
     overhead = 0.0
-    some, cuda = data.sample(data.chunk), data.device == "cuda"
+    cuda = data.device == "cuda"
     clock = time.perf_counter if cuda else time.process_time
     neighbours = machine.Neighbours()
 
@@ -210,6 +219,7 @@ def measured(
         sampled = [config.sample(rung, draw, data.device) for draw in range(replicas)]
         model, _, recipe = sampled[0]
         jobs, recipe = [job for _, job, _ in sampled], replace(_share(recipe, split), **LONG)
+        some = data.sample(data.chunk)
         began = clock()
         steps = prepare(model, some, jobs, recipe, config.kernels, break_even)
         steps.advance(0, 1, lambda: False)
@@ -223,7 +233,14 @@ def measured(
                 torch.cuda.synchronize()
         spent, began = clock() - began, clock()
         steps.measure()
-        return spent / (taken - 1), (clock() - began) * data.n_validated / some.n_validated / split
+        looked = (clock() - began) * data.n_validated / some.n_validated
+        if looked < LOOK and not cuda:  # a batch alone stays in the caches
+            some.look_at(data.n_validated)
+            steps.measure()
+            began = clock()
+            steps.measure()
+            looked = clock() - began
+        return spent / (taken - 1), looked / split
 
     batches, validation = dict[int, float](), dict[int, float]()
     batches[1], validation[1] = timed(0, 1)
@@ -241,14 +258,17 @@ def measured(
         free_memory()
         limit //= 2
     dense_overhead = overhead if cuda else 0.0
-    timed_rungs, shares = config.timed_rungs(bool(break_even)), config.remaining()
-    of_first = [1.0, *(timed(rung, 1)[0] / batches[1] for rung in timed_rungs[1:])]
-    if len(timed_rungs) < len(shares):
+    timed_rungs, left = config.timed_rungs(bool(break_even)), config.remaining()
+    found = [(batches[1], validation[1]), *(timed(rung, 1) for rung in timed_rungs[1:])]
+    shares = [[one / times[0] for one in times] for times in zip(*found, strict=True)]
+    if len(timed_rungs) < len(left):
         # from sparse to dense, as np.interp wants its points
-        of_first = np.interp(shares, [shares[rung] for rung in timed_rungs[::-1]], of_first[::-1]).tolist()
+        known = [left[rung] for rung in timed_rungs[::-1]]
+        shares = [np.interp(left, known, some[::-1]).tolist() for some in shares]
+    levels, looks = map(tuple, shares)
     fixed = data.held_bytes + CONTEXT if cuda else resident_bytes()
     test_share = data.n_tested / data.n_validated
-    price = Price(batches, tuple(of_first), validation, test_share, fixed, each, dense_overhead)
+    price = Price(batches, levels, validation, looks, test_share, fixed, each, dense_overhead)
     price = replace(price, before=config.beforehand(data))
     if not cuda:
         price = replace(price, busy=neighbours.cores_taken(), cores=machine.cores())

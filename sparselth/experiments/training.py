@@ -230,13 +230,13 @@ class Training(Experiment):
         return cell.level
 
     def beforehand(self, data: Resident) -> Mapping[Cell, float]:
-        """Processor seconds that cells take before they train, where that is more than reading a file."""
+        """Processor seconds that cells take before they train, or instead, where that is more than a file."""
         return {}
 
     def timed_rungs(self, sparse: bool) -> list[int]:
         """The rungs whose steps are timed, 0 among them; `sparse`: where fewer weights take less time."""
         last = len(self.rungs()) - 1
-        return sorted({0, last // 2, last} if sparse else {0})
+        return sorted({last * part // 4 for part in range(5)} if sparse else {0})
 
     def sample(self, rung: int, draw: int, device: str) -> tuple[Model, Job, Recipe]:
         """A network of a rung, of several a `draw`, whose steps by a recipe are timed; nobody keeps it."""

@@ -31,7 +31,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         found.append(plan)
         levels = len(plan.config.rungs())  # type: ignore[attr-defined]
         shares = tuple(1 - 0.75 * level / (levels - 1) for level in range(levels))
-        return replace(plan, price=Price({1: 1e-3}, shares, {1: 0.0}, 1.0, 0, 0))
+        return replace(plan, price=Price({1: 1e-3}, shares, {1: 0.0}, shares, 1.0, 0, 0))
 
     monkeypatch.setattr(prices, "priced", fake)
     return found

@@ -354,7 +354,8 @@ def test_the_price_counts_the_rounds_that_find_a_mask(digits: Resident) -> None:
     }
     each = {plan.score_of(cell): seconds for cell, seconds in found.items()}
     assert min(each.values()) > 0
-    price = Price({1: 0.0}, (1.0,) * len(plan.rungs()), {1: 0.0}, 0.0, 0, 0, before=found)
+    levels = (1.0,) * len(plan.rungs())
+    price = Price({1: 0.0}, levels, {1: 0.0}, levels, 0.0, 0, 0, before=found)
     assert price.run_seconds(plan, (), 1, 1) == pytest.approx(4 * (each["synflow"] + each["snip"]))
     assert price.evaluation_share(plan, ()) == 0
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from shutil import copy
 from typing import Any
@@ -76,6 +78,24 @@ def test_what_cells_wait_for() -> None:
     ends = {Cell(0, "from-20", 2), Cell(0, "from-20", 2, 1)}
     assert set(some.needs(Cell(0, "path-20", 2))) == {*ends, Cell(0, "from-20", 0)}
     assert set(some.needs(Cell(0, "path-0", 0))) == {Cell(0, "from-0", 0), Cell(0, "from-0", 0, 1)}
+
+
+def test_lines_are_priced_by_some_lots_of_their_images(
+    digits: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 s a lot: five points that are looked at together, on three lots of test and of training images."""
+    some, ticks = config(seeds=(0, 1), levels=(0, 2), points=5, line_images=600), count()
+    monkeypatch.setattr(connectivity_jobs, "TIMED", 1.5)
+    monkeypatch.setattr(time, "process_time", lambda: float(next(ticks)))
+    found = some.beforehand(digits)
+    assert found == {
+        Cell(seed, f"path-{k}", level): 6.0 * (2 if level else 1)
+        for seed in (0, 1)
+        for k in (0, 20)
+        for level in (0, 2)
+    }
+    assert next(ticks) == 3  # after 2 s, and then no more
+    assert {some.start_step(cell) for cell in found} == {60}
 
 
 def test_copies_see_images_in_orders_of_their_own(digits: Resident) -> None:

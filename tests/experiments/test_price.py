@@ -16,26 +16,30 @@ from sparselth.cli.screen import plan_json, say_plan
 from sparselth.config import Cell, Recipe
 from sparselth.data import load
 from sparselth.data.batches import Resident
+from sparselth.engine.state import Job
 from sparselth.errors import SparselthError
 from sparselth.experiments import price as prices
 from sparselth.experiments.imp import ImpConfig
 from sparselth.experiments.plan import Plan
 from sparselth.experiments.price import Price, recorded, replica_bytes
-from sparselth.models import get_model
+from sparselth.models import Model, get_model
 
 Configs = Callable[..., ImpConfig]
 
 
 def test_a_price_goes_through_the_schedule(config: Configs) -> None:
     plan = config(seeds=(0,), arms=("ticket",), levels=2)
-    price = Price({1: 1e-3, 10: 4e-3}, (1.0, 0.5, 0.25), {1: 0.1, 10: 0.1}, 2.0, 100, 10)
+    steps, looks = (1.0, 0.5, 0.25), (1.0, 0.75, 0.5)
+    price = Price({1: 1e-3, 10: 4e-3}, steps, {1: 0.1, 10: 0.1}, looks, 2.0, 100, 10)
     # 1000 steps of 1 ms, ten evaluations and twice the test images, which count double
     assert price.batch_seconds(plan, [Cell(0, "ticket", 0)]) == pytest.approx(1.0 + 1.4)
-    assert price.run_seconds(plan, (), 1, 1) == pytest.approx(2.4 * 1.75)
-    assert price.run_seconds(plan, {Cell(0, "ticket", 0)}, 1, 1) == pytest.approx(2.4 * 0.75)
+    assert price.batch_seconds(plan, [Cell(0, "ticket", 2)]) == pytest.approx(0.25 + 1.4 * 0.5)
+    assert price.run_seconds(plan, (), 1, 1) == pytest.approx(1.75 + 1.4 * 2.25)
+    assert price.run_seconds(plan, {Cell(0, "ticket", 0)}, 1, 1) == pytest.approx(0.75 + 1.4 * 1.25)
+    assert price.evaluation_share(plan, ()) == pytest.approx(1.4 * 2.25 / (1.75 + 1.4 * 2.25))
     many = config(seeds=tuple(range(10)), arms=("ticket",), levels=2)
-    assert price.run_seconds(many, (), 1, 10) == pytest.approx((4.0 + 1.4) * 1.75)
-    assert price.run_seconds(many, (), 2, 1) == pytest.approx(5 * 2.4 * 1.75)
+    assert price.run_seconds(many, (), 1, 10) == pytest.approx(4.0 * 1.75 + 1.4 * 2.25)
+    assert price.run_seconds(many, (), 2, 1) == pytest.approx(5 * (1.75 + 1.4 * 2.25))
     assert price.run_bytes(many, 2, 1000) == 2 * (100 + 10 * 10)
 
 
@@ -130,10 +134,12 @@ def spin(seconds: float) -> None:
         pass
 
 
-def test_evaluation_is_foretold_and_timed_on_a_batch_of_it(
-    config: Configs, digits: Resident, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("most", "timed"), [(0.0, {250}), (0.5, {250, 500})])
+def test_evaluation_is_timed_whole_or_on_a_batch_of_it(
+    config: Configs, digits: Resident, monkeypatch: pytest.MonkeyPatch, most: float, timed: set[int]
 ) -> None:
-    """500 validation images in batches of 250: one batch is timed, and counts twice."""
+    """500 validation images in batches of 250: where both take long one batch is timed, and counts twice."""
+    monkeypatch.setattr(prices, "LOOK", most)
     looked: list[int] = []
 
     class Fake:
@@ -147,13 +153,14 @@ def test_evaluation_is_foretold_and_timed_on_a_batch_of_it(
             return steps
 
         def measure(self) -> tuple[list[float], list[float]]:
-            looked.append(sum(x.shape[2] for x, _ in self.data.validation(0)))
-            spin(0.03)
+            chunks = self.data.validation(0)
+            looked.append(sum(x.shape[2] for x, _ in chunks))
+            spin(0.03 * len(chunks))
             return [1.0], [0.0]
 
     monkeypatch.setattr(prices, "prepare", lambda model, data, *_: Fake(data))
     price, _ = prices.measured(config(seeds=(0,)), digits, {}, 1)
-    assert set(looked) == {250}
+    assert set(looked) == timed
     assert price.batches[1] == pytest.approx(0.002, rel=0.2)
     assert price.validation[1] == pytest.approx(0.06, rel=0.2)
     assert price.test_share == 2  # test images for a validation image
@@ -162,10 +169,54 @@ def test_evaluation_is_foretold_and_timed_on_a_batch_of_it(
     assert digits.n_validated == 500  # who trains looks at all
 
 
+def test_steps_and_evaluations_of_sparse_networks_are_timed_each(
+    config: Configs, digits: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At half the weights a step takes half as long, an evaluation as long as of the dense network."""
+
+    now = 0.0
+
+    class Fake:
+        state_bytes, many = 0, 1
+
+        def __init__(self, share: float) -> None:
+            self.share = share
+
+        def advance(self, step: int, steps: int, should_stop: Any) -> int:
+            nonlocal now
+            now += 0.004 * self.share * steps
+            return steps
+
+        def measure(self) -> tuple[list[float], list[float]]:
+            nonlocal now
+            now += 0.02
+            return [1.0], [0.0]
+
+    def fake(model: Model, data: Resident, jobs: list[Job], *more: Any) -> Fake:
+        return Fake(float(jobs[0].mask.float().mean()))
+
+    monkeypatch.setattr(prices, "prepare", fake)
+    monkeypatch.setattr(time, "process_time", lambda: now)
+    plan = config(seeds=(0,), arms=("ticket",), rate=0.5, levels=2)
+    price, _ = prices.measured(plan, digits, {"fc1.weight": 1.0}, 1)
+    assert price.levels == pytest.approx(plan.remaining())
+    assert price.looks == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_a_cell_that_trains_nothing_costs_what_it_takes_instead(
+    config: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImpConfig, "start_step", lambda self, cell: self.recipe.steps if cell.level else 0)
+    plan, first = config(levels=1), Cell(0, "ticket", 1)
+    price = Price({1: 1e-3}, (1.0, 1.0), {1: 0.1}, (1.0, 1.0), 2.0, 0, 0)
+    assert price.batch_seconds(plan, [first]) == pytest.approx(4 * 0.1)  # it looks at the test images
+    assert replace(price, before={first: 3.0}).batch_seconds(plan, [first]) == 3.0
+
+
 def test_a_busy_machine_is_known_and_said(
     config: Configs, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    quiet = Price({1: 1e-3}, (1.0, 1.0), {1: 0.1}, 2.0, 100, 10)
+    quiet = Price({1: 1e-3}, (1.0, 1.0), {1: 0.1}, (1.0, 1.0), 2.0, 100, 10)
     for busy, workers, times in (
         (0.0, 2, 1),
         (1.0, 1, 1),
