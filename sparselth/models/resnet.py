@@ -70,7 +70,9 @@ register(
         "resnet20",
         _layers((16, 32, 64), 3),
         {
-            "short": Recipe(steps=240, lr=0.05, batch_size=64, optimizer="sgd", weight_decay=1e-4),
+            "short": Recipe(
+                steps=240, lr=0.05, batch_size=64, optimizer="sgd", weight_decay=1e-4, cosine=True
+            ),
             "paper": Recipe(
                 steps=30_000,
                 lr=0.03,
