@@ -74,7 +74,7 @@ class DepthwiseRows:
             )
         down, across = (-(-side // stride) for side in size)
         far = -(-(k // 2) // stride)  # rows and columns of zeros that are read
-        around = far * (across + 1)
+        around = max(1, far * (across + 1))  # or more than that: vectors write beyond a row
         lead = _lines(around)
         pitch = lead + _lines(_lines(down * across) + around)
         if stride**2 * pitch + _lines(down * across) > ROOM:
