@@ -80,7 +80,7 @@ class Planes:
     @property
     def bare(self) -> bool:
         """Whether zeros stand behind images alone: there the rest of a vector may be written."""
-        return self.padding == 0 and self.row == self.size[1]
+        return self.padding == 0 and self.row == self.size[1] and self.memory.shape[2] % LINE == 0
 
 
 @dataclass(frozen=True, eq=False)

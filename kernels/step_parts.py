@@ -455,7 +455,7 @@ def _bind_transpose(fixed: Tensor, fill: bool, kernels: str) -> Callable[[Tensor
 def sequence(calls: Sequence[Call]) -> Call:
     """All these calls, in turn, as one; a single foreign call of all native ones that follow each other."""
     parts: list[Call] = []
-    for native, group in groupby(calls, _is_native):
+    for native, group in groupby(calls, is_native):
         some = list(group)
         parts += [_joined(some)] if native else some
     if len(parts) == 1:
@@ -468,7 +468,7 @@ def sequence(calls: Sequence[Call]) -> Call:
     return run
 
 
-def _is_native(call: Call) -> bool:
+def is_native(call: Call) -> bool:
     """Whether `_native.bind` has made it."""
     return isinstance(call, partial) and hasattr(call.func, "argtypes")
 

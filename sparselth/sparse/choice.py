@@ -20,6 +20,7 @@ from sparselth.sparse.device import Device
 from sparselth.sparse.forms import FORMS, Formed, Stage, fitting
 from sparselth.sparse.forms.conv import is_square
 from sparselth.sparse.forms.dense import halves
+from sparselth.sparse.forms.stage import activation_of
 from sparselth.sparse.network import Chain, bound, network, turn
 from sparselth.sparse.report import LayerReport
 from sparselth.sparse.times import Cache
@@ -84,8 +85,8 @@ def choose(
     layers = _layer_reports(trials, plans[chosen], original)
     limit = times[chosen]
     found = {
-        "joined": _cheapest_of(trials, limit, lambda form: form.in_columns and not form.made.in_place),
-        "joined rows": _cheapest_of(trials, APART * limit, lambda form: form.made.bind is not None),
+        "joined": _cheapest_of(trials, limit, lambda form: form.in_columns),
+        "joined rows": _cheapest_of(trials, APART * limit, lambda form: form.in_planes),
     }
     joinable = [
         Joinable(name, plan, _layer_reports(trials, plan, original)) for name, plan in found.items() if plan
@@ -153,28 +154,34 @@ def _layer_reports(trials: list[Trial], plan: list[Formed], original: list[Part]
 
 
 def stages(parts: list[Part]) -> list[Stage]:
-    """The parts, each ReLU joined to the product or pool before it, and pools of 2 x 2 to a convolution."""
+    """The parts, each activation joined to what stands before it, and pools of 2 x 2 to a convolution."""
     found: list[Stage] = []
     select: Part | None = None
     for part in parts:
         if isinstance(part.module, Select):
             select = part
-        elif isinstance(part.module, nn.ReLU) and found and not found[-1].relu and _takes_relu(found[-1]):
-            found[-1] = replace(found[-1], relu=True)
+        elif found and _takes(found[-1], activation := activation_of(part.module)):
+            found[-1] = replace(found[-1], activation=activation)
         elif found and found[-1].pool is None and _takes_pool(found[-1], part.module):
             found[-1] = replace(found[-1], pool=part)
         else:
-            found.append(Stage(part, False, select=select))
+            found.append(Stage(part, select=select))
             select = None
     return found
 
 
-def _takes_relu(stage: Stage) -> bool:
-    return stage.product or isinstance(stage.part.module, nn.MaxPool2d | nn.AvgPool2d)
+def _takes(stage: Stage, activation: str) -> bool:
+    """A ReLU and a pool may change places; of other activations only convolutions know."""
+    if activation == "none" or stage.activation != "none":
+        return False
+    pool = isinstance(stage.part.module, nn.MaxPool2d | nn.AvgPool2d)
+    return (stage.product or pool) if activation == "relu" else stage.conv and stage.pool is None
 
 
 def _takes_pool(stage: Stage, pool: nn.Module) -> bool:
-    return is_square(stage.part.module) and isinstance(pool, nn.MaxPool2d) and halves(pool)
+    return (
+        not stage.apart and is_square(stage.part.module) and isinstance(pool, nn.MaxPool2d) and halves(pool)
+    )
 
 
 def try_all(

@@ -21,7 +21,7 @@ from sparselth.sparse.converted import ConvertedModule
 from sparselth.sparse.device import Device
 from sparselth.sparse.forms import Formed
 from sparselth.sparse.forms.stage import without_weight
-from sparselth.sparse.joined import join
+from sparselth.sparse.grouping import join
 from sparselth.sparse.reference import Given, Reference, Samples, masked_copy
 from sparselth.sparse.report import LayerReport, Report
 from sparselth.sparse.segment import Segment

@@ -109,6 +109,22 @@ def layer_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
         return None
 
 
+def mean_at(traced: fx.GraphModule, node: fx.Node) -> bool | None:
+    """Of a mean of each plane of [B, C, H, W] whether it stays as 1 x 1 pixels; None if a node is none."""
+    if node.op == "call_module":
+        pool = traced.get_submodule(str(node.target))
+        known = type(pool) is nn.AdaptiveAvgPool2d and not is_hooked(pool)
+        return True if known and len(node.args) == 1 and pool.output_size in ONE else None
+    given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | dict(node.kwargs)
+    if node.target is F.adaptive_avg_pool2d:
+        return True if given.get("output_size", given.get("dim")) in ONE else None
+    if node.target not in ("mean", torch.mean) or not {*given} <= {"input", "dim", "keepdim"}:
+        return None
+    axes = given.get("dim")
+    over = isinstance(axes, list | tuple) and {*axes} in ({2, 3}, {-1, -2})
+    return given.get("keepdim", False) is True if over else None
+
+
 def _flat(start_dim: int = 0, end_dim: int = -1) -> nn.Module | None:
     return nn.Flatten().eval() if (start_dim, end_dim) == (1, -1) else None
 
@@ -127,6 +143,7 @@ def _once(kind: Callable[..., nn.Module], *names: str) -> Callable[..., nn.Modul
     return make
 
 
+ONE = 1, (1, 1), [1, 1]  # sizes of one pixel
 POOL = "kernel_size", "stride", "padding"
 LAYERS: dict[Any, Callable[..., nn.Module | None]] = {
     torch.flatten: _flat,
@@ -221,8 +238,9 @@ def _does_nothing(traced: fx.GraphModule, node: fx.Node) -> bool:
         module = traced.get_submodule(str(node.target))
         return isinstance(module, NOTHING) and is_known(module)
     dropout = node.op == "call_function" and node.target in (F.dropout, F.dropout2d, F.alpha_dropout)
-    training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True) if dropout else True
-    return training is False
+    depth = getattr(node.target, "__module__", "") == "torchvision.ops.stochastic_depth"  # not imported here
+    place = 2 if dropout else 3 if depth else None
+    return place is not None and node.kwargs.get("training", [*node.args, *[True] * 4][place]) is False
 
 
 def _name(node: fx.Node) -> str:

@@ -160,6 +160,17 @@ def test_planes(name: str, kernels: str) -> None:
         compare_planes(packed, batch, kernels, apart, activation)
 
 
+def test_planes_that_lie_close_are_not_written_beyond(kernels: str) -> None:
+    """Single pixels side by side."""
+    packed = ConvRows.from_dense(weight((5, 3, 1, 1), 0.5), (1, 1))
+    x, b, y = torch.randn(2, 3, 1, 1), torch.randn(5), Planes.of(2, 5, (1, 1), pitch=1)
+    around = y.memory.as_strided((2 * 5 + 3 * 16,), (1,))  # with what lies behind
+    around.fill_(7.0)
+    sr.bind_sparse_conv2d_rows(packed, x, b, y, kernels=kernels)()
+    assert error(y.images, sr.reference(packed, x.double(), b.double())) < 1e-6
+    assert bool((around[10:] == 7.0).all())
+
+
 def test_planes_of_others_are_not_read_in_place() -> None:
     packed = ConvRows.from_dense(weight((3, 2, 3, 3), 0.5), (6, 7), 1, 1)
     room = packed.room(2)

@@ -75,10 +75,15 @@ def examples() -> dict[str, tuple[list[nn.Module], Tensor]]:
         "linear in blocks": ([pruned(nn.Linear(96, 80), 16), nn.ReLU()], torch.randn(5, 96)),
         "conv": ([pruned(nn.Conv2d(32, 9, 3, padding=1)), nn.ReLU(), nn.MaxPool2d(2)], images),
         "conv in blocks": ([pruned(nn.Conv2d(32, 48, 3), 16), nn.ReLU(), nn.MaxPool2d(2)], images),
-        "depthwise": ([pruned(nn.Conv2d(32, 32, 3, 2, padding=1, groups=32)), nn.ReLU()], images),
+        "depthwise": ([pruned(nn.Conv2d(32, 32, 3, 2, 1, groups=32)), nn.Hardswish()], images),
+        "depthwise in place": ([pruned(nn.Conv2d(32, 32, 5, 1, 2, groups=32)), nn.ReLU6(True)], images),
+        "conv and SiLU": ([pruned(nn.Conv2d(32, 48, 3), 16), nn.SiLU()], images),
+        "pixels": ([pruned(nn.Conv2d(32, 9, 1)), nn.Sigmoid()], images[:1, :, :1, :1]),
         "pool": ([nn.AvgPool2d(3, 1, 1), nn.ReLU()], images),
         "largest": ([nn.MaxPool2d(3, 2, 1), nn.ReLU()], images),
         "flatten": ([nn.Flatten()], images),
+        "vectors": ([nn.Hardswish()], torch.randn(1, 37)),
+        "several vectors": ([nn.SiLU()], torch.randn(3, 37)),
     }
 
 
@@ -236,7 +241,7 @@ def test_misuse_is_one_line() -> None:
 
 
 def test_forms_of_sparse_weights_do_not_hold_the_dense_one() -> None:
-    for name in list(examples())[:5]:
+    for name in list(examples())[:9]:
         modules, x = examples()[name]
         stage = stage_of(modules, x)
         shape, batch = stage.weight.shape, len(x)

@@ -29,8 +29,18 @@ ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
     *(lambda x: F.relu(x, inplace=True), lambda x: F.hardswish(x, inplace=True), lambda x: x.relu_()),
 ]
 KINDS = ("conv",) * 5 + ("norm", "act", "act", "pool", "sum", "cat", "tokens", "shared", "gate")
+KINDS += "squeeze", "squeeze"
+MEANS: list[Callable[[Tensor], Tensor]] = [
+    lambda x: F.adaptive_avg_pool2d(x, 1),
+    lambda x: x.mean((2, 3), keepdim=True),
+    lambda x: x.mean((-1, -2))[:, :, None, None],
+]
 KERNELS, DILATIONS = ((1, 1), (3, 3), (2, 3), (3, 1)), ((1, 1), (1, 1), (2, 1), (2, 2))
 POOLS = nn.MaxPool2d(2), nn.AvgPool2d(2), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(3, 1, 1)
+LAYOUTS = {  # networks in one layout, and the forms of it that are to be fast
+    "joined": ("sparse_conv2d", "csr_linear", "columns"),
+    "joined rows": ("sparse_conv2d", "sparse_conv2d_rows", "depthwise_rows", "csr_linear", "max_pool_rows"),
+}
 
 
 class Net(nn.Module):
@@ -96,6 +106,10 @@ class Net(nn.Module):
             out = draw.choice([1, 3, 6])
             layers = nn.ModuleList([nn.LayerNorm(c), nn.Linear(c, 2 * c), nn.Linear(2 * c, out)])
             self._add("tokens", self._layer(layers), (at,), out)
+        elif kind == "squeeze":
+            layers = nn.ModuleList([nn.Conv2d(c, 3, 1), nn.Conv2d(3, c, 1)])
+            draws = [draw.randrange(len(some)) for some in (MEANS, ACTIVATIONS, ACTIVATIONS)]
+            self._add(kind, (self._layer(layers), draws, draw.random() < 0.5), (at,), c)
         elif kind == "shared":
             known = [
                 what for step, what, takes in self.steps if step == "layer" and self.channels[takes[0]] == c
@@ -116,6 +130,11 @@ class Net(nn.Module):
             elif kind == "tokens":
                 norm, up, down = self.layers[what]
                 y = down(F.gelu(up(norm(y.permute(0, 2, 3, 1))))).permute(0, 3, 1, 2)
+            elif kind == "squeeze":
+                layers, (mean, act, gate), first = what
+                down, up = self.layers[layers]
+                s = ACTIVATIONS[gate](up(ACTIVATIONS[act](down(MEANS[mean](y)))))
+                y = s * y if first else y * s
             else:
                 z = F.adaptive_avg_pool2d(found[takes[1]], y.shape[2:])
                 y = y + z if kind == "sum" else y * z.sigmoid() if kind == "gate" else torch.cat([y, z], 1)
@@ -145,8 +164,12 @@ def test_random_networks(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def lots(calls: Mapping[str, Call], sample: Any) -> Any:
         for call in calls.values():
             call()
-        return times({n: 1e-9 if n == "converted" else draw.uniform(1e-3, 1e-2) for n in calls})
+        found = {n: draw.uniform(1e-3, 1e-2) for n in calls}
+        forms = {n: 1e-7 for n in calls if n in LAYOUTS.get(layout, ())}
+        return times(found | forms | {n: s for n, s in networks.items() if n in calls})
 
+    layout = draw.choice(["converted", *LAYOUTS])
+    networks = {"converted": 1e-8, layout: 1e-9}
     monkeypatch.setattr(timing, "seconds", lots)
     model = Net(draw).eval()
     masks = {
@@ -166,7 +189,8 @@ def test_random_networks(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
             dict(twin.named_parameters())[name].mul_(mask)
     before = copy.deepcopy(model.state_dict())
     converted = sparse.convert(model, masks, torch.randn(draw.choice([1, 2, 5]), c, side, side + 1))
-    assert converted.report.chosen == "converted", converted.report.checks
+    raced = converted.report.networks
+    assert converted.report.chosen == (layout if layout in raced else "converted"), converted.report.checks
     assert converted.report.how == "a graph by torch.fx"
     together: list[tuple[Tensor, ...]] = []
     for batch, height in ((2, side), (draw.choice([1, 3, 17]), side), (2, 15)):

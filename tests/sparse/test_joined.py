@@ -1,4 +1,4 @@
-"""Chains with sums and ReLUs between them as one program: against float64, and as what they were made of."""
+"""Chains with what stands between them as one program: against float64, and as what they were made of."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision import models as zoo
 
 from conversions import close, random_masks, times, timing
 from sparselth import sparse
+from sparselth.check import check
 from sparselth.kernels import _native
+from sparselth.kernels._activations import ACTIVATIONS
 from sparselth.kernels.step_parts import Call
-from sparselth.sparse.joined import Joined, scheduled
+from sparselth.sparse.forms.stage import LAYERS
+from sparselth.sparse.joined import Joined
+from sparselth.sparse.programs import InRows, scheduled
 
 pytestmark = pytest.mark.skipif(_native.LIB is None, reason="forms in columns are the native kernels'")
 
@@ -26,15 +31,16 @@ def joins(calls: Mapping[str, Call], sample: Any) -> Any:
     """A clock by which forms in columns are fast, and what joins them too."""
     for call in calls.values():
         call()
-    fast = {"sparse_conv2d": 1e-7, "columns": 1e-7, "joined": 1e-5}
+    fast = {"sparse_conv2d": 1e-7, "columns": 1e-7, "csr_linear": 1e-7, "joined": 1e-5}
     return times({name: fast.get(name.split()[0], 1e-3) for name in calls})
 
 
 def joins_rows(calls: Mapping[str, Call], sample: Any) -> Any:
-    """The same of rows."""
+    """The same of rows, and of columns where an image has one pixel."""
     for call in calls.values():
         call()
-    fast = {"sparse_conv2d_rows": 1e-7, "max_pool_rows": 1e-7, "joined rows": 1e-5}
+    fast = {"sparse_conv2d_rows": 1e-7, "max_pool_rows": 1e-7, "depthwise_rows": 1e-8}
+    fast |= {"sparse_conv2d": 1e-7, "columns": 1e-7, "csr_linear": 1e-7, "joined rows": 1e-5}
     return times({name: fast.get(name, 1e-3) for name in calls})
 
 
@@ -76,15 +82,77 @@ class Odd(nn.Module):
         return self.c(z) + z + y.mul(2)
 
 
+MEANS: list[Callable[[Tensor], Tensor]] = [  # all that are known as one
+    nn.AdaptiveAvgPool2d(1),
+    nn.AdaptiveAvgPool2d((1, 1)),
+    lambda x: F.adaptive_avg_pool2d(x, 1),
+    lambda x: F.adaptive_avg_pool2d(x, output_size=[1, 1]),
+    lambda x: x.mean((2, 3), keepdim=True),
+    lambda x: x.mean(dim=[-1, -2], keepdim=True),
+    lambda x: torch.mean(x, (3, 2), True),
+]
+SCALES: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda s, x: s * x,
+    lambda s, x: x * s,
+    lambda s, x: torch.mul(x, s),
+    lambda s, x: s.mul(x),
+]
+
+
+class Squeezed(nn.Module):
+    """Wide, depthwise, squeezed and narrow again; with what came in where it fits."""
+
+    def __init__(self, c: int, n: int, stride: int, how: int, act: nn.Module, gate: nn.Module) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(c, 2 * c, 1, bias=False), nn.Conv2d(2 * c, n, 1)
+        self.deep = nn.Conv2d(2 * c, 2 * c, 5, stride, 2, groups=2 * c)
+        self.down, self.up = nn.Conv2d(2 * c, 3, 1), nn.Conv2d(3, 2 * c, 1)
+        self.norm, self.act, self.gate = nn.BatchNorm2d(2 * c), act, gate
+        self.mean, self.scale = MEANS[how % len(MEANS)], SCALES[how % len(SCALES)]
+        self.past = stride == 1 and c == n
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.deep(self.act(self.norm(self.wide(x)))))
+        s = self.gate(self.up(F.relu(self.down(self.mean(y)))))
+        z = self.narrow(self.scale(s, y))
+        return z + x if self.past else z
+
+
+class Shared(nn.Module):
+    """Images that are read again behind their product, a gate of two, means as vectors, sums of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1)
+        self.up, self.line = nn.Conv2d(4, 4, 1), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        s = F.hardsigmoid(self.up(F.adaptive_avg_pool2d(y, 1)) * y.mean((2, 3), keepdim=True))
+        z = F.relu6(self.b(y * s) + y)
+        v = F.hardswish(z + y * s).mean((2, 3))
+        return self.line(F.silu(v + v)) + v
+
+
 def resnet(in_place: bool) -> nn.Module:
     body = Block(3, 8, 1, in_place), Block(8, 8, 1, in_place), Block(8, 12, 2, in_place)
     return nn.Sequential(nn.Sequential(*body), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
+
+
+def squeezed(act: nn.Module, gate: nn.Module, how: int) -> nn.Module:
+    body = Squeezed(6, 6, 1, how, act, gate), Squeezed(6, 8, 2, how + 1, act, gate)
+    ends = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10), act, nn.Dropout(), nn.Linear(10, 5)
+    return nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), act, *body, *ends)
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "in place": lambda: resnet(True),
     "new memory": lambda: resnet(False),
     "odd": lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Odd()),
+    "shared": lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Shared()),
+    "squeezed": lambda: squeezed(nn.Hardswish(True), nn.Hardsigmoid(), 0),
+    "squeezed otherwise": lambda: squeezed(nn.SiLU(), nn.Sigmoid(), 2),
+    "squeezed once more": lambda: squeezed(nn.ReLU6(), nn.Tanh(), 4),
     "stem": lambda: nn.Sequential(nn.Conv2d(3, 3, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(3, 1, 1), resnet(True)),
 }
 
@@ -92,7 +160,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 def converted(name: str, x: Tensor) -> tuple[Any, nn.Module]:
     """And the dense masked network in float64."""
     torch.manual_seed(0)
-    model = NETWORKS[name]().eval()
+    return of(NETWORKS[name]().eval(), x)
+
+
+def of(model: nn.Module, x: Tensor) -> tuple[Any, nn.Module]:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.2)
@@ -119,7 +190,8 @@ def test_it_is_right_for_any_batch_and_size(
     fast, exact = converted(name, x)
     assert fast.report.chosen == whole, fast.report
     chosen = {layer.name: layer.chosen for layer in fast.report.layers if len(layer.shape) == 4}
-    assert name == "odd" or {*chosen.values()} == {form}
+    of_pixels = {"sparse_conv2d"} if name.startswith(("squeezed", "shared")) else set()  # in rows, too
+    assert name == "odd" or {*chosen.values()} - {"depthwise_rows"} == {form} | of_pixels
     assert not [layer for layer in chosen if "segment" in layer]  # a form is converted once
     held = program(fast)
     for shape in ((5, 3, 10, 9), (1, 3, 10, 9), (17, 3, 10, 9), (2, 3, 13, 8)):
@@ -137,12 +209,14 @@ def test_sums_and_their_relus_are_the_convolutions(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(timing, "seconds", joins)
     held = program(converted("in place", torch.randn(2, 3, 8, 8))[0])
     steps = scheduled(held.steps, held.plans)
-    # a convolution past the block and two blocks that change width, each with a sum, one without
-    assert [(len(step.sources), step.relu) for step in steps] == [
-        *((1, False), (2, True)),
-        (2, True),
-        *((1, False), (2, True)),
+    # a convolution past the block and two blocks that change width, each with a sum, one without; the end
+    assert [(len(step.sources), step.activation) for step in steps] == [
+        *((1, "none"), (2, "relu")),
+        (2, "relu"),
+        *((1, "none"), (2, "relu")),
+        *[(1, "none")] * 3,
     ]
+    assert [step.does for step in steps[-3:-1]] == ["mean", "flat"]
     odd = program(converted("odd", torch.randn(2, 3, 8, 8))[0])
     assert sum(len(step.sources) == 2 and step.segment is None for step in odd.steps) >= 2
 
@@ -165,7 +239,7 @@ def test_a_relu_is_one_however_it_is_called(
     model, x = Plain().eval().requires_grad_(False), torch.randn(2, 3, 6, 6)
     masks = {n: m for n, m in random_masks(model, 0.5).items() if m.dim() > 1}
     fast = sparse.convert(model, masks, x)
-    assert [step.relu for step in scheduled(program(fast).steps, program(fast).plans)] == [True, True]
+    assert [s.activation for s in scheduled(program(fast).steps, program(fast).plans)] == ["relu", "relu"]
     for n, mask in masks.items():
         model.get_parameter(n).data.mul_(mask)
     close(fast(x), copy.deepcopy(model).double()(x.double()))
@@ -247,3 +321,79 @@ def test_what_does_not_pay_stays_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fast.report.chosen == "converted"
     assert {*fast.report.networks} == {"original", "converted", "joined"}
     assert not [m for m in fast.modules() if isinstance(m, Joined)]
+
+
+def efficient() -> nn.Module:
+    block = zoo.efficientnet.MBConvConfig
+    settings = block(1, 3, 1, 8, 8, 1, 1, 1), block(4, 5, 2, 8, 12, 2, 1, 1)
+    return zoo.EfficientNet(settings, 0.2, num_classes=7, last_channel=16)
+
+
+WHOLE: dict[str, Callable[[], nn.Module]] = {
+    "mobilenet_v2": lambda: zoo.mobilenet_v2(num_classes=7, width_mult=0.25),
+    "mobilenet_v3": lambda: zoo.mobilenet_v3_small(num_classes=7, width_mult=0.25),
+    "efficientnet": efficient,
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_network_is_one_foreign_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "seconds", joins_rows)
+    torch.manual_seed(0)
+    model = WHOLE[name]().eval()
+    x = torch.randn(1, 3, 48, 48)
+    fast, exact = of(model, x)
+    assert fast.report.chosen == "joined rows", fast.report.checks
+    assert [node.op for node in fast.network.graph.nodes] == ["placeholder", "call_module", "output"]
+    y = fast(x)
+    with torch.no_grad():
+        own = copy.deepcopy(exact).float()(x)
+        assert check(y, exact(x.double()), "fp32", terms=2000, own=own).fault is None
+    (held,) = program(fast).run.chains.values()
+    assert isinstance(held, InRows)
+    assert isinstance(held.run, partial)  # and nothing between the kernels
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        lambda y: y.mean((1, 2), keepdim=True) + y,
+        lambda y: y.mean((2, 3), keepdim=True, dtype=torch.float64).float() * y,
+        lambda y: F.adaptive_avg_pool2d(y, (2, 1)),
+        lambda y: y * y,
+        lambda y: y * y[:, :1],
+        lambda y: y.mul_(F.adaptive_avg_pool2d(y, 1)),
+        lambda y: torch.add(y, y, alpha=2),
+        lambda y: F.hardswish(y, inplace=True) + y,
+    ],
+)
+@pytest.mark.parametrize("clock", [joins, joins_rows])
+def test_what_is_no_step_stays_what_it_is(
+    clock: Any, strange: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(3, 3, 3, 1, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(strange(self.b(F.relu(self.a(x)) + x)))
+
+    monkeypatch.setattr(timing, "seconds", clock)
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6)
+    fast, exact = of(Around().eval(), x)
+    close(fast(x), exact(x.double()))
+    for module in fast.modules():
+        if isinstance(module, Joined):
+            assert {step.does for step in module.steps} == {"sum"}
+
+
+def test_layers_of_activations_are_those_of_the_kernels() -> None:
+    assert {"none", *LAYERS} == {*ACTIVATIONS}
+    x = torch.randn(100) * 4
+    for name, (kind, in_place) in LAYERS.items():
+        y = x.clone()
+        assert in_place(y) is y
+        torch.testing.assert_close(y, ACTIVATIONS[name](x))
+        torch.testing.assert_close(y, kind()(x))

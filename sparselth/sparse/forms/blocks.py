@@ -53,7 +53,8 @@ def _block_conv2d(stage: Stage, device: Device, batch: int) -> Made:
         y = block_conv2d(x, weight, bias, stride, padding, dilation, relu, kernels)
         return pool(y) if pool else y
 
-    return Made(run, tensor_bytes([bias]) + weight.bytes(), weight.to_dense)
+    whole = stage.behind(run) if stage.apart else run
+    return Made(whole, tensor_bytes([bias]) + weight.bytes(), weight.to_dense)
 
 
 register(Form("block_linear", "ours", "rows", _has_linear, _block_linear))

@@ -23,7 +23,7 @@ from sparselth.kernels.sparse_conv2d_rows import (
 )
 from sparselth.kernels.step_parts import Call
 from sparselth.sparse.device import Device
-from sparselth.sparse.forms.stage import Stage, tensor_bytes, without_weight
+from sparselth.sparse.forms.stage import Stage, activated, tensor_bytes, without_weight
 from sparselth.sparse.forms.table import Form, Made, register
 
 WIDEST = 1 << 26  # weights that filters have room for
@@ -114,28 +114,33 @@ def _filters(stage: Stage) -> Filters:
 
 def _sparse_conv2d(stage: Stage, device: Device, batch: int) -> Made:
     bias, relu, pool, whole = stage.bias, stage.relu, stage.pool is not None, without_weight(stage.whole)
+    behind = stage.activation if stage.apart else "none"
     filters, size = _filters(stage), (stage.before[1], stage.before[2])
     index = Conv2dIndex.from_dense(filters.weight != 0, size, filters.stride, filters.padding, backward=False)
     values = index.gather(filters.weight)
 
     def bind(x: Tensor | Slices, y: Tensor | Slices) -> list[Call]:
-        return [bind_sparse_conv2d(index, values, x, bias, y, relu, pool=pool)]
+        product = bind_sparse_conv2d(index, values, x, bias, y, relu, pool=pool)
+        return [product] if isinstance(y, Slices) else [product, *activated(y, behind)]
 
-    def adds(x: Tensor, y: Tensor, rectify: bool) -> list[Call]:
-        return [bind_sparse_conv2d_add(index, values, x, bias, y, rectify)]
+    def adds(x: Tensor, y: Tensor, activation: str) -> list[Call]:
+        rectify = activation == "relu"
+        product = bind_sparse_conv2d_add(index, values, x, bias, y, rectify)
+        return [product] if rectify else [product, *activated(y, activation)]
 
     def weight() -> Tensor:
         return Filters.narrow(whole, index.to_dense(values))
 
     size_of_all = tensor_bytes([values, bias]) + index.bytes()
-    return Made(bind, size_of_all, weight, slices=index.slices, adds=None if relu or pool else adds)
+    slices = None if stage.apart else index.slices
+    more = adds if stage.activation == "none" and not pool else None
+    return Made(bind, size_of_all, weight, slices=slices, adds=more)
 
 
 def _sparse_conv2d_rows(stage: Stage, device: Device, batch: int) -> Made:
     filters, size, whole = _filters(stage), (stage.before[1], stage.before[2]), without_weight(stage.whole)
-    bias, relu, pool = stage.bias, stage.relu, stage.pool is not None
+    bias, activation, pool = stage.bias, stage.activation, stage.pool is not None
     packed = ConvRows.from_dense(filters.weight, size, filters.stride, filters.padding, batch)
-    activation = "relu" if relu else "none"
     run = sparse_conv2d_rows_call(packed, bias, activation, pool)
     size_of_all = tensor_bytes([bias]) + packed.bytes()
 
@@ -145,12 +150,12 @@ def _sparse_conv2d_rows(stage: Stage, device: Device, batch: int) -> Made:
     def bind(x: Planes, y: Planes) -> list[Call]:
         return [bind_sparse_conv2d_rows(packed, x, bias, y, activation)]
 
-    def adds(x: Planes, y: Planes, rectify: bool) -> list[Call]:
-        return [bind_sparse_conv2d_rows(packed, x, bias, y, "relu" if rectify else "none", adds=True)]
+    def adds(x: Planes, y: Planes, activation: str) -> list[Call]:
+        return [bind_sparse_conv2d_rows(packed, x, bias, y, activation, adds=True)]
 
     if pool:
         return Made(run, size_of_all, weight)
-    more = None if relu else adds
+    more = adds if activation == "none" else None
     return Made(run, size_of_all, weight, adds=more, bind=bind, planes=packed.room)
 
 

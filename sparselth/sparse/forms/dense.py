@@ -17,13 +17,22 @@ from sparselth.kernels.sparse_conv2d_rows import Planes
 from sparselth.kernels.step_parts import Call, bind_bias_relu, bind_max_pool
 from sparselth.sparse.compaction import POINTWISE, rebuilt
 from sparselth.sparse.device import Device
-from sparselth.sparse.forms.stage import Stage, tensor_bytes
+from sparselth.sparse.forms.stage import Stage, activated, activation_of, tensor_bytes
 from sparselth.sparse.forms.table import Form, Made, register
 
 
 def _dense(stage: Stage, device: Device, batch: int) -> Made:
     """As torch does it."""
-    return Made(stage.behind(_product(stage.part.module, stage)), stage.dense_bytes, _held(stage.part.module))
+    run = stage.behind(_product(stage.part.module, stage))
+    native = device.dtype == torch.float32 and not device.on_gpus
+    images = native and len(stage.before) == len(stage.after) == 3
+    bind = None if stage.product or not images else partial(_bind_images, run)
+    return Made(run, stage.dense_bytes, _held(stage.part.module), bind=bind)
+
+
+def _bind_images(run: Callable[[Tensor], Tensor], x: Planes, y: Planes) -> list[Call]:
+    given, found = x.images, y.images
+    return [lambda: found.copy_(run(given))]
 
 
 def _held(module: nn.Module) -> Callable[[], Tensor] | None:
@@ -136,10 +145,10 @@ def _no_weights(stage: Stage, device: Device, batch: int) -> Made:
 def _bind(module: nn.Module, relu: bool, x: Tensor, y: Tensor) -> list[Call]:
     if isinstance(module, nn.Flatten):
         return []
-    if isinstance(module, nn.ReLU):
-        return [bind_bias_relu(y)]
     if isinstance(module, nn.MaxPool2d) and halves(module):
         return [bind_max_pool(x, y, relu)]
+    if activation := activated(y, activation_of(module)):
+        return activation
     if isinstance(module, POINTWISE):
         return [lambda: y.copy_(module(x))]
     return [partial(_pool, module, relu, x, y)]

@@ -33,7 +33,7 @@ def _fits(stage: Stage, device: Device, batch: int) -> bool:
 
 
 def _depthwise_rows(stage: Stage, device: Device, batch: int) -> Made:
-    bias, activation = stage.bias, "relu" if stage.relu else "none"
+    bias, activation = stage.bias, stage.activation
     stride = stage.part.module.stride
     assert isinstance(stride, tuple)
     packed = DepthwiseRows.from_dense(stage.weight, (stage.before[1], stage.before[2]), stride[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -14,10 +14,22 @@ from torch import Tensor, nn
 
 from sparselth import masks
 from sparselth.kernels._tiles import BLOCKS
+from sparselth.kernels.plane_parts import bind_activate
+from sparselth.kernels.sparse_conv2d_rows import LINE, Planes
+from sparselth.kernels.step_parts import Call, bind_bias_relu
 from sparselth.sparse.compaction import Part, rebuilt
 
 COLUMNS = 16  # a batch above 1 gets room for a multiple: one cache line
 FULL = 0.5  # share of the weights in live blocks that must be kept for blocks to be tried
+# Layers of the activations that kernels know, and how torch computes them in place.
+LAYERS: dict[str, tuple[type[nn.Module], Callable[[Tensor], Tensor]]] = {
+    "relu": (nn.ReLU, torch.relu_),
+    "relu6": (nn.ReLU6, partial(F.relu6, inplace=True)),
+    "hardswish": (nn.Hardswish, partial(F.hardswish, inplace=True)),
+    "hardsigmoid": (nn.Hardsigmoid, partial(F.hardsigmoid, inplace=True)),
+    "sigmoid": (nn.Sigmoid, torch.sigmoid_),
+    "silu": (nn.SiLU, partial(F.silu, inplace=True)),
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Stage:
-    """What is chosen at once: a layer, and the ReLU and the maximum of 2 x 2 pixels behind it.
+    """What is chosen at once: a layer, and the activation and the maximum of 2 x 2 pixels behind it.
 
     Where inputs of it are dead, `select` picks out the others for its dense forms; those of sparse weights
     have no use for that and take `whole`, `weight` and `bias`. `blocks` is the side of the blocks that the
@@ -40,10 +52,19 @@ class Stage:
     """
 
     part: Part
-    relu: bool = False
+    activation: str = "none"
     pool: Part | None = None
     select: Part | None = None
     blocks: int | None = None
+
+    @property
+    def relu(self) -> bool:
+        return self.activation == "relu"
+
+    @property
+    def apart(self) -> bool:
+        """Whether there is an activation that kernels with a ReLU have not; then there is no pool."""
+        return self.activation not in ("none", "relu")
 
     @property
     def linear(self) -> bool:
@@ -68,7 +89,8 @@ class Stage:
     @cached_property
     def place(self) -> Place:
         part, before, after = self.part, self.before, self.after
-        more = (" and ReLU" if self.relu else "") + (" and MaxPool2d" if self.pool else "")
+        more = "" if self.activation == "none" else f" and {LAYERS[self.activation][0].__name__}"
+        more += " and MaxPool2d" if self.pool else ""
         key = f"{part.module}{more} on {list(before)} -> {list(after)}, kept {self.kept}"
         return Place(part.name, key, before, after)
 
@@ -153,25 +175,25 @@ class Stage:
         return None
 
     def behind(self, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """`run`, batch first and into memory of its own, followed by the ReLU and the pool of this stage."""
-        relu, pool = self.relu, self.pool.module if self.pool else None
-        if not relu and pool is None:
+        """`run`, batch first and into memory of its own, then the activation and the pool of this stage."""
+        act = None if self.activation == "none" else LAYERS[self.activation][1]
+        pool = self.pool.module if self.pool else None
+        if act is None and pool is None:
             return run
 
         def more(x: Tensor) -> Tensor:
             y = run(x)
-            if relu:
-                y.relu_()
+            y = y if act is None else act(y)
             return y if pool is None else pool(y)
 
         return more
 
     def double(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """In float64: what it computes, and that before the ReLU."""
+        """In float64: what it computes, and that before the activation."""
         y = x.double()
         for part in (self.select, self.part, self.pool):
             y = copy.deepcopy(part.module).double()(y) if part else y
-        return y.relu() if self.relu else y, y
+        return (y if self.activation == "none" else LAYERS[self.activation][1](y.clone())), y
 
     @property
     def dense_bytes(self) -> int:
@@ -224,3 +246,20 @@ def image(memory: Tensor, shape: tuple[int, ...], batch: int) -> Tensor:
 
 def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def activation_of(module: nn.Module | None) -> str:
+    """Its name among LAYERS; "none" of what is no such layer."""
+    return next((name for name, (kind, _) in LAYERS.items() if isinstance(module, kind)), "none")
+
+
+def activated(y: Tensor, activation: str) -> list[Call]:
+    """What lets an activation act in place on [K, B] or [C, H, W, B] in memory that `columns` gave."""
+    if activation == "none":
+        return []
+    if activation == "relu":
+        return [bind_bias_relu(y)]
+    channels, floats = len(y), y.stride(0)  # with what lies beside the batch
+    shape = (1, channels, floats) if floats >= LINE else (1, 1, channels * floats)
+    lines = y.as_strided(shape, (y.numel(), floats, 1))
+    return [bind_activate(Planes(lines, (1, shape[2]), shape[2], 0), activation)]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -41,8 +42,8 @@ class Made:
     weight: Callable[[], Tensor] | None = None  # gives W back, with the dead inputs or without
     in_place: bool = False  # in columns: y is the memory of x
     slices: Callable[[int], Slices | None] | None = None  # x and y may be Slices, and x those for this batch
-    # in columns, or with `bind` on planes: (x, y, relu) -> calls for y = act(y + what it computes of x)
-    adds: Callable[[Any, Any, bool], list[Call]] | None = None
+    # in columns, or with `bind` on planes: (x, y, activation) -> calls for y = act(y + what it computes of x)
+    adds: Callable[[Any, Any, str], list[Call]] | None = None
     # of rows on a CPU: (x, y) -> calls that fill y from x; the x for this batch that is read in place
     bind: Callable[[Planes, Planes], list[Call]] | None = None
     planes: Callable[[int], Planes | None] | None = None
@@ -73,6 +74,12 @@ class Formed:
     @property
     def in_columns(self) -> bool:
         return self.layout == "columns"
+
+    @property
+    def in_planes(self) -> bool:
+        """Whether a program on planes takes it: by `bind`, or in columns what has no more than one pixel."""
+        single = all(prod(shape[1:]) == 1 for shape in (self.place.before, self.place.after))
+        return self.made.bind is not None or (self.in_columns and single)
 
     def stage(self) -> Stage:
         """The stage that it was made of."""
