@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sparselth.chance import Bits, Overlap
 
 UNSTRUCTURED = "unstructured"
+CHUNK = 1 << 20  # fours that are counted at once
 EXPECTED = "expected unstructured, 2:4, unit, or blocks of 2 to 128, block:16"
 
 
@@ -211,9 +212,15 @@ class Groups(Pattern):
         alive = alive[torch.randperm(count, generator=generator, device="cpu")]
         return alive[groups]
 
+    @abstractmethod
+    def apart(self, spec: TensorSpec, mask: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """A view of the mask [numel] of a layer that fits, and over which of its axes a group reaches."""
+
     def holds(self, spec: TensorSpec, mask: Tensor) -> bool:
-        counts = self.groups(spec)[mask].bincount()
-        return bool(((counts == 0) | (counts == self.size(spec))).all())
+        import torch
+
+        own, axes = self.apart(spec, mask)  # without a number for each of what may be 100 million weights
+        return torch.equal(own.amin(axes), own.amax(axes))
 
     def overlap(self, spec: TensorSpec, one: Bits, other: Bits) -> Overlap:
         from sparselth.chance import Overlap
@@ -235,6 +242,9 @@ class Units(Groups):
 
         n, k = spec.matrix
         return torch.arange(n, device="cpu").repeat_interleave(k)
+
+    def apart(self, spec: TensorSpec, mask: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        return mask.view(spec.matrix), (1,)
 
 
 @dataclass(frozen=True)
@@ -261,6 +271,10 @@ class Blocks(Groups):
         column = torch.arange(c, device="cpu").div(self.side, rounding_mode="floor")[None, :, None]
         tap = torch.arange(taps, device="cpu")
         return ((row * taps + tap) * wide + column).reshape(-1)
+
+    def apart(self, spec: TensorSpec, mask: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        n, c = spec.shape[:2]
+        return mask.view(n // self.side, self.side, c // self.side, self.side, -1), (1, 3)
 
 
 class TwoFour(Pattern):
@@ -292,7 +306,10 @@ class TwoFour(Pattern):
         return self.pick(groups, draw, mask, len(mask) // 2)
 
     def holds(self, spec: TensorSpec, mask: Tensor) -> bool:
-        return bool((mask.view(-1, 4).sum(1) == 2).all())
+        import torch
+
+        parts = torch.split(mask.view(-1, 4), CHUNK)  # it adds bits as int64
+        return all(bool((part.sum(1) == 2).all()) for part in parts)
 
     def overlap(self, spec: TensorSpec, one: Bits, other: Bits) -> Overlap:
         from sparselth.chance import Fours
