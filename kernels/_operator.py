@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
@@ -17,6 +18,19 @@ from torch import library
 Compute = Callable[..., Any]
 
 
+@dataclass
+class _Defined:
+    """What an operator calls: torch defines one once, a module that is loaded again brings new functions."""
+
+    schema: str
+    compute: Compute
+    backward: Callable[..., Any]
+    save: Callable[..., None] | None
+
+
+_defined: dict[str, _Defined] = {}  # by the operator's full name
+
+
 def operator(
     name: str, backward: Callable[..., Any] | None = None, save: Callable[..., None] | None = None
 ) -> Callable[[Compute], torch._ops.OpOverload]:
@@ -24,17 +38,34 @@ def operator(
 
     backward, save: its gradient, as `backward` and `setup_context` of torch's `register_autograd`;
     without, going backward through it is a RuntimeError. What it returns shares no memory with its arguments.
+    A second function of the same name and signature takes the place of the first, as of a module that is
+    loaded again; one of another signature is a RuntimeError.
     """
     full = f"sparselth::{name}"
 
     def define(compute: Compute) -> torch._ops.OpOverload:
         schema = library.infer_schema(compute, mutates_args=())
-        library.define(full, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(full, "default", _uncompiled(compute))
-        library.register_autograd(full, backward or partial(_refuse, full), setup_context=save)
+        new = _Defined(schema, _uncompiled(compute), backward or partial(_refuse, full), save)
+        now = _defined.setdefault(full, new)
+        if now is new:
+            _register(full, now)
+        elif now.schema != schema:
+            raise RuntimeError(f"{full}: is defined as {now.schema}, not as {schema}; start Python anew")
+        else:
+            vars(now).update(vars(new))
         return getattr(torch.ops.sparselth, name).default  # type: ignore[no-any-return]
 
     return define
+
+
+def _register(full: str, now: _Defined) -> None:
+    library.define(full, now.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(full, "default", lambda *args, **kwargs: now.compute(*args, **kwargs))
+    library.register_autograd(
+        full,
+        lambda ctx, *grads: now.backward(ctx, *grads),
+        setup_context=lambda *args, **kwargs: now.save and now.save(*args, **kwargs),
+    )
 
 
 def _uncompiled(compute: Compute) -> Compute:

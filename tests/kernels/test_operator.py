@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, library
 
+from sparselth.kernels import bitmask
 from sparselth.kernels._operator import operator
 from sparselth.kernels.bitmask import unpack
 
@@ -74,3 +76,36 @@ def test_going_backward_through_one_without_a_gradient_is_said() -> None:
     with pytest.raises(RuntimeError, match="sparselth::doubled_for_a_test: this op has no gradient"):
         y.sum().backward()
     assert not unpack(torch.ones(1, dtype=torch.uint8), 8).requires_grad
+
+
+def test_a_second_definition_takes_the_place_of_the_first() -> None:
+    """As of a kernel's module that is loaded again; who has the operator from before calls the new one."""
+
+    def times(factor: float) -> Any:
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return factor * grad
+
+        @operator("times_for_a_test", backward)
+        def times(x: Tensor) -> Tensor:
+            return factor * x
+
+        return times
+
+    x = torch.ones(3, requires_grad=True)
+    first, second = times(2.0), times(3.0)
+    for one in (first, second):
+        (grad,) = torch.autograd.grad(one(x).sum(), x)
+        assert torch.equal(one(x), torch.full((3,), 3.0))
+        assert torch.equal(grad, torch.full((3,), 3.0))
+    with pytest.raises(RuntimeError, match=r"sparselth::times_for_a_test: is defined as \(Tensor x\)"):
+
+        @operator("times_for_a_test")
+        def other(x: Tensor, factor: float) -> Tensor:
+            return factor * x
+
+
+@pytest.mark.host
+def test_a_module_of_kernels_is_loaded_again() -> None:
+    bits = bitmask.pack(torch.ones(1, 3, 8))
+    again = importlib.reload(bitmask)
+    assert torch.equal(unpack(bits, 8), again.unpack(bits, 8))
