@@ -7,7 +7,7 @@ from typing import Any
 from sparselth.report.diverged import unfinished
 from sparselth.report.page import Group, report, side_by_side, width
 from sparselth.report.stats import FEWEST, Gap, mean_interval, paired
-from sparselth.report.tables import MISSING, percent, title
+from sparselth.report.tables import MISSING, levels_and_steps, percent, title
 from sparselth.runs import RunRecord
 
 STABLE = 0.02  # instability below which a network is stable (Frankle et al. 2020, section 3)
@@ -55,13 +55,7 @@ def table(record: RunRecord) -> str:
 
 def _rows(record: RunRecord) -> str:
     config = record.config
-    left, places = config.remaining(), [(level, k) for level in config.levels for k in config.rewind]
-    lead = Group(
-        [
-            ["left %", *(percent(left[level]) for level, _ in places)],
-            ["rewind", *(f"{k:,}" for _, k in places)],
-        ]
-    )
+    places, lead = levels_and_steps(record)
     own = [["accuracy %", *(_accuracy(record, k, level) for level, k in places)]]
     words = [["", *(word(rise(record, k, level)) for level, k in places)]]
     groups = [

@@ -14,7 +14,7 @@ from sparselth.report.drawing import WIDTH, band_note, extremes, heading, save_e
 from sparselth.report.lines import by_seed, gap, gap_json, level_of_dense, line, mean_cell, said
 from sparselth.report.page import Group, report, side_by_side, width
 from sparselth.report.stats import FEWEST, Gap, holm, mean_interval, signed
-from sparselth.report.tables import MISSING, percent, title
+from sparselth.report.tables import MISSING, levels_and_steps, percent, title
 from sparselth.runs import RunRecord
 
 ACCURACY = "accuracy_at_early_stop"
@@ -46,14 +46,7 @@ def table(record: RunRecord) -> str:
 
 
 def _rows(record: RunRecord) -> str:
-    config = record.config
-    left, places = config.remaining(), [(level, k) for level in config.levels for k in config.rewind]
-    lead_ = Group(
-        [
-            ["left %", "100.0", *(percent(left[level]) for level, _ in places)],
-            ["rewind", "", *(f"{k:,}" for _, k in places)],
-        ]
-    )
+    places, columns = levels_and_steps(record, dense=True)
     own = [
         ["dense", mean_cell(dense(record)), *("" for _ in places)],
         *(
@@ -66,7 +59,7 @@ def _rows(record: RunRecord) -> str:
         for name, of in (("reinit", lead), ("dense", against_dense))
     ]
     groups = [Group(own, "accuracy %"), Group(gaps, "ticket minus")]
-    return side_by_side(lead_, groups, width())
+    return side_by_side(columns, groups, width())
 
 
 def _shown(found: Gap | None) -> str:

@@ -67,6 +67,18 @@ def title(record: RunRecord, how: str) -> str:
     )
 
 
+def levels_and_steps(record: RunRecord, dense: bool = False) -> tuple[list[tuple[int, int]], Group]:
+    """The (level, rewind step) of every row of a run over several steps, and its left columns.
+
+    With `dense` a row of the dense network is above them.
+    """
+    left = record.config.remaining()
+    places = [(level, k) for level in record.config.levels for k in record.config.rewind]
+    shares, steps = [percent(left[level]) for level, _ in places], [f"{k:,}" for _, k in places]
+    first = (["100.0"], [""]) if dense else ([], [])
+    return places, Group([["left %", *first[0], *shares], ["rewind", *first[1], *steps]])
+
+
 def _rows(record: RunRecord) -> str:
     """A row per level: accuracy and step of each arm, the verdict, the ticket minus dense and controls."""
     remaining, levels = weights_remaining(record), range(record.config.levels + 1)
