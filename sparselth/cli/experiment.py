@@ -190,8 +190,7 @@ def _done(
         assert isinstance(config, Training)
         cost = modelled(config, *gpus)
         if flags["as_json"]:
-            schema = f"sparselth.{experiment.name}-plan/1"
-            print(json.dumps({"schema": schema} | cost_json(config, cost), indent=2), file=results)
+            _print_plan(experiment, cost_json(config, cost), results)
         else:
             say_cost(config, cost)
         return None
@@ -202,13 +201,16 @@ def _done(
         there = _there(planned, other_device) if other_device else None
         planned = priced(planned)
         if flags["as_json"]:
-            schema = f"sparselth.{experiment.name}-plan/1"
-            print(json.dumps({"schema": schema} | plan_json(planned, there), indent=2), file=results)
+            _print_plan(experiment, plan_json(planned, there), results)
         else:
             say_plan(planned, there)
         return None
     screen = Screen(flags["quiet"])
     return run(config, **arguments, resume=flags["resume"], watcher=screen), screen
+
+
+def _print_plan(experiment: type[Experiment], document: dict[str, Any], results: TextIO) -> None:
+    print(json.dumps({"schema": f"sparselth.{experiment.name}-plan/1"} | document, indent=2), file=results)
 
 
 def usual(experiment: type[Experiment], flags: dict[str, Any], given: set[str]) -> None:
