@@ -74,7 +74,7 @@ class Hand:
         self.process.join(5)
         code = self.process.exitcode
         how = f"killed by signal {-code}" if code and code < 0 else f"exit code {code}"
-        hint = " (out of memory? try `workers` 1)" if code == -signal.SIGKILL else ""
+        hint = " (out of memory? try fewer `workers`)" if code == -signal.SIGKILL else ""
         return f", {how}{hint}"
 
 
