@@ -143,7 +143,30 @@ OF_NEURONS = {name: OF_STRONG[name] for name in (*SHARED, "width", "optimizer")}
 NEURONS = "neurons --dataset mnist5k"
 
 
-def of_scores(name: str, base: str) -> dict[tuple[str, str], Case]:
+def of_run(name: str, base: str, wrong: str) -> dict[tuple[str, str], Case]:
+    """The flags of how it runs, which all experiments have; `wrong`: what makes none of it."""
+    return {
+        (name, "data_dir"): Case(base, "--data-dir there", of("run", "data_dir"), Path("there")),
+        (name, "workers"): Case(base, "--workers 3", of("run", "workers"), 3),
+        (name, "out"): Case(base, "--out there", of("run", "out"), Path("there")),
+        (name, "resume"): Case(base, "--resume", of("run", "resume")),
+        (name, "dry_run"): Case(base, "--dry-run --json", lambda seen: "run" not in seen.asked),
+        (name, "as_json"): Case(base, "--json", lambda seen: seen.is_json),
+        (name, "quiet"): Case(base, "--quiet", lambda seen: seen.err, ""),
+        (name, "debug"): Case(f"{base} {wrong}", "--debug", lambda seen: type(seen.raised), UsageError),
+    }
+
+
+def of_batches(name: str, base: str, wrong: str) -> dict[tuple[str, str], Case]:
+    """These, and those of networks that train together."""
+    return of_run(name, base, wrong) | {
+        (name, "replicas"): Case(base, "--replicas 4", of("run", "replicas"), 4),
+        (name, "deterministic"): Case(base, "--deterministic", of("run", "deterministic")),
+        (name, "price_on"): Case(f"{base} --dry-run", "--price-on h200", of("recorded", "device"), "h200"),
+    }
+
+
+def of_scores(name: str, base: str, wrong: str = "--keep 0") -> dict[tuple[str, str], Case]:
     """The flags of an experiment that trains scores, but those of its own."""
     bare = base.removesuffix(" --dataset mnist5k")
     return {
@@ -151,18 +174,7 @@ def of_scores(name: str, base: str) -> dict[tuple[str, str], Case]:
         (name, "dataset"): Case(bare, "--dataset mnist5k", setting("dataset"), "mnist5k"),
         (name, "momentum"): Case(base, "--momentum 0.5", setting("momentum"), 0.5),
         (name, "recipe"): Case(base, "--recipe paper", setting("steps"), 100 * 3500 // 128),
-        (name, "data_dir"): Case(base, "--data-dir there", of("run", "data_dir"), Path("there")),
-        (name, "workers"): Case(base, "--workers 3", of("run", "workers"), 3),
-        (name, "replicas"): Case(base, "--replicas 4", of("run", "replicas"), 4),
-        (name, "deterministic"): Case(base, "--deterministic", of("run", "deterministic")),
-        (name, "out"): Case(base, "--out there", of("run", "out"), Path("there")),
-        (name, "resume"): Case(base, "--resume", of("run", "resume")),
-        (name, "dry_run"): Case(base, "--dry-run --json", lambda seen: "run" not in seen.asked),
-        (name, "price_on"): Case(f"{base} --dry-run", "--price-on h200", of("recorded", "device"), "h200"),
-        (name, "as_json"): Case(base, "--json", lambda seen: seen.is_json),
-        (name, "quiet"): Case(base, "--quiet", lambda seen: seen.err, ""),
-        (name, "debug"): Case(f"{base} --keep 0", "--debug", lambda seen: type(seen.raised), UsageError),
-    }
+    } | of_batches(name, base, wrong)
 
 
 FROM = "transfer --from run --dataset mnist5k"
@@ -171,23 +183,16 @@ FROM = "transfer --from run --dataset mnist5k"
 def of_training(name: str, base: str, wrong: str) -> dict[tuple[str, str], Case]:
     """The flags that all experiments have which train networks; `wrong`: what makes none of it."""
     fields = {one: FIELDS[one] for one in (*SHARED, "optimizer", "cosine") if one != "seeds"}
-    return {
-        (name, one): Case(base, f"--{one.replace('_', '-')} {word}", setting(one), value)
-        for one, (word, value) in fields.items()
-    } | {
-        (name, "momentum"): Case(f"{base} --optimizer sgd", "--momentum 0.5", setting("momentum"), 0.5),
-        (name, "data_dir"): Case(base, "--data-dir there", of("run", "data_dir"), Path("there")),
-        (name, "workers"): Case(base, "--workers 3", of("run", "workers"), 3),
-        (name, "replicas"): Case(base, "--replicas 4", of("run", "replicas"), 4),
-        (name, "deterministic"): Case(base, "--deterministic", of("run", "deterministic")),
-        (name, "out"): Case(base, "--out there", of("run", "out"), Path("there")),
-        (name, "resume"): Case(base, "--resume", of("run", "resume")),
-        (name, "dry_run"): Case(base, "--dry-run --json", lambda seen: "run" not in seen.asked),
-        (name, "price_on"): Case(f"{base} --dry-run", "--price-on h200", of("recorded", "device"), "h200"),
-        (name, "as_json"): Case(base, "--json", lambda seen: seen.is_json),
-        (name, "quiet"): Case(base, "--quiet", lambda seen: seen.err, ""),
-        (name, "debug"): Case(f"{base} {wrong}", "--debug", lambda seen: type(seen.raised), UsageError),
-    }
+    return (
+        {
+            (name, one): Case(base, f"--{one.replace('_', '-')} {word}", setting(one), value)
+            for one, (word, value) in fields.items()
+        }
+        | {
+            (name, "momentum"): Case(f"{base} --optimizer sgd", "--momentum 0.5", setting("momentum"), 0.5),
+        }
+        | of_batches(name, base, wrong)
+    )
 
 
 OF_TRANSFER = of_training("transfer", FROM, "--levels 0") | {
@@ -229,15 +234,7 @@ OF_PREDICT = {
     ("predict", "seeds"): Case(PREDICT, "--seeds 3", lambda seen: "no finished seed 3 ticket" in seen.err),
     ("predict", "levels"): Case(PREDICT, "--levels 2", lambda seen: "seed 0 ticket level 2" in seen.err),
     ("predict", "at"): Case(PREDICT, "--at 9,3", setting("at"), (3, 9)),
-    ("predict", "data_dir"): Case(PREDICT, "--data-dir there", of("run", "data_dir"), Path("there")),
-    ("predict", "workers"): Case(PREDICT, "--workers 3", of("run", "workers"), 3),
-    ("predict", "out"): Case(PREDICT, "--out there", of("run", "out"), Path("there")),
-    ("predict", "resume"): Case(PREDICT, "--resume", of("run", "resume")),
-    ("predict", "dry_run"): Case(PREDICT, "--dry-run --json", lambda seen: "run" not in seen.asked),
-    ("predict", "as_json"): Case(PREDICT, "--json", lambda seen: seen.is_json),
-    ("predict", "quiet"): Case(PREDICT, "--quiet", lambda seen: seen.err, ""),
-    ("predict", "debug"): Case(f"{PREDICT} --at 0", "--debug", lambda seen: type(seen.raised), UsageError),
-}
+} | of_run("predict", PREDICT, "--at 0")
 
 
 SCHEDULE = "schedule --dataset mnist5k --eval-every 10"
@@ -264,6 +261,8 @@ CASES: dict[tuple[str, str], Case] = (
     | OF_AT_INIT
     | OF_PREDICT
     | OF_SCHEDULE
+    | of_batches("imp", IMP, "--levels 0")
+    | of_run("subset-sum", SUMS, "--epsilon 0")
     | of_scores("strong", STRONG)
     | of_scores("neurons", NEURONS)
     | {
@@ -284,23 +283,11 @@ CASES: dict[tuple[str, str], Case] = (
         ("imp", "recipe"): Case(
             IMP, "--recipe paper", setting("recipe"), get_model("lenet5").recipes["paper"]
         ),
-        ("imp", "data_dir"): Case(IMP, "--data-dir there", of("run", "data_dir"), Path("there")),
-        ("imp", "workers"): Case(IMP, "--workers 3", of("run", "workers"), 3),
-        ("imp", "replicas"): Case(IMP, "--replicas 4", of("run", "replicas"), 4),
-        ("imp", "deterministic"): Case(IMP, "--deterministic", of("run", "deterministic")),
         ("imp", "split"): Case(IMP, "--split 2", of("run", "split"), 2),
-        ("imp", "out"): Case(IMP, "--out there", of("run", "out"), Path("there")),
-        ("imp", "resume"): Case(IMP, "--resume", of("run", "resume")),
-        ("imp", "dry_run"): Case(IMP, "--dry-run --json", lambda seen: "run" not in seen.asked),
-        ("imp", "price_on"): Case(f"{IMP} --dry-run", "--price-on h200", of("recorded", "device"), "h200"),
-        ("imp", "as_json"): Case(IMP, "--json", lambda seen: seen.is_json),
-        ("imp", "quiet"): Case(IMP, "--quiet", lambda seen: seen.err, ""),
-        ("imp", "debug"): Case(f"{IMP} --levels 0", "--debug", lambda seen: type(seen.raised), UsageError),
         ("subset-sum", "cases"): Case(SUMS, "--cases covering", setting("cases"), ("covering",)),
         ("subset-sum", "model"): Case(SUMS, "--model lenet-300-100", setting("model"), "lenet-300-100"),
         ("subset-sum", "narrow"): Case(SUMS, "--narrow lenet-300-100", setting("narrow"), "lenet-300-100"),
         ("subset-sum", "dataset"): Case(SUMS, "--dataset mnist", setting("dataset"), "mnist"),
-        ("subset-sum", "data_dir"): Case(SUMS, "--data-dir .", of("run", "data_dir"), Path(".")),
         ("subset-sum", "seeds"): Case(SUMS, "--seeds 2,5", setting("seeds"), (2, 5)),
         ("subset-sum", "epsilon"): Case(SUMS, "--epsilon 0.02", setting("epsilon"), 0.02),
         ("subset-sum", "draws"): Case(SUMS, "--draws 70", setting("draws"), 70),
@@ -311,15 +298,6 @@ CASES: dict[tuple[str, str], Case] = (
         ("subset-sum", "size"): Case(SUMS, "--size 3", setting("size"), 3),
         ("subset-sum", "bits"): Case(SUMS, "--bits 3", setting("bits"), 3),
         ("subset-sum", "copies"): Case(SUMS, "--copies 9", setting("copies"), 9),
-        ("subset-sum", "workers"): Case(SUMS, "--workers 3", of("run", "workers"), 3),
-        ("subset-sum", "out"): Case(SUMS, "--out there", of("run", "out"), Path("there")),
-        ("subset-sum", "resume"): Case(SUMS, "--resume", of("run", "resume")),
-        ("subset-sum", "dry_run"): Case(SUMS, "--dry-run --json", lambda seen: "run" not in seen.asked),
-        ("subset-sum", "as_json"): Case(SUMS, "--json", lambda seen: seen.is_json),
-        ("subset-sum", "quiet"): Case(SUMS, "--quiet", lambda seen: seen.err, ""),
-        ("subset-sum", "debug"): Case(
-            f"{SUMS} --epsilon 0", "--debug", lambda seen: type(seen.raised), UsageError
-        ),
         ("bench", "sparsity"): Case("bench", "--sparsity 0.5,0.8", of("Asked", "sparsities"), (0.5, 0.8)),
         ("bench", "shapes"): Case("bench", "--shape 4x8 --shape 8x4", of("Asked", "shapes"), ("4x8", "8x4")),
         ("bench", "batch"): Case("bench", "--batch 2,3", of("Asked", "batches"), (2, 3)),
@@ -389,7 +367,7 @@ OF_CONNECTIVITY = {name: OF_STRONG[name] for name in (*SHARED, "model", "scope")
     "points": ("5", 5),
     "line_images": ("70", 70),
 }
-CASES |= of_scores("connectivity", CONNECTIVITY) | {
+CASES |= of_scores("connectivity", CONNECTIVITY, "--points 1") | {
     ("connectivity", name): Case(CONNECTIVITY, f"--{name.replace('_', '-')} {word}", setting(name), value)
     for name, (word, value) in OF_CONNECTIVITY.items()
 }
@@ -398,9 +376,6 @@ CASES |= {
         f"{CONNECTIVITY} --optimizer sgd", "--momentum 0.5", setting("momentum"), 0.5
     ),
     ("connectivity", "recipe"): Case(CONNECTIVITY, "--recipe paper", setting("steps"), 50_000),
-    ("connectivity", "debug"): Case(
-        f"{CONNECTIVITY} --points 1", "--debug", lambda seen: type(seen.raised), UsageError
-    ),
     ("connectivity", "plugin"): Case(CONNECTIVITY, "--plugin mine.py", loaded),
 }
 REWINDING = "rewinding --dataset mnist5k"
@@ -412,7 +387,7 @@ OF_REWINDING = {name: OF_CONNECTIVITY[name] for name in OF_CONNECTIVITY if "line
     "reinits": ("2", 2),
 }
 del OF_REWINDING["points"]
-CASES |= of_scores("rewinding", REWINDING) | {
+CASES |= of_scores("rewinding", REWINDING, "--levels 0") | {
     ("rewinding", name): Case(REWINDING, f"--{name.replace('_', '-')} {word}", setting(name), value)
     for name, (word, value) in OF_REWINDING.items()
 }
@@ -421,13 +396,10 @@ CASES |= {
         f"{REWINDING} --optimizer sgd", "--momentum 0.5", setting("momentum"), 0.5
     ),
     ("rewinding", "recipe"): Case(REWINDING, "--recipe paper", setting("steps"), 50_000),
-    ("rewinding", "debug"): Case(
-        f"{REWINDING} --levels 0", "--debug", lambda seen: type(seen.raised), UsageError
-    ),
     ("rewinding", "plugin"): Case(REWINDING, "--plugin mine.py", loaded),
 }
 LANDSCAPE = "landscape run"
-CASES |= {
+CASES |= of_run("landscape", LANDSCAPE, "--grid 4") | {
     ("landscape", "arms"): Case(LANDSCAPE, "--arms reinit", lambda seen: "seed 0 reinit level 1" in seen.err),
     ("landscape", "level"): Case(LANDSCAPE, "--level 0", setting("level"), (0,)),
     ("landscape", "seeds"): Case(LANDSCAPE, "--seeds 3", lambda seen: "no finished seed 3 " in seen.err),
@@ -435,16 +407,6 @@ CASES |= {
     ("landscape", "radius"): Case(LANDSCAPE, "--radius 0.5", setting("radius"), 0.5),
     ("landscape", "images"): Case(LANDSCAPE, "--images 60", setting("images"), 60),
     ("landscape", "device"): Case(LANDSCAPE, "--device cuda", lambda seen: "finds no CUDA" in seen.err),
-    ("landscape", "data_dir"): Case(LANDSCAPE, "--data-dir there", of("run", "data_dir"), Path("there")),
-    ("landscape", "workers"): Case(LANDSCAPE, "--workers 3", of("run", "workers"), 3),
-    ("landscape", "out"): Case(LANDSCAPE, "--out there", of("run", "out"), Path("there")),
-    ("landscape", "resume"): Case(LANDSCAPE, "--resume", of("run", "resume")),
-    ("landscape", "dry_run"): Case(LANDSCAPE, "--dry-run --json", lambda seen: "run" not in seen.asked),
-    ("landscape", "as_json"): Case(LANDSCAPE, "--json", lambda seen: seen.is_json),
-    ("landscape", "quiet"): Case(LANDSCAPE, "--quiet", lambda seen: seen.err, ""),
-    ("landscape", "debug"): Case(
-        f"{LANDSCAPE} --grid 4", "--debug", lambda seen: type(seen.raised), UsageError
-    ),
     ("landscape", "plugin"): Case(LANDSCAPE, "--plugin mine.py", loaded),
 }
 SILENT = ("show", "ls", "doctor")  # say nothing but what was asked for, so that --quiet changes nothing
