@@ -12,6 +12,7 @@ TRITON_TESTS := compile sass dry races bitmask block_conv2d block_linear csr_lan
   magnitude_threshold masked_conv2d masked_linear masked_update replica_parts slot_linear hash_weights seed_linear seed_conv2d
 GPU_PYTHON := build/gpu-env/bin/python
 SECONDS_OF_BUNDLE := 3600
+TOUR := build/tour
 CASES := 10000
 SEED := 0
 NATIVE_TESTS := native activations csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows depthwise_rows max_pool_rows \
@@ -50,11 +51,20 @@ imp: $(STAMP)
 	@echo "== sparselth imp --model lenet5 (stop with Ctrl-C; the next 'make imp' goes on)"
 	@$(BIN)/sparselth imp --model lenet5 --resume
 
-# The commands of the page, in their order; one that was stopped goes on, one that is finished is shown.
+# The commands of the page, in their order, in a folder TOUR; one that was stopped goes on, one that is finished is
+# shown. What each took is said at the end, or where one fails.
 tour: $(STAMP)
-	@mkdir -p build/tour
-	@sed -n 's/^    sparselth /sparselth /p' docs/tour.md | sed 's/ --out / --resume --out /' >build/tour/commands.sh
-	@cd build/tour && PATH="$(abspath $(BIN)):$$PATH" sh -ex commands.sh
+	@mkdir -p $(TOUR)
+	@sed -n 's/^    sparselth /sparselth /p' docs/tour.md | sed 's/ --out / --resume --out /' >$(TOUR)/commands
+	@cd $(TOUR) && PATH="$(abspath $(BIN)):$$PATH" && : >times && all=0 && code=0 && \
+	while read -r command <&3; do \
+	  echo; echo "== $$command"; began=$$(date +%s); \
+	  $$command || code=$$?; \
+	  took=$$(($$(date +%s) - began)); all=$$((all + took)); \
+	  printf '%5d s  %s\n' $$took "$$command" >>times; \
+	  [ $$code = 0 ] || break; \
+	done 3<commands; \
+	echo; cat times; printf '%5d s  in all\n' $$all; exit $$code
 
 # In four parts beside each other, each in a process of its own: two cores have enough to do while one part waits
 # for runs that it kills. PARTS are folders of tests; all else is the part whose progress is shown.

@@ -37,6 +37,7 @@ from sparselth.models.module import ModuleModel
 
 LONG: dict[str, Any] = {"steps": 20_000, "eval_every": 20_000, "lr_drops": (), "warmup": 0}
 STRETCH = 5  # least steps between looks at the clock
+TIMED = 0.3  # seconds that steps are timed
 LOOK = 0.5  # seconds of an evaluation up to which all images of it are looked at
 CONTEXT = 5 * 10**8  # device memory that CUDA and its libraries take
 
@@ -214,7 +215,7 @@ def measured(
     neighbours = machine.Neighbours()
 
     def timed(rung: int, replicas: int) -> tuple[float, float]:
-        """Seconds of a step of all, over 0.3 s, and of an evaluation."""
+        """Seconds of a step of all, over TIMED of them, and of an evaluation."""
         nonlocal overhead
         sampled = [config.sample(rung, draw, data.device) for draw in range(replicas)]
         model, _, recipe = sampled[0]
@@ -227,7 +228,7 @@ def measured(
         overhead = clock() - began
         stretch = max(STRETCH, steps.many)
         began, taken = clock(), 1
-        while taken + stretch < recipe.steps and clock() - began < 0.3:
+        while taken + stretch < recipe.steps and clock() - began < TIMED:
             taken += steps.advance(taken, stretch if taken > 1 else 1, lambda: False)
             if cuda:
                 torch.cuda.synchronize()
