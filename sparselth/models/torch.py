@@ -50,6 +50,8 @@ class Graph(nn.Module):
         for name, layer in layers.items():
             self.add_module(name, layer)
         self.inputs = [node.inputs for node in model.nodes]
+        # what reads numbers, of whatever class is put in its place
+        self.flat = [isinstance(node.op, Linear) for node in model.nodes]
         # what a layer is the last to read: of 224 x 224 pixels all outputs at once are gigabytes
         self.done = [
             {j for j in node.inputs if model.readers[j + 1][-1] == i} for i, node in enumerate(model.nodes)
@@ -59,7 +61,7 @@ class Graph(nn.Module):
         values = {INPUT: x}
         for i, (inputs, layer) in enumerate(zip(self.inputs, self.children(), strict=True)):
             read = [values[j] for j in inputs]
-            values[i] = layer(read[0].flatten(1)) if isinstance(layer, nn.Linear) else layer(*read)
+            values[i] = layer(read[0].flatten(1)) if self.flat[i] else layer(*read)
             for j in self.done[i]:
                 del values[j]
         return values[i]

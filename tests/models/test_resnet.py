@@ -174,6 +174,9 @@ def test_as_a_torch_module() -> None:
     assert names["conv1.weight"].shape == (16, 3, 3, 3)
     assert names["conv8.weight"].shape == (32, 16, 3, 3)
     assert torch.equal(names["fc1.weight"].flatten(), flat[RESNET.weights[-1].span])
+    before = net.eval()(x)
+    net.fc1 = nn.Sequential(net.fc1)  # as a rival's layer is put in its place
+    assert torch.equal(net(x), before)
 
 
 def test_resnet20_is_the_papers() -> None:
