@@ -24,7 +24,8 @@ ENTRIES = (  # of native.c
     *("sparse_conv2d_weight_grad", "sparse_conv2d_rows", "depthwise_rows", "max_pool_rows"),
     *("activate_planes", "plane_means", "scale_planes", "masked_update", "gather"),
     *("bias_relu", "relu_backward", "cross_entropy"),
-    *("cross_entropy_grad", "max_pool", "max_pool_backward", "transpose", "sequence", "hash_weights"),
+    *("cross_entropy_grad", "max_pool", "max_pool_backward", "transpose"),
+    *("layer_norm", "gelu", "add", "sequence", "hash_weights"),
     *("score_update", "seed_linear", "subset_sum", "batch_norm", "batch_norm_backward"),
 )
 

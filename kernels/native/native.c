@@ -24,6 +24,9 @@
     X(max_pool) \
     X(max_pool_backward) \
     X(transpose) \
+    X(layer_norm) \
+    X(gelu) \
+    X(add) \
     X(sequence) \
     X(hash_weights) \
     X(score_update) \
@@ -44,6 +47,7 @@
 #include "depthwise_rows.inc"
 #include "max_pool_rows.inc"
 #include "step_parts.inc"
+#include "token_parts.inc"
 #include "plane_parts.inc"
 #include "masked_update.inc"
 #include "score_update.inc"
@@ -75,6 +79,7 @@
 #include "depthwise_rows.inc"
 #include "max_pool_rows.inc"
 #include "step_parts.inc"
+#include "token_parts.inc"
 #include "plane_parts.inc"
 #include "masked_update.inc"
 #include "score_update.inc"
@@ -113,6 +118,7 @@
 #include "depthwise_rows.inc"
 #include "max_pool_rows.inc"
 #include "step_parts.inc"
+#include "token_parts.inc"
 #include "plane_parts.inc"
 #include "masked_update.inc"
 #include "score_update.inc"

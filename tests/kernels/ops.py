@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparselth.kernels import masked_conv2d as conv
 from sparselth.kernels import masked_linear as linear
-from sparselth.kernels import step_parts
+from sparselth.kernels import step_parts, token_parts
 from sparselth.kernels.bitmask import pack
 from sparselth.kernels.block_conv2d import BlockFilters, block_conv2d
 from sparselth.kernels.block_linear import BlockWeight, block_linear
@@ -138,6 +138,9 @@ OPS: dict[str, Op] = {
         {"dy": some(16, 3, 3, 4), "x": IMAGES, "y": some(16, 3, 3, 4)},
     ),
     "transpose": (step_parts.transpose, {"x": some(16, 4)}),
+    "layer_norm": (token_parts.layer_norm, {"x": some(16, 4), "weight": some(16), "bias": some(16)}),
+    "gelu": (token_parts.gelu, {"x": some(16, 4)}),
+    "add": (token_parts.add, {"a": some(16, 4), "b": some(16, 4)}),
     "gather": (
         lambda scale, shift, **k: step_parts.gather(
             PIXELS, torch.arange(5, device="cpu"), LABELS, scale, shift, **k

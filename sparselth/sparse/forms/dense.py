@@ -15,6 +15,7 @@ from sparselth.kernels import _native
 from sparselth.kernels.max_pool_rows import bind_max_pool_rows, max_pool_rows
 from sparselth.kernels.sparse_conv2d_rows import Planes
 from sparselth.kernels.step_parts import Call, bind_bias_relu, bind_max_pool
+from sparselth.kernels.token_parts import bind_gelu
 from sparselth.sparse.compaction import POINTWISE, rebuilt
 from sparselth.sparse.device import Device
 from sparselth.sparse.forms.stage import Stage, activated, activation_of, tensor_bytes
@@ -149,6 +150,8 @@ def _bind(module: nn.Module, relu: bool, x: Tensor, y: Tensor) -> list[Call]:
         return [bind_max_pool(x, y, relu)]
     if activation := activated(y, activation_of(module)):
         return activation
+    if isinstance(module, nn.GELU):
+        return [bind_gelu(x.flatten(0, -2), y.flatten(0, -2), module.approximate == "tanh")]
     if isinstance(module, POINTWISE):
         return [lambda: y.copy_(module(x))]
     return [partial(_pool, module, relu, x, y)]
