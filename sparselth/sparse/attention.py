@@ -16,12 +16,12 @@ from sparselth.sparse.compaction import is_hooked
 class Attention(nn.Module):
     """What an nn.MultiheadAttention computes at inference, with the same arguments."""
 
-    def __init__(self, like: nn.MultiheadAttention, own: bool) -> None:
-        """`own`: whether it is called with queries, keys and values that are one tensor."""
+    def __init__(self, like: nn.MultiheadAttention, own: bool, batched: bool) -> None:
+        """`own`: whether queries, keys and values are one tensor when it is called; `batched`: [B, T, E]."""
         super().__init__()
         self.embed_dim, self.num_heads, self.batch_first = like.embed_dim, like.num_heads, like.batch_first
         self.head_dim, self.in_proj_bias = like.head_dim, like.in_proj_bias
-        self._qkv_same_embed_dim = like._qkv_same_embed_dim
+        self._qkv_same_embed_dim, self.batched = like._qkv_same_embed_dim, batched
         weight, bias = like.in_proj_weight, like.in_proj_bias
         self.one = _linear(weight, bias) if own and weight is not None else None  # for all three
         if self.one is None:
@@ -67,9 +67,35 @@ class Attention(nn.Module):
         y = y.transpose(1, 2).flatten(2)
         return self.out(y[0] if alone else y.movedim(0, axis)), weights
 
+    def opens(
+        self,
+        query: object,
+        key: object,
+        value: object,
+        key_padding_mask: object = None,
+        need_weights: object = True,
+        attn_mask: object = None,
+        average_attn_weights: object = True,
+        is_causal: object = False,
+    ) -> bool:
+        """Whether a call with these is one of `opened`."""
+        own = self.one is not None and query is key and key is value
+        plain = (
+            key_padding_mask is None and attn_mask is None and need_weights is False and is_causal is False
+        )
+        return own and plain and self.batched and self.batch_first
+
+    def opened(self, query: Tensor, *others: object, **more: object) -> tuple[Tensor, None]:
+        """`forward` of one tensor [B, T, E] without masks and weights, where torch.fx sees each layer."""
+        assert self.one is not None
+        q, k, v = self.one(query).chunk(3, -1)
+        y = F.scaled_dot_product_attention(self._heads(q), self._heads(k), self._heads(v))
+        return self.out(y.transpose(1, 2).flatten(2)), None
+
     def _heads(self, t: Tensor) -> Tensor:
         """[B, T, E] as [B, heads, T, E / heads]."""
-        return t.reshape(*t.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
+        heads: Tensor = t.unflatten(-1, (self.num_heads, self.head_dim))  # type: ignore[no-untyped-call]
+        return heads.transpose(1, 2)
 
     def _mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
         """What is added to the scores [B, heads, T, S]."""
@@ -87,12 +113,13 @@ class Attention(nn.Module):
 
 def split_attention(model: nn.Module, call: Callable[[], object]) -> nn.Module:
     """The model with an Attention for every nn.MultiheadAttention that `call` calls and it can stand for."""
-    own: dict[nn.Module, bool] = {}
+    own, batched = dict[nn.Module, bool](), dict[nn.Module, bool]()
 
     def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = "query", "key", "value"
         given = dict(zip(names, args, strict=False)) | kwargs
         own[module] = own.get(module, True) and given["query"] is given["key"] is given["value"]
+        batched[module] = batched.get(module, True) and given["query"].dim() == 3
 
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -102,7 +129,7 @@ def split_attention(model: nn.Module, call: Callable[[], object]) -> nn.Module:
     call()
     for hook in hooks:
         hook.remove()
-    found = {m: Attention(m, own[m]) for m in plain if m in own}
+    found = {m: Attention(m, own[m], batched[m]) for m in plain if m in own}
     for module in [*model.modules()]:
         for name, child in module._modules.items():
             if child in found:

@@ -88,6 +88,8 @@ def choose(
         "joined": _cheapest_of(trials, limit, lambda form: form.in_columns),
         "joined rows": _cheapest_of(trials, APART * limit, lambda form: form.in_planes),
     }
+    if len(trials[0].stage.before) == len(trials[-1].stage.after) == 1:
+        found["joined tokens"] = _cheapest_of(trials, APART * limit, lambda form: form.in_columns)
     joinable = [
         Joinable(name, plan, _layer_reports(trials, plan, original)) for name, plan in found.items() if plan
     ]

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from sparselth.check import ROUNDING
 from sparselth.errors import one_line
-from sparselth.sparse.attention import split_attention
+from sparselth.sparse.attention import Attention, split_attention
 from sparselth.sparse.choice import MARGIN, Choice, Joinable, choose
 from sparselth.sparse.compaction import Part, check_evaluation, is_known, plain
 from sparselth.sparse.converted import ConvertedModule
@@ -26,6 +26,7 @@ from sparselth.sparse.reference import Given, Reference, Samples, masked_copy
 from sparselth.sparse.report import LayerReport, Report
 from sparselth.sparse.segment import Segment
 from sparselth.sparse.times import Cache
+from sparselth.sparse.tokens import join_tokens
 from sparselth.sparse.tracing import chain_at, trace
 from sparselth.sparse.units import compact_graph
 
@@ -62,7 +63,7 @@ def convert_module(
         work.layers(network, _caller(network, given, like is not None))
         networks = {"original": original, "converted": network}
         for name, plans in work.joinable.items():
-            if isinstance(network, fx.GraphModule) and (joined := join(network, plans)):
+            if isinstance(network, fx.GraphModule) and (joined := _joined(name, network, plans, given)):
                 networks[name] = joined
         samples = Samples.of(model, masks, given, reference)
         calls = {
@@ -110,7 +111,7 @@ class _Work:
     def segment(self, parts: list[Part], x: Tensor, tokens: bool) -> Segment:
         rows = x.reshape(-1, x.shape[-1]) if tokens else x
         choice: Choice = choose(parts, rows.contiguous(), self.device, self.left_out, self.compact)
-        joinable = [] if tokens else choice.joinable
+        joinable = [one for one in choice.joinable if (one.name == "joined tokens") == tokens]
         self.reports.append((choice.layers, joinable))
         self.units += choice.units
         weights = [p.module.weight for p in parts if isinstance(p.module, nn.Linear | nn.Conv2d)]
@@ -247,12 +248,16 @@ def _traced(
     original: nn.Module, model: nn.Module, masks: Mapping[Tensor, Tensor], given: Given, reference: Reference
 ) -> fx.GraphModule:
     """The graph, if what it computes is what the model does, on the example and on other inputs."""
-    traced = trace(_layered(original, given), given)
+    layered = _layered(original, given)
+    traced, twin, own = trace(layered, given), model, masks
+    if any(isinstance(m, Attention) for m in layered.modules()):  # the same sums as torch's, in another order
+        twin, own = layered, {}
+        reference = Reference.of(twin, own, given, double=False)
     if fault := reference.as_is.check(traced(*given.tensors), "fp32", 1).fault:
         raise ValueError(f"its graph gives other outputs: {fault}")
     other = given.other()
     try:
-        right = Reference.of(model, masks, other, double=False)
+        right = Reference.of(twin, own, other, double=False)
     except ValueError:  # the model takes no other inputs of this kind
         return traced
     if fault := right.check(traced(*other.tensors), "fp32", 1).fault:
@@ -307,6 +312,12 @@ def _device(model: nn.Module, given: Given, kernels: str) -> Device:
     if first is None:
         raise ValueError("model: expected parameters that are floats, got none")
     return Device.of(first.detach(), kernels)
+
+
+def _joined(
+    name: str, network: fx.GraphModule, plans: Mapping[Segment, list[Formed]], given: Given
+) -> fx.GraphModule | None:
+    return join_tokens(network, plans, given.tensors) if name == "joined tokens" else join(network, plans)
 
 
 def _race(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -87,20 +87,24 @@ class Held(Protocol):
 
     run: Call
 
-    def fill(self, x: Tensor) -> None: ...
+    def fill(self, *args: Any, **kwargs: Any) -> None:
+        """From batch first."""
 
-    def result(self) -> Tensor:
-        """Batch first, in memory of its own."""
+    def result(self) -> Any:
+        """Batch first, in memory of its own; one or several."""
 
 
 class InColumns:
-    """What `make(batch)` binds, on batches of any size; buffers are kept for the last few sizes."""
+    """What `make(batch)` binds, on batches of any size; buffers are kept for the last few sizes.
+
+    What `fill` takes beside x is of as many rows.
+    """
 
     def __init__(self, make: Callable[[int], Held]) -> None:
         self.make, self.lock = make, threading.Lock()
         self.chains: dict[tuple[int, int], Held] = {}
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *more: Tensor) -> Any:
         key = len(x), torch.get_num_threads()
         with self.lock:
             chain = self.chains.get(key)
@@ -109,7 +113,7 @@ class InColumns:
                     del self.chains[next(iter(self.chains))]
                 with torch.inference_mode(False):  # or buffers could not be written outside of that mode
                     chain = self.chains[key] = self.make(len(x))
-            chain.fill(x)
+            chain.fill(x, *more)
             chain.run()
             return chain.result()
 

@@ -15,7 +15,7 @@ from sparselth.kernels.step_parts import Call
 # Rounds and seconds of a race at least, and how many times the fastest's time what goes on may take
 HEATS = (3, 0.03, 2.0), (7, 0.07, 1.1), (7, 0.2, 1.0)
 SPREAD = 1.5  # times the lower quartile that an upper one may be; above it times are measured again next time
-WAY = 6  # of measuring and of what is kept; times of another way are not used
+WAY = 7  # of measuring and of what is kept; times of another way are not used
 
 
 class Times(dict[str, float]):

@@ -28,6 +28,13 @@ class _Root(nn.Module):
 
 
 class _Tracer(fx.Tracer):
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if isinstance(m, Attention) and not is_hooked(m) and m.opens(*args, **kwargs):
+            return m.opened(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaf = isinstance(m, Attention) or is_hooked(m)
         return leaf or super().is_leaf_module(m, module_qualified_name)

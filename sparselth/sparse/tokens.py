@@ -1,0 +1,337 @@
+"""What a transformer computes between two attentions as one program, features-major from end to end.
+
+Linear layers, layer norms, activations and sums work on each token by itself. One by one each is a call from
+Python, and each linear layer lays its tokens features-major and back; here those that follow each other are
+one list of calls on memory of its own, with as many inputs and outputs as the rest of the network has for it:
+tokens change layout where they come in and where they leave.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import defaultdict
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparselth.kernels.step_parts import Call, bind_columns, bind_rows, sequence
+from sparselth.kernels.token_parts import bind_add, bind_layer_norm
+from sparselth.sparse.compaction import is_hooked
+from sparselth.sparse.forms.stage import columns
+from sparselth.sparse.forms.table import Formed
+from sparselth.sparse.grouping import IN_PLACE, SUMS
+from sparselth.sparse.network import InColumns
+from sparselth.sparse.segment import Segment
+
+Part: TypeAlias = Segment | nn.LayerNorm
+VIEWS = {
+    *(operator.getitem, "view", "reshape", "flatten", "unflatten", "permute", "transpose", "contiguous"),
+    *("unbind", "chunk", "split", "squeeze", "unsqueeze", torch._assert),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What makes a value of others; values by number, what comes in first.
+
+    A part has one source; without one two sources make a sum.
+    """
+
+    value: int
+    sources: tuple[int, ...]
+    part: int | None = None
+
+
+class JoinedTokens(nn.Module):
+    """Steps on tokens [..., K]; gives the values `outputs`, one alone as it is.
+
+    `widths` are those of what comes in. What others than such modules do not read is `turned`: given
+    features-major, as it lies.
+    """
+
+    def __init__(
+        self, parts: list[Part], steps: list[Step], widths: list[int], outputs: list[int], turned: list[int]
+    ) -> None:
+        super().__init__()
+        self.parts, self.steps, self.widths = nn.ModuleList(parts), steps, widths
+        self.outputs, self.turned = outputs, turned
+        self._link()
+        self.eval()
+
+    def _link(self) -> None:
+        self.plans = [part.plan for part in self.parts if isinstance(part, Segment)]  # alive, with their ids
+        self.made_of = self._made_of()
+        self.run = InColumns(partial(Program, self))
+
+    def _made_of(self) -> list[int]:
+        """The weights that calls are bound to."""
+        norms = [part for part in self.parts if isinstance(part, nn.LayerNorm)]
+        ids = [id(part.plan) for part in self.parts if isinstance(part, Segment)]
+        return ids + [t.data_ptr() for norm in norms for t in (norm.weight, norm.bias) if t is not None]
+
+    def forward(self, *xs: Tensor) -> Any:
+        """Of [..., K]s; what is not as many tokens in fp32 on a CPU goes through the parts one by one."""
+        lead, rows = xs[0].shape[:-1], list[Tensor]()
+        for x, width in zip(xs, self.widths, strict=True):
+            if x.shape[:-1] != lead or x.shape[-1] != width or x.dtype != torch.float32 or not x.is_cpu:
+                return self._apart(xs)
+            rows.append(x.reshape(-1, width))
+        if not len(rows[0]):
+            return self._apart(xs)
+        if self._made_of() != self.made_of:
+            self._link()  # other weights were loaded
+        found = [y.view(*lead, y.shape[1]) for y in self.run(*rows)]
+        return found if len(found) > 1 else found[0]
+
+    def _apart(self, xs: tuple[Tensor, ...]) -> Any:
+        values = dict(enumerate(xs))
+        for step in self.steps:
+            sources = [values[source] for source in step.sources]
+            values[step.value] = (
+                operator.add(*sources) if step.part is None else self.parts[step.part](*sources)
+            )
+        found = [values[value] for value in self.outputs]
+        return found if len(found) > 1 else found[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("run", "plans", "made_of")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._link()
+
+
+class Program:
+    """The steps bound to rooms [features, tokens or more]; each is taken again when nobody reads it."""
+
+    def __init__(self, of: JoinedTokens, tokens: int) -> None:
+        self.tokens, self.calls = tokens, list[Call]()
+        self.free: defaultdict[int, list[Tensor]] = defaultdict(list)
+        rooms = {i: columns(width, tokens) for i, width in enumerate(of.widths)}
+        self.given = [self._view(room) for room in rooms.values()]
+        last = {source: i for i, step in enumerate(of.steps) for source in step.sources}
+        last |= dict.fromkeys(of.outputs, len(of.steps))
+        for i, step in enumerate(of.steps):
+            xs = [rooms[source] for source in step.sources]
+            ends = [source for source in {*step.sources} if last[source] == i]
+            if step.part is None:
+                rooms[step.value] = rooms[ends[0]] if ends else self._take(len(xs[0]))
+                a, b, y = map(self._view, (*xs, rooms[step.value]))
+                self.calls.append(bind_add(a, b, y))
+            else:
+                rooms[step.value] = self._part(of.parts[step.part], xs[0])
+            for source in ends:
+                if rooms[source] is not rooms[step.value]:
+                    self._leave(rooms[source])
+        self.found = [rooms[value] for value in of.outputs]
+        self.turned = [value in of.turned and tokens > 1 for value in of.outputs]
+        self.turns_in = [bind_columns(x) for x in self.given]
+        self.turns_out = [bind_rows(self._view(y)) for y in self.found]
+        self.run = sequence(self.calls)
+
+    def _part(self, part: nn.Module, x: Tensor) -> Tensor:
+        """The room that calls of the part fill from room x."""
+        if isinstance(part, nn.LayerNorm):
+            weight, bias = (None if t is None else t.detach() for t in (part.weight, part.bias))
+            y = self._take(len(x))
+            self.calls.append(bind_layer_norm(self._view(x), weight, bias, self._view(y), part.eps))
+            return y
+        assert isinstance(part, Segment)
+        for i, form in enumerate(part.plan):
+            y = x if form.made.in_place else self._take(prod(form.place.after))
+            self.calls += form.call(self._view(x), self._view(y))
+            if i and y is not x:
+                self._leave(x)
+            x = y
+        return x
+
+    def _take(self, features: int) -> Tensor:
+        free = self.free[features]
+        return free.pop() if free else columns(features, self.tokens)
+
+    def _leave(self, room: Tensor) -> None:
+        self.free[len(room)].append(room)
+
+    def _view(self, room: Tensor) -> Tensor:
+        return room[:, : self.tokens]
+
+    def fill(self, *xs: Tensor) -> None:
+        """From [tokens, K]s, one a source."""
+        for x, given, turn in zip(xs, self.given, self.turns_in, strict=True):
+            if x.is_contiguous():
+                turn(x)
+            else:
+                given.copy_(x.t())
+
+    def result(self) -> list[Tensor]:
+        """[tokens, N]s, in memory of their own."""
+        ys = list[Tensor]()
+        for room, turn, turned in zip(self.found, self.turns_out, self.turned, strict=True):
+            if turned:
+                ys.append(self._view(room.clone()).t())
+            else:
+                ys.append(torch.empty(self.tokens, len(room), dtype=torch.float32, device="cpu"))
+                turn(ys[-1])
+        return ys
+
+
+def join_tokens(
+    traced: fx.GraphModule, plans: Mapping[Segment, list[Formed]], tensors: Iterable[Tensor]
+) -> fx.GraphModule | None:
+    """A graph in which what works on tokens and has a plan in columns stands together; None where none does.
+
+    `tensors`: inputs of the graph.
+    """
+    new = fx.GraphModule(traced, copy.deepcopy(traced.graph))
+    values = _Values(new)
+    values.run(*tensors)
+    groups = [group for group in _groups(new, values, plans) if group.pays]
+    if not groups:
+        return None
+    made: dict[Segment, Segment] = {}
+    for i, group in enumerate(groups):
+        group.replace(f"joined_tokens{i}", made)
+    for group in groups:
+        group.turn()
+    new.delete_all_unused_submodules()
+    new.recompile()
+    return new
+
+
+class _Values(fx.Interpreter):
+    """What the nodes of a graph give: shapes of tensors in fp32 on a CPU, and which give no tensor at all."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.numbers: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and value.dtype == torch.float32 and value.is_cpu and value.dim():
+            self.shapes[n] = tuple(value.shape)
+        if isinstance(value, int | float | torch.Size):
+            self.numbers.add(n)
+        return value
+
+
+class _Group:
+    """Nodes that become one: each reads others of them, or what is known before the first of them."""
+
+    def __init__(self, graph: fx.GraphModule, values: _Values, plans: Mapping[Segment, list[Formed]]) -> None:
+        self.graph, self.values, self.plans = graph, values, plans
+        self.members: dict[fx.Node, None] = {}  # in order
+        self.behind: dict[fx.Node, None] = {}  # views and shapes of them
+        self.between: list[fx.Node] = []  # those of them that stand before the last member
+        self.results: list[fx.Node] = []
+
+    @property
+    def pays(self) -> bool:
+        products = any(isinstance(self._part(node), Segment) for node in self.members)
+        read = any(user not in self.members for node in self.members for user in node.users)
+        return products and read and len(self.members) > 1
+
+    def takes(self, node: fx.Node) -> bool:
+        """Whether it can be one of these."""
+        shape, sources = self.values.shapes.get(node), node.all_input_nodes
+        if shape is None or node.kwargs or any(source in self.behind for source in sources):
+            return False
+        if any(source not in self.values.shapes or source.op == "get_attr" for source in sources):
+            return False
+        first = next(iter(self.members), node)
+        if shape[:-1] != self.values.shapes[first][:-1]:
+            return False
+        if len(node.args) == 1 and self._part(node) is not None:
+            return True
+        if (
+            not _calls(node, SUMS)
+            or len(node.args) != 2
+            or not all(isinstance(a, fx.Node) for a in node.args)
+        ):
+            return False
+        alone = sources[0] in self.members and len(sources[0].users) == 1
+        same = all(self.values.shapes[source] == shape for source in sources)
+        return same and (alone or not _calls(node, IN_PLACE))
+
+    def _part(self, node: fx.Node) -> Part | None:
+        """What a node calls, if it is a layer on tokens that has calls in columns."""
+        found = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(found, Segment) and found in self.plans:
+            return found
+        if type(found) is nn.LayerNorm and len(found.normalized_shape) == 1 and not is_hooked(found):
+            return found
+        return None
+
+    def replace(self, name: str, made: dict[Segment, Segment]) -> None:
+        """One node for all; `made`: segments of plans in columns."""
+        given = [*dict.fromkeys(s for n in self.members for s in n.all_input_nodes if s not in self.members)]
+        numbers = {node: i for i, node in enumerate([*given, *self.members])}
+        parts, steps = list[Part](), list[Step]()
+        for node in self.members:
+            part = self._part(node)
+            if isinstance(part, Segment):
+                plan = self.plans[part]
+                part = part if part.plan is plan else made.setdefault(part, Segment(plan, part.tokens))
+            parts += [part] if part else []
+            sources = tuple(numbers[source] for source in node.args)  # type: ignore[index]
+            steps.append(Step(numbers[node], sources, len(parts) - 1 if part else None))
+        read = [node for node in self.members if any(user not in self.members for user in node.users)]
+        widths = [self.values.shapes[source][-1] for source in given]
+        self.module = JoinedTokens(parts, steps, widths, [numbers[node] for node in read], [])
+        self.graph.add_submodule(name, self.module)
+        graph, last = self.graph.graph, next(reversed(self.members))
+        with graph.inserting_after(last):
+            call = last = graph.call_module(name, tuple(given))
+        self.results = [call]
+        if len(read) > 1:
+            self.results = []
+            for i in range(len(read)):
+                with graph.inserting_after(last):
+                    last = graph.call_function(operator.getitem, (call, i))
+                self.results.append(last)
+        for node in self.between:
+            last.append(node)
+            last = node
+        for node, result in zip(read, self.results, strict=True):
+            node.replace_all_uses_with(result)
+            self.values.shapes[result] = self.values.shapes[node]
+        for node in reversed(self.members):
+            graph.erase_node(node)
+
+    def turn(self) -> None:
+        """Results that such nodes alone read, and nobody else but for their shapes, stay features-major."""
+        for value, result in zip(self.module.outputs, self.results, strict=True):
+            if all(self._takes_turned(user) for user in result.users):
+                self.module.turned.append(value)
+
+    def _takes_turned(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.graph.get_submodule(str(node.target)), JoinedTokens)
+        return _calls(node, ("dim", "size")) or (_calls(node, (getattr,)) and node.args[1:] == ("shape",))
+
+
+def _groups(
+    graph: fx.GraphModule, values: _Values, plans: Mapping[Segment, list[Formed]]
+) -> Iterable[_Group]:
+    """Of nodes between which nothing is but views of them, and numbers."""
+    group = _Group(graph, values, plans)
+    for node in graph.graph.nodes:
+        quiet = node.op in ("placeholder", "get_attr") or node in values.numbers or _calls(node, VIEWS)
+        if not group.takes(node) and not quiet:
+            yield group
+            group = _Group(graph, values, plans)
+        if group.takes(node):
+            group.members[node], group.between = None, [*group.behind]
+        elif any(source in group.members or source in group.behind for source in node.all_input_nodes):
+            group.behind[node] = None
+    yield group
+
+
+def _calls(node: fx.Node, targets: Container[Any]) -> bool:
+    return node.op in ("call_function", "call_method") and node.target in targets
