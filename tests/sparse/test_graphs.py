@@ -39,7 +39,7 @@ KERNELS, DILATIONS = ((1, 1), (3, 3), (2, 3), (3, 1)), ((1, 1), (1, 1), (2, 1), 
 POOLS = nn.MaxPool2d(2), nn.AvgPool2d(2), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(3, 1, 1)
 LAYOUTS = {  # networks in one layout, and the forms of it that are to be fast
     "joined": ("sparse_conv2d", "csr_linear", "columns"),
-    "joined rows": ("sparse_conv2d", "sparse_conv2d_rows", "depthwise_rows", "csr_linear", "max_pool_rows"),
+    "joined rows": ("sparse_conv2d_rows", "depthwise_rows", "csr_tiled", "max_pool_rows"),
 }
 
 

@@ -40,7 +40,7 @@ def joins_rows(calls: Mapping[str, Call], sample: Any) -> Any:
     for call in calls.values():
         call()
     fast = {"sparse_conv2d_rows": 1e-7, "max_pool_rows": 1e-7, "depthwise_rows": 1e-8}
-    fast |= {"sparse_conv2d": 1e-7, "columns": 1e-7, "csr_linear": 1e-7, "joined rows": 1e-5}
+    fast |= {"csr_tiled": 1e-8, "columns": 1e-7, "joined rows": 1e-5}
     return times({name: fast.get(name, 1e-3) for name in calls})
 
 
@@ -190,8 +190,8 @@ def test_it_is_right_for_any_batch_and_size(
     fast, exact = converted(name, x)
     assert fast.report.chosen == whole, fast.report
     chosen = {layer.name: layer.chosen for layer in fast.report.layers if len(layer.shape) == 4}
-    of_pixels = {"sparse_conv2d"} if name.startswith(("squeezed", "shared")) else set()  # in rows, too
-    assert name == "odd" or {*chosen.values()} - {"depthwise_rows"} == {form} | of_pixels
+    pixels = {"csr_tiled"} if form.endswith("rows") and name[:6] in ("squeez", "shared") else set()
+    assert name == "odd" or {*chosen.values()} - {"depthwise_rows"} == {form} | pixels
     assert not [layer for layer in chosen if "segment" in layer]  # a form is converted once
     held = program(fast)
     for shape in ((5, 3, 10, 9), (1, 3, 10, 9), (17, 3, 10, 9), (2, 3, 13, 8)):

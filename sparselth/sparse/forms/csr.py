@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparselth.kernels import _native
 from sparselth.kernels._choose import use_triton
@@ -15,7 +14,7 @@ from sparselth.kernels.csr_linear import CsrIndex, bind_csr_linear
 from sparselth.kernels.csr_tiled import TiledCsr, bind_csr_tiled
 from sparselth.kernels.step_parts import Call
 from sparselth.sparse.device import Device
-from sparselth.sparse.forms.stage import Stage, tensor_bytes
+from sparselth.sparse.forms.stage import Stage, activated, tensor_bytes
 from sparselth.sparse.forms.table import Form, Made, register
 
 VECTOR = 8  # floats that the native products take at once, or half of them
@@ -52,28 +51,45 @@ def _csr(stage: Stage, device: Device, batch: int) -> Made:
 
 
 def _has_native(stage: Stage, device: Device, batch: int) -> bool:
-    return _has_csr(stage, device, batch) and _native.LIB is not None
+    there = not device.on_gpus and device.dtype == torch.float32 and _native.LIB is not None
+    return there and (stage.linear or _of_pixels(stage))
+
+
+def _of_pixels(stage: Stage) -> bool:
+    """Whether it is a convolution of single pixels to single pixels, all channels with all."""
+    module = stage.part.module
+    if not isinstance(module, nn.Conv2d) or module.groups > 1 or module.kernel_size != (1, 1):
+        return False
+    return module.padding in ((0, 0), "same", "valid") and stage.before[1:] == stage.after[1:] == (1, 1)
 
 
 def _csr_linear(stage: Stage, device: Device, batch: int) -> Made:
-    bias, relu = stage.bias, stage.relu
-    index = CsrIndex.from_dense(stage.weight != 0, backward=False)
-    values = index.gather(stage.weight)
+    bias, relu, weight = stage.bias, stage.relu, stage.weight.flatten(1)
+    behind, shape = stage.activation if stage.apart else "none", stage.weight.shape
+    index = CsrIndex.from_dense(weight != 0, backward=False)
+    values = index.gather(weight)
 
     def bind(x: Tensor, y: Tensor) -> list[Call]:
-        return [bind_csr_linear(index, values, _padded(x), bias, _padded(y), relu)]
+        return [bind_csr_linear(index, values, _padded(x), bias, _padded(y), relu), *activated(y, behind)]
 
-    return Made(bind, tensor_bytes([values, bias]) + index.bytes(), partial(index.to_dense, values))
+    def dense() -> Tensor:
+        return index.to_dense(values).view(shape)
+
+    return Made(bind, tensor_bytes([values, bias]) + index.bytes(), dense)
 
 
 def _csr_tiled(stage: Stage, device: Device, batch: int) -> Made:
-    bias, relu = stage.bias, stage.relu
-    packed = TiledCsr.from_dense(stage.weight, _vectors(batch))
+    bias, relu, shape = stage.bias, stage.relu, stage.weight.shape
+    behind = stage.activation if stage.apart else "none"
+    packed = TiledCsr.from_dense(stage.weight.flatten(1), _vectors(batch))
 
     def bind(x: Tensor, y: Tensor) -> list[Call]:
-        return [bind_csr_tiled(packed, _padded(x), bias, _padded(y), relu)]
+        return [bind_csr_tiled(packed, _padded(x), bias, _padded(y), relu), *activated(y, behind)]
 
-    return Made(bind, tensor_bytes([bias]) + packed.bytes(), packed.to_dense)
+    def dense() -> Tensor:
+        return packed.to_dense().view(shape)
+
+    return Made(bind, tensor_bytes([bias]) + packed.bytes(), dense)
 
 
 def _vectors(batch: int) -> int:
@@ -82,8 +98,8 @@ def _vectors(batch: int) -> int:
 
 
 def _padded(x: Tensor) -> Tensor:
-    """[K, B] with what `columns` has beside it: whole vectors take less time than parts."""
-    return x.as_strided((len(x), _vectors(x.shape[1])), x.stride())
+    """[K, B] or [K, 1, 1, B], with what `columns` has beside it: whole vectors take less time than parts."""
+    return x.as_strided((len(x), _vectors(x.shape[-1])), (x.stride(0), x.stride(-1)))
 
 
 def _has_csr_lanes(stage: Stage, device: Device, batch: int) -> bool:
