@@ -16,7 +16,7 @@ from sparselth.kernels.plane_parts import bind_activate, bind_plane_means, bind_
 from sparselth.kernels.sparse_conv2d import Slices
 from sparselth.kernels.sparse_conv2d_rows import Planes
 from sparselth.kernels.step_parts import Call, is_native, sequence
-from sparselth.sparse.forms.stage import activated, columns, image
+from sparselth.sparse.forms.stage import activated, columns, image, with_activation
 from sparselth.sparse.forms.table import Formed
 from sparselth.sparse.network import Bound
 
@@ -38,6 +38,9 @@ class Step:
     segment: int | None = None
     does: str = "sum"
     activation: str = "none"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(with_activation(state))
 
     @property
     def fills(self) -> bool:

@@ -24,10 +24,11 @@ from sparselth.measure.floors import Anchors
 from sparselth.measure.layers import parse
 from sparselth.measure.race_layers import Bench
 from sparselth.sparse.choice import stages
-from sparselth.sparse.compaction import pruned_parts
+from sparselth.sparse.compaction import Part, pruned_parts
 from sparselth.sparse.device import Device
 from sparselth.sparse.forms import FORMS, Form, Made, Stage, fitting, register
 from sparselth.sparse.network import bound, network
+from sparselth.sparse.programs import Step
 
 timing = importlib.import_module("sparselth.sparse.times")
 CPU = Device(torch.device("cpu"), torch.float32, "auto")
@@ -251,3 +252,14 @@ def test_forms_of_sparse_weights_do_not_hold_the_dense_one() -> None:
         alive = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and not t.is_sparse_csr]
         assert formed
         assert shape not in [t.shape for t in alive]
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_what_was_saved_before_there_were_other_activations_keeps_its_relu(relu: bool) -> None:
+    part, activation = Part("fc", nn.Linear(2, 2), (2,), (2,)), "relu" if relu else "none"
+    stage, step = object.__new__(Stage), object.__new__(Step)
+    stage.__setstate__({"part": part, "relu": relu, "pool": None, "select": None, "blocks": None})
+    step.__setstate__({"value": 2, "sources": (0, 1), "segment": None, "relu": relu})
+    assert stage == Stage(part, activation)
+    assert step == Step(2, (0, 1), activation=activation)
+    assert "relu" not in {**vars(stage), **vars(step)}

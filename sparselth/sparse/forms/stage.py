@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +57,9 @@ class Stage:
     pool: Part | None = None
     select: Part | None = None
     blocks: int | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(with_activation(state))
 
     @property
     def relu(self) -> bool:
@@ -198,6 +202,12 @@ class Stage:
     @property
     def dense_bytes(self) -> int:
         return tensor_bytes([*self.part.module.parameters(), *self.part.module.buffers()])
+
+
+def with_activation(state: dict[str, Any]) -> dict[str, Any]:
+    """What pickle reads; networks that were saved while a ReLU was the one activation say `relu`."""
+    others = {name: value for name, value in state.items() if name != "relu"}
+    return {"activation": "relu"} | others if state.get("relu") else others
 
 
 def without_weight(module: nn.Module) -> nn.Module:

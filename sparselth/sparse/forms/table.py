@@ -100,7 +100,7 @@ class Form:
     """One way to compute a stage.
 
     `fits(stage, device, batch)` says whether it can compute such a stage there, for batches of about that
-    size; `make(stage, device, batch)` does so for any batch, with the ReLU and the pool of the stage. What
+    size; `make(stage, device, batch)` does so for any batch, with what is behind the layer of the stage. What
     raises when it is made or first called is left out of the choice, and why is said.
     """
 
