@@ -159,7 +159,8 @@ def line(bar: Bar, threads: int, found: dict[str, Any] | None) -> str:
     words += [f"CHECK FAILED: {', '.join(failed)}"] * bool(failed)
     commit = found["machine"].get("commit")
     words += [f"of {commit[:7]}"] if commit not in (None, machine.commit()) else []
-    words += ["busy machine"] * (found["others"] > 0.2)
+    busy = found["others"] if "others" in found else found["load"]  # of rows that were kept earlier
+    words += ["busy machine"] * (busy > 0.2)
     by = {row["implementation"]: row["median_s"] for row in found["rows"]}
     if "floor" in by:
         words += [f"the loop alone {by['floor'] / by['engine']:.2f}x"]

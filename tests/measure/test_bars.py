@@ -46,20 +46,24 @@ def test_a_line_says_whether_the_bar_is_met(
         for name, s in times.items()
     ]
     found = {
-        "rows": rows, "gain": gain, "best": "dense", "kind": "inference", "load": 0.1,
+        "rows": rows, "gain": gain, "best": "dense", "kind": "inference", "others": 0.1,
         "machine": {"cores": 2, "commit": "0123456789"},
     }  # fmt: skip
     bar = bars.Bar("a network", 3.0, 1)
     assert bars.line(bar, 2, found).endswith(says)
     found["machine"]["commit"] = "abcdef0123"  # type: ignore[index]
     assert bars.line(bar, 2, found).endswith(f"{says}, of abcdef0")
+    found["others"] = 0.3
+    assert bars.line(bar, 2, found).endswith(f"{says}, of abcdef0, busy machine")
+    found["load"] = found.pop("others")  # as rows had it that were kept earlier
+    assert bars.line(bar, 2, found).endswith(f"{says}, of abcdef0, busy machine")
 
 
 def test_a_line_beside_our_engine_says_what_the_loop_takes_alone(bars: Any) -> None:
     times = {"engine": 1e-3, "sparselth": 1.2e-3, "dense": 5e-3, "floor": 0.4e-3}
     rows = [{"implementation": n, "median_s": s, "check": "passed"} for n, s in times.items()]
     found = {
-        "rows": rows, "gain": 1.2, "best": "engine", "kind": "engine", "load": 0.1, "machine": {"cores": 2},
+        "rows": rows, "gain": 1.2, "best": "engine", "kind": "engine", "others": 0.1, "machine": {"cores": 2},
     }  # fmt: skip
     line = bars.line(bars.Bar("a network", 1.3, 60, kind="engine"), 1, found)
     assert line.endswith("1.00 ms engine                  1.20 ms   1.20x  <= 1.3  met, the loop alone 0.40x")
