@@ -70,6 +70,8 @@ def test_depthwise_rows(
         def torchs(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return F.hardswish(F.conv2d(u, v, bias, stride, k // 2, groups=c), inplace=True)
 
+        exact = F.hardswish(F.conv2d(u.double(), v.double(), bias.double(), stride, k // 2, groups=c))
+        assert not check(torchs(u, v), exact, "fp32", terms=k * k).fault
         rivals[f"dense {layout}"] = partial(torchs, u, v), 10
     t = interleaved(rivals, rounds=15)
     bar = min(t[f"dense {layout}"].low for layout in LAYOUTS)

@@ -28,26 +28,36 @@ def test_plane_parts(
     shape: tuple[int, int, int, int], interleaved: Callable[..., Any], show: Callable[[str], None]
 ) -> None:
     b, c, h, w = shape
-    x, s = Planes.of(b, c, (h, w)), Planes.of(b, c, (1, 1))
-    x.images.normal_()
-    images, single = x.images, s.images
-    given = images.double()
-    pp.bind_plane_means(x, s)()
-    exact = given.mean((2, 3), keepdim=True)
-    assert not check(single, exact, "fp32", terms=h * w).fault
-    pp.bind_activate(x, "silu")()
-    assert not check(images, F.silu(given), "fp32").fault
+    x, s, y = Planes.of(b, c, (h, w)), Planes.of(b, c, (1, 1)), Planes.of(b, c, (1, 1))
+    images, single, mean = x.images, s.images, torch.empty(b, c, 1, 1)
+    calls: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "mean": (partial(torch.mean, images, (2, 3), keepdim=True, out=mean), pp.bind_plane_means(x, y)),
+        "factor": (partial(images.mul_, single), pp.bind_scale_planes(x, s)),
+        "hardswish": (partial(F.hardswish, images, inplace=True), pp.bind_activate(x, "hardswish")),
+        "silu": (partial(F.silu, images, inplace=True), pp.bind_activate(x, "silu")),
+    }
+    given, factor = torch.randn(b, c, h, w), torch.rand(b, c, 1, 1)
+    double = given.double()
+    exact = {
+        "mean": double.mean((2, 3), keepdim=True),
+        "factor": double * factor.double(),
+        "hardswish": F.hardswish(double),
+        "silu": F.silu(double),
+    }
+    for name, both in calls.items():
+        for call, means in zip(both, (mean, y.images), strict=True):
+            images.copy_(given)
+            single.copy_(factor)
+            call()
+            found, terms = (means, h * w) if name == "mean" else (images, 1)
+            assert not check(found, exact[name], "fp32", terms=terms).fault
     single.fill_(1.0)
     images.fill_(20.0)  # stays what it is, whatever is timed
-    rivals: dict[str, tuple[Callable[[], object], int]] = {
-        "mean, torch": (partial(torch.mean, images, (2, 3), keepdim=True, out=torch.empty(b, c, 1, 1)), 10),
-        "mean, ours": (pp.bind_plane_means(x, Planes.of(b, c, (1, 1))), 10),
-        "factor, torch": (partial(images.mul_, single), 10),
-        "factor, ours": (pp.bind_scale_planes(x, s), 10),
+    rivals = {
+        f"{name}, {who}": (call, 10)
+        for name, both in calls.items()
+        for who, call in zip(("torch", "ours"), both, strict=True)
     }
-    for name, act in (("hardswish", F.hardswish), ("silu", F.silu)):
-        rivals[f"{name}, torch"] = partial(act, images, inplace=True), 10
-        rivals[f"{name}, ours"] = pp.bind_activate(x, name), 10
     t = interleaved(rivals, rounds=15)
     floors = {"mean": "plane_means", "factor": "scale_planes", "hardswish": "activate", "silu": "activate"}
     rows = [f"planes {list(shape)}, {_native.WHY}; first quartiles, us"]
