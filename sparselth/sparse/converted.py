@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from sparselth.sparse.device import DTYPES, Device
 from sparselth.sparse.forms import Formed
-from sparselth.sparse.reference import Given
+from sparselth.sparse.reference import Given, containers, unfolded
 from sparselth.sparse.report import Report, table
 from sparselth.sparse.segment import Segment
 
@@ -121,6 +121,7 @@ class ConvertedModule(Converted):
         """`like`: inputs that a traced network takes; `outputs`: containers of what it gives; else None."""
         super().__init__()
         self.network, self.like, self.outputs = network, like, outputs
+        self.containers = None if outputs is None else containers(outputs)
         self.report, self.dtype, self.device = report, device.dtype, device.at
         self.eval()
 
@@ -145,6 +146,9 @@ class ConvertedModule(Converted):
 
     def _restored(self, out: Any) -> Any:
         """The outputs in the containers that the model has for them."""
+        leaves = unfolded(out, self.containers)
+        if leaves is not None and all(isinstance(leaf, Tensor) for leaf in leaves):
+            return out
         leaves, own = pytree.tree_flatten(out)
         same = self.outputs is None or own == self.outputs
         return out if same else pytree.tree_unflatten(leaves, self.outputs)  # type: ignore[arg-type]

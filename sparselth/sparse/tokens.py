@@ -65,15 +65,18 @@ class JoinedTokens(nn.Module):
         self.eval()
 
     def _link(self) -> None:
-        self.plans = [part.plan for part in self.parts if isinstance(part, Segment)]  # alive, with their ids
-        self.made_of = self._made_of()
+        self.segments = [(part, part.plan) for part in self.parts if isinstance(part, Segment)]
+        norms = [part._parameters for part in self.parts if isinstance(part, nn.LayerNorm)]
+        self.vectors = [
+            (held, name, t.data_ptr()) for held in norms for name, t in held.items() if t is not None
+        ]
         self.run = InColumns(partial(Program, self))
 
-    def _made_of(self) -> list[int]:
-        """The weights that calls are bound to."""
-        norms = [part for part in self.parts if isinstance(part, nn.LayerNorm)]
-        ids = [id(part.plan) for part in self.parts if isinstance(part, Segment)]
-        return ids + [t.data_ptr() for norm in norms for t in (norm.weight, norm.bias) if t is not None]
+    def _changed(self) -> bool:
+        """Whether other weights were loaded than calls are bound to."""
+        if any(part.plan is not plan for part, plan in self.segments):
+            return True
+        return any(held[name].data_ptr() != at for held, name, at in self.vectors)  # type: ignore[union-attr]
 
     def forward(self, *xs: Tensor) -> Any:
         """Of [..., K]s; what is not as many tokens in fp32 on a CPU goes through the parts one by one."""
@@ -84,9 +87,9 @@ class JoinedTokens(nn.Module):
             rows.append(x.reshape(-1, width))
         if not len(rows[0]):
             return self._apart(xs)
-        if self._made_of() != self.made_of:
-            self._link()  # other weights were loaded
-        found = [y.view(*lead, y.shape[1]) for y in self.run(*rows)]
+        if self._changed():
+            self._link()
+        found = [y.view(*lead, -1) for y in self.run(*rows)]
         return found if len(found) > 1 else found[0]
 
     def _apart(self, xs: tuple[Tensor, ...]) -> Any:
@@ -100,7 +103,7 @@ class JoinedTokens(nn.Module):
         return found if len(found) > 1 else found[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("run", "plans", "made_of")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("run", "segments", "vectors")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -130,7 +133,8 @@ class Program:
                 if rooms[source] is not rooms[step.value]:
                     self._leave(rooms[source])
         self.found = [rooms[value] for value in of.outputs]
-        self.turned = [value in of.turned and tokens > 1 for value in of.outputs]
+        self.turned = [value in of.turned for value in of.outputs]
+        self.rows = [x.view(1, -1) for x in self.given] if tokens == 1 else []
         self.turns_in = [bind_columns(x) for x in self.given]
         self.turns_out = [bind_rows(self._view(y)) for y in self.found]
         self.run = sequence(self.calls)
@@ -163,6 +167,10 @@ class Program:
 
     def fill(self, *xs: Tensor) -> None:
         """From [tokens, K]s, one a source."""
+        if self.tokens == 1:
+            for x, given in zip(xs, self.rows, strict=True):
+                given.copy_(x)
+            return
         for x, given, turn in zip(xs, self.given, self.turns_in, strict=True):
             if x.is_contiguous():
                 turn(x)
@@ -170,7 +178,9 @@ class Program:
                 given.copy_(x.t())
 
     def result(self) -> list[Tensor]:
-        """[tokens, N]s, in memory of their own."""
+        """[tokens, N]s, in memory of their own; of a single token as it lies."""
+        if self.tokens == 1:
+            return [room.clone() for room in self.found]
         ys = list[Tensor]()
         for room, turn, turned in zip(self.found, self.turns_out, self.turned, strict=True):
             if turned:

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from sparselth.kernels import _native
 from sparselth.models import MODELS
 from sparselth.models.torch import sequential
 from sparselth.sparse.converted import ConvertedChain
+from sparselth.sparse.reference import containers, unfolded
 
 FAST = (*NATIVE, "mixed", "converted", "columns", "to columns", "from columns")
 
@@ -452,3 +454,20 @@ def test_without_any_product_it_stays_torchs() -> None:
     model, x = nn.Sequential(nn.Tanh()).eval(), torch.randn(3, 4)
     converted = sparse.convert(model, None, x)
     same(converted(x), model(x.double()))
+
+
+def test_containers_are_looked_into_as_torch_does() -> None:
+    Pair = namedtuple("Pair", "one other")
+    trees = [1, (), [], (1, [2, (3,)], {"b": 4, "a": [5]}), [[], {}], {"a": (1, None)}]
+    others = [Pair(1, 2), (1, OrderedDict(a=2))]  # known to torch, and left to it
+    for tree in trees + others:
+        leaves, spec = pytree.tree_flatten(tree)
+        assert unfolded(tree, containers(spec)) == (None if tree in others else leaves)
+        for wrong in (
+            *trees,
+            *others,
+            (1, [2, (3, 3)], {"b": 4, "a": [5]}),
+            (1, [2, (3,)], {"a": [5], "b": 4}),
+        ):
+            if spec.num_leaves and pytree.tree_structure(wrong) != spec and tree != 1:
+                assert unfolded(wrong, containers(spec)) is None
