@@ -15,15 +15,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any, cast
 
 import torch  # first: its OpenMP runtime is the one the library then finds
 
 LEVELS = ("plain", "avx2", "avx512")
 ENTRIES = (  # of native.c
-    *("csr_linear", "csr_weight_grad", "csr_tiled", "sparse_conv2d", "sparse_conv2d_add"),
-    *("sparse_conv2d_weight_grad", "sparse_conv2d_rows", "depthwise_rows", "max_pool_rows"),
-    *("activate_planes", "plane_means", "scale_planes", "masked_update", "gather"),
-    *("bias_relu", "relu_backward", "cross_entropy"),
+    *("csr_linear", "csr_weight_grad", "csr_weight_grad_add", "csr_tiled", "sparse_conv2d"),
+    *("sparse_conv2d_add", "sparse_conv2d_weight_grad", "sparse_conv2d_rows", "depthwise_rows"),
+    *("max_pool_rows", "activate_planes", "plane_means", "scale_planes", "masked_update", "gather"),
+    *("bias_relu", "relu_backward", "relu_backward_add", "cross_entropy"),
     *("cross_entropy_grad", "max_pool", "max_pool_backward", "transpose"),
     *("layer_norm", "gelu", "add", "sequence", "hash_weights"),
     *("score_update", "seed_linear", "subset_sum", "batch_norm", "batch_norm_backward"),
@@ -76,6 +77,11 @@ def bind(entry: str, arguments: ctypes.Structure, *alive: object) -> Callable[[]
     function = getattr(LIB, f"sparselth_{entry}")
     function.restype = None
     return partial(function, ctypes.byref(arguments))
+
+
+def arguments(call: Callable[[], object]) -> Any:
+    """What a function of `bind` passes; who changes an address in it keeps alive what lies there."""
+    return cast("Any", call).args[0]._obj
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:

@@ -221,9 +221,9 @@ def bind_csr_input_grad(
 
 
 def bind_csr_weight_grad(
-    index: CsrIndex, dy: Tensor, x: Tensor, dv: Tensor, kernels: str = "auto"
+    index: CsrIndex, dy: Tensor, x: Tensor, dv: Tensor, kernels: str = "auto", add: bool = False
 ) -> Callable[[], None]:
-    """`csr_weight_grad` on fixed tensors, the result in `dv` [kept]."""
+    """`csr_weight_grad` on fixed tensors, the result in `dv` [kept] or, with `add`, added to it."""
     n, k = index.shape
     _native.matrix("x", x, k, x.shape[-1])
     _native.matrix("dy", dy, n, x.shape[-1])
@@ -244,11 +244,12 @@ def bind_csr_weight_grad(
             ldx=x.stride(0),
             threads=_native.threads(),
         )
-        return _native.bind("csr_weight_grad", arguments, csr, dy, x, dv)
+        return _native.bind("csr_weight_grad" + "_add" * add, arguments, csr, dy, x, dv)
     positions = csr.positions()
 
     def run() -> None:
-        dv.copy_((dy @ x.t()).reshape(-1)[positions])
+        found = (dy @ x.t()).reshape(-1)[positions]
+        dv.add_(found) if add else dv.copy_(found)
 
     return run
 

@@ -226,9 +226,9 @@ def bind_bias_relu(y: Tensor, bias: Tensor | None = None, kernels: str = "auto")
 
 
 def bind_relu_backward(
-    dy: Tensor, y: Tensor | None, dbias: Tensor | None = None, kernels: str = "auto"
+    dy: Tensor, y: Tensor | None, dbias: Tensor | None = None, kernels: str = "auto", add: bool = False
 ) -> Call:
-    """`relu_backward` on fixed tensors; either of `y` and `dbias` may be missing."""
+    """`relu_backward` on fixed tensors; `y` or `dbias` may be missing. `add`: dbias += its sums."""
     given = {"dy": dy} if y is None else {"dy": dy, "y": y}
     lines, strides = _lines(given)
     _native.vector("dbias", dbias, len(dy))
@@ -241,13 +241,14 @@ def bind_relu_backward(
             strides_y=strides[-1],
             threads=_threads(dy),
         )
-        return _native.bind("relu_backward", a, dy, y, dbias)
+        return _native.bind("relu_backward" + "_add" * add, a, dy, y, dbias)
 
     def run() -> None:
         if y is not None:
             dy.copy_(_cut(dy, y))
         if dbias is not None:
-            torch.sum(dy.flatten(1), 1, out=dbias)
+            sums = dy.flatten(1).sum(1)
+            dbias.add_(sums) if add else dbias.copy_(sums)
 
     return run
 
@@ -410,9 +411,24 @@ def bind_rows(x: Tensor, kernels: str = "auto") -> Callable[[Tensor], None]:
     return _bind_transpose(x, False, kernels)
 
 
+def bind_transpose(fixed: Tensor, fill: bool) -> Call:
+    """A native call that fills `fixed` [K, B] from rows [B, K], or else rows from it.
+
+    Where the rows are is `x`, or else `y`, of its `_native.arguments`, to be set before it is called.
+    """
+    k, b = fixed.shape
+    ld, here, threads = _strides("columns", fixed, (k, b))[0], fixed.data_ptr(), _threads(fixed)
+    a = (
+        _Transpose(y=here, rows=b, columns=k, ldx=k, ldy=ld, threads=threads)
+        if fill
+        else _Transpose(x=here, rows=k, columns=b, ldx=ld, ldy=k, threads=threads)
+    )
+    return _native.bind("transpose", a, fixed)
+
+
 def _bind_transpose(fixed: Tensor, fill: bool, kernels: str) -> Callable[[Tensor], None]:
     k, b = fixed.shape
-    ld = _strides("columns", fixed, (k, b))[0]
+    _strides("columns", fixed, (k, b))  # refuses others
 
     def check(t: Tensor) -> None:
         if t.dtype != torch.float32 or not t.is_cpu or not t.is_contiguous() or len(t) != b:
@@ -424,13 +440,8 @@ def _bind_transpose(fixed: Tensor, fill: bool, kernels: str) -> Callable[[Tensor
             raise ValueError(f"expected {k} numbers a row, got {list(t.shape)}")
 
     if use_native(kernels):
-        here = fixed.data_ptr()
-        a = (
-            _Transpose(y=here, rows=b, columns=k, ldx=k, ldy=ld, threads=_threads(fixed))
-            if fill
-            else _Transpose(x=here, rows=k, columns=b, ldx=ld, ldy=k, threads=_threads(fixed))
-        )
-        call = _native.bind("transpose", a, fixed)
+        call = bind_transpose(fixed, fill)
+        a = _native.arguments(call)
 
         def run(t: Tensor) -> None:
             check(t)

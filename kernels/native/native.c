@@ -5,6 +5,7 @@
 #define ENTRIES(X) \
     X(csr_linear) \
     X(csr_weight_grad) \
+    X(csr_weight_grad_add) \
     X(csr_tiled) \
     X(sparse_conv2d) \
     X(sparse_conv2d_add) \
@@ -19,6 +20,7 @@
     X(gather) \
     X(bias_relu) \
     X(relu_backward) \
+    X(relu_backward_add) \
     X(cross_entropy) \
     X(cross_entropy_grad) \
     X(max_pool) \

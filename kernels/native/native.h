@@ -31,6 +31,7 @@
 #define NAME(x) PASTE(x, LEVEL)
 #define INLINE static inline __attribute__((always_inline, unused))
 #define PREFETCH(p) __builtin_prefetch(p)
+#define PREFETCH_FAR(p) __builtin_prefetch(p, 0, 2) /* into the second-level cache */
 
 /* Calls part(args, from, to) for ranges that cover 0 .. count and are not empty, each on one of `threads` threads. */
 static inline void parallel(void (*part)(const void *args, int64_t from, int64_t to), const void *args, int64_t count,

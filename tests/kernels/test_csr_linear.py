@@ -87,6 +87,8 @@ def check(case: Case, way: str) -> None:
     csr_linear(index, values, x_in, bias, case.relu, out=y, kernels=kernels)
     csr_input_grad(index, values, dy_in, out=dx, kernels=kernels)
     csr_weight_grad(index, dy_in, x_in, out=dv[0], kernels=kernels)
+    twice = padded(dv, index.kept + 3, case.offset, CANARY)
+    bind_csr_weight_grad(index, dy_in, x_in, twice[0], kernels, add=True)()
 
     dense = (w * mask).double()
     pre = dense @ x.double() + (0 if bias is None else bias.double()[:, None])
@@ -94,11 +96,14 @@ def check(case: Case, way: str) -> None:
     if case.b and n:
         wide, deep = x.double(), dy.double()
         assert error(y, pre.relu() if case.relu else pre, dense.square() @ wide.square()) <= tolerance
-        assert error(dv[0], (deep @ wide.t())[mask], (deep.square() @ wide.t().square())[mask]) <= tolerance
+        slope, squares = (deep @ wide.t())[mask], (deep.square() @ wide.t().square())[mask]
+        assert error(dv[0], slope, squares) <= tolerance
+        assert error(twice[0], 2 * slope, 4 * squares) <= tolerance
         assert error(dx, dense.t() @ deep, dense.t().square() @ deep.square()) <= tolerance
     assert untouched(y, CANARY)
     assert untouched(dx, CANARY)
     assert untouched(dv, CANARY)
+    assert untouched(twice, CANARY)
 
 
 @pytest.mark.parametrize("way", WAYS)

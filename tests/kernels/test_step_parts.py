@@ -222,6 +222,11 @@ def test_relu_backward_has_torchs_bits_and_sums(
     assert same(found, right)
     sums = right.double().flatten(1).sum(1)
     assert ((dbias - sums).abs() <= 1e-6 * right.double().flatten(1).norm(dim=1) + 1e-9).all()
+    added = torch.randn(len(dbias), generator=draw)
+    expected = dbias + added  # of the new dy, which is cut already
+    bind_relu_backward(dy, y, added, kernels, add=True)()
+    assert same(added, expected)
+    assert same(found, right)
     laid.check()
     x, before = wild(x, draw), wild(before, draw)
     if cut:

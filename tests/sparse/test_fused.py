@@ -34,6 +34,9 @@ def network() -> tuple[nn.Sequential, dict[str, Tensor]]:
         ),
     )
     masks = {n: torch.rand(p.shape) < 0.3 for n, p in model.named_parameters() if p.dim() > 1}
+    masks["4.weight"][:, [2, 9]] = False  # nobody reads these two
+    masks["3.weight"][:, 7] = False  # and this one is read by them alone
+    masks["3.weight"][[2, 9], 7] = True
     with torch.no_grad():
         for name, mask in masks.items():
             model.get_parameter(name).mul_(mask)
@@ -78,8 +81,10 @@ def test_modules_are_cut_into_runs() -> None:
     assert type(compress(one, {"0.weight": torch.eye(4) > 0}, below=1.0)) is nn.Sequential
 
 
-@pytest.mark.parametrize("batch", [1, 5, 16, 33])
-def test_it_is_right_against_float64(batch: int) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 5, 16, 33, 131, 256, 300])
+def test_it_is_right_against_float64(batch: int, threads: int) -> None:
+    torch.set_num_threads(threads)
     model, x, dy = fast(), torch.randn(batch, 78, requires_grad=True), torch.randn(batch, 5)
     right = exact(x, dy)
     for _ in range(2):  # the second on memory that was used
@@ -89,6 +94,9 @@ def test_it_is_right_against_float64(batch: int) -> None:
         y.backward(dy)
         assert x.grad is not None
         assert near([y.detach(), x.grad, *gradients(model)], right)
+    model.zero_grad()
+    model(x.detach()).backward(dy)  # nobody asks for the gradient of x
+    assert near(gradients(model), right[2:])
     with torch.no_grad():
         assert torch.equal(model(x), y)
 
@@ -107,6 +115,46 @@ def test_forwards_wait_for_their_backwards_in_any_order() -> None:
         assert near([y.detach(), *once], [t for i, t in enumerate(exact(x, dy)) if i != 1])
 
 
+@pytest.mark.parametrize("batch", [7, 131])
+def test_inputs_and_gradients_may_lie_in_any_way(batch: int) -> None:
+    model, dy = fast(), torch.randn(5, batch).t()
+    inputs = [
+        torch.randn(78, batch).t(),
+        torch.randn(batch, 2 * 78)[:, ::2],
+        torch.randn(78).expand(batch, 78),
+    ]
+    for x in inputs:
+        model.zero_grad()
+        y = model(x)
+        y.backward(dy)
+        assert near([y.detach(), *gradients(model)], [t for i, t in enumerate(exact(x, dy)) if i != 1])
+
+
+def test_two_calls_in_one_graph() -> None:
+    model, x, dy = fast(), torch.randn(9, 78), torch.randn(9, 5)
+    (model(x) + model(2 * x)).backward(dy)
+    rights = [exact(one, dy)[2:] for one in (x, 2 * x)]
+    assert near(gradients(model), [a + b for a, b in zip(*rights, strict=True)])
+
+
+def test_units_that_reach_nothing_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, masks = fast(), network()[1]
+    dead = fused._dead([model[1], model[3], model[4]])
+    assert 7 in dead[0]
+    assert {2, 9} <= {*dead[1]}
+    assert dead[2] == ()
+    monkeypatch.setattr(torch, "empty_like", lambda t: torch.full_like(t, torch.nan))
+    model(torch.randn(131, 78)).sum().backward()
+    for place, gone in ((1, dead[0]), (3, dead[1])):
+        mask = masks[f"{place}.weight"]
+        slope = torch.zeros(mask.shape).masked_scatter(mask, model[place].weight.grad)
+        assert not slope[[*gone]].any()
+        assert slope.any()
+        assert slope.isfinite().all()
+    (index,) = model[1].indices.values()
+    assert index.backward is None
+
+
 def test_weights_are_those_of_the_moment_and_writes_between_are_seen() -> None:
     model, x = fast(), torch.randn(4, 78)
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
@@ -118,6 +166,10 @@ def test_weights_are_those_of_the_moment_and_writes_between_are_seen() -> None:
     torch.testing.assert_close(after, dense(model)(x))
     waiting = model(x)
     optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        waiting.sum().backward()
+    waiting = model(x)
+    x.add_(1)  # as a dense layer sees it, too
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         waiting.sum().backward()
     model[1].weight.data = model[1].weight.data * 2  # other memory
@@ -150,6 +202,12 @@ def test_hooks_and_other_inputs_go_layer_by_layer(monkeypatch: pytest.MonkeyPatc
     assert seen == ["ReLU", "CompressedLinear"]
     for hook in hooks:
         hook.remove()
+    everywhere = nn.modules.module.register_module_full_backward_hook(
+        lambda m, dx, dy: seen.append(f"{type(m).__name__} back")
+    )
+    model[7:11](torch.randn(4, 17)).sum().backward()  # torch has no such hooks on ReLUs in place
+    everywhere.remove()
+    assert seen.count("CompressedLinear back") == 2
     assert model(x.double().float().to(torch.bfloat16)).dtype == torch.bfloat16
     assert model(torch.empty(0, 78)).shape == (0, 5)
     with pytest.raises(UsageError, match=r"expected an input \[..., 78\]"):
