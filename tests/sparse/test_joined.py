@@ -352,6 +352,9 @@ def test_a_whole_network_is_one_foreign_call(name: str, monkeypatch: pytest.Monk
     (held,) = program(fast).run.chains.values()
     assert isinstance(held, InRows)
     assert isinstance(held.run, partial)  # and nothing between the kernels
+    apart = torch.stack([x, x], -1)[..., 0]  # in other orders in memory
+    for same in (apart, x.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(fast(same), y)
 
 
 @pytest.mark.parametrize(
