@@ -34,7 +34,7 @@ WIDE = 64  # columns that are worked on at a time
 NEAR = 28 << 10  # bytes of x that stay in the first-level cache; 10 / 7 of it where they are copied first
 FAR = 192 << 10  # bytes of y that stay in the second-level cache
 WORTH = 9  # kept weights that pay for another visit to a row of y
-WORK = 1 << 21  # FLOPs that pay for another thread
+WORK, NARROW = 1 << 19, 16  # FLOPs that pay for another thread; fewer columns than this take as long as so many
 BLOCKS, ENOUGH = 16, 4096  # so many blocks, for threads to share, where each keeps this many weights
 
 
@@ -193,7 +193,7 @@ def bind_csr_tiled(
         ldx=x.stride(0),
         ldy=y.stride(0),
         relu=relu,
-        threads=min(_native.threads(), 1 + floor(packed, x.shape[1])["flops"] // WORK),
+        threads=min(_native.threads(), 1 + floor(packed, max(x.shape[1], NARROW))["flops"] // WORK),
     )
     return _native.bind("csr_tiled", arguments, packed, x, bias, y)
 
