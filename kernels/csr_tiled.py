@@ -34,7 +34,8 @@ WIDE = 64  # columns that are worked on at a time
 NEAR = 28 << 10  # bytes of x that stay in the first-level cache; 10 / 7 of it where they are copied first
 FAR = 192 << 10  # bytes of y that stay in the second-level cache
 WORTH = 9  # kept weights that pay for another visit to a row of y
-WORK, NARROW = 1 << 19, 16  # FLOPs that pay for another thread; fewer columns than this take as long as so many
+WORK = 1 << 19  # FLOPs that pay for another thread
+NARROW = 16  # columns: fewer take as long
 BLOCKS, ENOUGH = 16, 4096  # so many blocks, for threads to share, where each keeps this many weights
 
 
