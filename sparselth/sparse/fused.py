@@ -25,7 +25,7 @@ from sparselth.kernels.csr_linear import (
     bind_csr_weight_grad,
 )
 from sparselth.kernels.step_parts import Call, bind_relu_backward, bind_transpose, sequence
-from sparselth.sparse.columns import refuse_second
+from sparselth.sparse.columns import ColumnsReLU, refuse_second
 from sparselth.sparse.trainable import COLUMNS, CompressedLinear
 
 MOST = 1 << 18  # kept weights of a run: above it products take longer than calls
@@ -74,7 +74,7 @@ def runs(modules: list[nn.Module | None]) -> Iterator[list[nn.Module | None]]:
     run: list[nn.Module | None] = []
     for module in modules:
         linear = type(module) is CompressedLinear
-        if run and (linear or (isinstance(module, nn.ReLU) and not isinstance(run[-1], nn.ReLU))):
+        if run and (linear or (_is_relu(module) and not _is_relu(run[-1]))):
             run.append(module)
             continue
         if run:
@@ -84,6 +84,11 @@ def runs(modules: list[nn.Module | None]) -> Iterator[list[nn.Module | None]]:
             yield [module]
     if run:
         yield run
+
+
+def _is_relu(module: nn.Module | None) -> bool:
+    """Whether it computes what torch's does: a class of a user's that is one may do something else."""
+    return module is not None and type(module).forward in (nn.ReLU.forward, ColumnsReLU.forward)
 
 
 class _Place:
@@ -292,7 +297,7 @@ def _fused(
         work = pool.pop()
     except IndexError:
         behind = zip(run, [*run[1:], None], strict=True)
-        relus = [isinstance(b, nn.ReLU) for a, b in behind if isinstance(a, CompressedLinear)]
+        relus = [_is_relu(b) for a, b in behind if isinstance(a, CompressedLinear)]
         layers = [module for module in run if isinstance(module, CompressedLinear)]
         work = Workspace(layers, relus, len(x))
     y: Tensor = _Run.apply(x, _Lease(pool, work), *parameters)

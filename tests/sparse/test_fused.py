@@ -81,6 +81,22 @@ def test_modules_are_cut_into_runs() -> None:
     assert type(compress(one, {"0.weight": torch.eye(4) > 0}, below=1.0)) is nn.Sequential
 
 
+def test_a_relu_of_a_users_class_does_what_it_says() -> None:
+    class Twice(nn.ReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class Named(nn.ReLU):
+        pass
+
+    for kind, lengths in ((Twice, [1, 1, 1]), (Named, [3])):
+        model, x = nn.Sequential(nn.Linear(9, 8), kind(), nn.Linear(8, 5)), torch.randn(7, 9)
+        masks = {n: torch.rand(p.shape) < 0.5 for n, p in model.named_parameters() if p.dim() > 1}
+        packed = compress(model, masks, below=1.0)
+        torch.testing.assert_close(packed(x), dense(packed)(x))
+        assert [len(run) for run in runs([*packed])] == lengths  # type: ignore[call-overload]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("batch", [1, 5, 16, 33, 131, 256, 300])
 def test_it_is_right_against_float64(batch: int, threads: int) -> None:
