@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -121,7 +122,6 @@ class ConvertedModule(Converted):
         """`like`: inputs that a traced network takes; `outputs`: containers of what it gives; else None."""
         super().__init__()
         self.network, self.like, self.outputs = network, like, outputs
-        self.containers = None if outputs is None else containers(outputs)
         self.report, self.dtype, self.device = report, device.dtype, device.at
         self.eval()
 
@@ -143,6 +143,11 @@ class ConvertedModule(Converted):
             if given is None:
                 return self.network(*args, **kwargs)
             return self._restored(self.network(*given.tensors))
+
+    @cached_property
+    def containers(self) -> Any:
+        """Those of the outputs, for `unfolded`."""
+        return None if self.outputs is None else containers(self.outputs)
 
     def _restored(self, out: Any) -> Any:
         """The outputs in the containers that the model has for them."""

@@ -24,7 +24,7 @@ from sparselth.engine.dense import init_weights
 from sparselth.kernels import _native
 from sparselth.models import MODELS
 from sparselth.models.torch import sequential
-from sparselth.sparse.converted import ConvertedChain
+from sparselth.sparse.converted import ConvertedChain, ConvertedModule
 from sparselth.sparse.reference import containers, unfolded
 
 FAST = (*NATIVE, "mixed", "converted", "columns", "to columns", "from columns")
@@ -454,6 +454,19 @@ def test_without_any_product_it_stays_torchs() -> None:
     model, x = nn.Sequential(nn.Tanh()).eval(), torch.randn(3, 4)
     converted = sparse.convert(model, None, x)
     same(converted(x), model(x.double()))
+
+
+def test_a_network_that_was_saved_by_an_older_version_computes() -> None:
+    model, x = Residual().eval(), torch.randn(4, 3, 9, 8)
+    converted = sparse.convert(model, masks_of(model), x)
+    assert converted.outputs is not None
+    before = {"like", "outputs", "report", "dtype", "device"}  # all that it ever saved
+    older = object.__new__(ConvertedModule)
+    older.__setstate__({n: v for n, v in vars(converted).items() if n in before or n in vars(nn.Module())})
+    for twin in (older, pickle.loads(pickle.dumps(older))):
+        found = twin(x)
+        same(found, converted(x))
+        assert [*found] == ["logits", "parts"]
 
 
 def test_containers_are_looked_into_as_torch_does() -> None:
