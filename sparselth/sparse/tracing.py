@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -40,21 +41,35 @@ class _Tracer(fx.Tracer):
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
 
+class _BufferTracer(_Tracer):  # a class of its own, by which torch.fx reads back what was saved
+    proxy_buffer_attributes = True
+
+
 def trace(model: nn.Module, given: Given) -> fx.GraphModule:
     """A graph of the model as a function of its tensors; raises whatever torch.fx does where it cannot."""
     names = [f"x{i}" for i in range(len(given.tensors))]
     space: dict[str, Any] = {}
     exec(f"def forward(self, {', '.join(names)}): return self.run({', '.join(names)})", space)
     root = type("Root", (_Root,), {"forward": space["forward"]})(model, given)
-    tracer = _Tracer()
-    graph = tracer.trace(root)
+    graph = _graph(root)
     traced = fx.GraphModule(root, graph, "Traced")
     for node in [*graph.nodes]:
-        if _does_nothing(traced, node):
-            node.replace_all_uses_with(node.args[0])
+        source = node.args[0] if node.args else node.kwargs.get("input")
+        if isinstance(source, fx.Node) and _does_nothing(traced, node):
+            node.replace_all_uses_with(source)
             graph.erase_node(node)
     traced.recompile()
     return traced
+
+
+def _graph(root: nn.Module) -> fx.Graph:
+    """With buffers as they are or, where inputs say what is cut out of them, as nodes."""
+    try:
+        return _Tracer().trace(root)
+    except Exception:
+        with suppress(Exception):
+            return _BufferTracer().trace(root)
+        raise
 
 
 def chain_at(traced: fx.GraphModule, node: fx.Node, x: Tensor, masks: dict[Tensor, Tensor]) -> Chain | None:

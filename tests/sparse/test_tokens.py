@@ -71,6 +71,31 @@ class Mixed(nn.Module):
         return x + self.down(F.silu(self.up(self.second(x))))
 
 
+class Causal(nn.Module):
+    """Words behind each other, whose positions and whose mask are buffers, cut to the length of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.qkv, self.out = (
+            nn.Embedding(50, WIDTH),
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+        )
+        self.up, self.down = nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH)
+        self.norms, self.drop = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2)), nn.Dropout()
+        self.register_buffer("places", torch.randn(16, WIDTH), persistent=False)
+        self.register_buffer("mask", torch.ones(16, 16).tril() == 0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        b, t = ids.shape
+        x = F.dropout(input=self.words(ids) + self.places[:t], training=False)
+        parts = self.qkv(self.norms[0](x)).split(WIDTH, 2)
+        q, k, v = (parts[i].view(b, t, 2, -1).transpose(1, 2) for i in range(3))
+        scores = (q @ k.mT).masked_fill(self.mask[:t, :t], -torch.inf)
+        x = x + self.drop(self.out((self.drop(scores.softmax(-1)) @ v).transpose(1, 2).reshape(b, t, WIDTH)))
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+
+
 def vision() -> nn.Module:
     model = VisionTransformer(16, 4, 2, 2, WIDTH, 32, num_classes=7)
     nn.init.normal_(model.heads.head.weight)
@@ -84,6 +109,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any], int]] =
         lambda b: (torch.randint(50, (b, 1 if b < 3 else 4)), past(2, 2, 5, WIDTH, b)),
         3,
     ),
+    "causal": (Causal, lambda b: (torch.randint(50, (b, 2 * b + 1)),), 2),
     "vision": (vision, lambda b: (torch.randn(b, 3, 16, 16),), 3),
     "odd": (Odd, lambda b: (torch.randn(b, 5, WIDTH),), 4),
     "mixed": (Mixed, lambda b: tuple(torch.randn(b, 6, WIDTH) for _ in range(2)), 2),
