@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -85,6 +86,37 @@ def test_like_dense(level: str, data: st.DataObject) -> None:
         assert torch.equal(y, first)  # to the bit, whatever the threads
     y.fill_(7.0)
     assert bool((memory == 7.0).all())  # nothing beside y was written
+
+
+@pytest.mark.parametrize("tile", [None, 64])
+@pytest.mark.parametrize("n", [1, 131])
+def test_one_column(n: int, tile: int | None, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its features are neighbours or lie apart, in x, in y and in both; in one tile or in several."""
+    monkeypatch.setattr(cp, "WORK", 1)
+    monkeypatch.setattr(cp, "ENOUGH", 64)
+    if tile:
+        monkeypatch.setattr(cp, "NEAR", 4 * tile)
+        monkeypatch.setattr(cp, "WORTH", 1)
+    w = sparse(n, 300, 0.3)
+    w[:, 70:130] = 0
+    w[n // 2, :140] = 0
+    w[-1] = torch.linspace(-1, 2, 300)
+    packed = TiledCsr.from_dense(w, 1)
+    assert packed.tile == (60 if tile else 300)
+    for ldx, ldy, relu, offset in product((1, 3), (1, 2), (False, True), (0, 1)):
+        for bias in (None, torch.randn(n)):
+            _, x = inside(300, 1, ldx, offset, math.nan)
+            x.normal_()
+            found = list[Tensor]()
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                memory, y = inside(n, 1, ldy, offset, 7.0)
+                bind_csr_tiled(packed, x, bias, y, relu, kernels)()
+                check(y, w, x, bias, relu)
+                found.append(y.clone())
+                y.fill_(7.0)
+                assert bool((memory == 7.0).all())
+            assert torch.equal(*found)
 
 
 @native

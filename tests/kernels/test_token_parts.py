@@ -29,6 +29,7 @@ WAYS = {
     "layer_norm": lambda x, kernels: parts.layer_norm(x, None, None, kernels=kernels),
     "gelu": lambda x, kernels: parts.gelu(x, kernels=kernels),
     "tanh": lambda x, kernels: parts.gelu(x, True, kernels),
+    "add": lambda x, kernels: parts.add(x, 3 * x, kernels),
 }
 
 
@@ -140,6 +141,7 @@ def test_threads_do_not_matter(op: str, kernels: str, monkeypatch: pytest.Monkey
             found.append(WAYS[op](x, kernels))
         assert torch.equal(found[0], found[1])
         assert torch.equal(found[0], found[2])
+        assert bool(found[0].isfinite().all())  # all of it was written
 
 
 def test_of_nothing(kernels: str) -> None:
