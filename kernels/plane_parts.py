@@ -25,7 +25,9 @@ from sparselth.kernels._choose import use_native
 from sparselth.kernels.sparse_conv2d_rows import Planes
 from sparselth.kernels.step_parts import Call
 
-MANY = 1 << 15  # numbers in x from which on a second thread pays
+MANY = 1 << 15  # numbers times a factor from which on a second thread pays
+PLANE = 50  # of them are as much work as beginning with another plane
+SLOW = {"sigmoid": 7.0, "silu": 7.0}  # of them, this activation of one number
 
 
 def floor(name: str, numel: int) -> dict[str, int]:
@@ -39,7 +41,7 @@ def bind_activate(x: Planes, activation: str, kernels: str = "auto") -> Call:
     _activations.number(activation)
     if not use_native(kernels):
         return lambda: x.images.copy_(ACTIVATIONS[activation](x.images))
-    return _native.bind("activate_planes", _arguments(x, None, activation), x)
+    return _native.bind("activate_planes", _arguments(x, None, activation, SLOW.get(activation, 1.0)), x)
 
 
 def bind_plane_means(x: Planes, y: Planes, kernels: str = "auto") -> Call:
@@ -47,7 +49,7 @@ def bind_plane_means(x: Planes, y: Planes, kernels: str = "auto") -> Call:
     single = _single("y", y, x)
     if not use_native(kernels):
         return lambda: single.copy_(x.images.mean((2, 3), keepdim=True))
-    return _native.bind("plane_means", _arguments(x, single, "none"), x, y)
+    return _native.bind("plane_means", _arguments(x, single, "none", 0.5), x, y)
 
 
 def bind_scale_planes(x: Planes, s: Planes, activation: str = "none", kernels: str = "auto") -> Call:
@@ -56,7 +58,7 @@ def bind_scale_planes(x: Planes, s: Planes, activation: str = "none", kernels: s
     single = _single("s", s, x)
     if not use_native(kernels):
         return lambda: x.images.mul_(ACTIVATIONS[activation](single))
-    return _native.bind("scale_planes", _arguments(x, single, activation), x, s)
+    return _native.bind("scale_planes", _arguments(x, single, activation, 1.0), x, s)
 
 
 class _Arguments(ctypes.Structure):  # struct plane_parts
@@ -74,8 +76,10 @@ def _single(name: str, t: Planes, x: Planes) -> Tensor:
     return t.images
 
 
-def _arguments(x: Planes, single: Tensor | None, activation: str) -> _Arguments:
+def _arguments(x: Planes, single: Tensor | None, activation: str, cost: float) -> _Arguments:
+    """`cost`: of a number of x, in numbers times a factor."""
     batch, channels, height, width = x.images.shape
+    work = batch * channels * (PLANE + cost * height * width)
     image, channel, row, _ = x.images.stride()
     if row == width:  # all of an image is one row
         height, width = 1, height * width
@@ -92,5 +96,5 @@ def _arguments(x: Planes, single: Tensor | None, activation: str) -> _Arguments:
         single_image=0 if single is None else single.stride(0),
         single_channel=0 if single is None else single.stride(1),
         activation=_activations.number(activation),
-        threads=_native.threads() if x.images.numel() >= MANY else 1,
+        threads=_native.threads() if work >= MANY else 1,
     )

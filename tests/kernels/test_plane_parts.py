@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparselth.kernels import _native
 from sparselth.kernels import plane_parts as pp
 from sparselth.kernels._activations import ACTIVATIONS
 from sparselth.kernels.sparse_conv2d_rows import Planes
@@ -90,6 +91,23 @@ def test_nan_stays_in_its_plane(kernels: str) -> None:
     assert torch.equal(y.images[:, :, 0, 0].isnan(), wrong)
     assert torch.equal(x.images.isnan().flatten(2).all(2), wrong)
     assert torch.equal(x.images.isnan().flatten(2).any(2), wrong)
+
+
+@pytest.mark.skipif(_native.LIB is None, reason=_native.WHY)
+@pytest.mark.parametrize(
+    ("channels", "side", "two"),
+    [(96, 7, {"silu"}), (576, 7, {"mean", "factor", "relu", "silu"}), (14, 56, {"factor", "relu", "silu"})],
+)
+def test_a_second_thread_where_it_pays(channels: int, side: int, two: set[str]) -> None:
+    torch.set_num_threads(2)
+    x, s = held((1, channels, side, side), 0), held((1, channels, 1, 1), 0)
+    calls = {
+        "mean": pp.bind_plane_means(x, s),
+        "factor": pp.bind_scale_planes(x, s, "sigmoid"),
+        "relu": pp.bind_activate(x, "relu"),
+        "silu": pp.bind_activate(x, "silu"),
+    }
+    assert {name for name, call in calls.items() if _native.arguments(call).threads == 2} == two
 
 
 def test_refused() -> None:
