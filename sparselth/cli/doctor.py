@@ -146,7 +146,8 @@ def _data(folder: Path | None) -> list[dict[str, Any]]:
     found = []
     for name, spec in data.DATASETS.items():
         try:
-            found.append(_check(name, True, str(data.look(name, folder).source)))
+            unseen = "; its images are counted when first used" * spec.pictures
+            found.append(_check(name, True, data.where(name, folder) + unseen))
         except data.MissingData as error:
             found.append(_check(name, True, data.when(spec, folder, error)))
         except SparselthError as error:

@@ -93,7 +93,7 @@ def _datasets(folder: Path | None) -> Listing:
     rows, lines = [], []
     for spec in data.DATASETS.values():
         try:
-            source, there = data.look(spec.name, folder).source, True
+            source, there = data.where(spec.name, folder), True
         except data.MissingData as error:
             source, there = as_flags(data.when(spec, folder, error)), False
         except SparselthError as error:
@@ -105,7 +105,7 @@ def _datasets(folder: Path | None) -> Listing:
                 "train": spec.n_train,
                 "test": spec.n_test,
                 "found": there,
-                "source": str(source),
+                "source": source,
             }
         )
         lines.append(f"{spec.name:<14}{spec.n_train:>9,} + {spec.n_test:>6,} images of {shape}; {source}")

@@ -1,6 +1,6 @@
 """Data sets: `sets` says what they are, `files` reads and fetches them, `batches` feeds them to training."""
 
-from sparselth.data.files import ASSETS, data_dir, fetch, load, look, resolve, when
+from sparselth.data.files import ASSETS, data_dir, fetch, load, look, resolve, when, where
 from sparselth.data.sets import (
     DATASETS,
     DEFAULT,
@@ -30,4 +30,5 @@ __all__ = [
     "register",
     "resolve",
     "when",
+    "where",
 ]

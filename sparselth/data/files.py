@@ -77,6 +77,12 @@ def look(name: str, flag: Path | None) -> Images:
     return load(name, ASSETS if spec.inside else data_dir(flag))
 
 
+def where(name: str, flag: Path | None) -> str:
+    """Where `look` finds a data set, with all that it checks; but images in files are not listed."""
+    spec = get_dataset(name)
+    return str(folders.place(spec, data_dir(flag))) if spec.pictures else look(name, flag).source
+
+
 def load(name: str, folder: Path) -> Images:
     """Read a data set from `folder`, or from the package if it lies there.
 

@@ -25,9 +25,24 @@ PARTS = ("train", "val")
 def images(spec: DatasetSpec, folder: Path) -> Images:
     """The names and classes of the files below `folder`; the spec of what is found has their numbers.
 
-    The digest is that of the names. Raises MissingData where there is no such folder, SparselthError where
-    the folders of training and test have other classes, or one of them no image, and for a spec whose images
-    are not of three colours.
+    The digest is that of the names. Raises what `place` does, and SparselthError where a class or all of the
+    training has too few images.
+    """
+    root = place(spec, folder)
+    train, test = (_listed(root / part) for part in PARTS)
+    (names, labels), (test_names, test_labels) = (_arrays(part, root) for part in (train, test))
+    if len(names) < LEAST:
+        raise SparselthError(f"{root / PARTS[0]}: has {len(names)} images; expected {LEAST} at least")
+    digest = hashlib.sha256(names.tobytes() + test_names.tobytes()).hexdigest()[:16]
+    found = replace(spec, classes=len(train.classes), n_train=len(names), n_test=len(test_names))
+    return Images(found, names, labels, test_names, test_labels, digest, str(root), root)
+
+
+def place(spec: DatasetSpec, folder: Path) -> Path:
+    """The folder of a data set below `folder`; its classes alone are looked at, for files may be a million.
+
+    Raises MissingData where there is no such folder, SparselthError where the folders of training and test
+    have other classes, and for a spec whose images are not of three colours.
     """
     if len(spec.shape) != 3 or spec.shape[0] != 3:
         raise SparselthError(
@@ -41,16 +56,23 @@ def images(spec: DatasetSpec, folder: Path) -> Images:
             f"{root}/train/CLASS and {root}/val/CLASS, or pass `data_dir` with a folder that holds "
             f"{spec.folder}"
         )
-    train, test = (_listed(root / part) for part in PARTS)
-    if odd := sorted({*train.classes} ^ {*test.classes}):
-        has, lacks = PARTS if odd[0] in train.classes else PARTS[::-1]
+    train, test = (_classes(root / part) for part in PARTS)
+    if odd := sorted(train ^ test):
+        has, lacks = PARTS if odd[0] in train else PARTS[::-1]
         raise SparselthError(f"{root}: {has} has the class {odd[0]}, {lacks} has not; expected the same ones")
-    (names, labels), (test_names, test_labels) = (_arrays(part, root) for part in (train, test))
-    if len(names) < LEAST:
-        raise SparselthError(f"{root / PARTS[0]}: has {len(names)} images; expected {LEAST} at least")
-    digest = hashlib.sha256(names.tobytes() + test_names.tobytes()).hexdigest()[:16]
-    found = replace(spec, classes=len(train.classes), n_train=len(names), n_test=len(test_names))
-    return Images(found, names, labels, test_names, test_labels, digest, str(root), root)
+    return root
+
+
+def _classes(folder: Path) -> set[str]:
+    """The names of its folders, as torchvision's ImageFolder takes them."""
+    try:
+        with os.scandir(folder) as entries:
+            found = {entry.name for entry in entries if entry.is_dir()}
+    except OSError as error:
+        raise SparselthError(f"{folder}: cannot be read ({error.strerror})") from None
+    if not found:
+        raise SparselthError(f"{folder}: has no folder of a class; expected one for each")
+    return found
 
 
 def _listed(folder: Path) -> Any:

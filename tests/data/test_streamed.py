@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
@@ -19,6 +20,7 @@ from sparselth.config import Cell, Recipe
 from sparselth.data import DATASETS, DatasetSpec, Images, MissingData, folders, load, look, resolve, when
 from sparselth.data import streamed as module
 from sparselth.data.batches import Batches, Resident
+from sparselth.data.files import where
 from sparselth.data.streamed import Looked, Streamed, StreamedBatches, opened
 from sparselth.engine.dense import init_weights
 from sparselth.engine.state import Job, State
@@ -108,8 +110,8 @@ def test_what_is_not_there_is_a_line_that_says_where_it_goes(tmp_path: Path) -> 
     ("changes", "said"),
     [
         ("rm -r tiny/val/n02", "train has the class n02, val has not"),
-        ("mkdir tiny/val/n03", "tiny/val: Found no valid file for the classes n03"),
-        ("rm -r tiny/val/n01 tiny/val/n02", "Couldn't find any class folder"),
+        ("mkdir tiny/val/n03 tiny/train/n03", "Found no valid file for the classes n03"),
+        ("rm -r tiny/val/n01 tiny/val/n02", "tiny/val: has no folder of a class; expected one for each"),
         ("rm tiny/train/n01/*_[1-9]* tiny/train/n02/*_[1-9]*", "has 2 images; expected 8 at least"),
     ],
 )
@@ -124,6 +126,31 @@ def test_a_folder_that_is_none_is_a_line(changes: str, said: str, home: Path, tm
     with pytest.raises(SparselthError, match=said) as error:
         look(SPEC.name, tmp_path)
     assert not isinstance(error.value, MissingData)
+
+
+@pytest.mark.parametrize("words", ["ls datasets", "doctor"])
+def test_where_images_lie_is_said_without_a_list_of_their_files(
+    words: str, home: Path, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of ImageNet there are 1,331,167."""
+
+    def walked(folder: Path) -> None:
+        raise AssertionError(f"{folder} was walked")
+
+    monkeypatch.setattr(folders, "_listed", walked)
+    code, out, _ = cli(*words.split(), "--data-dir", str(home))
+    (line,) = [line for line in out.splitlines() if line.startswith(SPEC.name)]
+    assert code == 0
+    assert str(home / "tiny") in line
+    assert ("counted when first used" in line) is (words == "doctor")
+
+
+def test_where_images_should_lie_other_classes_are_noticed(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "tiny", tmp_path / "tiny")
+    assert where(SPEC.name, tmp_path) == str(tmp_path / "tiny")
+    (tmp_path / "tiny" / "val" / "n03").mkdir()
+    with pytest.raises(SparselthError, match="val has the class n03, train has not"):
+        where(SPEC.name, tmp_path)
 
 
 def streamed(images: Images, processes: int = 0, most: int = 0) -> Streamed:
