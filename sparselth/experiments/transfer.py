@@ -25,7 +25,7 @@ from sparselth.experiments.imp import MOST_LEVELS, ImpConfig, check_rungs
 from sparselth.experiments.source import FromRun
 from sparselth.experiments.training import Training
 from sparselth.models import MODELS, get_model
-from sparselth.patterns import get_pattern
+from sparselth.patterns import UNSTRUCTURED, get_pattern
 from sparselth.registry import Registry
 from sparselth.user_files import short
 
@@ -107,10 +107,14 @@ class TransferConfig(FromRun, Training):
         None, "Step that tickets go back to on the target: 500, or 2ep.  [default: the source's]", epochs=True
     )
 
+    # the pattern that they are shuffled in: the source's, in runs before this field single weights
+    random_masks: str = option(None, added=True, before=UNSTRUCTURED)
+
     # ---- what is not said is the source's
 
     def take(self, imp: ImpConfig) -> None:
         found: dict[str, Any] = {"seeds": imp.seeds, "levels": imp.levels, "rewind": imp.rewind}
+        found["random_masks"] = imp.pattern
         if not self.model:
             object.__setattr__(self, "model", imp.model)
         if not self.dataset and get_model(self.model).input == get_model(imp.model).input:
@@ -222,7 +226,7 @@ class TransferConfig(FromRun, Training):
         found = self.ticket(ticket)
         mask = torch.from_numpy(carry_mask(self.pairs, params, found.mask))
         if cell.arm == "random-mask":
-            draw, pattern = stream(cell.seed, cell.arm, cell.level, "mask"), get_pattern(self.imp.pattern)
+            draw, pattern = stream(cell.seed, cell.arm, cell.level, "mask"), get_pattern(self.random_masks)
             shuffled = pattern.shuffled if pattern else pruning.shuffle
             mask = shuffled(params, mask, draw)
         weights = self._weights(cell, place)

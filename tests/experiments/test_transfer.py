@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sparselth.engine.dense import init_weights
 from sparselth.errors import UsageError
 from sparselth.experiments.base import Place
 from sparselth.experiments.transfer import TransferConfig
+from sparselth.files import dump, read_json, sealed
 from sparselth.patterns import get_pattern
 from sparselth.report import transfer as report
 from sparselth.runs import RunRecord, cell_path, read
@@ -85,6 +87,26 @@ def test_random_masks_of_a_source_in_groups_are_in_groups(finished: Callable[...
             assert pattern.holds(spec, random[spec.span])
     with pytest.raises(UsageError, match=r"`pattern` block:4: fits no layer of lenet-300-100@0.5"):
         config.check()  # its own tickets would be dense
+
+
+def test_a_run_whose_random_masks_were_of_single_weights_takes_none_of_groups(
+    finished: Callable[..., RunRecord], cli: Cli
+) -> None:
+    """As runs were written before a source's masks were shuffled by its groups; others go on."""
+    words = ["transfer", "--from", "run", "--to", "mnist5k", "--seeds", "0", "--out", "there", *SHORT]
+    for pattern, code in (("unstructured", 0), ("block:4", 1)):
+        for folder in ("run", "there"):
+            shutil.rmtree(folder, ignore_errors=True)
+        finished("--levels", "1", "--arms", "ticket", "--seeds", "0", "--pattern", pattern, "--rate", "0.5")
+        assert cli(*words)[0] == 0
+        cell_path(Path("there"), Cell(0, "random-mask", 1)).unlink()
+        data = read_json(Path("there/config.json"))
+        del data["random_masks"], data["sha256"]
+        Path("there/config.json").write_bytes(dump(sealed(data)))
+        found, _, err = cli(*words, "--resume")
+        assert found == code, err
+    assert "holds a run with another random_masks (unstructured there, block:4 here)" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_points_say_where_tickets_are_from(source: RunRecord, cli: Cli) -> None:
