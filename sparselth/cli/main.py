@@ -29,6 +29,7 @@ COMMANDS = {  # beside those of experiments
     "ls": "List models, datasets, arms, scores, methods, forms, formats, experiments or runs.",
     "doctor": "Say what this machine has and what will be used.",
 }
+MEANT = {"report": "show"}  # what a command is called elsewhere
 
 
 class LazyGroup(click.Group):
@@ -61,6 +62,8 @@ class LazyGroup(click.Group):
             known = self.list_commands(ctx)
             if args[0] not in known:
                 _say_whose(args)
+                if args[0] in MEANT:
+                    raise UsageError(f"unknown command {args[0]!r}: did you mean {MEANT[args[0]]!r}?")
                 raise unknown("command", args[0], known)
         return super().resolve_command(ctx, args)
 

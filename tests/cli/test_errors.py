@@ -67,6 +67,7 @@ def test_usage(flags: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("words", "expected"),
     [
         ("inp", "unknown command 'inp': did you mean 'imp'?"),
+        ("report RUN", "unknown command 'report': did you mean 'show'?"),
         ("ls modells", "unknown list 'modells': did you mean 'models'?"),
         ("show", "Missing argument 'RUN'"),
     ],
