@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from sparselth.config import Cell
 from sparselth.data.batches import Batches, Chunk, Resident
 from sparselth.data.sets import Images, check_inputs
 from sparselth.errors import SparselthError, one_line
-from sparselth.machine import cores
+from sparselth.machine import cores, memory_bytes
 from sparselth.streams import stream
 
 PIECE = 64  # images that a process decodes at a time
@@ -52,6 +54,11 @@ def loaders(device: str) -> int:
     share, group = torchrun.share_of(cores()), torchrun.here()
     # a worker knows of its rank by the environment alone
     return max(1, share // group.local_size) if group and not torchrun.joined() else share
+
+
+def most_held(shape: tuple[int, ...]) -> int:
+    """Images that are decoded once where many networks look at them: an eighth of a core's memory."""
+    return memory_bytes() // (8 * cores() * prod(shape))
 
 
 class Decoder(Dataset[Decoded | str]):
@@ -150,13 +157,13 @@ class Streamed(Resident):
 
     def _looked(self, places: Tensor, test: bool = False) -> Looked:
         """Images in evaluation batches."""
-        return Looked(self, [lot.tolist() for lot in torch.split(places, self.chunk)], test)
+        return Looked(self, [Lot(lot.tolist()) for lot in torch.split(places, self.chunk)], test)
 
-    def chunks(self, lots: Iterable[list[int]], test: bool) -> Iterator[Chunk]:
-        """Images of the training, or of the test, as they are looked at, in lots of their places."""
-        labels = self.test_labels if test else self.labels
-        for rows, places in self.decoded(((lot, None) for lot in lots), test):
-            yield self.scaled(rows), labels[torch.tensor(places, device="cpu").to(self.device)]
+    def held(self, chunks: Sequence[Chunk]) -> Sequence[Chunk]:
+        """Chunks that many networks look at: each is decoded once, and held as bytes, where all may be."""
+        assert isinstance(chunks, Looked)
+        images = sum(len(lot.places) for lot in chunks.lots)
+        return Looked(self, chunks.lots, chunks.test, images <= most_held(self.shape))
 
     def decoded(self, wanted: Iterable[Wanted], test: bool, ahead: int = 2) -> Iterator[Decoded]:
         """Bytes of images in the order they are wanted in; each process is up to `ahead` items ahead."""
@@ -192,22 +199,38 @@ def _as_it_is(found: Any) -> Any:
     return found
 
 
-class Looked(Sequence[Chunk]):
-    """Images in lots of their places, decoded anew each time they are gone through; slices are lazy, too."""
+@dataclass(eq=False)
+class Lot:
+    """Places of images that are looked at together, and these as bytes [n, H, W, C] while they are held."""
 
-    def __init__(self, data: Streamed, lots: list[list[int]], test: bool) -> None:
-        self.data, self.lots, self.test = data, lots, test
+    places: list[int]
+    rows: Tensor | None = None
+
+
+class Looked(Sequence[Chunk]):
+    """Images in lots, decoded anew each time they are gone through, or once and held; slices are lazy."""
+
+    def __init__(self, data: Streamed, lots: list[Lot], test: bool, held: bool = False) -> None:
+        self.data, self.lots, self.test, self.held = data, lots, test, held
 
     def __len__(self) -> int:
         return len(self.lots)
 
     def __iter__(self) -> Iterator[Chunk]:
-        return self.data.chunks(self.lots, self.test)
+        labels = self.data.test_labels if self.test else self.data.labels
+        there = [lot.rows for lot in self.lots]
+        wanted = [lot.places for lot, rows in zip(self.lots, there, strict=True) if rows is None]
+        decoded = self.data.decoded(((places, None) for places in wanted), self.test)
+        for lot, rows in zip(self.lots, there, strict=True):
+            if rows is None:
+                rows, _ = next(decoded)
+                lot.rows = rows if self.held else None
+            yield self.data.scaled(rows), labels[torch.tensor(lot.places, device="cpu").to(self.data.device)]
 
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
-            return Looked(self.data, self.lots[place], self.test)
-        return next(self.data.chunks([self.lots[place]], self.test))
+            return Looked(self.data, self.lots[place], self.test, self.held)
+        return next(iter(Looked(self.data, [self.lots[place]], self.test, self.held)))
 
 
 class Places(Batches):

@@ -58,18 +58,18 @@ class Many:
             ]
         if self.norms or (not self.one_by_one and model.params.statistics):
             whole = self.training(batches * data.chunk)
-            full = [chunk for chunk in whole if self._size(chunk) == data.chunk]
-            self.settles = full or whole
+            short = self._size(whole[-1]) < data.chunk
+            self.settles = whole[:-1] if short and len(whole) > 1 else whole
 
     def training(self, most: int) -> Sequence[Chunk]:
         """So many training images at most."""
         data = self.data
-        return (data.training_first if self.one_by_one else data.training)(self.seed, most)
+        return data.held((data.training_first if self.one_by_one else data.training)(self.seed, most))
 
     def test(self, most: int) -> Sequence[Chunk]:
         """So many test images at most, evenly spread."""
         some = self.data.sample(most)
-        return some.test_first() if self.one_by_one else some.test()
+        return some.held(some.test_first() if self.one_by_one else some.test())
 
     def measure(
         self,

@@ -31,6 +31,10 @@ FEW_PRODUCTS, MANY_PRODUCTS = 1e12, 3e12  # of a fine grid at 500 images; of a g
 LINE = 30  # points of a line
 SPECTRUM = 400  # forwards that an image of the Hessian is worth: about 60 products of five and more
 RATE = 1.5e10  # products a second of a busy core, by which cells are priced
+ANEW = ", decoded anew by each network: fewer images would be decoded once, and held"
+LOTS = 4  # of so many images that a cell looks at: slice, test, statistics, Hessian
+FLOATS = 4e8  # numbers of activations a second of a busy core, which bind narrow networks of large images
+DECODED = 300.0  # images a second, of files as large as ImageNet's (docs/imagenet.md)
 
 
 def _different(numbers: tuple[int, ...]) -> str | None:
@@ -176,8 +180,23 @@ class LandscapeConfig(FromRun):
         known = not isinstance(self.network, ModuleModel) and self.kernels != "autograd"
         slice_ = self.grid**2 * (0.25 if known and behind_first(self.network) else 1.0)
         networks = slice_ + 2 * LINE * (cell.level > 0) + 2
-        forwards = networks * (2 if self.network.params.statistics else 1) + SPECTRUM / 2
-        return forwards * self.images * products(self.network) / RATE
+        looks = networks * (2 if self.network.params.statistics else 1)
+        held, each = self.held, products(self.network) / RATE
+        if held is not None and not isinstance(self.network, ModuleModel):
+            each = max(each, sum(map(prod, self.network.shapes)) / FLOATS)
+        decoded = 0.0 if held is None else LOTS if held else looks + SPECTRUM / 2
+        return ((looks + SPECTRUM / 2) * each + decoded / DECODED) * self.images
+
+    @property
+    def held(self) -> bool | None:
+        """Whether images of files are decoded once a cell, not by each network; None where none are files."""
+        from sparselth.data import get_dataset
+
+        if not (spec := get_dataset(self.dataset)).pictures:
+            return None
+        from sparselth.data.streamed import most_held
+
+        return self.images <= most_held(spec.shape)
 
     def compute(self, cells: Sequence[Cell], place: Place) -> Sequence[Finished | Diverged] | None:
         from sparselth.experiments.landscape_jobs import compute
@@ -221,7 +240,7 @@ class LandscapeConfig(FromRun):
         return {
             "source": f"{self.source}: {self.imp.title}",
             "networks": f"{', '.join(self.arms)} at level {', '.join(levels)}",
-            "slices": self.how,
+            "slices": self.how + {None: "", True: ", decoded once a cell"}.get(self.held, ANEW),
             "cells": f"seeds {', '.join(map(str, self.seeds))}; {counted(len(self.cells()), finished)}",
         }
 

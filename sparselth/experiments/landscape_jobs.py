@@ -114,8 +114,9 @@ def _slice(
 
 
 def _spectrum(config: Landscape, cell: Cell, weights: Tensor, mask: Tensor, place: Place) -> dict[str, Any]:
-    assert place.data is not None
-    chunks = place.data.training_first(cell.seed, config.images)
+    data = place.data
+    assert data is not None
+    chunks = data.held(data.training_first(cell.seed, config.images))
     hessian = Hessian(config.network, cell.seed, weights, mask, chunks, place.should_stop)
     generator = stream(cell.seed, "landscape", 0, "lanczos")
     start = torch.randn(len(hessian.live), generator=generator, dtype=torch.float32, device="cpu")

@@ -21,8 +21,9 @@ from sparselth.data import DATASETS, DatasetSpec, Images, MissingData, folders, 
 from sparselth.data import streamed as module
 from sparselth.data.batches import Batches, Resident
 from sparselth.data.files import where
-from sparselth.data.streamed import Looked, Streamed, StreamedBatches, opened
+from sparselth.data.streamed import Decoded, Decoder, Looked, Streamed, StreamedBatches, Wanted, opened
 from sparselth.engine.dense import init_weights
+from sparselth.engine.many import Found, Many
 from sparselth.engine.state import Job, State
 from sparselth.engine.team import Team
 from sparselth.errors import SparselthError, UsageError
@@ -252,6 +253,29 @@ def test_without_crops_and_in_evaluations_it_is_the_middle(images: Images) -> No
     assert torch.equal(looked[1][0], whole[1][0])
     assert isinstance(looked[1:], Looked)
     assert [y.tolist() for _, y in looked[1:]] == [y.tolist() for _, y in whole[1:]]
+
+
+def test_what_many_networks_look_at_is_decoded_once(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory has room for it; and what they come to is the same."""
+    decoded, decode = list[int](), Decoder.__getitem__
+    weights = torch.stack([init_weights(SMALL, stream(i, "ticket", 0, "init")) for i in range(3)])
+
+    def counted(self: Decoder, wanted: Wanted) -> Decoded | str:
+        decoded.extend(wanted[0])
+        return decode(self, wanted)
+
+    def looked() -> list[Found]:
+        decoded.clear()
+        many = Many(SMALL, streamed(images), 0, "autograd", batches=2)
+        lots = [many.training(7), many.test(8)]
+        return many.measure(len(weights), lambda i, j: weights[i:j].clone(), lots)
+
+    monkeypatch.setattr(Decoder, "__getitem__", counted)
+    found = looked()
+    assert len(decoded) == 6 + 7 + 8  # batch norms' statistics, training, test
+    monkeypatch.setattr(module, "memory_bytes", lambda: 0)
+    assert looked() == found
+    assert len(decoded) == 3 + 3 * (6 + 7 + 8)  # and once to know how many the last batch has
 
 
 def test_nobody_s_generator_is_moved(images: Images) -> None:

@@ -13,6 +13,7 @@ from sparselth.begun import read_environment
 from sparselth.config import Recipe
 from sparselth.data import streamed
 from sparselth.errors import UsageError
+from sparselth.experiments.landscape import LandscapeConfig
 from sparselth.experiments.run import plan
 from sparselth.experiments.strong import StrongConfig
 from sparselth.models import MODELS, get_model
@@ -67,6 +68,21 @@ def test_a_run_on_jpegs_is_like_any_other(
     monkeypatch.setattr(streamed, "loaders", lambda device: 1)
     assert cli(*FLAGS, "--resume", "--quiet")[0] == 0
     assert run_contents(Path("run")) == before
+
+
+def test_a_landscape_says_whether_it_decodes_once(
+    folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli(*FLAGS, "--quiet")[0] == 0
+    some = LandscapeConfig(source="run", images=200)
+    assert some.plan(None, 0)["slices"].endswith("200 training images, decoded once a cell")
+    once = some.seconds(some.cells()[0])
+    monkeypatch.setattr(streamed, "memory_bytes", lambda: 1 << 20)
+    assert "decoded anew by each network: fewer images" in some.plan(None, 0)["slices"]
+    anew = some.seconds(some.cells()[0])
+    assert once is not None
+    assert anew is not None
+    assert anew - once > 200 * some.grid**2 / 300
 
 
 def test_what_a_run_on_jpegs_cannot_do_is_a_line(
