@@ -15,7 +15,7 @@ SECONDS_OF_BUNDLE := 3600
 TOUR := build/tour
 CASES := 10000
 SEED := 0
-NATIVE_TESTS := native activations csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows depthwise_rows max_pool_rows \
+NATIVE_TESTS := native activations batch_norm csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows depthwise_rows max_pool_rows \
   plane_parts step_parts token_parts masked_update hash_weights score_update seed_linear seed_conv2d subset_sum
 
 .PHONY: imp tour test test-oldest test-newest check bench bench-bars same-bits science soak properties kill-test \
