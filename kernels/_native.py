@@ -70,6 +70,11 @@ def choose(level: str) -> None:
         raise ValueError(f"level {level} on a machine that has {levels()}")
 
 
+def lanes() -> int:
+    """Floats of a vector at the level that was loaded."""
+    return 4 << LEVELS.index(LEVEL or "avx512")
+
+
 def bind(entry: str, arguments: ctypes.Structure, *alive: object) -> Callable[[], None]:
     """A function that calls `sparselth_<entry>(&arguments)`; `alive` lives as long as it does."""
     assert LIB is not None, WHY

@@ -37,9 +37,11 @@ from sparselth.kernels._choose import use_native
 
 LINE = 16  # floats of a cache line
 RUN = 96  # places of y that registers hold, of one filter
-MOST = 192  # places of a run, in twelve of the largest vectors
+VECTORS = 12  # of a run, in registers
+MOST = 192  # places of a run, in so many of the largest vectors
 NEAR = 24 << 10  # bytes of the planes that stay in the first-level cache
 FAR = 192 << 10  # bytes of the planes that stay in the second-level cache
+FURTHER = 768 << 10  # as many more as make runs longer, up to MOST: they would leave registers empty
 WORTH = 14  # kept weights of a filter that pay for another block of channels
 WORK = 1 << 18  # FLOPs that pay for another thread
 SHARE = 8  # pieces for each thread that make up for unequal ones
@@ -140,8 +142,9 @@ class ConvRows:
         image, one = image_rows * row, (down - 1) * row + across
         group = max(1, min(batch, 1 + (RUN - one) // image))
         group = -(-batch // -(-batch // group)) if batch else 1
-        fits = FAR // (4 * max(1, c) * several * row) - more[0]
-        strips = -(-down // max(1, fits)) if group == 1 else 1
+        fits, further = (size // (4 * max(1, c) * several * row) - more[0] for size in (FAR, FURTHER))
+        fits = max(1, fits, min(further, -(-MOST // row)))
+        strips = -(-down // fits) if group == 1 else 1
         strip = -(-down // strips)
         strip += strip % 2 if strips > 1 else 0  # pairs for a pool
         run = ((group - 1) * image_rows + strip - 1) * row + across
@@ -155,10 +158,11 @@ class ConvRows:
         out, inner, i, j = weight.nonzero().unbind(1)
         kept = len(out)
         near = -(-4 * c * several * (min(run, RUN) + reach) // NEAR)
-        wanted = max(1, min(near, c, kept // (WORTH * max(1, n))))
+        worth = max(1, min(c, kept // (WORTH * max(1, n))))
+        wanted = min(near, worth)
         flat = kernel == [1, 1]
         pitch, whole = pitch_for(strip), pitch_for(down)
-        if stride == 1 and -(-c // max(1, (1 << 16) // whole)) <= wanted:
+        if stride == 1 and -(-c // max(1, (1 << 16) // whole)) <= worth:
             pitch = whole  # then all of an image may lie in planes
         unit = pitch if flat else 1
         together = (1 << 16) // (several * pitch // unit)
@@ -406,7 +410,7 @@ def _bind(
     (h, w), (p, q) = packed.size, packed.out
     threads = max(1, min(_native.threads(), 1 + floor(packed, batch)["flops"] // WORK))
     if direct:  # pieces with all filters
-        whole = batch * -(-((p - 1) * packed.row + q) // MOST)
+        whole = batch * -(-((p - 1) * packed.row + q) // (VECTORS * _native.lanes()))
     else:
         whole = -(-batch // packed.group) * -(-p // packed.strip)
     enough = whole >= SHARE * threads and not direct  # where x is copied for each of the parts

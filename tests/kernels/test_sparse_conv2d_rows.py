@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -226,6 +228,42 @@ def test_any_shape(data: st.DataObject) -> None:
         compare(packed, batch, "auto", offset, data.draw(st.booleans()), activation)
         apart = data.draw(st.integers(0, 2), "apart")
         compare_planes(packed, min(batch, 3), "auto", apart, activation)
+
+
+@native
+@pytest.mark.parametrize(("kernel", "padding"), [(1, 0), (3, 0), (3, 1)])
+def test_every_width_is_halved(kernel: int, padding: int, kernels: str) -> None:
+    """Images at the end of what may be read, at stride 2."""
+    w = weight((2, 1, kernel, kernel), 1.0)
+    for width in range(kernel, 71):
+        x = before_a_wall(torch.randn(1, 1, 3, width))
+        packed = ConvRows.from_dense(w, (3, width), 2, padding)
+        found = sr.sparse_conv2d_rows(packed, x, kernels=kernels)
+        assert error(found, F.conv2d(x.double(), w.double(), None, 2, padding)) < 1e-6, width
+
+
+def before_a_wall(t: Tensor) -> Tensor:
+    """A copy behind which the next byte must not be read."""
+    size = -(-4 * t.numel() // mmap.PAGESIZE) * mmap.PAGESIZE
+    held = mmap.mmap(-1, size + mmap.PAGESIZE)
+    bytes_ = torch.frombuffer(held, dtype=torch.uint8)
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    assert protect(bytes_.data_ptr() + size, mmap.PAGESIZE, 0) == 0
+    return bytes_[:size].view(torch.float32)[-t.numel() :].view(t.shape).copy_(t)
+
+
+@native
+@pytest.mark.parametrize("size", [7, 14, 28, 56])
+def test_threads_have_as_many_pieces(size: int) -> None:
+    torch.set_num_threads(2)
+    packed = ConvRows.from_dense(weight((256, 64, 1, 1), 0.5), (size, size))
+    x, y = packed.room(1), Planes.of(1, 256, (size, size))
+    assert x is not None
+    a = _native.arguments(sr.bind_sparse_conv2d_rows(packed, x, None, y))
+    runs = -(-size * size // (sr.VECTORS * _native.lanes()))
+    assert a.threads == 2
+    assert runs * a.parts % 2 == 0
 
 
 @native
