@@ -29,6 +29,7 @@
     X(layer_norm) \
     X(gelu) \
     X(add) \
+    X(token_attention) \
     X(sequence) \
     X(hash_weights) \
     X(score_update) \
@@ -50,6 +51,7 @@
 #include "max_pool_rows.inc"
 #include "step_parts.inc"
 #include "token_parts.inc"
+#include "token_attention.inc"
 #include "plane_parts.inc"
 #include "masked_update.inc"
 #include "score_update.inc"
@@ -82,6 +84,7 @@
 #include "max_pool_rows.inc"
 #include "step_parts.inc"
 #include "token_parts.inc"
+#include "token_attention.inc"
 #include "plane_parts.inc"
 #include "masked_update.inc"
 #include "score_update.inc"
@@ -121,6 +124,7 @@
 #include "max_pool_rows.inc"
 #include "step_parts.inc"
 #include "token_parts.inc"
+#include "token_attention.inc"
 #include "plane_parts.inc"
 #include "masked_update.inc"
 #include "score_update.inc"

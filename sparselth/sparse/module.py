@@ -18,6 +18,7 @@ from sparselth.sparse.attention import Attention, split_attention
 from sparselth.sparse.choice import MARGIN, Choice, Joinable, choose
 from sparselth.sparse.compaction import Part, check_evaluation, is_known, plain
 from sparselth.sparse.converted import ConvertedModule
+from sparselth.sparse.decoding import join_decoder
 from sparselth.sparse.device import Device
 from sparselth.sparse.forms import Formed
 from sparselth.sparse.forms.stage import without_weight
@@ -317,7 +318,12 @@ def _device(model: nn.Module, given: Given, kernels: str) -> Device:
 def _joined(
     name: str, network: fx.GraphModule, plans: Mapping[Segment, list[Formed]], given: Given
 ) -> fx.GraphModule | None:
-    return join_tokens(network, plans, given.tensors) if name == "joined tokens" else join(network, plans)
+    if name != "joined tokens":
+        return join(network, plans)
+    found = join_tokens(network, plans, given.tensors)
+    if found:
+        join_decoder(found, given.tensors)
+    return found
 
 
 def _race(

@@ -114,7 +114,7 @@ class Program:
     """The steps bound to rooms [features, tokens or more]; each is taken again when nobody reads it."""
 
     def __init__(self, of: JoinedTokens, tokens: int) -> None:
-        self.tokens, self.calls = tokens, list[Call]()
+        self.tokens, self.parts, self.calls = tokens, of.parts, list[Call]()
         self.free: defaultdict[int, list[Tensor]] = defaultdict(list)
         rooms = {i: columns(width, tokens) for i, width in enumerate(of.widths)}
         self.given = [self._view(room) for room in rooms.values()]
@@ -123,12 +123,12 @@ class Program:
         for i, step in enumerate(of.steps):
             xs = [rooms[source] for source in step.sources]
             ends = [source for source in {*step.sources} if last[source] == i]
-            if step.part is None:
+            if step.part is None and len(xs) == 2:
                 rooms[step.value] = rooms[ends[0]] if ends else self._take(len(xs[0]))
                 a, b, y = map(self._view, (*xs, rooms[step.value]))
                 self.calls.append(bind_add(a, b, y))
             else:
-                rooms[step.value] = self._part(of.parts[step.part], xs[0])
+                rooms[step.value] = self._made(step, xs)
             for source in ends:
                 if rooms[source] is not rooms[step.value]:
                     self._leave(rooms[source])
@@ -139,8 +139,10 @@ class Program:
         self.turns_out = [bind_rows(self._view(y)) for y in self.found]
         self.run = sequence(self.calls)
 
-    def _part(self, part: nn.Module, x: Tensor) -> Tensor:
-        """The room that calls of the part fill from room x."""
+    def _made(self, step: Step, xs: list[Tensor]) -> Tensor:
+        """The room that calls of a step with a part fill from room x."""
+        assert step.part is not None
+        part, x = self.parts[step.part], xs[0]
         if isinstance(part, nn.LayerNorm):
             weight, bias = (None if t is None else t.detach() for t in (part.weight, part.bias))
             y = self._take(len(x))
@@ -177,7 +179,7 @@ class Program:
             else:
                 given.copy_(x.t())
 
-    def result(self) -> list[Tensor]:
+    def result(self) -> Any:
         """[tokens, N]s, in memory of their own; of a single token as it lies."""
         if self.tokens == 1:
             return [room.clone() for room in self.found]
@@ -199,7 +201,7 @@ def join_tokens(
     `tensors`: inputs of the graph.
     """
     new = fx.GraphModule(traced, copy.deepcopy(traced.graph))
-    values = _Values(new)
+    values = Values(new)
     values.run(*tensors)
     groups = [group for group in _groups(new, values, plans) if group.pays]
     if not groups:
@@ -214,27 +216,27 @@ def join_tokens(
     return new
 
 
-class _Values(fx.Interpreter):
+class Values(fx.Interpreter):
     """What the nodes of a graph give: shapes of tensors in fp32 on a CPU, and which give no tensor at all."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-        self.numbers: set[fx.Node] = set()
+        self.numbers: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor) and value.dtype == torch.float32 and value.is_cpu and value.dim():
             self.shapes[n] = tuple(value.shape)
         if isinstance(value, int | float | torch.Size):
-            self.numbers.add(n)
+            self.numbers[n] = value
         return value
 
 
 class _Group:
     """Nodes that become one: each reads others of them, or what is known before the first of them."""
 
-    def __init__(self, graph: fx.GraphModule, values: _Values, plans: Mapping[Segment, list[Formed]]) -> None:
+    def __init__(self, graph: fx.GraphModule, values: Values, plans: Mapping[Segment, list[Formed]]) -> None:
         self.graph, self.values, self.plans = graph, values, plans
         self.members: dict[fx.Node, None] = {}  # in order
         self.behind: dict[fx.Node, None] = {}  # views and shapes of them
@@ -259,15 +261,11 @@ class _Group:
             return False
         if len(node.args) == 1 and self._part(node) is not None:
             return True
-        if (
-            not _calls(node, SUMS)
-            or len(node.args) != 2
-            or not all(isinstance(a, fx.Node) for a in node.args)
-        ):
+        if not calls(node, SUMS) or len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
             return False
         alone = sources[0] in self.members and len(sources[0].users) == 1
         same = all(self.values.shapes[source] == shape for source in sources)
-        return same and (alone or not _calls(node, IN_PLACE))
+        return same and (alone or not calls(node, IN_PLACE))
 
     def _part(self, node: fx.Node) -> Part | None:
         """What a node calls, if it is a layer on tokens that has calls in columns."""
@@ -323,16 +321,14 @@ class _Group:
     def _takes_turned(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(self.graph.get_submodule(str(node.target)), JoinedTokens)
-        return _calls(node, ("dim", "size")) or (_calls(node, (getattr,)) and node.args[1:] == ("shape",))
+        return calls(node, ("dim", "size")) or (calls(node, (getattr,)) and node.args[1:] == ("shape",))
 
 
-def _groups(
-    graph: fx.GraphModule, values: _Values, plans: Mapping[Segment, list[Formed]]
-) -> Iterable[_Group]:
+def _groups(graph: fx.GraphModule, values: Values, plans: Mapping[Segment, list[Formed]]) -> Iterable[_Group]:
     """Of nodes between which nothing is but views of them, and numbers."""
     group = _Group(graph, values, plans)
     for node in graph.graph.nodes:
-        quiet = node.op in ("placeholder", "get_attr") or node in values.numbers or _calls(node, VIEWS)
+        quiet = node.op in ("placeholder", "get_attr") or node in values.numbers or calls(node, VIEWS)
         if not group.takes(node) and not quiet:
             yield group
             group = _Group(graph, values, plans)
@@ -343,5 +339,5 @@ def _groups(
     yield group
 
 
-def _calls(node: fx.Node, targets: Container[Any]) -> bool:
+def calls(node: fx.Node, targets: Container[Any]) -> bool:
     return node.op in ("call_function", "call_method") and node.target in targets

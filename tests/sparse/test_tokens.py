@@ -11,10 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torchvision.models import VisionTransformer
 
-from conversions import close, random_masks, times, timing
+from conversions import close, double, joins, leaves, random_masks, times, timing
 from decoders import Decoder, past
 from sparselth import sparse
 from sparselth.kernels import _native
@@ -22,14 +21,6 @@ from sparselth.kernels.step_parts import Call
 from sparselth.sparse.tokens import JoinedTokens
 
 WIDTH = 24
-
-
-def joins(calls: Mapping[str, Call], sample: Any) -> Any:
-    """A clock by which forms in columns are fast, and what joins them too."""
-    for call in calls.values():
-        call()
-    fast = {"csr_tiled": 1e-7, "dense columns": 2e-7, "columns": 1e-7, "joined tokens": 1e-5}
-    return times({name: fast.get(name, 1e-3) for name in calls})
 
 
 class Odd(nn.Module):
@@ -135,14 +126,6 @@ def converted(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, nn.Modul
 
 def programs(network: nn.Module) -> list[JoinedTokens]:
     return [m for m in network.modules() if isinstance(m, JoinedTokens)]
-
-
-def leaves(out: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
-
-
-def double(given: Any) -> Any:
-    return pytree.tree_map(lambda t: t.double() if t.is_floating_point() else t, given)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
