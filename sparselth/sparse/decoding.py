@@ -252,10 +252,7 @@ class _Stretch:
         step = Attention(self._number(), tuple(sources), None, one[1], one[3], tuple(places), scale)
         self.steps.append(step)
         self.at[node] = step.value
-        for i, join in enumerate(joins):
-            if any(user in self.inside and user is not node for user in join.users):
-                return False
-            self.results[join] = len(self.past) + i, None
+        self.results |= {join: (len(self.past) + i, None) for i, join in enumerate(joins)}
         self.past += [past_keys, past_values]
         return True
 

@@ -266,6 +266,15 @@ def test_threads_have_as_many_pieces(size: int) -> None:
     assert runs * a.parts % 2 == 0
 
 
+@pytest.mark.parametrize(
+    ("channels", "size", "strip"), [(512, 14, 7), (256, 28, 8), (128, 56, 8), (64, 112, 4)]
+)
+def test_runs_of_many_channels_are_not_short(channels: int, size: int, strip: int) -> None:
+    """Of stride 2, whose planes are four times as many: up to what registers hold, not all of an image."""
+    packed = ConvRows.from_dense(weight((4, channels, 3, 3), 0.1), (size, size), 2, 1)
+    assert packed.strip == strip
+
+
 @native
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("size", [(8, 33), (4, 4)])

@@ -37,6 +37,10 @@ class Apart(nn.Module):
         for past_keys, past_values in cache:
             y = self.norm(x)
             q, k, v = (f(y).view(b, t, -1, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+            if self.order == "interleaved":
+                q = q.transpose(1, 2).reshape(b, t, 8, 3).permute(0, 3, 1, 2)
+            if self.order == "chained" and new:
+                past_values, past_keys = new[-1]
             both = past_keys, k
             keys = torch.cat(tensors=both, dim=2) if self.order == "named" else torch.cat(both, -2)
             values = torch.concat([past_keys if self.order == "same" else past_values, v], dim=-2)
@@ -61,6 +65,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # the model, and h
     "axes": (lambda: Apart("axes"), 2),
     "one": (lambda: Apart(depth=1), 1),
     "same": (lambda: Apart("same"), 0),
+    "interleaved": (lambda: Apart("interleaved"), 0),
+    "chained": (lambda: Apart("chained"), 0),
     "crossed": (lambda: Apart("crossed"), 0),
     "named": (lambda: Apart("named"), 0),
     "mask": (lambda: Apart("mask"), 0),
