@@ -267,8 +267,11 @@ class _Stretch:
             if found is None or any(n not in self.values.numbers for n in others):
                 return None
             args, kwargs = fx.map_arg((node.args[1:], node.kwargs), self.values.numbers.__getitem__)
-            does = node.target if callable(node.target) else getattr(type(found[1]), node.target, None)
-            return (found[0], does(found[1], *args, **kwargs)) if does else None
+            does = node.target if callable(node.target) else getattr(Tensor, node.target)
+            try:
+                return found[0], does(found[1], *args, **kwargs)
+            except RuntimeError:  # a view of what lies in another way
+                return None
         shape = self.values.shapes.get(node, ())
         numel = torch.Size(shape).numel()
         if not known or not shape or (node not in self.at and shape[-1] != numel):
