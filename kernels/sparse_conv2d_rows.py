@@ -38,7 +38,7 @@ from sparselth.kernels._choose import use_native
 LINE = 16  # floats of a cache line
 RUN = 96  # places of y that registers hold, of one filter
 VECTORS = 12  # of a run, in registers
-MOST = 192  # places of a run, in so many of the largest vectors
+MOST = VECTORS * LINE  # places of a run, in the largest vectors
 NEAR = 24 << 10  # bytes of the planes that stay in the first-level cache
 FAR = 192 << 10  # bytes of the planes that stay in the second-level cache
 FURTHER = 768 << 10  # as many more as make runs longer, up to MOST: they would leave registers empty
@@ -159,7 +159,7 @@ class ConvRows:
         kept = len(out)
         near = -(-4 * c * several * (min(run, RUN) + reach) // NEAR)
         worth = max(1, min(c, kept // (WORTH * max(1, n))))
-        wanted = min(near, worth)
+        wanted = max(1, min(near, worth))
         flat = kernel == [1, 1]
         pitch, whole = pitch_for(strip), pitch_for(down)
         if stride == 1 and -(-c // max(1, (1 << 16) // whole)) <= worth:

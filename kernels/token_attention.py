@@ -72,6 +72,11 @@ def token_attention(
     b, h, _, d = q.shape
     y = torch.empty(b, 1, h, d, dtype=torch.float32, device="cpu").transpose(1, 2)
     bound = TokenAttention(q, k, v, y, scale, kernels)
+    if not follows(q.shape, past_keys, past_values):
+        raise ValueError(
+            f"past_keys, past_values: expected fp32 [{b}, {h}, S, {d}] on a CPU, the numbers of D side "
+            f"by side, got {[*past_keys.shape]} and {[*past_values.shape]}"
+        )
     found = bound.follow(past_keys, past_values)
     bound.run()
     return y, *found
@@ -105,14 +110,8 @@ class TokenAttention:
             self.run = _native.bind("token_attention", self.arguments, q, k, v, y)
 
     def follow(self, past_keys: Tensor, past_values: Tensor) -> tuple[Tensor, Tensor]:
-        """keys and values, that the next run fills. ValueError: what is not [B, H, S, D]."""
-        b, h, _, d = self.new[0].shape
-        if not follows(self.new[0].shape, past_keys, past_values):
-            raise ValueError(
-                f"past_keys, past_values: expected fp32 [{b}, {h}, S, {d}] on a CPU, the numbers of D side "
-                f"by side, got {[*past_keys.shape]} and {[*past_values.shape]}"
-            )
-        s = past_keys.shape[2]
+        """keys and values, that the next run fills. Who calls it has asked `follows`; nothing is checked."""
+        b, h, s, d = past_keys.shape
         keys, values = (torch.empty(b, h, s + 1, d, dtype=torch.float32, device="cpu") for _ in "kv")
         self.held = past_keys, past_values, keys, values
         if self.native:

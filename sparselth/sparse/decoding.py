@@ -29,8 +29,6 @@ NOTHING: dict[str, tuple[Any, ...]] = {  # arguments of torch's attention that a
     "is_causal": (False,),
     "enable_gqa": (False,),
 }
-
-
 Result = tuple[int, int | None]  # see JoinedDecoder
 
 
@@ -40,9 +38,7 @@ class Attention(Step):
 
     heads: int = 1
     width: int = 1  # of a head
-    places: tuple[
-        tuple[int, int], ...
-    ] = ()  # of q, k and v: of their first number, from one head to the next
+    places: tuple[tuple[int, int], ...] = ()  # of q, k, v: the first number, and from one head to the next
     scale: float | None = None
 
 

@@ -97,7 +97,7 @@ class Held(Protocol):
 class InColumns:
     """What `make(batch)` binds, on batches of any size; buffers are kept for the last few sizes.
 
-    What `fill` takes beside x is of as many rows.
+    `fill` takes all that it is called with; the rows of the first are the batch.
     """
 
     def __init__(self, make: Callable[[int], Held]) -> None:

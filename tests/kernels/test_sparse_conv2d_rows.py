@@ -275,6 +275,14 @@ def test_runs_of_many_channels_are_not_short(channels: int, size: int, strip: in
     assert packed.strip == strip
 
 
+def test_no_channels_are_one_block(kernels: str) -> None:
+    """y is the bias, and is written."""
+    packed, bias = ConvRows.from_dense(torch.zeros(3, 0, 3, 3), (4, 5), 1, 1), torch.randn(3)
+    y = torch.full((1, 3, 4, 5), torch.nan)
+    sr.bind_sparse_conv2d_rows(packed, torch.zeros(1, 0, 4, 5), bias, y, kernels=kernels)()
+    assert torch.equal(y, bias.view(1, 3, 1, 1).expand(1, 3, 4, 5))
+
+
 @native
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("size", [(8, 33), (4, 4)])
