@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,26 @@ def test_workers_can_be_spawned(
     monkeypatch.setattr("sparselth.experiments.processes._forks", lambda config: False)
     spawned = imp(*flags, "--workers", "1", out="spawned")
     assert run_contents(forked.path) == run_contents(spawned.path)
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="no CPU that counts subnormals as 0")
+def test_workers_count_subnormal_numbers_as_zero_and_the_caller_does_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On Intel each costs 100 cycles and more; Adam's moments fade through them."""
+    real = Simulated.compute
+
+    def compute(self: Simulated, cells: Sequence[Cell], place: Place) -> Any:
+        found = real(self, cells, place)
+        assert found is not None
+        product = {"product": float(torch.tensor(1e-30) * 1e-12)}
+        return [replace(one, line=product | one.line) for one in found]
+
+    monkeypatch.setattr(EXPERIMENTS, "things", dict(EXPERIMENTS.items()) | {"simulated": Simulated})
+    monkeypatch.setattr(Simulated, "compute", compute)
+    record = run(Simulated(chains=(0,), levels=0), out=tmp_path / "run", workers=1)
+    assert [point["product"] for point in record.points] == [0.0]
+    assert float(torch.tensor(1e-30) * 1e-12) > 0
 
 
 def test_a_cell_without_a_checkpoint_is_not_said_to_be_saved(
