@@ -90,6 +90,14 @@ def cpu_name() -> str:
     return f"{name}, {vectors}" if vectors else name
 
 
+def has_tiles() -> bool:
+    """Whether this CPU multiplies bf16 in tiles (AMX), many times as many numbers a cycle as in fp32."""
+    import torch  # the module itself is light
+
+    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)  # since torch 2.5
+    return bool(asked and asked())
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))

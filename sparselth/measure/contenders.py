@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from sparselth import sparse, tickets
 from sparselth.calls import snapshot
 from sparselth.errors import SparselthError
+from sparselth.machine import has_tiles
 from sparselth.masks import Masks, by_parameter
 from sparselth.measure import memory, outside
 from sparselth.measure.memory import Memory, held
@@ -81,13 +82,15 @@ class Ready:
 @dataclass(frozen=True)
 class Contender:
     name: str
-    kind: str  # "dense", "sparse" (others that use zeros), "ours"
+    kind: str  # "dense", "sparse" (others that use zeros), "bf16" (dense, of less precision), "ours"
     make: Callable[[Field], Ready]
     cuda: bool = True
 
 
 def make_ready(
-    field: Field, kinds: Iterable[str] = ("dense", "sparse", "ours"), say: Callable[[str], None] | None = None
+    field: Field,
+    kinds: Iterable[str] = ("dense", "sparse", "bf16", "ours"),
+    say: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Ready], list[str]]:
     """All that can be, by name, and a line on each that cannot; SparselthError where ours cannot."""
     found: dict[str, Ready] = {}
@@ -159,6 +162,28 @@ def _compiled(field: Field) -> Ready:
     with patched(freezing=not field.cuda):
         _call(run, turn(field.given))()
     return Ready(lambda given: _call(run, turn(given)), (*_tensors(net),))
+
+
+def _bf16(field: Field) -> Ready:
+    """torch in bf16, channels-last where it convolves, where the CPU has tiles for that."""
+    if not has_tiles():
+        raise Pointless
+    net, turn = copy.deepcopy(field.net).bfloat16(), _same
+    if any(isinstance(module, nn.Conv2d) for module in net.modules()):
+        net, turn = net.to(memory_format=torch.channels_last), _turned
+
+    def bind(given: Given) -> Call:
+        floats = [t.bfloat16() if t.is_floating_point() else t for t in given.tensors]
+        return _call(net, turn(given.to(floats)))
+
+    bind(field.given)()
+    return Ready(bind, (*_tensors(net),))
+
+
+def _openvino_bf16(field: Field) -> Ready:
+    if not has_tiles():
+        raise Pointless
+    return _outside(partial(outside.openvino, name="openvino-bf16"), field)
 
 
 def _same(given: Given) -> Given:
@@ -269,6 +294,8 @@ CONTENDERS = (
     Contender("dense compiled", "dense", _compiled),
     Contender("onnxruntime", "dense", partial(_outside, outside.onnxruntime), cuda=False),
     Contender("openvino", "dense", partial(_outside, outside.openvino), cuda=False),
+    Contender("dense bf16", "bf16", _bf16, cuda=False),
+    Contender("openvino bf16", "bf16", _openvino_bf16, cuda=False),
     Contender("deepsparse", "sparse", _deepsparse, cuda=False),
     Contender("torch CSR", "sparse", _csr),
     Contender(OURS, "ours", _converted),

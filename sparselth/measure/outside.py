@@ -130,10 +130,10 @@ def onnxruntime(exported: Exported) -> Outside:
     return _made("onnxruntime", exported)
 
 
-def openvino(exported: Exported) -> Outside:
-    """OpenVINO in fp32 for least latency, which reads ONNX; its file is of its own format."""
+def openvino(exported: Exported, name: str = "openvino") -> Outside:
+    """OpenVINO for least latency, in fp32 or by its other name in bf16; its file is of its own format."""
     need("openvino")
-    made = _made("openvino", exported)
+    made = _made(name, exported)
     library = importlib.import_module("openvino")
     file = Path(exported.folder.name, "network.xml")
     library.save_model(library.Core().read_model(str(exported.file)), str(file), compress_to_fp16=False)

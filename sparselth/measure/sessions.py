@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,11 @@ def onnxruntime(file: str, threads: int) -> Run:
     return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
 
 
-def openvino(file: str, threads: int) -> Run:
+def openvino(file: str, threads: int, precision: str = "f32") -> Run:
     runtime = importlib.import_module("openvino")
     settings = {
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
     }
     core = runtime.Core()
@@ -51,7 +52,11 @@ def openvino(file: str, threads: int) -> Run:
     return run
 
 
-RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino}
+RUNTIMES: dict[str, Callable[[str, int], Run]] = {
+    "onnxruntime": onnxruntime,
+    "openvino": openvino,
+    "openvino-bf16": partial(openvino, precision="bf16"),
+}
 
 
 def memory(what: str) -> int:
@@ -63,7 +68,7 @@ def memory(what: str) -> int:
 def main(name: str, file: str, threads: str, inputs: str) -> None:
     with np.load(inputs) as found:
         arrays = [found[f"x{i}"] for i in range(len(found.files))]
-    importlib.import_module(name)
+    importlib.import_module(name.removesuffix("-bf16"))
     before = memory("VmRSS")
     RUNTIMES[name](file, int(threads))(arrays)
     print("grew by", memory("VmHWM") - before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,11 @@ def example(batch):
 
 @pytest.fixture(autouse=True)
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No compiler, no runtimes of others, a cache of its own; a file of a network in the working folder."""
+    """No compiler, no runtimes of others, no tiles, a cache of its own; a file of a network to work on."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(contenders, "compiled", lambda net: net)
     monkeypatch.setattr(case, "REST", 0.0)
+    monkeypatch.setattr(contenders, "has_tiles", lambda: False)
 
     def need(*packages: str) -> None:
         raise SparselthError(f"{packages[0]} is not installed")
@@ -135,6 +137,35 @@ def test_who_is_wrong_is_nobodys_best_even_on_fresh_inputs_alone(monkeypatch: py
     assert {row["dense_best"] for row in result.rows} <= {"dense", "dense compiled"}
     said = " ".join(network_tables.report(result, "here").split())
     assert "CHECK FAILED: remembers at batch 3" in said
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_dense_in_bf16_is_raced_where_a_cpu_has_tiles_and_is_nobodys_best(
+    tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contenders, "has_tiles", lambda: tiles)
+
+    def fastest(field: Field) -> Ready:
+        y = contenders._bf16(field).bind(field.given)()
+        return Ready(
+            lambda given: lambda: y if given is field.given else field.net(*given.tensors).bfloat16()
+        )
+
+    more = [replace(one, make=fastest) if one.name == "dense bf16" else one for one in CONTENDERS]
+    monkeypatch.setattr(contenders, "CONTENDERS", more)
+    result = bench_module(net("net.py:make", 0.75), (2,), quiet)
+    assert not result.failed
+    said = " ".join(network_tables.report(result, "here").split())
+    rows = [row for row in result.rows if row["dtype"] == "bf16"]
+    assert bool(rows) == tiles == ("In bf16, for which this CPU has tiles (AMX), dense bf16 takes" in said)
+    if tiles:
+        (row,) = rows
+        assert row["speedup"] > 1
+        assert row["dense_best"] in ("dense", "dense channels-last", "dense compiled")
+        assert row["sparsity"] == 0
+        assert 1e-4 < row["max_rel_error"] < 0.05
+        assert row["check"] == "passed"
+        assert "openvino bf16 is not among the rivals: openvino is not installed" in said
 
 
 def test_masks_keep_an_exact_share_of_each_tensor() -> None:
@@ -276,7 +307,7 @@ def test_the_table_of_contenders() -> None:
     names = [one.name for one in CONTENDERS]
     assert len({*names}) == len(names)
     assert names[-1] == contenders.OURS
-    assert {one.kind for one in CONTENDERS} == {"dense", "sparse", "ours"}
+    assert {one.kind for one in CONTENDERS} == {"dense", "sparse", "bf16", "ours"}
 
 
 class Cast(nn.Linear):
