@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, cast
@@ -73,6 +75,17 @@ def choose(level: str) -> None:
 def lanes() -> int:
     """Floats of a vector at the level that was loaded."""
     return 4 << LEVELS.index(LEVEL or "avx512")
+
+
+@cache
+def first_level() -> int:
+    """Bytes of a core's first-level data cache, 32 KB where nobody says."""
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        with suppress(OSError, ValueError):
+            level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
+            if level == "1" and kind == "Data" and size.endswith("K"):
+                return int(size[:-1]) << 10
+    return 32 << 10
 
 
 def bind(entry: str, arguments: ctypes.Structure, *alive: object) -> Callable[[], None]:
@@ -148,6 +161,20 @@ def scratch(size: int) -> torch.Tensor:
     return work
 
 
+_here = threading.local()
+
+
 def threads() -> int:
-    """Threads for a call: torch's."""
-    return torch.get_num_threads()
+    """Threads for a call: torch's, but within `on_threads`."""
+    found: int = getattr(_here, "threads", 0)
+    return found or torch.get_num_threads()
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """What this thread binds works on so many."""
+    before, _here.threads = getattr(_here, "threads", 0), count
+    try:
+        yield
+    finally:
+        _here.threads = before

@@ -40,6 +40,7 @@ CELL = 16  # columns of the batch that are worked on at a time; 64 bytes
 RING = 448 << 10  # bytes of packed rows that a small second-level cache still holds
 NEAR = 24 << 10  # bytes of x that stay in the first-level cache
 WORTH, WORTH_DV = 14, 36  # kept weights of a filter that pay for another block of channels
+LARGE, WORTH_LARGE = 48 << 10, 20  # a first-level cache from which on it takes more
 PIXELS = 8  # of one filter in registers, at most
 
 
@@ -91,8 +92,9 @@ class Taps:
             strip -= strip % 2  # pairs for a pool
         length = strip + more
         rows, kept = len(phases) * filters, len(row)
-        near = -(-column * (PIXELS + more) * 4 * CELL // NEAR)
-        blocks = max(1, min(near, channels, kept // (WORTH * max(1, rows))))
+        near = -(-column * (min(PIXELS, strip) + more) * 4 * CELL // NEAR)
+        worth = WORTH_LARGE if _native.first_level() >= LARGE else WORTH
+        blocks = max(1, min(near, channels, kept // (worth * max(1, rows))))
         joined = -(-blocks // max(1, kept // (WORTH_DV * max(1, rows))))
         part = (row // filters * blocks + channel * blocks // max(1, channels)) * filters + row % filters
         if blocks > 1:

@@ -26,7 +26,7 @@ from sparselth.sparse.report import LayerReport
 from sparselth.sparse.times import Cache
 
 MARGIN = 1.03
-APART = 1.5  # times the seconds of a chain by itself that its layers may take where what is joined is raced
+APART = 2.0  # times the seconds of a chain by itself that its layers may take where what is joined is raced
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def choose(
     layers = _layer_reports(trials, plans[chosen], original)
     limit = times[chosen]
     found = {
-        "joined": _cheapest_of(trials, limit, lambda form: form.in_columns),
+        "joined": _cheapest_of(trials, APART * limit, lambda form: form.in_columns),
         "joined rows": _cheapest_of(trials, APART * limit, lambda form: form.in_planes),
     }
     if len(trials[0].stage.before) == len(trials[-1].stage.after) == 1:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparselth.kernels.sparse_conv2d import CELL
 from sparselth.sparse.forms.stage import LAYERS
 from sparselth.sparse.network import InColumns
+from sparselth.sparse.parts import InParts
 from sparselth.sparse.programs import InRows, Plans, Program, Step
 from sparselth.sparse.segment import Segment
 
@@ -33,6 +35,8 @@ DOES: dict[str, Callable[..., Tensor]] = {  # steps without a segment, on images
 class Joined(nn.Module):
     """Steps on images [B, C, H, W]; the value of the last one is the result."""
 
+    in_parts = False  # whether few images at a time go through all steps
+
     def __init__(self, segments: list[Segment], steps: list[Step]) -> None:
         super().__init__()
         self.segments, self.steps = nn.ModuleList(segments), steps
@@ -44,7 +48,18 @@ class Joined(nn.Module):
         forms = [form for plan in self.plans for form in plan]
         in_columns = all(form.in_columns for form in forms)
         self.bound = in_columns or all(form.in_planes for form in forms)
-        self.run = InColumns(partial(Program if in_columns else InRows, self.plans, self.steps))
+        self.part = CELL if in_columns else 1
+        make = partial(Program if in_columns else InRows, self.plans, self.steps)
+        self.run = InParts(make, self.part) if self.in_parts else InColumns(make)
+
+    def take_parts(self, batch: int) -> bool:
+        """From now on a few images at a time go through all steps, as `sparse.parts` has it.
+
+        False where a batch of this size has no parts.
+        """
+        self.in_parts = True
+        self._link()
+        return self.bound and batch > self.part
 
     def _parts(self) -> list[Segment]:
         return [one for one in self.segments if isinstance(one, Segment)]

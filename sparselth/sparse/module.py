@@ -23,6 +23,7 @@ from sparselth.sparse.device import Device
 from sparselth.sparse.forms import Formed
 from sparselth.sparse.forms.stage import without_weight
 from sparselth.sparse.grouping import join
+from sparselth.sparse.joined import Joined
 from sparselth.sparse.reference import Given, Reference, Samples, masked_copy
 from sparselth.sparse.report import LayerReport, Report
 from sparselth.sparse.segment import Segment
@@ -66,6 +67,8 @@ def convert_module(
         for name, plans in work.joinable.items():
             if isinstance(network, fx.GraphModule) and (joined := _joined(name, network, plans, given)):
                 networks[name] = joined
+                if name != "joined tokens" and (parted := _in_parts(network, plans, given)):
+                    networks[f"{name} in parts"] = parted
         samples = Samples.of(model, masks, given, reference)
         calls = {
             name: partial(_caller, net, flat=name != "original" and like is not None)
@@ -324,6 +327,18 @@ def _joined(
     if found:
         join_decoder(found, given.tensors)
     return found
+
+
+def _in_parts(
+    network: fx.GraphModule, plans: Mapping[Segment, list[Formed]], given: Given
+) -> fx.GraphModule | None:
+    """As `join` has it, few images at a time; None where that is all of them."""
+    found, first = join(network, plans), given.tensors[0]
+    parted = False
+    for module in found.modules() if found else ():
+        if isinstance(module, Joined):
+            parted |= module.take_parts(len(first) if first.dim() else 0)
+    return found if parted else None
 
 
 def _race(

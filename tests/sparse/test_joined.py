@@ -319,7 +319,7 @@ def test_what_does_not_pay_stays_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "seconds", apart)
     fast, _ = converted("in place", torch.randn(2, 3, 8, 8))
     assert fast.report.chosen == "converted"
-    assert {*fast.report.networks} == {"original", "converted", "joined"}
+    assert {*fast.report.networks} >= {"original", "converted", "joined"}
     assert not [m for m in fast.modules() if isinstance(m, Joined)]
 
 
