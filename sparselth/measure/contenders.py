@@ -177,7 +177,7 @@ def _bf16(field: Field) -> Ready:
         return _call(net, turn(given.to(floats)))
 
     bind(field.given)()
-    return Ready(bind, (*_tensors(net),))
+    return Ready(bind, (*_tensors(net),), dense_bytes(net))  # a file of them has a header, too
 
 
 def _openvino_bf16(field: Field) -> Ready:

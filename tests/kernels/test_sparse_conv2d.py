@@ -167,10 +167,14 @@ def test_images_between_convolutions_are_read_in_place(data: st.DataObject) -> N
         assert not room.memory.any()  # nothing around the images
 
 
-def test_blocks_of_channels_are_read_in_place(kernels: str) -> None:
+@pytest.mark.parametrize(("cache", "blocks"), [(32 << 10, 5), (48 << 10, 4)])
+def test_blocks_of_channels_are_read_in_place(
+    kernels: str, cache: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native, "first_level", lambda: cache)
     torch.manual_seed(0)
-    index = sc.Conv2dIndex.from_dense(torch.rand(8, 64, 3, 3) < 0.3, (8, 9), 1, 1)
-    assert index.forward.blocks > 1
+    index = sc.Conv2dIndex.from_dense(torch.rand(8, 64, 3, 3) < 0.15, (8, 9), 1, 1)
+    assert index.forward.blocks == blocks
     room, x, values = index.slices(20), torch.randn(64, 8, 9, 20), torch.randn(index.kept)
     assert room is not None
     room.images[0], room.images[1, ..., :4] = x[..., :16], x[..., 16:]

@@ -146,7 +146,10 @@ def test_dense_in_bf16_is_raced_where_a_cpu_has_tiles_and_is_nobodys_best(
     monkeypatch.setattr(contenders, "has_tiles", lambda: tiles)
 
     def fastest(field: Field) -> Ready:
-        y = contenders._bf16(field).bind(field.given)()
+        made = contenders._bf16(field)
+        whole = sum(t.numel() * t.element_size() for t in field.net.state_dict().values())
+        assert made.file_bytes == pytest.approx(whole / 2, abs=8)  # counts of batches stay integers
+        y = made.bind(field.given)()
         return Ready(
             lambda given: lambda: y if given is field.given else field.net(*given.tensors).bfloat16()
         )
@@ -341,3 +344,22 @@ def test_a_network_that_cannot_be_converted_or_is_not_fp32_is_a_line() -> None:
     Path("wide.py").write_text(FILE.replace("return Net()", "return Net().double()"))
     with pytest.raises(UsageError, match=r"`model` wide.py:make: stem.weight is torch.float64; expected"):
         net("wide.py:make", 0.5)
+
+
+def test_the_sentence_on_bf16_names_the_faster_one() -> None:
+    def row(name: str, dtype: str, seconds: float, check: str = "passed") -> dict[str, Any]:
+        error = 2e-7 if dtype == "fp32" else 3e-3
+        found = {"implementation": name, "dtype": dtype, "median_s": seconds, "check": check}
+        return found | {"max_rel_error": error}
+
+    ours = row("sparselth", "fp32", 4e-3)
+    slow, fast = row("dense bf16", "bf16", 6e-3), row("openvino bf16", "bf16", 1e-3)
+    assert network_tables._in_bf16([slow, fast, ours]) == [
+        "In bf16, for which this CPU has tiles (AMX), openvino bf16 takes 1.000 ms; 4.00 times as fast as "
+        "sparselth, in fp32. Off from float64 by 3.0e-03 and 2.0e-07."
+    ]
+    (said,) = network_tables._in_bf16([slow, ours])
+    assert "dense bf16 takes 6.000 ms; sparselth 1.50 times as fast, in fp32." in said
+    assert network_tables._in_bf16([ours]) == []
+    assert network_tables._in_bf16([row("dense bf16", "bf16", 1e-3, "failed"), ours]) == []
+    assert network_tables._in_bf16([fast, row("sparselth", "fp32", 4e-3, "failed")]) == []
