@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparselth.kernels import _native
-from sparselth.sparse.network import Held, InColumns
+from sparselth.sparse.network import BATCHES, Held, InColumns
 
 
 class InParts:
@@ -52,6 +52,9 @@ class InParts:
             for i, part in enumerate(parts):
                 key = len(part), i % threads
                 if key not in self.held:
+                    rests = [one for one in self.held if one[0] != self.part]
+                    if len(rests) == BATCHES:  # what is left over of the last few batches
+                        del self.held[rests[0]]
                     with torch.inference_mode(False), _native.on_threads(1):
                         self.held[key] = self.make(len(part))
             others = [self._pool(threads).submit(work, thread) for thread in range(1, threads)]
