@@ -38,10 +38,9 @@ class InParts:
             y: Tensor = self.whole(x)
             return y
         found: list[Tensor] = [x] * len(parts)
-        inference = torch.is_inference_mode_enabled()
 
         def work(thread: int) -> None:
-            with torch.inference_mode(inference), torch.no_grad():  # a thread begins without
+            with torch.no_grad():  # a thread begins without
                 for i in range(thread, len(parts), threads):
                     held = self.held[len(parts[i]), thread]
                     held.fill(parts[i])

@@ -323,6 +323,20 @@ def test_what_does_not_pay_stays_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [m for m in fast.modules() if isinstance(m, Joined)]
 
 
+def test_layers_that_are_slower_apart_are_joined_and_raced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one small layer that is faster in another layout keeps a whole network apart."""
+
+    def clock(calls: Mapping[str, Call], sample: Any) -> Any:
+        taken = {"sparse_conv2d": 7e-3, "sparse_conv2d_rows": 4e-3, "columns": 1e-7}
+        return times({name: taken.get(name, 1e-2) for name in calls})
+
+    monkeypatch.setattr(timing, "seconds", clock)
+    torch.manual_seed(0)
+    model = Block(3, 8, 2, False).eval()
+    fast = sparse.convert(model, random_masks(model, 0.5), torch.randn(2, 3, 8, 8))
+    assert {"joined", "joined rows"} <= {*fast.report.networks}
+
+
 def efficient() -> nn.Module:
     block = zoo.efficientnet.MBConvConfig
     settings = block(1, 3, 1, 8, 8, 1, 1, 1), block(4, 5, 2, 8, 12, 2, 1, 1)

@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -126,6 +127,61 @@ def test_modes_of_the_caller(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert not y.requires_grad
     assert torch.equal(y, right)
     assert torch.equal(fast(x), right)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_that_was_made_in_inference_mode_serves_outside(
+    layout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, _ = parted(layout, monkeypatch)
+    x, fresh = torch.randn(40, 3, 9, 9), pickle.loads(pickle.dumps(fast))
+    with torch.inference_mode():
+        fresh(x)
+    assert torch.equal(fresh(x), fast(x))
+
+
+def test_a_part_is_bound_to_one_thread_and_the_caller_to_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, _ = parted(LAYOUTS[0], monkeypatch)
+    run, bound = joined(pickle.loads(pickle.dumps(fast))).run, list[int]()
+    make = run.make
+
+    def noted(batch: int) -> Any:
+        bound.append(_native.threads())
+        return make(batch)
+
+    monkeypatch.setattr(run, "make", noted)
+    run(torch.randn(40, 3, 9, 9))
+    assert bound == [1, 1, 1]  # two of 16, one of 8
+    assert _native.threads() == 2
+
+
+def test_more_threads_than_parts_take_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, _ = parted(LAYOUTS[0], monkeypatch)
+    run = joined(pickle.loads(pickle.dumps(fast))).run
+    torch.set_num_threads(4)
+    run(torch.randn(40, 3, 9, 9))
+    assert not run.held
+
+
+def test_an_error_waits_for_the_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, _ = parted(LAYOUTS[0], monkeypatch)
+    fast(torch.randn(40, 3, 9, 9))
+    held, done = joined(fast).run.held, threading.Event()
+    real = held[16, 1].run
+
+    def slow() -> None:
+        time.sleep(0.2)
+        real()
+        done.set()
+
+    def fails() -> None:
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(held[16, 1], "run", slow)
+    monkeypatch.setattr(held[16, 0], "run", fails)
+    with pytest.raises(MemoryError, match="none left"):
+        fast(torch.randn(40, 3, 9, 9))
+    assert done.is_set()
 
 
 def test_an_error_of_another_thread_is_told_and_the_next_call_is_right(
