@@ -109,7 +109,7 @@ def _sentence(rows: Sequence[Mapping[str, Any]]) -> str:
 def _in_bf16(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Where the CPU has tiles for bf16, what dense networks in it take beside ours in fp32."""
     ours = rows[-1]
-    dense = [row for row in rows if row["dtype"] == "bf16" and row["check"] == "passed"]
+    dense = [row for row in rows if row.get("dtype") == "bf16" and row["check"] == "passed"]
     if not dense or ours["check"] == "failed":
         return []
     best = min(dense, key=lambda row: row["median_s"])
