@@ -346,6 +346,20 @@ def test_a_network_that_cannot_be_converted_or_is_not_fp32_is_a_line() -> None:
         net("wide.py:make", 0.5)
 
 
+class Choosing(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = super().forward(x)
+        return y, (1e4 * y).long()
+
+
+def test_integers_that_differ_in_bf16_fail_its_row_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "has_tiles", lambda: True)
+    result = bench_module(lone(Choosing(32, 32)), (3,), quiet)
+    assert only(result, "dense bf16")["check"] == "failed"
+    assert [row["implementation"] for row in result.rows if row["check"] == "failed"] == ["dense bf16"]
+    assert not result.failed
+
+
 def test_the_sentence_on_bf16_names_the_faster_one() -> None:
     def row(name: str, dtype: str, seconds: float, check: str = "passed") -> dict[str, Any]:
         error = 2e-7 if dtype == "fp32" else 3e-3
