@@ -73,6 +73,8 @@ class Ready:
 
     def memory(self, given: Given, device: str, file: int | None) -> Memory | None:
         """Of weights and of a call; of a runtime of others all is one number."""
+        if self.converted is not None:  # a copy has no buffers yet: the first call makes them
+            return memory.running(self.parts, _call(copy.deepcopy(self.converted), given), device, file)
         if self.outside is None:
             return memory.running(self.parts, self.bind(given), device, file)
         grown = self.outside.peak_bytes(given)

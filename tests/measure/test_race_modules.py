@@ -346,6 +346,32 @@ def test_a_network_that_cannot_be_converted_or_is_not_fp32_is_a_line() -> None:
         net("wide.py:make", 0.5)
 
 
+class Keeping(nn.Module):
+    """Makes a buffer in its first call, as converted networks do, and copies without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+    def __deepcopy__(self, memo: object) -> Keeping:
+        return Keeping()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.kept:
+            self.kept.append(torch.ones(1 << 16))
+        return x + self.kept[0][0]
+
+
+def test_buffers_of_the_first_call_are_memory_whoever_called_first() -> None:
+    network, x = Keeping(), torch.randn(3, 8)
+    network(x)  # as it is raced and checked
+    found = Ready(lambda given: partial(network, *given.tensors), (), converted=network).memory(
+        Given.of(network, x), "cpu", None
+    )
+    assert found is not None
+    assert found.activations >= 4 << 16
+
+
 class Choosing(nn.Linear):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = super().forward(x)
