@@ -30,6 +30,7 @@
     X(gelu) \
     X(add) \
     X(token_attention) \
+    X(self_attention) \
     X(sequence) \
     X(hash_weights) \
     X(score_update) \
@@ -52,6 +53,7 @@
 #include "step_parts.inc"
 #include "token_parts.inc"
 #include "token_attention.inc"
+#include "self_attention.inc"
 #include "plane_parts.inc"
 #include "masked_update.inc"
 #include "score_update.inc"
@@ -85,6 +87,7 @@
 #include "step_parts.inc"
 #include "token_parts.inc"
 #include "token_attention.inc"
+#include "self_attention.inc"
 #include "plane_parts.inc"
 #include "masked_update.inc"
 #include "score_update.inc"
@@ -125,6 +128,7 @@
 #include "step_parts.inc"
 #include "token_parts.inc"
 #include "token_attention.inc"
+#include "self_attention.inc"
 #include "plane_parts.inc"
 #include "masked_update.inc"
 #include "score_update.inc"

@@ -15,10 +15,10 @@ from torch.utils import _pytree as pytree
 from sparselth.check import ROUNDING
 from sparselth.errors import one_line
 from sparselth.sparse.attention import Attention, split_attention
+from sparselth.sparse.blocks import join_blocks
 from sparselth.sparse.choice import MARGIN, Choice, Joinable, choose
 from sparselth.sparse.compaction import Part, check_evaluation, is_known, plain
 from sparselth.sparse.converted import ConvertedModule
-from sparselth.sparse.decoding import join_decoder
 from sparselth.sparse.device import Device
 from sparselth.sparse.forms import Formed
 from sparselth.sparse.forms.stage import without_weight
@@ -65,10 +65,8 @@ def convert_module(
         work.layers(network, _caller(network, given, like is not None))
         networks = {"original": original, "converted": network}
         for name, plans in work.joinable.items():
-            if isinstance(network, fx.GraphModule) and (joined := _joined(name, network, plans, given)):
-                networks[name] = joined
-                if name != "joined tokens" and (parted := _in_parts(network, plans, given)):
-                    networks[f"{name} in parts"] = parted
+            if isinstance(network, fx.GraphModule):
+                networks |= _joined(name, network, plans, given)
         samples = Samples.of(model, masks, given, reference)
         calls = {
             name: partial(_caller, net, flat=name != "original" and like is not None)
@@ -320,13 +318,18 @@ def _device(model: nn.Module, given: Given, kernels: str) -> Device:
 
 def _joined(
     name: str, network: fx.GraphModule, plans: Mapping[Segment, list[Formed]], given: Given
-) -> fx.GraphModule | None:
+) -> dict[str, fx.GraphModule]:
+    """The ways in which layers of these plans stand together."""
     if name != "joined tokens":
-        return join(network, plans)
-    found = join_tokens(network, plans, given.tensors)
-    if found:
-        join_decoder(found, given.tensors)
-    return found
+        found = {name: join(network, plans), f"{name} in parts": _in_parts(network, plans, given)}
+    else:
+        found = {name: join_tokens(network, plans, given.tensors)}
+        for more in ("joined blocks", "joined blocks in parts") if found[name] else ():
+            blocks = join_tokens(network, plans, given.tensors)
+            assert blocks is not None
+            if join_blocks(blocks, given.tensors, in_parts=more.endswith("parts")):
+                found[more] = blocks
+    return {name: graph for name, graph in found.items() if graph}
 
 
 def _in_parts(

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,43 +20,45 @@ from sparselth.sparse.network import BATCHES, Held, InColumns
 
 
 class InParts:
-    """What `make(batch)` binds, on `part` of a batch at a time.
+    """What `make(batch)` binds, on `part` of a batch at a time; `together` makes one of the results.
 
     A batch of less than one for each thread goes through as a whole, as `InColumns` has it.
     """
 
-    def __init__(self, make: Callable[[int], Held], part: int) -> None:
-        self.make, self.part, self.lock = make, part, threading.Lock()
+    def __init__(
+        self, make: Callable[[int], Held], part: int, together: Callable[[list[Any]], Any] = torch.cat
+    ) -> None:
+        self.make, self.part, self.together, self.lock = make, part, together, threading.Lock()
         self.whole = InColumns(make)
         self.held: dict[tuple[int, int], Held] = {}  # by images and thread
         self.pool: ThreadPoolExecutor | None = None
         self.made_by = 0, 0  # the process whose threads these are, and how many
 
-    def __call__(self, x: Tensor) -> Tensor:
-        parts = [x[i : i + self.part] for i in range(0, len(x), self.part)]
+    def __call__(self, x: Tensor, *more: Tensor) -> Any:
+        starts = range(0, len(x), self.part)
+        parts = [[t[i : i + self.part] for t in (x, *more)] for i in starts]
         threads = torch.get_num_threads()
         if len(parts) < max(2, threads):
-            y: Tensor = self.whole(x)
-            return y
-        found: list[Tensor] = [x] * len(parts)
+            return self.whole(x, *more)
+        found: list[Any] = [None] * len(parts)
 
         def work(thread: int) -> None:
             with torch.no_grad():  # a thread begins without
                 for i in range(thread, len(parts), threads):
-                    held = self.held[len(parts[i]), thread]
-                    held.fill(parts[i])
+                    held = self.held[len(parts[i][0]), thread]
+                    held.fill(*parts[i])
                     held.run()
                     found[i] = held.result()
 
         with self.lock:
             for i, part in enumerate(parts):
-                key = len(part), i % threads
+                key = len(part[0]), i % threads
                 if key not in self.held:
                     rests = [one for one in self.held if one[0] != self.part]
                     if len(rests) == BATCHES:  # what is left over of the last few batches
                         del self.held[rests[0]]
                     with torch.inference_mode(False), _native.on_threads(1):
-                        self.held[key] = self.make(len(part))
+                        self.held[key] = self.make(len(part[0]))
             others = [self._pool(threads).submit(work, thread) for thread in range(1, threads)]
             try:
                 work(0)
@@ -63,7 +66,7 @@ class InParts:
                 wait(others)  # nobody works on what is the next call's
             for one in others:
                 one.result()
-        return torch.cat(found)
+        return self.together(found)
 
     def _pool(self, threads: int) -> ThreadPoolExecutor:
         """Threads of this process: a fork has none of its parent's."""

@@ -27,6 +27,7 @@ from sparselth.sparse.forms.stage import columns
 from sparselth.sparse.forms.table import Formed
 from sparselth.sparse.grouping import IN_PLACE, SUMS
 from sparselth.sparse.network import InColumns
+from sparselth.sparse.parts import InParts
 from sparselth.sparse.segment import Segment
 
 Part: TypeAlias = Segment | nn.LayerNorm
@@ -70,7 +71,7 @@ class JoinedTokens(nn.Module):
         self.vectors = [
             (held, name, t.data_ptr()) for held in norms for name, t in held.items() if t is not None
         ]
-        self.run = InColumns(partial(Program, self))
+        self.run: InColumns | InParts = InColumns(partial(Program, self))
 
     def _changed(self) -> bool:
         """Whether other weights were loaded than calls are bound to."""

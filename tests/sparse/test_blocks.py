@@ -1,4 +1,5 @@
-"""A decoder with a cache as one program for one token: against float64, and as the graph it was made of."""
+"""Blocks of transformers as one program, for sequences and for a decoder's one token: against float64, and as
+the graph they were made of."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conversions import close, double, joins, leaves, random_masks, timing
+from conversions import close, double, joins, leaves, random_masks, times, timing
 from decoders import Decoder, past
 from sparselth import sparse
-from sparselth.sparse.decoding import JoinedDecoder
+from sparselth.sparse.blocks import JoinedBlocks
 
 WIDTH = 24
 Cache = list[tuple[Tensor, Tensor]]
@@ -66,12 +67,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # the model, and h
     "one": (lambda: Apart(depth=1), 1),
     "same": (lambda: Apart("same"), 0),
     "interleaved": (lambda: Apart("interleaved"), 0),
-    "chained": (lambda: Apart("chained"), 0),
+    "chained": (lambda: Apart("chained"), 1),
     "crossed": (lambda: Apart("crossed"), 0),
     "named": (lambda: Apart("named"), 0),
     "mask": (lambda: Apart("mask"), 0),
     "causal": (lambda: Apart("causal"), 0),
-    "read": (lambda: Apart("read"), 0),
+    "read": (lambda: Apart("read"), 2),
 }
 
 
@@ -94,14 +95,14 @@ def converted(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, nn.Modul
     return sparse.convert(model, masks, given(model)), model, exact
 
 
-def programs(network: nn.Module) -> list[JoinedDecoder]:
-    return [m for m in network.modules() if isinstance(m, JoinedDecoder)]
+def programs(network: nn.Module) -> list[JoinedBlocks]:
+    return [m for m in network.modules() if isinstance(m, JoinedBlocks)]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_it_is_right_for_any_past_and_any_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fast, model, exact = converted(name, monkeypatch)
-    assert fast.report.chosen == "joined tokens", fast.report
+    assert fast.report.chosen == ("joined blocks" if NETWORKS[name][1] else "joined tokens"), fast.report
     assert sum(len(found.attentions) for found in programs(fast)) == NETWORKS[name][1]
     again = pickle.loads(pickle.dumps(copy.deepcopy(fast)))
     ways = [(1, 1, 5), (1, 1, 0), (1, 1, 300), (3, 1, 5), (1, 4, 7), (1, 1, 6)]
@@ -178,3 +179,140 @@ def test_other_weights_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not torch.equal(fast(*inputs)[0], before), changed
     fast.load_state_dict(state)
     assert torch.equal(fast(*inputs)[0], before)
+
+
+class Sequences(nn.Module):
+    """Two blocks in which tokens of a sequence attend to each other, in one of the ways to write that."""
+
+    def __init__(self, way: str, width: int = WIDTH) -> None:
+        super().__init__()
+        self.way, self.heads = way, width // 8
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.up, self.down, self.head = nn.Linear(width, 40), nn.Linear(40, width), nn.Linear(width, 7)
+
+    def forward(self, x: Tensor) -> Any:
+        sdpa, y = F.scaled_dot_product_attention, x
+        for block in range(2):
+            parts = self.qkv(self.first(x))
+            b, t, _ = x.shape
+            if self.way == "turned":  # heads of three numbers each, eight of them
+                q, k, v = parts.view(b, t, 8, 9).permute(0, 2, 1, 3).chunk(3, -1)
+            elif self.way == "mixed":  # every eighth number is one head's
+                q, k, v = parts.view(b, t, 3, 8, self.heads).permute(2, 0, 4, 1, 3).unbind(0)
+            elif self.way == "tokens first":  # which attend to those of other sequences
+                q, k, v = parts.view(b, t, 3, self.heads, 8).permute(2, 1, 3, 0, 4).unbind(0)
+            else:
+                cut = parts.chunk(3, -1)
+                q, k, v = (cut[i].unflatten(-1, (self.heads, 8)).transpose(1, 2) for i in range(3))
+            if self.way == "causal":
+                y = sdpa(q, k, v, is_causal=True)
+            elif self.way == "positional":
+                y = sdpa(q, k, v, None, 0.0, True)
+            elif self.way == "scale":
+                y = sdpa(q, k, v, scale=0.3)
+            elif self.way == "same":
+                y = sdpa(v, v, v)
+            elif self.way == "mask":
+                y = sdpa(q, k, v, x.new_zeros(t, t))
+            elif self.way == "crossed":
+                y = sdpa(q, k[:, :, : t - 1], v[:, :, : t - 1])
+            elif self.way == "late" and block:
+                y = sdpa(q, k.cos(), v)
+            else:
+                y = sdpa(q, k, v)
+            y = y.permute(2, 0, 1, 3) if self.way == "tokens first" else y.transpose(1, 2)
+            x = x + self.out(y.reshape(x.shape))
+            x = x + self.down(F.gelu(self.up(self.second(x))))
+        if self.way == "class":  # of the first token alone
+            return self.head(self.first(x[:, 0]))
+        return self.first(x), y.square().mean() if self.way == "read" else x
+
+
+SEQUENCES = {  # how many attentions are joined
+    **dict.fromkeys(("plain", "turned", "causal", "positional", "scale", "same", "class"), 2),
+    **dict.fromkeys(("late", "read"), 1),
+    **dict.fromkeys(("mixed", "tokens first", "mask", "crossed"), 0),
+}
+
+
+def sequences(
+    way: str, monkeypatch: pytest.MonkeyPatch, batch: int = 2, fastest: str = "joined blocks"
+) -> tuple[Any, nn.Module]:
+    """A converted one, and the dense one in float64."""
+
+    def seconds(calls: Any, sample: Any) -> Any:
+        return times({n: 1e-9 if n == fastest else s for n, s in joins(calls, sample).items()})
+
+    monkeypatch.setattr(timing, "seconds", seconds)
+    torch.manual_seed(0)
+    model = Sequences(way).eval().requires_grad_(False)
+    masks = {n: m for n, m in random_masks(model, 0.3).items() if m.dim() == 2}
+    exact = copy.deepcopy(model).double()
+    for n, mask in masks.items():
+        exact.get_parameter(n).mul_(mask)
+    return sparse.convert(model, masks, torch.randn(batch, 9, WIDTH)), exact
+
+
+def are_right(fast: Any, exact: nn.Module, *shape: int) -> list[Tensor]:
+    x = torch.randn(*shape)
+    before, found = x.clone(), leaves(fast(x))
+    for y, right in zip(found, leaves(exact(x.double())), strict=True):
+        assert y.shape == right.shape
+        close(y, right)
+    assert torch.equal(x, before)
+    return [x, *found]
+
+
+@pytest.mark.parametrize("way", SEQUENCES)
+def test_sequences_are_right_for_any_batch_and_length(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, exact = sequences(way, monkeypatch)
+    count = SEQUENCES[way]
+    assert fast.report.chosen == ("joined blocks" if count else "joined tokens"), fast.report
+    assert sum(len(found.attentions) for found in programs(fast)) == count
+    again = pickle.loads(pickle.dumps(copy.deepcopy(fast)))
+    for shape in ((2, 9), (2, 9), (1, 9), (5, 9), (2, 4), (2, 1), (9, 2)):
+        x, *found = are_right(fast, exact, *shape, WIDTH)
+        assert all(map(torch.equal, found, leaves(again(x))))
+    for one in programs(fast):
+        assert len(one.run.chains) == 1  # other shapes went the way of the graph
+
+
+def test_one_sequence_whose_tokens_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a single one either order of axes is the same memory; of more it is not, and goes apart."""
+    monkeypatch.setattr(timing, "seconds", joins)
+    model = Sequences("tokens first").eval()
+    masks = {n: m for n, m in random_masks(model, 0.3).items() if m.dim() == 2}
+    exact = copy.deepcopy(model).double()
+    for n, mask in masks.items():
+        exact.get_parameter(n).data.mul_(mask)
+    fast = sparse.convert(model, masks, torch.randn(9, 1, WIDTH))
+    assert sum(len(found.attentions) for found in programs(fast)) == 2
+    with torch.no_grad():
+        for shape in ((9, 1), (9, 2), (1, 9), (4, 1)):
+            are_right(fast, exact, *shape, WIDTH)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_sequences_in_parts(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other through all steps, each with the bits of one alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        fast, exact = sequences("plain", monkeypatch, 5, "joined blocks in parts")
+        assert fast.report.chosen == "joined blocks in parts"
+        (one,) = programs(fast)
+        again = pickle.loads(pickle.dumps(copy.deepcopy(fast)))
+        for _ in range(2):
+            x, *found = are_right(fast, exact, 5, 9, WIDTH)
+            assert all(map(torch.equal, found, leaves(again(x))))
+        assert {*one.run.held} == {(9, thread) for thread in range(threads)}
+        are_right(fast, exact, 3, 9, WIDTH)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_single_sequence_has_no_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, _ = sequences("plain", monkeypatch, 1)
+    assert "joined blocks" in fast.report.networks
+    assert "joined blocks in parts" not in fast.report.networks
