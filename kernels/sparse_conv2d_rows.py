@@ -49,35 +49,71 @@ SHARE = 8  # pieces for each thread that make up for unequal ones
 
 @dataclass(frozen=True, eq=False)
 class Planes:
-    """Images [B, C, H, W] as convolutions may read them in place and write them: a plane for each channel."""
+    """Images [B, C, H, W] as convolutions may read them in place and write them: a plane for each channel.
 
-    memory: Tensor  # [B, C, pitch], zeros around each image; behind the last one room for some vectors
+    In `parts` an image is so many images of fewer rows, without zeros: where each is one thread's, no core
+    fetches ahead what another one writes. Convolutions alone take such; a shorter run may be summed up in
+    another order.
+    """
+
+    memory: Tensor  # [B parts, C, pitch], zeros around each image; behind the last one room for some vectors
     size: tuple[int, int]
     row: int  # floats from one row to the next
     padding: int  # rows of zeros above an image, columns of them before it
+    parts: int = 1
 
     @staticmethod
     def of(
-        batch: int, channels: int, size: tuple[int, int], row: int = 0, padding: int = 0, pitch: int = 0
+        batch: int,
+        channels: int,
+        size: tuple[int, int],
+        row: int = 0,
+        padding: int = 0,
+        pitch: int = 0,
+        parts: int = 1,
     ) -> Planes:
-        """Zeros; without more than a size the images have none around them. Each begins with a cache line."""
-        pitch = pitch or -(-size[0] * size[1] // LINE) * LINE
-        row, floats = row or size[1], batch * channels * pitch
+        """Zeros; without more than a size the images have none around them. Each begins with a cache line.
+
+        `parts`: a divisor of the rows, of images without zeros around them.
+        """
+        pitch = pitch or -(-size[0] // parts * size[1] // LINE) * LINE
+        row, floats = row or size[1], batch * parts * channels * pitch
         lead = -padding * (row + 1) % LINE
         memory = torch.zeros(lead + floats + 4 * LINE, dtype=torch.float32, device="cpu")
-        return Planes(memory[lead : lead + floats].view(batch, channels, pitch), size, row, padding)
+        return Planes(
+            memory[lead : lead + floats].view(batch * parts, channels, pitch), size, row, padding, parts
+        )
+
+    @property
+    def batch(self) -> int:
+        return len(self.memory) // self.parts
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[B, C, H, W]"""
+        return self.batch, self.memory.shape[1], *self.size
 
     @property
     def images(self) -> Tensor:
-        """[B, C, H, W]"""
+        """[B, C, H, W]; in parts [B parts, C, H / parts, W]."""
         b, c, pitch = self.memory.shape
         first = self.memory.storage_offset() + self.padding * (self.row + 1)
         strides = c * pitch, pitch, self.row, 1
-        return self.memory.as_strided((b, c, *self.size), strides, first)
+        return self.memory.as_strided((b, c, self.size[0] // self.parts, self.size[1]), strides, first)
+
+    def get(self) -> Tensor:
+        """[B, C, H, W] in memory of its own."""
+        images: Tensor = self.images.unflatten(0, (self.batch, self.parts)).transpose(1, 2)
+        return images.clone(memory_format=torch.contiguous_format).view(self.shape)
+
+    def put(self, images: Tensor) -> None:
+        """Fill it with [B, C, H, W]."""
+        parts = images.unflatten(2, (self.parts, -1)).transpose(1, 2)
+        self.images.unflatten(0, (self.batch, self.parts)).copy_(parts)
 
     @property
     def geometry(self) -> tuple[int, ...]:
-        return (*self.memory.shape, *self.size, self.row, self.padding)
+        return (*self.memory.shape, *self.size, self.row, self.padding, self.parts)
 
     @property
     def bare(self) -> bool:
@@ -225,7 +261,8 @@ class ConvRows:
 
     def reads(self, x: Planes) -> bool:
         """Whether these are read in place."""
-        fits = x.memory.shape[2] == self.pitch or (self.unit > 1 and x.memory.shape[2] % LINE == 0)
+        fits = x.memory.shape[2] == self.pitch and x.parts == 1
+        fits |= self.unit > 1 and x.memory.shape[2] % LINE == 0
         return self.direct and fits and x.row == self.row and x.padding == self.padding
 
     @property
@@ -348,37 +385,53 @@ def bind_sparse_conv2d_rows(
     """
     _activations.number(activation)
     _native.refuse_gradient(bias=bias, values=packed.values)
-    batch = len(x.memory) if isinstance(x, Planes) else len(x)
+    batch = x.batch if isinstance(x, Planes) else len(x)
     _image("x", x, batch, _inputs(packed))
     _image("y", y, batch, (packed.shape[0], *(packed.halves if pool else packed.out)))
     if pool and (adds or isinstance(y, Planes)):
         raise ValueError("pool: expected a y of its own, got one that is added to, or planes")
     if not use_native(kernels):
-        inner, outer = (t.images if isinstance(t, Planes) else t for t in (x, y))
 
         def run() -> None:
-            if not adds:
-                outer.copy_(reference(packed, inner, bias, activation, pool))
-                return
-            outer.add_(reference(packed, inner, bias))
-            outer.copy_(ACTIVATIONS[activation](outer))
+            inner = x.get() if isinstance(x, Planes) else x
+            if adds:
+                found = (y.get() if isinstance(y, Planes) else y) + reference(packed, inner, bias)
+                found = ACTIVATIONS[activation](found)
+            else:
+                found = reference(packed, inner, bias, activation, pool)
+            y.put(found) if isinstance(y, Planes) else y.copy_(found)
 
         return run
     direct = isinstance(x, Planes) and packed.reads(x) and not pool
-    arguments, call = _bind(packed, batch, bias, activation, pool, direct, adds, x, y)
+    parts = x.parts if isinstance(x, Planes) and direct else 1  # which are images of their own
+    shared = y.parts if isinstance(y, Planes) else 1
+    if parts > 1 and shared != parts and (shared > 1 or batch > 1):
+        direct, parts = False, 1
+    arguments, call = _bind(packed, batch * parts, bias, activation, pool, direct, adds, parts, x, y)
+    down = arguments.down
     if isinstance(x, Planes):
         arguments.x = x.memory.data_ptr() if direct else x.images.data_ptr()
         arguments.x_image, arguments.x_channel, arguments.x_row, _ = x.images.stride()
         if direct:
             arguments.pitch = x.memory.shape[2]
             arguments.unit = arguments.pitch if packed.unit > 1 else 1
+        elif x.parts > 1:
+            arguments.x_rows, arguments.x_part = x.size[0] // x.parts, arguments.x_image
+            arguments.x_image *= x.parts
     else:
         arguments.x = x.data_ptr()
     if isinstance(y, Planes):
-        arguments.y, arguments.room = y.images.data_ptr(), y.bare
+        arguments.y, arguments.room = y.images.data_ptr(), y.bare and y.parts >= parts
         arguments.y_image, arguments.y_channel, arguments.y_row, _ = y.images.stride()
+        if parts == 1 < y.parts:
+            arguments.y_rows, arguments.y_part = y.size[0] // y.parts, arguments.y_image
+            arguments.y_image *= y.parts
+        elif y.parts == 1 < parts:
+            arguments.y_image = down * arguments.y_row
     else:
         arguments.y = y.data_ptr()
+        if parts > 1:
+            arguments.y_image = down * arguments.y_row
     return call
 
 
@@ -390,6 +443,7 @@ class _Arguments(ctypes.Structure):  # struct sparse_conv2d_rows
         *[(f, ctypes.c_int64) for f in ("more_rows", "more_columns", "row", "image_rows", "pitch", "unit")],
         *[(f, ctypes.c_int64) for f in ("group", "strip", "blocks", "parts", "slot")],
         *[(f, ctypes.c_int64) for f in ("x_image", "x_channel", "x_row", "y_image", "y_channel", "y_row")],
+        *[(f, ctypes.c_int64) for f in ("x_rows", "x_part", "y_rows", "y_part")],
         *[(f, ctypes.c_int32) for f in ("activation", "pool", "direct", "adds", "room", "threads")],
     ]
 
@@ -402,21 +456,23 @@ def _bind(
     pool: bool,
     direct: bool = False,
     adds: bool = False,
+    parts: int = 1,
     *alive: object,
 ) -> tuple[_Arguments, Callable[[], None]]:
-    """For tensors [B, C, H, W], whose addresses are still wanted."""
+    """For tensors [B, C, H, W], whose addresses are still wanted; of images in `parts` each is one of B."""
     n, c, _, _ = packed.shape
     _native.vector("bias", bias, n)
     (h, w), (p, q) = packed.size, packed.out
-    threads = max(1, min(_native.threads(), 1 + floor(packed, batch)["flops"] // WORK))
+    down = p // parts
+    threads = max(1, min(_native.threads(), 1 + floor(packed, batch // parts)["flops"] // WORK))
     if direct:  # pieces with all filters
-        whole = batch * -(-((p - 1) * packed.row + q) // (VECTORS * _native.lanes()))
+        whole = batch * -(-((down - 1) * packed.row + q) // (VECTORS * _native.lanes()))
     else:
         whole = -(-batch // packed.group) * -(-p // packed.strip)
     enough = whole >= SHARE * threads and not direct  # where x is copied for each of the parts
-    parts = 1 if enough or not whole else threads // gcd(whole, threads)
-    threads = max(1, min(threads, whole * parts))
-    bounds = _bounds(packed, parts)
+    shares = 1 if enough or not whole else threads // gcd(whole, threads)  # of the filters
+    threads = max(1, min(threads, whole * shares))
+    bounds = _bounds(packed, shares)
     slot = 0 if direct else c * packed.planes[0] * packed.planes[1] * packed.pitch + 64
     slot += n * MOST if packed.blocks > 1 else 0
     slot += packed.group * n * p * q if pool else 0
@@ -434,7 +490,7 @@ def _bind(
         height=h,
         width=w,
         filters=n,
-        down=p,
+        down=down,
         across=q,
         step=packed.stride,
         padding=packed.padding,
@@ -449,7 +505,7 @@ def _bind(
         group=packed.group,
         strip=packed.strip,
         blocks=packed.blocks,
-        parts=parts,
+        parts=shares,
         slot=slot,
         x_image=c * h * w,
         x_channel=h * w,
@@ -457,6 +513,8 @@ def _bind(
         y_image=n * p * q,
         y_channel=p * q,
         y_row=q,
+        x_rows=h,
+        y_rows=p,
         activation=_activations.number(activation),
         pool=pool,
         direct=direct,
@@ -485,7 +543,8 @@ def _inputs(packed: ConvRows) -> tuple[int, int, int]:
 
 def _image(name: str, t: Tensor | Planes, batch: int, shape: tuple[int, int, int]) -> None:
     if isinstance(t, Planes):
-        _native.check(name, t.images, (batch, *shape))
+        c, h, w = shape
+        _native.check(name, t.images, (batch * t.parts, c, h // t.parts, w))
         return
     _native.check(name, t, (batch, *shape))
     if not t.is_contiguous():

@@ -139,10 +139,15 @@ class ConvertedModule(Converted):
         given = None if self.like is None else self.like.again(args, kwargs)
         leaves = pytree.tree_leaves((args, kwargs)) if given is None else given.tensors
         refuse([leaf for leaf in leaves if isinstance(leaf, Tensor)])
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            if given is None:
-                return self.network(*args, **kwargs)
-            return self._restored(self.network(*given.tensors))
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(self.device.type):  # what is cold takes long
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                return self._found(given, args, kwargs)
+        return self._found(given, args, kwargs)
+
+    def _found(self, given: Given | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if given is None:
+            return self.network(*args, **kwargs)
+        return self._restored(self.network(*given.tensors))
 
     @cached_property
     def containers(self) -> Any:

@@ -44,7 +44,8 @@ class Joined(nn.Module):
         self.eval()
 
     def _link(self) -> None:
-        self.plans: Plans = [segment.plan for segment in self._parts()]
+        self.linked = [(segment, segment.plan) for segment in self._parts()]
+        self.plans: Plans = [plan for _, plan in self.linked]
         forms = [form for plan in self.plans for form in plan]
         in_columns = all(form.in_columns for form in forms)
         self.bound = in_columns or all(form.in_planes for form in forms)
@@ -66,14 +67,13 @@ class Joined(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, P, Q] or [B, N]; images of another size go through the segments one by one."""
-        parts = self._parts()
-        if any(part.plan is not plan for part, plan in zip(parts, self.plans, strict=True)):
+        if any(part.plan is not plan for part, plan in self.linked):
             self._link()  # other weights were loaded
         fits = x.is_cpu and x.dtype == torch.float32 and x.shape[1:] == self.plans[0][0].place.before
         if fits and len(x) and self.bound:
             y: Tensor = self.run(x)
             return y
-        values = {0: x}
+        values, parts = {0: x}, self._parts()
         for step in self.steps:
             given = [values[source] for source in step.sources]
             y = parts[step.segment](*given) if step.segment is not None else DOES[step.does](*given)
@@ -81,7 +81,7 @@ class Joined(nn.Module):
         return values[self.steps[-1].value]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("run", "plans")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("run", "plans", "linked")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

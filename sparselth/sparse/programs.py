@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter, defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparselth.kernels import _native
 from sparselth.kernels.plane_parts import bind_activate, bind_plane_means, bind_scale_planes
 from sparselth.kernels.sparse_conv2d import Slices
 from sparselth.kernels.sparse_conv2d_rows import Planes
@@ -60,6 +62,7 @@ class Program(Bound):
         calls, ops, before = list[Call](), scheduled(steps, plans), plans[0][0].place.before
         last = {source: i for i, step in enumerate(ops) for source in step.sources}
         readers = _readers(ops, plans)
+        self.parted = _parted(ops, plans)
         shapes, rooms = {0: before}, {0: self._take(before, readers.get(0))}
         x = rooms[0]
         for i, step in enumerate(ops):
@@ -67,7 +70,10 @@ class Program(Bound):
             *others, given = step.sources  # what is added to, or changed
             kept = step.fills or last[given] > i or (len(plan) == 1 and given in others)
             after = shapes[step.value] = plan[-1].place.after if plan else _shape(step, shapes[given])
-            rooms[step.value] = self._take(after, readers.get(step.value)) if kept else rooms[given]
+            in_parts = step.value in self.parted
+            rooms[step.value] = (
+                self._take(after, readers.get(step.value), None, in_parts) if kept else rooms[given]
+            )
             y = rooms[step.value]
             if kept and not step.fills:
                 calls.append(partial(self._plain(y, after).copy_, self._plain(rooms[given], shapes[given])))
@@ -96,15 +102,25 @@ class Program(Bound):
             if i == final:
                 x = y
             elif not form.made.in_place:
-                x = self._take(form.place.after, forms[i + 1], form)
+                in_parts = all(one.made.planes is not None for one in forms[i : i + 2])
+                x = self._take(form.place.after, forms[i + 1], form, in_parts)
                 taken.append(x)
             calls += self._calls(form, given, x, adds if i == final else None)
         for room in taken:
             self._leave(room)
         return calls
 
-    def _take(self, shape: tuple[int, ...], reader: Formed | None, writer: Formed | None = None) -> Any:
-        """Room for images that `reader` reads and, within a chain, `writer` fills."""
+    def _take(
+        self,
+        shape: tuple[int, ...],
+        reader: Formed | None,
+        writer: Formed | None = None,
+        in_parts: bool = False,
+    ) -> Any:
+        """Room for images that `reader` reads and, within a chain, `writer` fills.
+
+        `in_parts`: that convolutions on planes alone read and write.
+        """
         if writer and reader and writer.made.slices and (slices := reader.made.slices):
             room = slices(self.batch)
             if room is not None:
@@ -161,12 +177,21 @@ class InRows(Program):
     them, for several they are turned around each of these.
     """
 
-    def _take(self, shape: tuple[int, ...], reader: Formed | None, writer: Formed | None = None) -> Planes:
+    def _take(
+        self,
+        shape: tuple[int, ...],
+        reader: Formed | None,
+        writer: Formed | None = None,
+        in_parts: bool = False,
+    ) -> Planes:
         if _is_single(shape):
             room = Planes.of(self.batch, shape[0], (1, 1), pitch=1)
         else:
             made = reader.made.planes(self.batch) if reader and reader.made.planes else None
-            room = made or Planes.of(self.batch, shape[0], (shape[1], shape[2]))
+            whole = made or Planes.of(self.batch, shape[0], (shape[1], shape[2]))
+            parts = _native.threads() if in_parts and self.batch == 1 and whole.bare else 1
+            fits = parts > 1 and shape[1] % parts == 0
+            room = Planes.of(1, shape[0], (shape[1], shape[2]), parts=parts) if fits else whole
         free = self.free[_key(room)]
         return free.pop() if free else room
 
@@ -220,7 +245,11 @@ class InRows(Program):
 
     def result(self) -> Tensor:
         self.held = self.given
-        y: Tensor = self.found.clone(memory_format=torch.contiguous_format).view(self.shape)
+        found: Tensor = self.found
+        if not found.is_contiguous():
+            return found.contiguous().view(self.shape)
+        y = torch.empty(self.shape, dtype=torch.float32, device="cpu")  # a clone takes long where it is cold
+        ctypes.memmove(y.data_ptr(), found.data_ptr(), 4 * y.numel())
         return y
 
 
@@ -270,6 +299,28 @@ def _readers(ops: list[Step], plans: Plans) -> dict[int, Formed | None]:
         if not step.fills:
             found.setdefault(step.sources[-1], found.get(step.value))
     return found
+
+
+def _parted(ops: list[Step], plans: Plans) -> set[int]:
+    """Values whose memory convolutions on planes alone fill, add to and read."""
+    found, root = set[int](), {0: 0}  # by the value that first had the memory
+    last = {source: i for i, step in enumerate(ops) for source in step.sources}
+    for i, step in enumerate(ops):
+        plan = [] if step.segment is None else plans[step.segment]
+        first, *others = step.sources
+        root[step.value] = step.value if step.fills else root[step.sources[-1]]
+        reads = bool(plan) and plan[0].made.planes is not None
+        writes = bool(plan) and plan[-1].made.planes is not None
+        if step.fills and writes:
+            found.add(step.value)
+        if not reads:
+            found.discard(root[first])
+        for source in others:
+            copied = last[source] > i or (len(plan) == 1 and source == first)
+            if not writes or copied:
+                found.discard(root[source])
+    found.discard(root[ops[-1].value])
+    return {value for value, of in root.items() if of in found}
 
 
 def scheduled(steps: list[Step], plans: Plans) -> list[Step]:

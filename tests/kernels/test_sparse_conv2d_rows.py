@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import pytest
 import torch
@@ -160,6 +161,61 @@ def test_planes(name: str, kernels: str) -> None:
     assert packed.direct == (stride == 1)
     for apart, activation in ((0, "none"), (1, "hardswish")):
         compare_planes(packed, batch, kernels, apart, activation)
+
+
+PARTED = {  # [N, C, kh, kw], size, stride, padding, kept: rows of x and y that 2 and 4 divide
+    "1 x 1": ((9, 20, 1, 1), (8, 13), 1, 0, 0.4),
+    "blocks": ((6, 130, 1, 1), (16, 16), 1, 0, 0.3),
+    "runs": ((5, 7, 1, 1), (28, 28), 1, 0, 0.4),
+    "3 x 3": ((9, 20, 3, 3), (8, 13), 1, 1, 0.2),
+    "strips": ((9, 64, 3, 3), (32, 32), 1, 1, 0.1),
+    "stride 2": ((9, 20, 3, 3), (16, 14), 2, 1, 0.2),
+    "stride 2, 1 x 1": ((9, 20, 1, 1), (16, 14), 2, 0, 0.4),
+    "stride 2, strips": ((9, 64, 3, 3), (64, 40), 2, 1, 0.1),
+    "no padding": ((4, 5, 3, 3), (10, 11), 1, 0, 0.4),
+}
+
+
+def laid(images: Tensor, parts: int, packed: ConvRows | None = None) -> Planes:
+    """Planes without zeros around them, NaN where nothing lies; or those that `packed` reads."""
+    b, c, h, w = images.shape
+    if packed and (room := packed.room(b)):
+        room.put(images)
+        return room
+    found = Planes.of(b, c, (h, w), parts=parts)
+    found.memory.fill_(torch.nan)
+    found.put(images)
+    assert torch.equal(found.get(), images)
+    return found
+
+
+@pytest.mark.parametrize("name", PARTED)
+def test_planes_in_parts(name: str, kernels: str) -> None:
+    """Of x, of y and of both, as many and not."""
+    shape, size, stride, padding, kept = PARTED[name]
+    torch.manual_seed(0)
+    packed = ConvRows.from_dense(weight(shape, kept), size, stride, padding)
+    counts = [[parts for parts in (1, 2, 4) if rows % parts == 0] for rows in (size[0], packed.out[0])]
+    for batch, adds in ((1, False), (1, True), (2, False), (2, True)):
+        x, b = torch.randn(batch, shape[1], *size), torch.randn(shape[0])
+        old = torch.randn(batch, shape[0], *packed.out)
+        exact = sr.reference(packed, x.double(), b.double())
+        activation = "hardswish" if adds else "none"
+        exact = ACTIVATIONS[activation](exact + old if adds else exact)
+        rooms = [(f"x {i}", laid(x, i)) for i in counts[0]] + [("x", laid(x, 1, packed))]
+        own = dict[str, Tensor]()
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for (which, held), parts in product([*rooms, ("tensor", x)], (*counts[1], 0)):
+                y = laid(old, parts) if parts else planes(tuple(old.shape), 2, 1)  # type: ignore[arg-type]
+                y.put(old)
+                sr.bind_sparse_conv2d_rows(packed, held, b, y, activation, kernels=kernels, adds=adds)()
+                found = y.get()
+                assert error(found, exact) < 1e-6
+                assert torch.equal(found, own.setdefault(f"{which}, y {parts}", found))
+                if not parts:
+                    y.images.fill_(torch.nan)
+                    assert bool(y.memory.isnan().all())  # nothing beside the images was written
 
 
 def test_planes_that_lie_close_are_not_written_beyond(kernels: str) -> None:

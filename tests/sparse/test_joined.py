@@ -19,6 +19,7 @@ from sparselth import sparse
 from sparselth.check import check
 from sparselth.kernels import _native
 from sparselth.kernels._activations import ACTIVATIONS
+from sparselth.kernels.sparse_conv2d_rows import Planes
 from sparselth.kernels.step_parts import Call
 from sparselth.sparse.forms.stage import LAYERS
 from sparselth.sparse.joined import Joined
@@ -203,6 +204,63 @@ def test_it_is_right_for_any_batch_and_size(
     assert len(held.run.chains) == 3  # the other size went through the segments
     again = pickle.loads(pickle.dumps(copy.deepcopy(fast)))
     assert torch.equal(again(x), fast(x))
+
+
+class Bottlenecks(nn.Module):
+    """Of ResNet-50: what 1 x 1 convolutions read and add to, and a shortcut of stride 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [(8, 1), (16, 1), (16, 2), (16, 1)]
+        self.first, bodies, shortcuts, c = nn.Conv2d(3, 8, 3, 1, 1), list[nn.Module](), list[nn.Module](), 8
+        for n, stride in blocks:
+            inside = (
+                nn.Conv2d(c, 6, 1),
+                nn.ReLU(),
+                nn.Conv2d(6, 6, 3, stride, 1),
+                nn.ReLU(),
+                nn.Conv2d(6, n, 1),
+            )
+            bodies.append(nn.Sequential(*inside))
+            shortcuts.append(nn.Conv2d(c, n, 1, stride) if stride > 1 or n != c else nn.Identity())
+            c = n
+        self.bodies, self.shortcuts = nn.ModuleList(bodies), nn.ModuleList(shortcuts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        for body, shortcut in zip(self.bodies, self.shortcuts, strict=True):
+            x = F.relu(body(x) + shortcut(x))
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "bottlenecks"])
+def test_each_thread_has_a_part_of_an_image(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "seconds", joins_rows)
+    of_planes, made = Planes.of, list[int]()
+
+    def counted(*args: Any, **kwargs: Any) -> Planes:
+        made.append(kwargs.get("parts", 1))
+        return of_planes(*args, **kwargs)
+
+    monkeypatch.setattr(Planes, "of", counted)
+    monkeypatch.setitem(NETWORKS, "bottlenecks", Bottlenecks)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        fast, exact = converted(name, torch.randn(1, 3, 12, 8))
+        assert fast.report.chosen == "joined rows", fast.report
+        for threads, batch in ((1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (2, 3)):
+            torch.set_num_threads(threads)
+            made.clear()
+            again = copy.deepcopy(fast)
+            for _ in range(2):  # the second on memory that was used
+                x = torch.randn(batch, 3, 12, 8)
+                close(again(x), exact(x.double()))
+            if name == "bottlenecks":
+                parted = [parts for parts in made if parts > 1]
+                assert {*parted} == ({threads} if 1 < threads < 5 and batch == 1 else set())
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_sums_and_their_relus_are_the_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
