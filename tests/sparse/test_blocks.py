@@ -196,7 +196,9 @@ class Sequences(nn.Module):
         for block in range(2):
             parts = self.qkv(self.first(x))
             b, t, _ = x.shape
-            if self.way == "turned":  # heads of three numbers each, eight of them
+            if self.way == "windows" and not block:  # of three tokens, each a sequence
+                q, k, v = parts.view(3 * b, t // 3, 3, self.heads, 8).permute(2, 0, 3, 1, 4).unbind(0)
+            elif self.way == "turned":  # heads of three numbers each, eight of them
                 q, k, v = parts.view(b, t, 8, 9).permute(0, 2, 1, 3).chunk(3, -1)
             elif self.way == "mixed":  # every eighth number is one head's
                 q, k, v = parts.view(b, t, 3, 8, self.heads).permute(2, 0, 4, 1, 3).unbind(0)
@@ -207,6 +209,8 @@ class Sequences(nn.Module):
                 q, k, v = (cut[i].unflatten(-1, (self.heads, 8)).transpose(1, 2) for i in range(3))
             if self.way == "causal":
                 y = sdpa(q, k, v, is_causal=True)
+            elif self.way == "asked":
+                y = sdpa(q, k, v, is_causal=t > 1)
             elif self.way == "positional":
                 y = sdpa(q, k, v, None, 0.0, True)
             elif self.way == "scale":
@@ -214,7 +218,7 @@ class Sequences(nn.Module):
             elif self.way == "same":
                 y = sdpa(v, v, v)
             elif self.way == "mask":
-                y = sdpa(q, k, v, x.new_zeros(t, t))
+                y = sdpa(q, k, v, x.new_ones(t, t).tril())
             elif self.way == "crossed":
                 y = sdpa(q, k[:, :, : t - 1], v[:, :, : t - 1])
             elif self.way == "late" and block:
@@ -232,7 +236,7 @@ class Sequences(nn.Module):
 SEQUENCES = {  # how many attentions are joined
     **dict.fromkeys(("plain", "turned", "causal", "positional", "scale", "same", "class"), 2),
     **dict.fromkeys(("late", "read"), 1),
-    **dict.fromkeys(("mixed", "tokens first", "mask", "crossed"), 0),
+    **dict.fromkeys(("mixed", "tokens first", "mask", "crossed", "asked"), 0),
 }
 
 
@@ -270,6 +274,7 @@ def test_sequences_are_right_for_any_batch_and_length(way: str, monkeypatch: pyt
     count = SEQUENCES[way]
     assert fast.report.chosen == ("joined blocks" if count else "joined tokens"), fast.report
     assert sum(len(found.attentions) for found in programs(fast)) == count
+    assert ("joined blocks" in fast.report.networks) == bool(count)  # nor is there one that is wrong
     again = pickle.loads(pickle.dumps(copy.deepcopy(fast)))
     for shape in ((2, 9), (2, 9), (1, 9), (5, 9), (2, 4), (2, 1), (9, 2)):
         x, *found = are_right(fast, exact, *shape, WIDTH)
@@ -316,3 +321,23 @@ def test_a_single_sequence_has_no_parts(monkeypatch: pytest.MonkeyPatch) -> None
     fast, _ = sequences("plain", monkeypatch, 1)
     assert "joined blocks" in fast.report.networks
     assert "joined blocks in parts" not in fast.report.networks
+
+
+def test_sequences_of_several_lengths_have_no_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, exact = sequences("windows", monkeypatch)
+    assert [step.tokens for one in programs(fast) for step in one.attentions] == [3, 9]
+    assert "joined blocks in parts" not in fast.report.networks
+    for batch in (2, 2, 1, 5):
+        are_right(fast, exact, batch, 9, WIDTH)
+
+
+def test_tokens_of_another_dtype_go_the_way_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, _ = sequences("plain", monkeypatch)
+    (one,) = programs(fast)
+    given, apart = [torch.randn(shape) for shape in one.given], list[Any]()
+    one(*given)
+    monkeypatch.setattr(one.apart, "forward", lambda *xs: apart.append(xs))
+    one(*given)
+    assert not apart
+    one(*(t.double() for t in given))
+    assert len(apart) == 1
