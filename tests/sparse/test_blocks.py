@@ -192,7 +192,7 @@ class Sequences(nn.Module):
         self.up, self.down, self.head = nn.Linear(width, 40), nn.Linear(40, width), nn.Linear(width, 7)
 
     def forward(self, x: Tensor) -> Any:
-        sdpa, y = F.scaled_dot_product_attention, x
+        sdpa, y, more = F.scaled_dot_product_attention, x, x.cos()
         for block in range(2):
             parts = self.qkv(self.first(x))
             b, t, _ = x.shape
@@ -227,6 +227,7 @@ class Sequences(nn.Module):
                 y = sdpa(q, k, v)
             y = y.permute(2, 0, 1, 3) if self.way == "tokens first" else y.transpose(1, 2)
             x = x + self.out(y.reshape(x.shape))
+            x = x + more if self.way == "two" else x  # tokens from outside, too
             x = x + self.down(F.gelu(self.up(self.second(x))))
         if self.way == "class":  # of the first token alone
             return self.head(self.first(x[:, 0]))
@@ -234,7 +235,7 @@ class Sequences(nn.Module):
 
 
 SEQUENCES = {  # how many attentions are joined
-    **dict.fromkeys(("plain", "turned", "causal", "positional", "scale", "same", "class"), 2),
+    **dict.fromkeys(("plain", "two", "turned", "causal", "positional", "scale", "same", "class"), 2),
     **dict.fromkeys(("late", "read"), 1),
     **dict.fromkeys(("mixed", "tokens first", "mask", "crossed", "asked"), 0),
 }
@@ -298,15 +299,17 @@ def test_one_sequence_whose_tokens_come_first(monkeypatch: pytest.MonkeyPatch) -
             are_right(fast, exact, *shape, WIDTH)
 
 
+@pytest.mark.parametrize("way", ["plain", "two"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_sequences_in_parts(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequences_in_parts(threads: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other through all steps, each with the bits of one alone."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        fast, exact = sequences("plain", monkeypatch, 5, "joined blocks in parts")
+        fast, exact = sequences(way, monkeypatch, 5, "joined blocks in parts")
         assert fast.report.chosen == "joined blocks in parts"
         (one,) = programs(fast)
+        assert len(one.given) == 1 + (way == "two")
         again = pickle.loads(pickle.dumps(copy.deepcopy(fast)))
         for _ in range(2):
             x, *found = are_right(fast, exact, 5, 9, WIDTH)
