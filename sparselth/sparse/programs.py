@@ -62,7 +62,7 @@ class Program(Bound):
         calls, ops, before = list[Call](), scheduled(steps, plans), plans[0][0].place.before
         last = {source: i for i, step in enumerate(ops) for source in step.sources}
         readers = _readers(ops, plans)
-        self.parted = _parted(ops, plans)
+        parted = _parted(ops, plans)
         shapes, rooms = {0: before}, {0: self._take(before, readers.get(0))}
         x = rooms[0]
         for i, step in enumerate(ops):
@@ -70,7 +70,7 @@ class Program(Bound):
             *others, given = step.sources  # what is added to, or changed
             kept = step.fills or last[given] > i or (len(plan) == 1 and given in others)
             after = shapes[step.value] = plan[-1].place.after if plan else _shape(step, shapes[given])
-            in_parts = step.value in self.parted
+            in_parts = step.value in parted
             rooms[step.value] = (
                 self._take(after, readers.get(step.value), None, in_parts) if kept else rooms[given]
             )
