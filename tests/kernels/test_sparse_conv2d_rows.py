@@ -218,6 +218,16 @@ def test_planes_in_parts(name: str, kernels: str) -> None:
                     assert bool(y.memory.isnan().all())  # nothing beside the images was written
 
 
+@native
+@pytest.mark.parametrize(("channels", "threads"), [(8, 1), (128, 4)])
+def test_parts_are_no_more_work_than_the_whole(channels: int, threads: int) -> None:
+    torch.set_num_threads(4)
+    packed = ConvRows.from_dense(weight((channels, channels, 1, 1), 0.5), (28, 28))
+    x, y = (Planes.of(1, channels, (28, 28), parts=4) for _ in "xy")
+    arguments = _native.arguments(sr.bind_sparse_conv2d_rows(packed, x, None, y))
+    assert (arguments.threads, arguments.batch, arguments.down) == (threads, 4, 7)
+
+
 def test_planes_that_lie_close_are_not_written_beyond(kernels: str) -> None:
     """Single pixels side by side."""
     packed = ConvRows.from_dense(weight((5, 3, 1, 1), 0.5), (1, 1))
@@ -238,6 +248,9 @@ def test_planes_of_others_are_not_read_in_place() -> None:
     for other in (Planes.of(2, 2, (6, 7)), planes((2, 2, 6, 7), 2, 1), planes((2, 2, 6, 7), 1, 0)):
         assert not packed.reads(other)
     assert ConvRows.from_dense(weight((3, 2, 3, 3), 0.5), (6, 7), 2, 1).room(2) is None
+    bare = ConvRows.from_dense(weight((3, 2, 3, 3), 0.5), (6, 7))
+    assert bare.reads(Planes.of(2, 2, (6, 7), pitch=bare.pitch))
+    assert not bare.reads(Planes.of(2, 2, (6, 7), pitch=bare.pitch, parts=2))
     single = ConvRows.from_dense(weight((3, 2, 1, 1), 0.5), (6, 7))
     assert single.reads(Planes.of(2, 2, (6, 7)))
     assert not single.reads(planes((2, 2, 6, 7), 1, 0))

@@ -233,7 +233,23 @@ class Bottlenecks(nn.Module):
         return x.mean((2, 3))
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, "bottlenecks"])
+class Crossed(nn.Module):
+    """A value that is read again behind what is added to it, a plain sum of two, a convolution at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, 1, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(6, 6, 1) for _ in range(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.convs[0](x) + x
+        u, v = self.convs[1](x), self.convs[2](y)
+        t = self.convs[3](u) + self.convs[4](v)
+        return self.convs[6](t + self.convs[5](u + v))
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "bottlenecks", "crossed"])
 def test_each_thread_has_a_part_of_an_image(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "seconds", joins_rows)
     of_planes, made = Planes.of, list[int]()
@@ -244,6 +260,7 @@ def test_each_thread_has_a_part_of_an_image(name: str, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Planes, "of", counted)
     monkeypatch.setitem(NETWORKS, "bottlenecks", Bottlenecks)
+    monkeypatch.setitem(NETWORKS, "crossed", Crossed)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
