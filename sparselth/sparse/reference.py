@@ -67,8 +67,7 @@ class Given:
     @cached_property
     def _is_single(self) -> bool:
         """Whether it is one tensor, the first argument."""
-        one = [*self.leaves] if self.names else []
-        return len(one) == 1 and Given._of(self.names, (one[0],), {}).spec == self.spec
+        return len(self.leaves) == 1 and Given._of(self.names, self.leaves, {}).spec == self.spec
 
     def _same_containers(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Given | None:
         """What `_of` gives, in a fraction of its time; None where it may not be of this kind."""

@@ -484,3 +484,31 @@ def test_containers_are_looked_into_as_torch_does() -> None:
         ):
             if spec.num_leaves and pytree.tree_structure(wrong) != spec and tree != 1:
                 assert unfolded(wrong, containers(spec)) is None
+
+
+class Scaled(nn.Module):
+    """A product that stays torch's, of a parameter that is no layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.scale = nn.Linear(6, 6), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor, more: float = 1.0) -> Tensor:
+        return (self.line(x) @ self.scale) * more
+
+
+def test_what_stays_torchs_knows_neither_gradients_nor_autocast() -> None:
+    model, x = Scaled().eval(), torch.randn(5, 6)
+    masks = {"line.weight": torch.rand(6, 6) < 0.3}
+    fast, right = sparse.convert(model, masks, x), exact(model, masks, x)
+    for grad, cast in ((True, False), (False, False), (True, True), (False, True)):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", enabled=cast):
+            y = fast(x)
+            assert not y.requires_grad
+            same(y, right)
+            assert torch.is_grad_enabled() == grad
+    with pytest.raises(ValueError, match="expected inputs like the example's"):
+        fast(x, more=2.0)
+    with pytest.raises(ValueError, match="expected inputs like the example's"):
+        fast(x, 2.0)
+    same(fast(x=x), right)
