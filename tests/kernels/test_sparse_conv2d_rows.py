@@ -219,7 +219,7 @@ def test_planes_in_parts(name: str, kernels: str) -> None:
 
 
 @native
-@pytest.mark.parametrize(("channels", "threads"), [(8, 1), (128, 4)])
+@pytest.mark.parametrize(("channels", "threads"), [(16, 1), (128, 4)])
 def test_parts_are_no_more_work_than_the_whole(channels: int, threads: int) -> None:
     torch.set_num_threads(4)
     packed = ConvRows.from_dense(weight((channels, channels, 1, 1), 0.5), (28, 28))

@@ -239,7 +239,7 @@ class Crossed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 6, 3, 1, 1)
-        self.convs = nn.ModuleList(nn.Conv2d(6, 6, 1) for _ in range(7))
+        self.convs = nn.ModuleList(nn.Conv2d(6, 6, size, 1, size // 2) for size in (1, 1, 3, 1, 1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
