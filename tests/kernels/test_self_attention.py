@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparselth.kernels import _native
 from sparselth.kernels import self_attention as sa
+from test_sparse_conv2d_rows import before_a_wall
 
 CASES = settings(max_examples=int(os.environ.get("SPARSELTH_CASES", "25")), deadline=None)
 SHAPES = [  # heads, features of each, sequences, tokens of each
@@ -80,6 +81,24 @@ def test_large_products_do_not_overflow(kernels: str) -> None:
         q, k, v = drawn((2, 16, 2, 300))
         k[:, :, at::300] *= 100
         compare([q * 30, k, v], 300, 1.0, False, kernels, 1e-4)  # a product of 500 is off by 3e-5
+
+
+def test_a_block_of_keys_that_weighs_nothing(kernels: str) -> None:
+    """Before others that do."""
+    q, k, v = drawn((2, 16, 1, 300))
+    q[0], k[0, :, :270] = 1.0, -torch.inf
+    y = sa.self_attention(q, k, v, 300, kernels=kernels)
+    exact = sa.reference(*(t.double() for t in (q, k, v)), 300)
+    assert bool(exact.isfinite().all())
+    assert float((y - exact).norm() / exact.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16, 37])
+def test_nothing_behind_the_tokens_is_read(tokens: int, kernels: str) -> None:
+    tensors = drawn((2, 3, 1, tokens))
+    walled = [before_a_wall(t) for t in tensors]
+    y = sa.self_attention(*walled, tokens, kernels=kernels)
+    assert torch.equal(y, sa.self_attention(*tensors, tokens, kernels=kernels))
 
 
 @pytest.mark.parametrize("causal", [False, True])
