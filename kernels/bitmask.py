@@ -22,10 +22,10 @@ No goal hangs on them.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from sparselth.kernels._choose import use_triton
-from sparselth.kernels._operator import operator
+from sparselth.kernels._operator import fake, operator
 from sparselth.kernels._triton import tl, triton
 
 BLOCK = 1024  # bytes of bits a program packs or unpacks
@@ -212,7 +212,7 @@ def pack(mask: Tensor) -> Tensor:
     return launch_pack(mask)
 
 
-@library.register_fake(pack)
+@fake(pack)
 def _(mask: Tensor) -> Tensor:
     return mask.new_empty((*mask.shape[:-1], -(-mask.shape[-1] // 8)), dtype=torch.uint8)
 
@@ -223,7 +223,7 @@ def unpack(bits: Tensor, k: int) -> Tensor:
     return launch_unpack(bits, k)
 
 
-@library.register_fake(unpack)
+@fake(unpack)
 def _(bits: Tensor, k: int) -> Tensor:
     return bits.new_empty((*bits.shape[:-1], k), dtype=torch.bool)
 
@@ -234,7 +234,7 @@ def count(bits: Tensor, rows: bool = False) -> Tensor:
     return launch_count(bits, None, rows)
 
 
-@library.register_fake(count)
+@fake(count)
 def _(bits: Tensor, rows: bool = False) -> Tensor:
     return bits.new_empty(bits.shape[:-1] if rows else (), dtype=torch.int64)
 
@@ -245,7 +245,7 @@ def hamming(a: Tensor, b: Tensor, rows: bool = False) -> Tensor:
     return launch_count(a, b, rows)
 
 
-@library.register_fake(hamming)
+@fake(hamming)
 def _(a: Tensor, b: Tensor, rows: bool = False) -> Tensor:
     return a.new_empty(a.shape[:-1] if rows else (), dtype=torch.int64)
 

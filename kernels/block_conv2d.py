@@ -38,10 +38,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library
+from torch import Tensor
 
 from sparselth.kernels import _choose, _native, _tiles
-from sparselth.kernels._operator import operator
+from sparselth.kernels._operator import fake, operator
 from sparselth.kernels._tiles import BLOCKS, DTYPES, GATHERED, SINGLY, Blocks, Tile, kind, written
 from sparselth.kernels._triton import tl, triton
 from sparselth.kernels.block_linear import HAS, BlockWeight
@@ -521,7 +521,7 @@ def _forward(
 _operator = operator("block_conv2d")(_forward)
 
 
-@library.register_fake(_operator)
+@fake(_operator)
 def _(x, values, places, starts, order, runs, n, bias, relu, geometry, kernels):
     return _empty(x, n, _geometry(geometry))
 

@@ -39,11 +39,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library
+from torch import Tensor
 
 from sparselth.kernels import _native, _tiles
 from sparselth.kernels._choose import choose
-from sparselth.kernels._operator import operator
+from sparselth.kernels._operator import fake, operator
 from sparselth.kernels._tiles import BLOCKS, DTYPES, GATHERED, SINGLY, Blocks, Tile, kind, laid, written
 from sparselth.kernels._triton import tl, triton
 
@@ -449,6 +449,6 @@ def _forward(
 _operator = operator("block_linear")(_forward)
 
 
-@library.register_fake(_operator)
+@fake(_operator)
 def _(x, values, columns, starts, order, runs, n, bias, relu, kernels):
     return x.new_empty(x.shape[0], n)

@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from sparselth.kernels import _native
 from sparselth.kernels._choose import choose, use_triton
-from sparselth.kernels._operator import operator
+from sparselth.kernels._operator import fake, operator
 from sparselth.kernels._triton import tl, triton
 from sparselth.kernels.csr_linear import CsrIndex, csr_linear
 
@@ -483,6 +483,6 @@ def _infer(
     return compute(packed, x, bias, relu)
 
 
-@library.register_fake(_infer)
+@fake(_infer)
 def _(values, columns, starts, rows, x, bias, lanes, relu, kernels):
     return x.new_empty(rows.shape[0], x.shape[1])

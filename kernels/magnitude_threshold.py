@@ -44,10 +44,10 @@ from math import floor as round_down
 
 import numpy as np
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from sparselth.kernels._choose import use_triton
-from sparselth.kernels._operator import operator
+from sparselth.kernels._operator import fake, operator
 from sparselth.kernels._triton import tl, triton
 from sparselth.kernels.bitmask import (
     is_ragged,
@@ -437,7 +437,7 @@ def _op(weights: Sequence[Tensor], k: Tensor, masks: Sequence[Tensor]) -> tuple[
     return launch(weights, k, masks)
 
 
-@library.register_fake(_op)
+@fake(_op)
 def _(weights: Sequence[Tensor], k: Tensor, masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     bits = weights[0].new_empty((len(k), _starts(weights)[1]), dtype=torch.uint8)
     return bits, weights[0].new_empty(k.shape, dtype=torch.float32)

@@ -51,12 +51,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library
+from torch import Tensor
 
 from sparselth.kernels import _native
 from sparselth.kernels._choose import use_triton
 from sparselth.kernels._graphs import replayed
-from sparselth.kernels._operator import operator
+from sparselth.kernels._operator import fake, operator
 from sparselth.kernels._tiles import DTYPES, Tile, kind, precision
 from sparselth.kernels._triton import INTERPRET, tl, triton, within_grid
 from sparselth.kernels.bitmask import launch_count, launch_unpack
@@ -858,17 +858,17 @@ def _pairs(g: Sequence[int]) -> Geometry:
     return Geometry(*zip(g[::2], g[1::2], strict=True))
 
 
-@library.register_fake(_forward)
+@fake(_forward)
 def _(x, w, mask, bias, g, kernels):
     p, q = _pairs(g).out(*x.shape[3:])
     return x.new_empty(*x.shape[:2], p, q, w.shape[1]).permute(0, 1, 4, 2, 3)
 
 
-@library.register_fake(_dgrad)
+@fake(_dgrad)
 def _(dy, w, mask, size, g, kernels):
     return dy.new_empty(*dy.shape[:2], *size, w.shape[2]).permute(0, 1, 4, 2, 3)
 
 
-@library.register_fake(_wgrad)
+@fake(_wgrad)
 def _(dy, x, mask, g, kernels):
     return x.new_empty(len(x), dy.shape[2], x.shape[2], *g[:2])

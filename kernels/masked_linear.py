@@ -32,10 +32,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from sparselth.kernels._choose import use_triton
-from sparselth.kernels._operator import operator
+from sparselth.kernels._operator import fake, operator
 from sparselth.kernels._tiles import Tile, kind, precision
 from sparselth.kernels._triton import INTERPRET, tl, triton, within_grid
 from sparselth.kernels.bitmask import reference_unpack
@@ -462,17 +462,17 @@ def _ds(dy: Tensor, x: Tensor, w: Tensor, kernels: str) -> Tensor:
     return reference_ds(dy, x, w)
 
 
-@library.register_fake(_forward)
+@fake(_forward)
 def _(x, w, mask, bias, scores, kernels):
     return x.new_empty(*x.shape[:2], w.shape[1])
 
 
-@library.register_fake(_dx)
+@fake(_dx)
 def _(dy, w, mask, kernels):
     return dy.new_empty(*dy.shape[:2], w.shape[2])
 
 
-@library.register_fake(_dw)
-@library.register_fake(_ds)
+@fake(_dw)
+@fake(_ds)
 def _(dy, x, factor, kernels):
     return x.new_empty(x.shape[0], dy.shape[2], x.shape[2])

@@ -33,11 +33,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library
+from torch import Tensor
 from torch.nn import grad
 
 from sparselth.kernels import hash_weights
-from sparselth.kernels._operator import operator
+from sparselth.kernels._operator import fake, operator
 from sparselth.kernels._tiles import Tile, kind, precision
 from sparselth.kernels._triton import INTERPRET, tl, triton
 from sparselth.kernels.hash_weights import Keys, row_keys, word
@@ -540,16 +540,16 @@ def _ds(
     return compute(dy, x, shape, keys, s, stride, padding, dtype)
 
 
-@library.register_fake(_forward)
+@fake(_forward)
 def _(x, bits, bias, scores, shape, keys, s, stride, padding, kernels):
     return x.new_empty(x.shape[0], shape[0], *sizes(x, shape, stride, padding))
 
 
-@library.register_fake(_dx)
+@fake(_dx)
 def _(dy, bits, size, shape, keys, s, stride, padding, kernels):
     return dy.new_empty(size)
 
 
-@library.register_fake(_ds)
+@fake(_ds)
 def _(dy, x, shape, keys, s, stride, padding, dtype, kernels):
     return x.new_empty(shape, dtype=dtype)

@@ -54,11 +54,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library
+from torch import Tensor
 
 from sparselth.kernels import _native, hash_weights
 from sparselth.kernels._choose import choose
-from sparselth.kernels._operator import operator
+from sparselth.kernels._operator import fake, operator
 from sparselth.kernels._tiles import Tile, _sum_kernel, kind, precision
 from sparselth.kernels._triton import INTERPRET, tl, triton
 from sparselth.kernels.bitmask import pack, reference_unpack
@@ -741,16 +741,16 @@ def _ds(dy: Tensor, x: Tensor, keys: list[int], s: float, dtype: torch.dtype, ke
     return (launch_ds if backend == "triton" else reference_ds)(dy, x, keys, s, dtype)
 
 
-@library.register_fake(_forward)
+@fake(_forward)
 def _(x, bits, bias, scores, keys, s, kernels):
     return x.new_empty(x.shape[0], bits.shape[0])
 
 
-@library.register_fake(_dx)
+@fake(_dx)
 def _(dy, bits, k, keys, s, kernels):
     return dy.new_empty(dy.shape[0], k)
 
 
-@library.register_fake(_ds)
+@fake(_ds)
 def _(dy, x, keys, s, dtype, kernels):
     return x.new_empty(dy.shape[1], x.shape[1], dtype=dtype)

@@ -56,11 +56,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library
+from torch import Tensor
 
 from sparselth.kernels import _native
 from sparselth.kernels._choose import use_triton
-from sparselth.kernels._operator import operator
+from sparselth.kernels._operator import fake, operator
 from sparselth.kernels._triton import INTERPRET, tl, triton
 
 ROWS, COLUMNS, UNIT = 128, 64, 512  # of a block, a chunk, a unit
@@ -531,6 +531,6 @@ def _forward(
 _operator = operator("slot_linear")(_forward)
 
 
-@library.register_fake(_operator)
+@fake(_operator)
 def _(values, places, residual, rows, columns, starts, n, k, x, bias, relu, kernels):
     return x.new_empty(x.shape[0], n)

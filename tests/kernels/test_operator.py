@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from sparselth.kernels import bitmask
-from sparselth.kernels._operator import operator
+from sparselth.kernels._operator import fake, operator
 from sparselth.kernels.bitmask import unpack
 
 SEEN: list[bool] = []
@@ -25,7 +25,7 @@ def _doubled(x: Tensor) -> Tensor:
     return 2 * x
 
 
-@library.register_fake(_doubled)
+@fake(_doubled)
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
