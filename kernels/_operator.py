@@ -16,7 +16,7 @@ import torch
 from torch import library
 
 Compute = Callable[..., Any]
-# Decorator: what gives the shapes of an operator's results; torch 2.11 else refuses a second one, as of a module
+# Decorator: what gives the shapes of an operator's results; torch 2.11 else refuses a second one, of a module
 # that is loaded again.
 fake = partial(library.register_fake, allow_override=True)
 
