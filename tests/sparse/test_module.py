@@ -512,3 +512,20 @@ def test_what_stays_torchs_knows_neither_gradients_nor_autocast() -> None:
     with pytest.raises(ValueError, match="expected inputs like the example's"):
         fast(x, 2.0)
     same(fast(x=x), right)
+
+
+def test_one_tensor_in_a_list_is_no_bare_one() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = nn.Linear(6, 6)
+
+        def forward(self, xs: list[Tensor]) -> Tensor:
+            return self.line(xs[0])
+
+    model, x = Listed().eval(), torch.randn(5, 6)
+    masks = {"line.weight": torch.rand(6, 6) < 0.3}
+    fast = sparse.convert(model, masks, ([x],))
+    same(fast([x]), exact(model, masks, [x]))
+    with pytest.raises(ValueError, match="expected inputs like the example's"):
+        fast(x)
