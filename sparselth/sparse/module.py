@@ -326,9 +326,9 @@ def _joined(
         found = {name: join_tokens(network, plans, given.tensors)}
         for more in ("joined blocks", "joined blocks in parts") if found[name] else ():
             blocks = join_tokens(network, plans, given.tensors)
-            assert blocks is not None
-            if join_blocks(blocks, given.tensors, in_parts=more.endswith("parts")):
-                found[more] = blocks
+            if blocks is None or not join_blocks(blocks, given.tensors, in_parts=more.endswith("parts")):
+                break  # nor are there parts of what there is not
+            found[more] = blocks
     return {name: graph for name, graph in found.items() if graph}
 
 
