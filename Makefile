@@ -16,7 +16,7 @@ TOUR := build/tour
 CASES := 10000
 SEED := 0
 NATIVE_TESTS := native activations batch_norm csr_linear csr_tiled sparse_conv2d sparse_conv2d_rows depthwise_rows max_pool_rows \
-  plane_parts step_parts token_parts token_attention self_attention masked_update hash_weights score_update seed_linear seed_conv2d subset_sum
+  plane_parts step_parts token_parts rotary token_attention self_attention masked_update hash_weights score_update seed_linear seed_conv2d subset_sum
 
 .PHONY: imp tour test test-oldest test-newest check bench bench-bars same-bits science soak properties kill-test \
   ray-test sanitize mutants \

@@ -28,8 +28,9 @@ ENTRIES = (  # of native.c
     *("max_pool_rows", "activate_planes", "plane_means", "scale_planes", "masked_update", "gather"),
     *("bias_relu", "relu_backward", "relu_backward_add", "cross_entropy"),
     *("cross_entropy_grad", "max_pool", "max_pool_backward", "transpose"),
-    *("layer_norm", "gelu", "add", "token_attention", "self_attention", "sequence", "hash_weights"),
-    *("score_update", "seed_linear", "subset_sum", "batch_norm", "batch_norm_backward"),
+    *("layer_norm", "gelu", "add", "multiply", "rotary", "token_attention", "self_attention"),
+    *("sequence", "hash_weights", "score_update", "seed_linear", "subset_sum"),
+    *("batch_norm", "batch_norm_backward"),
 )
 
 

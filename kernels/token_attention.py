@@ -4,10 +4,12 @@ r"""Attention of one new token on a CPU, as a decoder has it with a cache of the
     y = sum over s of softmax over s of (scale q . keys[s]) values[s]
 
 | name                   | shape            | dtype |
-| q, k, v                | [B, H, 1, D]     | fp32  |          Floor, bytes and FLOPs:
-| past_keys, past_values | [B, H, S, D]     | fp32  |          4 S + 6 numbers for each of B H D,
-| y                      | [B, H, 1, D]     | fp32  |          each read or written once;
-| keys, values           | [B, H, S + 1, D] | fp32  |          4 FLOPs for each of S + 1 keys
+| q, y                   | [B, H, 1, D]     | fp32  |          Floor, bytes and FLOPs:
+| k, v                   | [B, G, 1, D]     | fp32  |          4 S + 4 numbers for each of B G D, 2 of
+| past_keys, past_values | [B, G, S, D]     | fp32  |          B H D, each read or written once;
+| keys, values           | [B, G, S + 1, D] | fp32  |          4 FLOPs for each of S + 1 keys and B H D
+
+H / G queries in a row share keys and values, as in Ainslie et al. 2023 (arXiv:2305.13245); G is mostly H.
 
 torch has three calls for it, two that copy and one that reads the copies. Here what is copied is used while
 it is in registers. y lies as [B, 1, H, D], so that its heads side by side are a view. Tensors may lie in any
@@ -33,10 +35,11 @@ MANY = 1 << 15  # numbers of the past from which on a second thread pays
 Found = tuple[Tensor, Tensor, Tensor]  # y, keys, values
 
 
-def floor(batch: int, heads: int, past: int, width: int) -> dict[str, int]:
-    """Bytes and FLOPs of `token_attention`."""
+def floor(batch: int, heads: int, past: int, width: int, group: int = 1) -> dict[str, int]:
+    """Bytes and FLOPs of `token_attention`; `group`: H / G."""
     each = batch * heads * width
-    return {"bytes": 4 * each * (4 * past + 6), "flops": 4 * each * (past + 1)}
+    kept = each // group
+    return {"bytes": 4 * (kept * (4 * past + 4) + 2 * each), "flops": 4 * each * (past + 1)}
 
 
 def reference(
@@ -44,17 +47,18 @@ def reference(
 ) -> Found:
     """As torch has it, one by one."""
     keys, values = torch.cat([past_keys, k], -2), torch.cat([past_values, v], -2)
-    scores = q @ keys.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return scores.softmax(-1) @ values, keys, values
+    each = q.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # the queries of a group as rows
+    scores = each @ keys.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return (scores.softmax(-1) @ values).reshape(q.shape), keys, values
 
 
 def follows(new: Sequence[int], past_keys: Tensor, past_values: Tensor) -> bool:
-    """Whether q, k and v of this shape, [B, H, 1, D], can stand behind these."""
+    """Whether k and v of this shape, [B, G, 1, D], can stand behind these."""
     past = past_keys, past_values
     if any(t.dim() != 4 or t.dtype != torch.float32 or not t.is_cpu or t.stride(3) != 1 for t in past):
         return False
-    b, h, _, d = new
-    return past_keys.shape == past_values.shape == (b, h, past_keys.shape[2], d)
+    b, g, _, d = new
+    return past_keys.shape == past_values.shape == (b, g, past_keys.shape[2], d)
 
 
 def token_attention(
@@ -72,10 +76,10 @@ def token_attention(
     b, h, _, d = q.shape
     y = torch.empty(b, 1, h, d, dtype=torch.float32, device="cpu").transpose(1, 2)
     bound = TokenAttention(q, k, v, y, scale, kernels)
-    if not follows(q.shape, past_keys, past_values):
+    if not follows(k.shape, past_keys, past_values):
         raise ValueError(
-            f"past_keys, past_values: expected fp32 [{b}, {h}, S, {d}] on a CPU, the numbers of D side "
-            f"by side, got {[*past_keys.shape]} and {[*past_values.shape]}"
+            f"past_keys, past_values: expected fp32 [{b}, {k.shape[1]}, S, {d}] on a CPU, the numbers of D "
+            f"side by side, got {[*past_keys.shape]} and {[*past_values.shape]}"
         )
     found = bound.follow(past_keys, past_values)
     bound.run()
@@ -88,10 +92,13 @@ class TokenAttention:
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, y: Tensor, scale: float | None = None, kernels: str = "auto"
     ) -> None:
-        """ValueError: tensors that are not [B, H, 1, D]; y lies as [B, 1, H, D]."""
+        """ValueError: tensors that are not [B, H or G, 1, D]; y lies as [B, 1, H, D]."""
         b, h, _, d = q.shape
+        g = k.shape[1] if k.dim() == 4 else 0
+        if h and (not g or h % g):
+            raise ValueError(f"k: expected [{b}, a divisor of {h}, 1, {d}], got {[*k.shape]}")
         for name, t in {"q": q, "k": k, "v": v, "y": y}.items():
-            _native.check(name, t, (b, h, 1, d))
+            _native.check(name, t, (b, h if t is q or t is y else g, 1, d))
             if d > 1 and t.stride(3) != 1:
                 raise ValueError(f"{name}: expected the numbers of D side by side, got strides {t.stride()}")
         if not y.transpose(1, 2).is_contiguous():
@@ -103,7 +110,7 @@ class TokenAttention:
         if self.native:
             self.arguments = _TokenAttention(
                 *(t.data_ptr() for t in self.new),
-                *(b, h, d),
+                *(b, g, h // max(1, g), d),
                 *(stride for t in (q, k, v) for stride in t.stride()[:2]),
                 scale=self.scale,
             )
@@ -136,8 +143,8 @@ class TokenAttention:
 class _TokenAttention(ctypes.Structure):  # struct token_attention
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in ("q", "k", "v", "y")],
-        *[(name, ctypes.c_int64) for name in ("batch", "heads", "width")],
-        *[(name, ctypes.c_int64) for name in ("q_batch", "q_head", "k_batch", "k_head", "v_batch", "v_head")],
+        *[(name, ctypes.c_int64) for name in ("batch", "heads", "group", "width")],
+        *[(name, ctypes.c_int64) for name in ("q_batch", "q_row", "k_batch", "k_head", "v_batch", "v_head")],
         *[(name, ctypes.c_void_p) for name in ("past_keys", "past_values", "keys", "values")],
         *[(name, ctypes.c_int64) for name in ("past", "keys_batch", "keys_head", "keys_row")],
         *[(name, ctypes.c_int64) for name in ("values_batch", "values_head", "values_row")],

@@ -1,16 +1,18 @@
-r"""What a transformer computes on a CPU between its products, features-major: layer norm, GELU and sums.
+r"""What a transformer computes on a CPU between its products, features-major: norms, GELU, sums, products.
 
     layer_norm   y[k, b] = (x[k, b] - mean_b) / sqrt(var_b + eps) * weight[k] + bias[k], over the features k
+    rms_norm     y[k, b] = x[k, b] / sqrt(mean_b of x^2 + eps) * weight[k]
     gelu         y = x P(X < x) of a normal X, or, `tanh`, x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2
     add          y = a + b
+    multiply     y = a b
 
 | name         | shape  | dtype |                    Floor in bytes, each read or written once:
-| x, a, b, y   | [K, B] | fp32  |                    layer_norm   8 a number
+| x, a, b, y   | [K, B] | fp32  |                    both norms   8 a number
 | weight, bias | [K]    | fp32  |                    gelu         8
-                                                     add         12
+                                                     both others 12
 
-Rows may lie apart; nothing between B and their stride is read or written. y of gelu may be x, that of add may
-be a or b; that of layer_norm is other memory. Results do not depend on the number of threads, torch's.
+Rows may lie apart; nothing between B and their stride is read or written. y of gelu may be x, that of a sum
+or product a or b; that of a norm is other memory. Results do not depend on the number of threads, torch's.
 
 GELU is max(x, 0) less what |x| loses, so that nothing cancels left of 0: its error is a few 1e-7 of |x| at
 most, as torch's is, and less than that where x is negative. NaN stays; gelu(-inf) is 0 to 1e-36, its limit;
@@ -29,12 +31,14 @@ from sparselth.kernels import _native
 from sparselth.kernels._choose import use_native
 from sparselth.kernels.step_parts import Call
 
-MANY = {"layer_norm": 1 << 15, "gelu": 1 << 13, "add": 1 << 17}  # numbers from which on a second thread pays
+# numbers from which on a second thread pays
+MANY = {"layer_norm": 1 << 15, "rms_norm": 1 << 15, "gelu": 1 << 13, "add": 1 << 17, "multiply": 1 << 17}
+COSTS = {"layer_norm": (8, 7), "rms_norm": (8, 4), "gelu": (8, 25), "add": (12, 1), "multiply": (12, 1)}
 
 
 def floor(name: str, numel: int) -> dict[str, int]:
     """Bytes and FLOPs of an op on `numel` numbers."""
-    size, flops = {"layer_norm": (8, 7), "gelu": (8, 25), "add": (12, 1)}[name]
+    size, flops = COSTS[name]
     return {"bytes": size * numel, "flops": flops * numel}
 
 
@@ -44,6 +48,13 @@ def layer_norm(
     """Each column of [K, B] with mean 0 and variance 1, then scaled and shifted."""
     y = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     bind_layer_norm(x, weight, bias, y, eps, kernels)()
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, kernels: str = "auto") -> Tensor:
+    """Each column of [K, B] with a mean square of 1, scaled (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    y = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    bind_rms_norm(x, weight, y, eps, kernels)()
     return y
 
 
@@ -61,10 +72,28 @@ def add(a: Tensor, b: Tensor, kernels: str = "auto") -> Tensor:
     return y
 
 
+def multiply(a: Tensor, b: Tensor, kernels: str = "auto") -> Tensor:
+    """Of [K, B] and [K, B], number by number."""
+    y = torch.empty(a.shape, dtype=torch.float32, device="cpu")
+    bind_multiply(a, b, y, kernels)()
+    return y
+
+
 def bind_layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor, eps: float = 1e-5, kernels: str = "auto"
 ) -> Call:
     """`layer_norm` on fixed tensors."""
+    return _bind_norm("layer_norm", x, weight, bias, y, eps, kernels)
+
+
+def bind_rms_norm(x: Tensor, weight: Tensor | None, y: Tensor, eps: float, kernels: str = "auto") -> Call:
+    """`rms_norm` on fixed tensors."""
+    return _bind_norm("rms_norm", x, weight, None, y, eps, kernels)
+
+
+def _bind_norm(
+    name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor, eps: float, kernels: str
+) -> Call:
     k, b = _matrices(x=x, y=y)
     _native.vector("weight", weight, k)
     _native.vector("bias", bias, k)
@@ -81,12 +110,16 @@ def bind_layer_norm(
             ldx=x.stride(0),
             ldy=y.stride(0),
             eps=eps,
-            threads=_threads("layer_norm", x),
+            rms=name == "rms_norm",
+            threads=_threads(name, x),
         )
         return _native.bind("layer_norm", arguments, x, weight, bias, y)
 
     def run() -> None:
-        y.copy_(F.layer_norm(x.t(), (k,), weight, bias, eps).t())
+        if name == "rms_norm":
+            y.copy_(F.rms_norm(x.t(), (k,), weight, eps).t())
+        else:
+            y.copy_(F.layer_norm(x.t(), (k,), weight, bias, eps).t())
 
     return run
 
@@ -116,10 +149,19 @@ def bind_gelu(x: Tensor, y: Tensor, tanh: bool = False, kernels: str = "auto") -
 
 def bind_add(a: Tensor, b: Tensor, y: Tensor, kernels: str = "auto") -> Call:
     """`add` on fixed tensors."""
+    return _bind_pair("add", a, b, y, kernels)
+
+
+def bind_multiply(a: Tensor, b: Tensor, y: Tensor, kernels: str = "auto") -> Call:
+    """`multiply` on fixed tensors."""
+    return _bind_pair("multiply", a, b, y, kernels)
+
+
+def _bind_pair(name: str, a: Tensor, b: Tensor, y: Tensor, kernels: str) -> Call:
     _matrices(a=a, b=b, y=y)
     if use_native(kernels):
         rows, columns, lda, ldb, ldy = _lines(a, b, y)
-        arguments = _Add(
+        arguments = _Pair(
             a=a.data_ptr(),
             b=b.data_ptr(),
             y=y.data_ptr(),
@@ -128,12 +170,12 @@ def bind_add(a: Tensor, b: Tensor, y: Tensor, kernels: str = "auto") -> Call:
             lda=lda,
             ldb=ldb,
             ldy=ldy,
-            threads=_threads("add", y),
+            threads=_threads(name, y),
         )
-        return _native.bind("add", arguments, a, b, y)
+        return _native.bind(name, arguments, a, b, y)
 
     def run() -> None:
-        torch.add(a, b, out=y)
+        (torch.add if name == "add" else torch.mul)(a, b, out=y)
 
     return run
 
@@ -170,7 +212,7 @@ class _LayerNorm(ctypes.Structure):  # struct layer_norm
         *[(name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y")],
         *[(name, ctypes.c_int64) for name in ("features", "columns", "ldx", "ldy")],
         ("eps", ctypes.c_float),
-        ("threads", ctypes.c_int32),
+        *[(name, ctypes.c_int32) for name in ("rms", "threads")],
     ]
 
 
@@ -182,7 +224,7 @@ class _Gelu(ctypes.Structure):  # struct gelu
     ]
 
 
-class _Add(ctypes.Structure):  # struct add
+class _Pair(ctypes.Structure):  # struct pair
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in ("a", "b", "y")],
         *[(name, ctypes.c_int64) for name in ("rows", "columns", "lda", "ldb", "ldy")],

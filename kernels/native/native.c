@@ -29,6 +29,8 @@
     X(layer_norm) \
     X(gelu) \
     X(add) \
+    X(multiply) \
+    X(rotary) \
     X(token_attention) \
     X(self_attention) \
     X(sequence) \
@@ -52,6 +54,7 @@
 #include "max_pool_rows.inc"
 #include "step_parts.inc"
 #include "token_parts.inc"
+#include "rotary.inc"
 #include "token_attention.inc"
 #include "self_attention.inc"
 #include "plane_parts.inc"
@@ -86,6 +89,7 @@
 #include "max_pool_rows.inc"
 #include "step_parts.inc"
 #include "token_parts.inc"
+#include "rotary.inc"
 #include "token_attention.inc"
 #include "self_attention.inc"
 #include "plane_parts.inc"
@@ -127,6 +131,7 @@
 #include "max_pool_rows.inc"
 #include "step_parts.inc"
 #include "token_parts.inc"
+#include "rotary.inc"
 #include "token_attention.inc"
 #include "self_attention.inc"
 #include "plane_parts.inc"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from math import prod
 from typing import Any
 
@@ -140,3 +140,7 @@ def _segment(graph: fx.GraphModule, node: fx.Node, plans: Mapping[Segment, list[
     """What a node calls, if it has a plan."""
     found: Any = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
     return found if isinstance(found, Segment) and found in plans else None
+
+
+def calls(node: fx.Node, targets: Container[Any]) -> bool:
+    return node.op in ("call_function", "call_method") and node.target in targets

@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 from sparselth.check import ROUNDING
 from sparselth.errors import one_line
 from sparselth.sparse.attention import Attention, split_attention
-from sparselth.sparse.blocks import join_blocks
 from sparselth.sparse.choice import MARGIN, Choice, Joinable, choose
 from sparselth.sparse.compaction import Part, check_evaluation, is_known, plain
 from sparselth.sparse.converted import ConvertedModule
@@ -27,6 +26,7 @@ from sparselth.sparse.joined import Joined
 from sparselth.sparse.reference import Given, Reference, Samples, masked_copy
 from sparselth.sparse.report import LayerReport, Report
 from sparselth.sparse.segment import Segment
+from sparselth.sparse.stretch import join_blocks
 from sparselth.sparse.times import Cache
 from sparselth.sparse.tokens import join_tokens
 from sparselth.sparse.tracing import chain_at, trace

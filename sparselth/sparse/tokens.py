@@ -1,9 +1,9 @@
 """What a transformer computes between two attentions as one program, features-major from end to end.
 
-Linear layers, layer norms, activations and sums work on each token by itself. One by one each is a call from
-Python, and each linear layer lays its tokens features-major and back; here those that follow each other are
-one list of calls on memory of its own, with as many inputs and outputs as the rest of the network has for it:
-tokens change layout where they come in and where they leave.
+Linear layers, norms, activations, sums and products work on each token by itself. One by one each is a call
+from Python, and each linear layer lays its tokens features-major and back; here those that follow each other
+are one list of calls on memory of its own, with as many inputs and outputs as the rest of the network has for
+it: tokens change layout where they come in and where they leave.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -21,19 +21,22 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparselth.kernels.step_parts import Call, bind_columns, bind_rows, sequence
-from sparselth.kernels.token_parts import bind_add, bind_layer_norm
+from sparselth.kernels.token_parts import bind_add, bind_layer_norm, bind_multiply, bind_rms_norm
 from sparselth.sparse.compaction import is_hooked
 from sparselth.sparse.forms.stage import columns
 from sparselth.sparse.forms.table import Formed
-from sparselth.sparse.grouping import IN_PLACE, SUMS
+from sparselth.sparse.grouping import IN_PLACE, PRODUCTS, SUMS, calls
 from sparselth.sparse.network import InColumns
+from sparselth.sparse.norms import name_norms
 from sparselth.sparse.parts import InParts
 from sparselth.sparse.segment import Segment
 
-Part: TypeAlias = Segment | nn.LayerNorm
+Part: TypeAlias = Segment | nn.LayerNorm | nn.RMSNorm
+NORMS = (nn.LayerNorm, nn.RMSNorm)
 VIEWS = {
     *(operator.getitem, "view", "reshape", "flatten", "unflatten", "permute", "transpose", "contiguous"),
-    *("unbind", "chunk", "split", "squeeze", "unsqueeze", torch._assert),
+    *("unbind", "chunk", "split", "squeeze", "unsqueeze", torch._assert, torch.flatten, torch.reshape),
+    *(torch.chunk, torch.split, torch.unbind, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze),
 }
 
 
@@ -41,12 +44,13 @@ VIEWS = {
 class Step:
     """What makes a value of others; values by number, what comes in first.
 
-    A part has one source; without one two sources make a sum.
+    A part has one source; without one two sources make a sum, or a product.
     """
 
     value: int
     sources: tuple[int, ...]
     part: int | None = None
+    product: bool = False
 
 
 class JoinedTokens(nn.Module):
@@ -67,7 +71,7 @@ class JoinedTokens(nn.Module):
 
     def _link(self) -> None:
         self.segments = [(part, part.plan) for part in self.parts if isinstance(part, Segment)]
-        norms = [part._parameters for part in self.parts if isinstance(part, nn.LayerNorm)]
+        norms = [part._parameters for part in self.parts if isinstance(part, NORMS)]
         self.vectors = [
             (held, name, t.data_ptr()) for held in norms for name, t in held.items() if t is not None
         ]
@@ -97,9 +101,8 @@ class JoinedTokens(nn.Module):
         values = dict(enumerate(xs))
         for step in self.steps:
             sources = [values[source] for source in step.sources]
-            values[step.value] = (
-                operator.add(*sources) if step.part is None else self.parts[step.part](*sources)
-            )
+            of_two = operator.mul if step.product else operator.add
+            values[step.value] = of_two(*sources) if step.part is None else self.parts[step.part](*sources)
         found = [values[value] for value in self.outputs]
         return found if len(found) > 1 else found[0]
 
@@ -127,7 +130,7 @@ class Program:
             if step.part is None and len(xs) == 2:
                 rooms[step.value] = rooms[ends[0]] if ends else self._take(len(xs[0]))
                 a, b, y = map(self._view, (*xs, rooms[step.value]))
-                self.calls.append(bind_add(a, b, y))
+                self.calls.append((bind_multiply if step.product else bind_add)(a, b, y))
             else:
                 rooms[step.value] = self._made(step, xs)
             for source in ends:
@@ -144,10 +147,15 @@ class Program:
         """The room that calls of a step with a part fill from room x."""
         assert step.part is not None
         part, x = self.parts[step.part], xs[0]
-        if isinstance(part, nn.LayerNorm):
-            weight, bias = (None if t is None else t.detach() for t in (part.weight, part.bias))
-            y = self._take(len(x))
-            self.calls.append(bind_layer_norm(self._view(x), weight, bias, self._view(y), part.eps))
+        if isinstance(part, NORMS):
+            y, weight = self._take(len(x)), None if part.weight is None else part.weight.detach()
+            at, to = self._view(x), self._view(y)
+            if isinstance(part, nn.LayerNorm):
+                bias = None if part.bias is None else part.bias.detach()
+                self.calls.append(bind_layer_norm(at, weight, bias, to, part.eps))
+            else:
+                eps = torch.finfo(torch.float32).eps if part.eps is None else part.eps
+                self.calls.append(bind_rms_norm(at, weight, to, eps))
             return y
         assert isinstance(part, Segment)
         for i, form in enumerate(part.plan):
@@ -204,6 +212,7 @@ def join_tokens(
     new = fx.GraphModule(traced, copy.deepcopy(traced.graph))
     values = Values(new)
     values.run(*tensors)
+    name_norms(new, values)
     groups = [group for group in _groups(new, values, plans) if group.pays]
     if not groups:
         return None
@@ -229,9 +238,20 @@ class Values(fx.Interpreter):
         value = super().run_node(n)
         if isinstance(value, Tensor) and value.dtype == torch.float32 and value.is_cpu and value.dim():
             self.shapes[n] = tuple(value.shape)
-        if isinstance(value, int | float | torch.Size):
+        if isinstance(value, int | float | torch.Size) and self._is_of_shapes(n):
             self.numbers[n] = value
         return value
+
+    def _is_of_shapes(self, n: fx.Node) -> bool:
+        """Whether a number depends on shapes alone, not on what is in tensors."""
+        return asks_shape(n) or all(source in self.numbers for source in n.all_input_nodes)
+
+
+def asks_shape(node: fx.Node) -> bool:
+    """Whether it gives the shape of a tensor, or numbers of it."""
+    if calls(node, (getattr,)):
+        return node.args[1] in ("shape", "ndim")
+    return calls(node, ("size", "dim", "numel", "ndimension", "nelement", "__len__"))
 
 
 class _Group:
@@ -262,7 +282,9 @@ class _Group:
             return False
         if len(node.args) == 1 and self._part(node) is not None:
             return True
-        if not calls(node, SUMS) or len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+        if not calls(node, (*SUMS, *PRODUCTS)) or len(node.args) != 2:
+            return False
+        if not all(isinstance(arg, fx.Node) for arg in node.args):
             return False
         alone = sources[0] in self.members and len(sources[0].users) == 1
         same = all(self.values.shapes[source] == shape for source in sources)
@@ -273,8 +295,8 @@ class _Group:
         found = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(found, Segment) and found in self.plans:
             return found
-        if type(found) is nn.LayerNorm and len(found.normalized_shape) == 1 and not is_hooked(found):
-            return found
+        if isinstance(found, NORMS) and type(found) in NORMS and len(found.normalized_shape) == 1:
+            return None if is_hooked(found) else found
         return None
 
     def replace(self, name: str, made: dict[Segment, Segment]) -> None:
@@ -289,7 +311,8 @@ class _Group:
                 part = part if part.plan is plan else made.setdefault(part, Segment(plan, part.tokens))
             parts += [part] if part else []
             sources = tuple(numbers[source] for source in node.args)  # type: ignore[index]
-            steps.append(Step(numbers[node], sources, len(parts) - 1 if part else None))
+            at = len(parts) - 1 if part else None
+            steps.append(Step(numbers[node], sources, at, product=calls(node, PRODUCTS)))
         read = [node for node in self.members if any(user not in self.members for user in node.users)]
         widths = [self.values.shapes[source][-1] for source in given]
         self.module = JoinedTokens(parts, steps, widths, [numbers[node] for node in read], [])
@@ -322,7 +345,7 @@ class _Group:
     def _takes_turned(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(self.graph.get_submodule(str(node.target)), JoinedTokens)
-        return calls(node, ("dim", "size")) or (calls(node, (getattr,)) and node.args[1:] == ("shape",))
+        return asks_shape(node)
 
 
 def _groups(graph: fx.GraphModule, values: Values, plans: Mapping[Segment, list[Formed]]) -> Iterable[_Group]:
@@ -338,7 +361,3 @@ def _groups(graph: fx.GraphModule, values: Values, plans: Mapping[Segment, list[
         elif any(source in group.members or source in group.behind for source in node.all_input_nodes):
             group.behind[node] = None
     yield group
-
-
-def calls(node: fx.Node, targets: Container[Any]) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in targets

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -28,10 +28,52 @@ class _Root(nn.Module):
         return self.model(*args, **kwargs)
 
 
+class _Unpacked(fx.Proxy):
+    """What may be unpacked by a star: then Python asks for a length, and takes a TypeError for an answer."""
+
+    def __getattr__(self, k: str) -> fx.proxy.Attribute:
+        return _UnpackedAttribute(self, k)
+
+    def __len__(self) -> int:
+        raise TypeError("a length is not known while torch.fx traces")
+
+
+class _UnpackedAttribute(fx.proxy.Attribute):
+    __len__ = _Unpacked.__len__
+
+
 class _Tracer(fx.Tracer):
+    tensors: Sequence[Tensor] = ()  # inputs of the example
+    lengths: fx.Interpreter | None = None  # which computes what was asked for, each node once
+    computes = False  # whether modules are called, not noted
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Unpacked(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """What is unpacked where torch.fx does not see into how many, as in `view(*x.shape[:-1], -1)`."""
+        if self.lengths is None:
+            self.lengths = fx.Interpreter(self.root, graph=self.graph)
+            self.lengths.args_iter = iter(self.tensors)
+        env, self.computes = self.lengths.env, True
+        try:
+            with torch.no_grad():
+                for node in [*self.graph.nodes]:
+                    if node not in env:
+                        env[node] = self.lengths.run_node(node)
+        finally:
+            self.computes = False
+        every: Any = obj
+        return iter([every[i] for i in range(len(env[obj.node]))])
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self.computes else super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if self.computes:
+            return forward(*args, **kwargs)
         if isinstance(m, Attention) and not is_hooked(m) and m.opens(*args, **kwargs):
             return m.opened(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
@@ -51,7 +93,7 @@ def trace(model: nn.Module, given: Given) -> fx.GraphModule:
     space: dict[str, Any] = {}
     exec(f"def forward(self, {', '.join(names)}): return self.run({', '.join(names)})", space)
     root = type("Root", (_Root,), {"forward": space["forward"]})(model, given)
-    graph = _graph(root)
+    graph = _graph(root, given.tensors)
     traced = fx.GraphModule(root, graph, "Traced")
     for node in [*graph.nodes]:
         source = node.args[0] if node.args else node.kwargs.get("input")
@@ -62,14 +104,19 @@ def trace(model: nn.Module, given: Given) -> fx.GraphModule:
     return traced
 
 
-def _graph(root: nn.Module) -> fx.Graph:
+def _graph(root: nn.Module, tensors: Sequence[Tensor]) -> fx.Graph:
     """With buffers as they are or, where inputs say what is cut out of them, as nodes."""
     try:
-        return _Tracer().trace(root)
+        return _of(_Tracer(), tensors).trace(root)
     except Exception:
         with suppress(Exception):
-            return _BufferTracer().trace(root)
+            return _of(_BufferTracer(), tensors).trace(root)
         raise
+
+
+def _of(tracer: _Tracer, tensors: Sequence[Tensor]) -> _Tracer:
+    tracer.tensors = tensors
+    return tracer
 
 
 def chain_at(traced: fx.GraphModule, node: fx.Node, x: Tensor, masks: dict[Tensor, Tensor]) -> Chain | None:

@@ -32,13 +32,14 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return int(request.param)
 
 
-def drawn(shape: Shape, apart: int = 0) -> list[Tensor]:
+def drawn(shape: Shape, apart: int = 0, group: int = 1) -> list[Tensor]:
     """q, k and v; with `apart` cut out of one piece of memory, beside numbers that are nobody's."""
     h, d, b, t = shape
+    each = h * group, h, h
     if not apart:
-        return [torch.randn(h, d, b * t) for _ in "qkv"]
-    room = torch.full((h, 3 * d + apart, b * t + apart), torch.nan)
-    return [room[:, i * d : (i + 1) * d, : b * t].normal_() for i in range(3)]
+        return [torch.randn(heads, d, b * t) for heads in each]
+    room = torch.full((h * group, 3 * d + apart, b * t + apart), torch.nan)
+    return [room[:heads, i * d : (i + 1) * d, : b * t].normal_() for i, heads in enumerate(each)]
 
 
 def compare(
@@ -50,7 +51,7 @@ def compare(
     bound: float = 2e-6,
 ) -> None:
     exact = sa.reference(*(t.double() for t in tensors), tokens, scale, causal)
-    h, d, n = exact.shape
+    h, d, n = exact.shape  # of the queries
     room = torch.full((h, d + 2, n + 3), torch.nan)
     y = room[:, :d, :n]
     sa.bind_self_attention(*tensors, y, tokens, scale, causal, kernels)()
@@ -66,13 +67,29 @@ def test_against_float64(shape: Shape, apart: int, threads: int, kernels: str) -
         compare(drawn(shape, apart), shape[3], scale, causal, kernels)
 
 
+@pytest.mark.parametrize("apart", [0, 5])
+@pytest.mark.parametrize("group", [2, 5])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 1, 5), (2, 64, 3, 197), (3, 13, 2, 48), (1, 257, 2, 9), (2, 16, 2, 513)]
+)
+def test_queries_that_share_keys(shape: Shape, group: int, apart: int, threads: int, kernels: str) -> None:
+    tensors = drawn(shape, apart, group)
+    for causal in (False, True):
+        compare(tensors, shape[3], None, causal, kernels)
+    q, k, v = (x.unflatten(2, (-1, shape[3])).permute(2, 0, 3, 1) for x in tensors)
+    own = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    y = sa.self_attention(*tensors, shape[3], causal=True, kernels=kernels)
+    torch.testing.assert_close(y.unflatten(2, (-1, shape[3])).permute(2, 0, 3, 1), own, rtol=1e-5, atol=1e-5)
+
+
 @CASES
 @given(st.data())
 def test_any_shape(data: st.DataObject) -> None:
     ends = ((1, 4), (1, 150), (1, 3), (1, 300))
     shape = tuple(data.draw(st.integers(*pair)) for pair in ends)
     scale, causal = data.draw(st.sampled_from((None, 0.2))), data.draw(st.booleans())
-    compare(drawn(shape, data.draw(st.sampled_from((0, 1, 16)))), shape[3], scale, causal, "auto")  # type: ignore[arg-type]
+    group = data.draw(st.integers(1, 3))
+    compare(drawn(shape, data.draw(st.sampled_from((0, 1, 16))), group), shape[3], scale, causal, "auto")  # type: ignore[arg-type]
 
 
 def test_large_products_do_not_overflow(kernels: str) -> None:

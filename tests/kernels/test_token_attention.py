@@ -16,6 +16,7 @@ from sparselth.kernels import token_attention as ta
 
 CASES = settings(max_examples=int(os.environ.get("SPARSELTH_CASES", "25")), deadline=None)
 SHAPES = [(1, 1, 0, 1), (1, 12, 64, 64), (2, 3, 129, 80), (3, 5, 7, 7), (1, 2, 300, 131), (2, 1, 128, 33)]
+GROUPS = [(2, 3, 130, 16), (1, 5, 7, 33), (1, 2, 0, 8)]
 Shape = tuple[int, int, int, int]
 
 
@@ -27,12 +28,14 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return int(request.param)
 
 
-def drawn(shape: Shape, apart: int = 0) -> list[Tensor]:
-    """q, k, v, past keys and values of batch, heads, past and width; with `apart` in memory of others."""
+def drawn(shape: Shape, apart: int = 0, group: int = 1) -> list[Tensor]:
+    """q, k, v, past keys and values: batch, heads of these, past, width; with `apart` in memory of others."""
     b, h, s, d = shape
     if not apart:
-        return [torch.randn(b, h, n, d) for n in (1, 1, 1, s, s)]
-    parts = torch.randn(b, 1, 3, h, d).permute(2, 0, 3, 1, 4).unbind(0)  # as one layer gives them
+        q = torch.randn(b, h * group, 1, d)
+        return [q, *(torch.randn(b, h, n, d) for n in (1, 1, s, s))]
+    parts = torch.randn(b, 1, (2 + group) * h, d).transpose(1, 2)  # as one layer gives them
+    parts = parts.split([h * group, h, h], 1)
     past = [
         torch.full((b, s + apart, h + 1, d + apart), torch.nan)[:, :s, :h, :d].transpose(1, 2) for _ in "kv"
     ]
@@ -55,11 +58,24 @@ def test_against_float64(shape: Shape, apart: int, threads: int, kernels: str) -
         compare(drawn(shape, apart), scale, kernels)
 
 
+@pytest.mark.parametrize("apart", [0, 3])
+@pytest.mark.parametrize("group", [2, 7, 64, 65, 130])
+@pytest.mark.parametrize("shape", GROUPS)
+def test_queries_that_share_keys(shape: Shape, group: int, apart: int, threads: int, kernels: str) -> None:
+    tensors = drawn(shape, apart, group)
+    compare(tensors, None, kernels)
+    q, k, v, past_keys, past_values = tensors
+    keys, values = torch.cat([past_keys, k], 2), torch.cat([past_values, v], 2)
+    own = F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+    y, *_ = ta.token_attention(*tensors, kernels=kernels)
+    torch.testing.assert_close(y, own, rtol=1e-5, atol=1e-6)
+
+
 @CASES
 @given(st.data())
 def test_any_shape(data: st.DataObject) -> None:
     b, h, s, d = (data.draw(st.integers(*ends)) for ends in ((1, 3), (1, 4), (0, 400), (1, 150)))
-    tensors = drawn((b, h, s, d), data.draw(st.sampled_from((0, 1, 16))))
+    tensors = drawn((b, h, s, d), data.draw(st.sampled_from((0, 1, 16))), data.draw(st.integers(1, 5)))
     compare(tensors, data.draw(st.sampled_from((None, 0.2))), "auto")
 
 

@@ -1,4 +1,4 @@
-"""Layer norm, GELU and sums against float64, at every level this machine has, in memory with gaps."""
+"""Norms, GELU, sums and products against float64, at every level this machine has, in memory with gaps."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ SHAPES = [
 ]
 WAYS = {
     "layer_norm": lambda x, kernels: parts.layer_norm(x, None, None, kernels=kernels),
+    "rms_norm": lambda x, kernels: parts.rms_norm(x, None, 1e-6, kernels),
     "gelu": lambda x, kernels: parts.gelu(x, kernels=kernels),
     "tanh": lambda x, kernels: parts.gelu(x, True, kernels),
     "add": lambda x, kernels: parts.add(x, 3 * x, kernels),
+    "multiply": lambda x, kernels: parts.multiply(x, 3 * x, kernels),
 }
 
 
@@ -61,6 +63,20 @@ def test_layer_norm(shape: tuple[int, int], more: int, kernels: str) -> None:
         scale = x.double().abs().amax(0) * (x.double().var(0, correction=0) + 1e-3).rsqrt()
         size = exact.abs() + scale * (1 if weight is None else weight.abs()[:, None])
         assert bool(((y - exact).abs() <= 8 * 2.0**-24 * size).all())
+        y.fill_(7.0)
+        assert bool((memory == 7.0).all())  # nothing beside y was written
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("more", [0, 3])
+def test_rms_norm(shape: tuple[int, int], more: int, kernels: str) -> None:
+    for weight in (torch.randn(shape[0]), None):
+        (x, _), (y, memory) = apart(shape, more), apart(shape, more)
+        x.copy_(3 * torch.randn(shape) + 5)  # a mean that stays
+        parts.bind_rms_norm(x, weight, y, 1e-3, kernels)()
+        exact = x.double() * (x.double().square().mean(0) + 1e-3).rsqrt()
+        exact = exact if weight is None else exact * weight.double()[:, None]
+        assert bool(((y - exact).abs() <= 8 * 2.0**-24 * exact.abs()).all())
         y.fill_(7.0)
         assert bool((memory == 7.0).all())  # nothing beside y was written
 
@@ -107,27 +123,29 @@ def test_gelu_of_what_is_no_number(tanh: bool, kernels: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_add(shape: tuple[int, int], kernels: str) -> None:
+@pytest.mark.parametrize("op", ["add", "multiply"])
+def test_sums_and_products(shape: tuple[int, int], op: str, kernels: str) -> None:
+    does, binds = getattr(parts, op), getattr(parts, f"bind_{op}")
     for more in (0, 3):
         (a, memory), (b, _) = apart(shape, more), apart(shape, 2 * more)
         a.copy_(torch.randn(shape))
         b.copy_(torch.randn(shape))
-        right = a + b
-        assert torch.equal(parts.add(a, b, kernels), right)
-        parts.bind_add(b, a, a, kernels)()
+        right = a + b if op == "add" else a * b
+        assert torch.equal(does(a, b, kernels), right)
+        binds(b, a, a, kernels)()
         assert torch.equal(a, right)
         a.fill_(7.0)
         assert bool((memory == 7.0).all())
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "gelu"])
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "gelu"])
 @pytest.mark.parametrize("batch", [1, 6, 40])
 def test_nan_stays_in_its_column(op: str, batch: int, kernels: str) -> None:
     x = torch.randn(20, batch)
     x[3, -1] = math.nan
     wrong = WAYS[op](x, kernels).isnan()
     right = torch.zeros_like(wrong)
-    right[slice(None) if op == "layer_norm" else 3, -1] = True
+    right[slice(None) if op.endswith("norm") else 3, -1] = True
     assert torch.equal(wrong, right)
 
 
@@ -149,6 +167,8 @@ def test_of_nothing(kernels: str) -> None:
         lambda x: parts.gelu(x, kernels=kernels),
         lambda x: parts.add(x, x, kernels),
         lambda x: parts.layer_norm(x, None, None, kernels=kernels),
+        lambda x: parts.rms_norm(x, None, 1e-6, kernels),
+        lambda x: parts.multiply(x, x, kernels),
     ]
     for way in ways:
         assert way(torch.zeros(4, 0)).shape == (4, 0)
@@ -159,6 +179,8 @@ def test_what_cannot_be_bound() -> None:
     x = torch.zeros(4, 3)
     with pytest.raises(ValueError, match="y: expected other memory than that of x"):
         parts.bind_layer_norm(x, None, None, x)
+    with pytest.raises(ValueError, match="y: expected other memory than that of x"):
+        parts.bind_rms_norm(x, None, x, 1e-6)
     with pytest.raises(ValueError, match=r"weight: expected contiguous fp32 \[4\]"):
         parts.layer_norm(x, torch.zeros(3), None)
     with pytest.raises(ValueError, match=r"y: expected fp32 \[4, 3\] on a CPU"):

@@ -1,0 +1,322 @@
+"""Decoders as most of today's are, in the words that people write them in: one program, against float64."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from conversions import close, double, joins, leaves, random_masks, timing
+from decoders import Llama, halves, past
+from sparselth import sparse
+from sparselth.sparse.blocks import Attention, JoinedBlocks, Rotary
+from sparselth.sparse.heads import Layout, Place, count, place, place_of
+from sparselth.sparse.reference import Given
+from sparselth.sparse.tokens import Values
+from sparselth.sparse.tracing import trace
+
+WORDS, WIDTH, HEADS, HIDDEN = 50, 48, 6, 40
+
+
+def sliced(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    return (x * cos[None, None]) + (torch.cat((-b, a), dim=-1) * sin[None, None])
+
+
+def each_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, :half], sin[:, :half]
+    a, b = torch.chunk(x, 2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def backwards(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, :half], sin[:, :half]
+    a, b = x.split(half, -1)
+    return torch.cat([a * cos + b * sin, a * -sin + b * cos], -1)
+
+
+def neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, :half], sin[:, :half]
+    a, b = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(3).type_as(x)
+
+
+def every_second(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x[..., ::2], x[..., 1::2]
+    return cos * x + sin * torch.stack((-b, a), -1).flatten(-2)
+
+
+def in_part(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((halves(x[..., :half], cos[:, :half], sin[:, :half]), x[..., half:]), -1)
+
+
+def tokens_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return halves(x.transpose(1, 2), cos[:, None], sin[:, None]).transpose(1, 2)
+
+
+def by_its_own(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Angles that every layer computes anew."""
+    angles = torch.arange(x.shape[2]).outer(torch.ones(x.shape[3])) * 0.1
+    return halves(x, angles.cos(), angles.sin())
+
+
+def by_number(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Of heads that are not turned alike: no rotary positions."""
+    return x * torch.arange(1.0, x.shape[1] + 1)[:, None, None] + x.flip(-1) * sin
+
+
+def thrice(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return halves(x, cos, sin) + x * cos.square()
+
+
+def by_itself(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + x * x
+
+
+WORDINGS = (halves, sliced, each_half, backwards, neighbours, every_second, in_part, tokens_first, by_its_own)
+OTHERS = (by_number, thrice, by_itself)
+
+
+def made(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> tuple[Any, nn.Module]:
+    """It converted, and the dense masked one in float64."""
+    monkeypatch.setattr(timing, "seconds", joins)
+    model.eval().requires_grad_(False)
+    for t in model.parameters():
+        if t.dim() == 1:
+            t.copy_(0.5 + torch.rand_like(t))  # of norms
+    masks = {n: m for n, m in random_masks(model, 0.3).items() if m.dim() == 2 and not n.startswith("words")}
+    exact = copy.deepcopy(model).double()
+    for n, mask in masks.items():
+        exact.get_parameter(n).mul_(mask)
+    return sparse.convert(model, masks, inputs), exact
+
+
+def steps(network: nn.Module, kind: type) -> list[Any]:
+    return [
+        s for m in network.modules() if isinstance(m, JoinedBlocks) for s in m.steps if isinstance(s, kind)
+    ]
+
+
+def llama(rotate: Any = halves, shared: int = 2) -> Llama:
+    torch.manual_seed(0)
+    return Llama(WORDS, WIDTH, 2, HEADS, shared, HIDDEN, rotate)
+
+
+def behind(length: int = 5, shared: int = 2, batch: int = 1, new: int = 1) -> Any:
+    return torch.randint(WORDS, (batch, new)), past(2, shared, length, WIDTH // HEADS * shared, batch)
+
+
+def right(fast: nn.Module, exact: nn.Module, *inputs: Any) -> None:
+    found, reference = fast(*inputs), exact(*double(inputs))
+    for y, own in zip(leaves(found), leaves(reference), strict=True):
+        assert y.shape == own.shape
+        close(y, own)
+
+
+@pytest.mark.parametrize("rotate", [*WORDINGS, *OTHERS])
+def test_a_token_behind_others(rotate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, exact = made(monkeypatch, llama(rotate), behind())
+    whole = rotate in WORDINGS
+    assert len(steps(fast, Attention)) == 2 * whole
+    assert len(steps(fast, Rotary)) == 4 * whole
+    held = io.BytesIO()
+    torch.save(fast, held)
+    held.seek(0)
+    again = torch.load(held, weights_only=False)
+    for batch, new, length in ((1, 1, 5), (1, 1, 5), (1, 1, 0), (1, 1, 301), (2, 1, 5), (1, 3, 4)):
+        inputs = behind(length, 2, batch, new)
+        right(fast, exact, *inputs)
+        assert all(map(torch.equal, leaves(fast(*inputs)), leaves(again(*inputs))))
+    for one in fast.modules():
+        assert (
+            not isinstance(one, JoinedBlocks) or len(one.run.chains) == 1
+        )  # others went the way of the graph
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("rotate", [*WORDINGS, *OTHERS])
+def test_sequences(rotate: Any, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, exact = made(monkeypatch, llama(rotate), torch.randint(WORDS, (batch, 9)))
+    whole = rotate in WORDINGS
+    assert len(steps(fast, Attention)) == 2 * whole
+    assert len(steps(fast, Rotary)) == 4 * whole
+    assert all(step.shared == 2 for step in steps(fast, Attention))
+    again = pickle.loads(pickle.dumps(copy.deepcopy(fast)))
+    for shape in ((batch, 9), (batch, 9), (2, 9), (batch, 4), (1, 1)):
+        ids = torch.randint(WORDS, shape)
+        right(fast, exact, ids)
+        assert torch.equal(fast(ids), again(ids))
+
+
+def test_angles_of_all_layers_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rotate in (halves, each_half, backwards, sliced, tokens_first):
+        fast, _ = made(monkeypatch, llama(rotate), behind())
+        (one,) = (m for m in fast.modules() if isinstance(m, JoinedBlocks))
+        assert len(one.given) == 3  # tokens, cosines, sines with their signs
+
+
+@pytest.mark.parametrize("shared", [1, 2, 3, 6])
+def test_any_number_of_heads_share(shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, exact = made(monkeypatch, llama(shared=shared), behind(shared=shared))
+    assert [step.shared for step in steps(fast, Attention)] == [shared, shared]
+    for length in (0, 5, 140):
+        right(fast, exact, *behind(length, shared))
+
+
+class Sharing(nn.Module):
+    """Two blocks of a token behind its past, whose six queries share two keys, in some way."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.norm = way, nn.RMSNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 6 * 8 + 2 * 2 * 8), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, cache: Any) -> Any:
+        new = []
+        for keys, values in cache:
+            b, t, _ = x.shape
+            heads = self.qkv(self.norm(x)).unflatten(-1, (10, 8)).transpose(1, 2)
+            q, k, v = heads.split([6, 2, 2], 1)
+            k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+            s = k.shape[2]
+            more: dict[str, Any] = {}
+            if self.way == "asked":
+                ks, vs, more = k, v, {"enable_gqa": True}
+            elif self.way == "expanded":
+                ks, vs = (y[:, :, None].expand(b, 2, 3, s, 8).reshape(b, 6, s, 8) for y in (k, v))
+            elif self.way == "function":
+                ks, vs = (torch.repeat_interleave(y, 3, dim=1) for y in (k, v))
+            elif self.way == "stacked":
+                ks, vs = (torch.stack([y] * 3, 2).flatten(1, 2) for y in (k, v))
+            elif self.way == "in turn":  # every second query's, not those of three in a row
+                ks, vs = (y.repeat(1, 3, 1, 1) for y in (k, v))
+            elif self.way == "unlike":
+                ks, vs = k.repeat_interleave(3, 1), v.repeat(1, 3, 1, 1)
+            else:
+                assert self.way == "both"
+                ks, vs, more = k[:, :1], v[:, :1], {"enable_gqa": True}
+            y = F.scaled_dot_product_attention(q, ks, vs, **more)
+            x = x + self.out(y.transpose(1, 2).reshape(b, t, WIDTH))
+            new.append((k, v))
+        return x, new
+
+
+@pytest.mark.parametrize(
+    ("way", "joined"),
+    [
+        ("asked", 2),
+        ("expanded", 2),
+        ("function", 2),
+        ("stacked", 0),
+        ("in turn", 0),
+        ("unlike", 0),
+        ("both", 0),
+    ],
+)
+def test_ways_to_share_keys(way: str, joined: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+
+    def given(length: int) -> Any:
+        return torch.randn(1, 1, WIDTH), past(2, 2, length, 16, 1)
+
+    fast, exact = made(monkeypatch, Sharing(way), given(5))
+    found = steps(fast, Attention)
+    assert [(step.heads, step.shared) for step in found] == [(6, 2)] * joined
+    for length in (5, 0, 40):
+        right(fast, exact, *given(length))
+
+
+def test_other_angles_are_other_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are given to each call, not kept."""
+    fast, exact = made(monkeypatch, llama(), behind())
+    word, cache = behind(3)
+    first = fast(word, cache)[0]
+    for length in (3, 4, 3):  # other positions
+        right(fast, exact, word, [tuple(t[:, :, :length] for t in pair) for pair in behind(8)[1]])
+    assert torch.equal(fast(word, cache)[0], first)
+
+
+class Turning(nn.Module):
+    """Of heads [1, 2, 3, 4] by what a test says."""
+
+    def __init__(self, does: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.does = does
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self.does(x.view(1, 3, 2, 4).transpose(1, 2), cos, sin)
+
+
+def layout(does: Callable[..., Tensor]) -> tuple[Layout, fx.Node, list[Tensor]]:
+    """Of a graph whose tokens [1, 3, 8] are the root; what it gives, and what it was given."""
+    model, inputs = Turning(does), [torch.randn(1, 3, 8), torch.randn(3, 4), torch.randn(3, 4)]
+    given = Given.of(model, tuple(inputs))
+    traced = trace(model, given)
+    values = Values(traced)
+    values.run(*given.tensors)
+    cos, sin, root, *_, output = traced.graph.nodes  # inputs by name
+    last = output.args[0]
+    cos.name, sin.name = "cos", "sin"
+    return Layout(values, lambda node: count(1, 3, 8) if node is root else None), last, inputs
+
+
+@pytest.mark.parametrize("does", WORDINGS[:-1])
+def test_terms_are_what_the_graph_computes(does: Callable[..., Tensor]) -> None:
+    found, last, (x, cos, sin) = layout(does)
+    terms = found.terms(last)
+    assert terms is not None
+    total = torch.zeros(1, 2, 3, 4)
+    for term in terms:
+        assert term.factor is not None
+        by = {"cos": cos, "sin": sin}[str(term.factor)].flatten()[term.at.clamp(min=0)]
+        by = torch.where(term.at < 0, 1.0, by) * term.sign
+        total += x.flatten()[term.index] * by
+    torch.testing.assert_close(total, does(x.view(1, 3, 2, 4).transpose(1, 2), cos, sin))
+    turned = found.turned(last)
+    assert turned is not None
+    assert turned.turn.place == Place(0, 4)
+    assert turned.turn.heads == 2
+    assert turned.turn.first == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "does",
+    [
+        by_number,
+        thrice,
+        by_itself,
+        lambda x, cos, sin: x * cos,  # one term
+        lambda x, cos, sin: x * cos + x.flip(1) * sin,  # unknown
+        lambda x, cos, sin: x * cos * cos + x * sin,  # two factors
+        lambda x, cos, sin: x * cos + x.transpose(1, 2).reshape(1, 2, 3, 4) * sin,  # of other tokens
+        lambda x, cos, sin: x * cos + x,  # a term without one
+        lambda x, cos, sin: torch.cat((x * cos, x * sin), 1),  # heads of two kinds
+    ],
+)
+def test_what_are_no_rotary_positions(does: Callable[..., Tensor]) -> None:
+    found, last, _ = layout(does)
+    assert found.turned(last) is None
+
+
+def test_places() -> None:
+    assert place(count(2, 3, 4, 5).transpose(1, 2), 20) == Place(0, 5)
+    assert place(count(2, 3, 8, 5)[:, :, 4:].transpose(1, 2), 40) == Place(20, 5)
+    assert place(count(1, 3, 2, 5).transpose(1, 2).repeat_interleave(3, 1), 10) == Place(0, 5, 3)
+    assert place(count(1, 3, 2, 5).transpose(1, 2).repeat(1, 3, 1, 1), 10) is None
+    assert place(count(1, 3, 2, 5).transpose(1, 2).flip(1), 10) is None
+    assert place(count(1, 3, 2, 5).transpose(1, 2).flip(3), 10) is None
+    assert place(count(3, 4), 4) is None
+    assert place_of(torch.tensor([0, 0, 5])) is None
+    assert place_of(torch.tensor([7])) == Place(7, 0)
