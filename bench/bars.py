@@ -55,6 +55,8 @@ BARS = (
     Bar("ViT-B/16, 224 pixels", 2.0, 1),
     Bar("ViT-B/16, 224 pixels", 2.0, 8),
     Bar("GPT-2 small's size, one token", 3.0, 1, threads=(1, 2)),
+    Bar("Llama's form of that size, one token", 3.0, 1, threads=(1, 2)),
+    Bar("Llama's form of that size, 128 tokens", 2.0, 1),
     Bar("ResNet-18, CIFAR stem, a step through compress", 2.5, 128, 0.95, kind="training"),
 )
 
@@ -65,7 +67,7 @@ def network(bar: Bar) -> Any:
     import torchvision
     from torch import nn
 
-    from decoders import Decoder, past
+    from decoders import Decoder, Llama, past
     from sparselth.measure import nets
 
     torch.manual_seed(0)
@@ -83,6 +85,10 @@ def network(bar: Bar) -> Any:
     elif bar.name.startswith("GPT"):
         module = Decoder(50257, 768, 12, 12)
         draw = lambda batch: (torch.randint(50257, (batch, 1)), past(12, 12, 64, 768, batch))  # noqa: E731
+    elif bar.name.startswith("Llama"):  # three heads of queries share keys
+        module = Llama(32000, 768, 12, 12, 4, 2048)
+        behind = lambda batch: (torch.randint(32000, (batch, 1)), past(12, 4, 64, 256, batch))  # noqa: E731
+        draw = behind if "one token" in bar.name else lambda batch: torch.randint(32000, (batch, 128))
     else:
         module = zoo.mobilenet_v3_large() if "large" in bar.name else zoo.mobilenet_v3_small()
     return nets.of_module(bar.name, module, bar.sparsity, draw, exclude)

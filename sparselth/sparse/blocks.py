@@ -24,8 +24,9 @@ from sparselth.kernels.token_attention import TokenAttention, follows
 from sparselth.sparse.heads import Place, Turn
 from sparselth.sparse.network import InColumns
 from sparselth.sparse.parts import InParts
-from sparselth.sparse.tokens import JoinedTokens, Part, Program, Step
+from sparselth.sparse.tokens import JoinedTokens, Part, Program, Step, bind_norm
 
+NOWHERE = Place(0, 0)
 Result = tuple[int, tuple[int, ...] | None]  # see JoinedBlocks
 
 
@@ -51,6 +52,14 @@ class Rotary(Step):
     """Heads of the first value by the two others; the result has them side by side."""
 
     turn: Turn | None = None
+
+
+@dataclass(frozen=True)
+class HeadNorm(Step):
+    """Each head of a value by the same norm; the result has them side by side."""
+
+    place: Place = NOWHERE
+    heads: int = 1
 
 
 class JoinedBlocks(JoinedTokens):
@@ -134,6 +143,8 @@ class BlocksProgram(Program):
     def _made(self, step: Step, xs: list[Tensor]) -> Tensor:
         if isinstance(step, Rotary):
             return self._turned(step, *xs)
+        if isinstance(step, HeadNorm):
+            return self._normed(step, *xs)
         if not isinstance(step, Attention):
             return super()._made(step, xs)
         h, d = step.heads, step.width
@@ -162,6 +173,15 @@ class BlocksProgram(Program):
         at, to = self._heads(x, of.heads, d, of.place), self._heads(room, of.heads, d, Place(0, d))
         first, second = (torch.tensor(f, dtype=torch.int32, device="cpu") for f in (of.first, of.second))
         self.calls.append(bind_rotary(at, first, second, self._view(a), self._view(b), to))
+        return room
+
+    def _normed(self, step: HeadNorm, x: Tensor) -> Tensor:
+        assert step.part is not None
+        part: Any = self.parts[step.part]
+        d = int(part.normalized_shape[0])
+        room = self._take(step.heads * d)
+        at, to = self._heads(x, step.heads, d, step.place), self._heads(room, step.heads, d, Place(0, d))
+        self.calls += [bind_norm(part, one, y) for one, y in zip(at, to, strict=True)]
         return room
 
     def _heads(self, x: Tensor, heads: int, width: int, at: Place) -> Tensor:

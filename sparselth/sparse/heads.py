@@ -118,7 +118,7 @@ class Turned:
 class Layout:
     """What values of a stretch of a graph are made of.
 
-    `roots`: how those lie that are tokens themselves; `same`: of equal values from outside always one.
+    `roots`: how those lie that are so many tokens themselves; `same`: of equal values from outside one.
     """
 
     def __init__(
@@ -126,8 +126,9 @@ class Layout:
         values: Values,
         roots: Callable[[fx.Node], Tensor | None],
         same: Callable[[fx.Node], fx.Node] = lambda node: node,
+        tokens: int = 1,
     ) -> None:
-        self.values, self.roots, self.same = values, roots, same
+        self.values, self.roots, self.same, self.tokens = values, roots, same, tokens
         self.found: dict[fx.Node, Laid | list[Laid] | None] = {}
         self.outer: dict[fx.Node, Laid | None] = {}
 
@@ -135,6 +136,10 @@ class Layout:
         """Of a tensor; None: unknown."""
         found = self._found(node) if isinstance(node, fx.Node) else None
         return found if isinstance(found, tuple) else None
+
+    def features(self, root: fx.Node) -> int:
+        """Numbers of each token."""
+        return prod(self.values.shapes[root]) // self.tokens
 
     def known(self, node: fx.Node) -> bool:
         """Whether it is made of roots in a way that is understood."""
@@ -156,7 +161,7 @@ class Layout:
         if len(shape) != 4 or not prod(shape):
             return None
         b, h, t, d = shape
-        features = self.values.shapes[root][-1]
+        features = self.features(root)
         own = [term.index - count(b, 1, t, 1) * features for term in terms]
         begins = torch.minimum(*(x[0, :, 0].amin(-1) for x in own))
         place = place_of(begins)

@@ -26,6 +26,7 @@ from sparselth.sparse.joined import Joined
 from sparselth.sparse.reference import Given, Reference, Samples, masked_copy
 from sparselth.sparse.report import LayerReport, Report
 from sparselth.sparse.segment import Segment
+from sparselth.sparse.splitting import split_products
 from sparselth.sparse.stretch import join_blocks
 from sparselth.sparse.times import Cache
 from sparselth.sparse.tokens import join_tokens
@@ -252,6 +253,8 @@ def _traced(
     """The graph, if what it computes is what the model does, on the example and on other inputs."""
     layered = _layered(original, given)
     traced, twin, own = trace(layered, given), model, masks
+    if given.tensors[0].is_cpu:  # on CUDA one product is the faster one
+        split_products(traced)
     if any(isinstance(m, Attention) for m in layered.modules()):  # the same sums as torch's, in another order
         twin, own = layered, {}
         reference = Reference.of(twin, own, given, double=False)

@@ -104,6 +104,14 @@ def _formula(graph: fx.GraphModule, node: fx.Node, values: Values) -> _Found | N
     return x, weight, float(numbers[0]), last
 
 
+def is_square(node: fx.Node) -> bool:
+    """Whether it is its first argument by itself."""
+    if node.kwargs:
+        return False
+    power = calls(node, POWERS) and len(node.args) == 2 and node.args[1] in (2, 2.0)
+    return power or (calls(node, SQUARES) and len(node.args) == 1)
+
+
 def _squared(node: fx.Node, values: Values) -> fx.Node | None:
     """Of whose squares it is the mean over the features, kept as an axis."""
     names = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
@@ -114,9 +122,7 @@ def _squared(node: fx.Node, values: Values) -> fx.Node | None:
     if not isinstance(square, fx.Node) or axes not in ([-1], [len(values.shapes.get(square, ())) - 1]):
         return None
     args = square.args
-    again = calls(square, SQUARES) and len(args) == 1
-    again = again or (calls(square, POWERS) and len(args) == 2 and args[1] in (2, 2.0))
-    if not again and not (calls(square, PRODUCTS) and len(args) == 2 and args[0] is args[1]):
+    if not is_square(square) and not (calls(square, PRODUCTS) and len(args) == 2 and args[0] is args[1]):
         return None
     x = args[0]
     return _origin(x, values) if isinstance(x, fx.Node) else None

@@ -8,13 +8,14 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sparselth.sparse.attentions import Read, read_attention
-from sparselth.sparse.blocks import Attention, JoinedBlocks, Result, Rotary
+from sparselth.sparse.blocks import Attention, HeadNorm, JoinedBlocks, Result, Rotary
+from sparselth.sparse.compaction import is_hooked
 from sparselth.sparse.grouping import calls
 from sparselth.sparse.heads import Factor, Layout, Place, Turned, count, in_order, place
-from sparselth.sparse.tokens import VIEWS, JoinedTokens, Part, Step, Values, asks_shape
+from sparselth.sparse.tokens import NORMS, VIEWS, JoinedTokens, Part, Step, Values, asks_shape
 
 # What may be computed earlier or again: it depends on what it is given alone, and changes nothing.
 QUIET = {
@@ -106,7 +107,9 @@ class Stretch:
         self.free: dict[fx.Node, None] = {}  # tensors inside that depend on nothing inside but shapes
         self.copies: dict[fx.Node, Any] = {}
         self.equal: dict[str, fx.Node] = {}  # one of each of them
-        self.layout = Layout(values, lambda node: self._lie(node, node not in self.inside))
+        self.layout = Layout(
+            values, lambda node: self._lie(node, node not in self.inside), tokens=prod(self.lead)
+        )
 
     def understood(self) -> bool:
         """Whether all of it can be steps, which it finds."""
@@ -126,7 +129,9 @@ class Stretch:
                 laid = self.layout.plain(source)
                 if laid and laid[0] not in self.inside:
                     self.given.setdefault(laid[0], len(self.given))
-        self.layout = Layout(self.values, lambda node: self._lie(node, node in self.given), self._same)
+        self.layout = Layout(
+            self.values, lambda node: self._lie(node, node in self.given), self._same, prod(self.lead)
+        )
         turned = {part: self.layout.turned(part) for read in self.attentions.values() for part in read.parts}
         for of in turned.values():
             for factor in of.factors if of else ():
@@ -138,6 +143,8 @@ class Stretch:
                 right = self._tokens(node)
             elif node in self.attentions:
                 right = self._attention(node, self.attentions[node], turned)
+            elif part := self._norm_of_heads(node):
+                right = self._head_norm(node, part)
             elif (of_node := self._group(node)) in self.several:
                 assert of_node is not None
                 self._give(node, self.several[of_node][node.args[1]])  # type: ignore[index]
@@ -160,11 +167,46 @@ class Stretch:
         if node in self.attentions:  # heads side by side
             b, h, s, d = shape
             return count(b, s, h, d).transpose(1, 2)
+        if node in self.inside and self._norm_of_heads(node):
+            found = self._normed(node)
+            return None if found is None else found[3]
         of = self._group(node)
         inner = node in self.inside and (
             _is_joined(self.graph, node) or (of is not None and _is_joined(self.graph, of))
         )
         return count(*shape) if inner or (outer and self._is_tokens(shape)) else None
+
+    def _norm_of_heads(self, node: fx.Node) -> nn.LayerNorm | nn.RMSNorm | None:
+        """A norm that works on each head by itself."""
+        part = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(part, NORMS) or type(part) not in NORMS or is_hooked(part) or len(node.args) != 1:
+            return None
+        return (
+            part if len(part.normalized_shape) == 1 and len(self.values.shapes.get(node, ())) == 4 else None
+        )
+
+    def _normed(self, node: fx.Node) -> tuple[fx.Node, Place, int, Tensor] | None:
+        """Of such a norm what it is of, where its heads are, how many, and which new numbers it has where."""
+        found = self.layout.plain(node.args[0])
+        for turned in (False, True) if found else ():  # heads before tokens, or behind them
+            assert found is not None
+            heads = found[1].transpose(1, 2) if turned else found[1]
+            at = place(heads, self.layout.features(found[0]))
+            if at and at.group == 1:
+                b, h, t, d = heads.shape
+                own = count(b, t, h, d)
+                return found[0], at, h, own if turned else own.transpose(1, 2)
+        return None
+
+    def _head_norm(self, node: fx.Node, part: Part) -> bool:
+        found = self._normed(node)
+        if found is None or found[0] not in self.at:
+            return False
+        root, at, heads, _ = found
+        self.steps.append(HeadNorm(self._number(), (self.at[root],), len(self.parts), place=at, heads=heads))
+        self.at[node] = self.steps[-1].value
+        self.parts.append(part)
+        return True
 
     def _same(self, node: fx.Node) -> fx.Node:
         """The first that computes the same of the same, so that angles of every layer are computed once."""
@@ -270,7 +312,7 @@ class Stretch:
             if found is None or found[0] not in self.at:
                 return None
             root, lie = found
-            at = place(lie, self.values.shapes[root][-1])
+            at = place(lie, self.layout.features(root))
             return None if at is None else (self.at[root], at)
         if turned.root not in self.at:
             return None

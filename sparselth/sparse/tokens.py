@@ -27,7 +27,7 @@ from sparselth.sparse.forms.stage import columns
 from sparselth.sparse.forms.table import Formed
 from sparselth.sparse.grouping import IN_PLACE, PRODUCTS, SUMS, calls
 from sparselth.sparse.network import InColumns
-from sparselth.sparse.norms import name_norms
+from sparselth.sparse.norms import is_square, name_norms
 from sparselth.sparse.parts import InParts
 from sparselth.sparse.segment import Segment
 
@@ -148,14 +148,8 @@ class Program:
         assert step.part is not None
         part, x = self.parts[step.part], xs[0]
         if isinstance(part, NORMS):
-            y, weight = self._take(len(x)), None if part.weight is None else part.weight.detach()
-            at, to = self._view(x), self._view(y)
-            if isinstance(part, nn.LayerNorm):
-                bias = None if part.bias is None else part.bias.detach()
-                self.calls.append(bind_layer_norm(at, weight, bias, to, part.eps))
-            else:
-                eps = torch.finfo(torch.float32).eps if part.eps is None else part.eps
-                self.calls.append(bind_rms_norm(at, weight, to, eps))
+            y = self._take(len(x))
+            self.calls.append(bind_norm(part, self._view(x), self._view(y)))
             return y
         assert isinstance(part, Segment)
         for i, form in enumerate(part.plan):
@@ -200,6 +194,15 @@ class Program:
                 ys.append(torch.empty(self.tokens, len(room), dtype=torch.float32, device="cpu"))
                 turn(ys[-1])
         return ys
+
+
+def bind_norm(part: nn.Module, x: Tensor, y: Tensor) -> Call:
+    """One of NORMS on [features, tokens]."""
+    assert isinstance(part, NORMS)
+    weight = None if part.weight is None else part.weight.detach()
+    if isinstance(part, nn.LayerNorm):
+        return bind_layer_norm(x, weight, None if part.bias is None else part.bias.detach(), y, part.eps)
+    return bind_rms_norm(x, weight, y, torch.finfo(torch.float32).eps if part.eps is None else part.eps)
 
 
 def join_tokens(
@@ -280,7 +283,7 @@ class _Group:
         first = next(iter(self.members), node)
         if shape[:-1] != self.values.shapes[first][:-1]:
             return False
-        if len(node.args) == 1 and self._part(node) is not None:
+        if (len(node.args) == 1 and self._part(node) is not None) or is_square(node):
             return True
         if not calls(node, (*SUMS, *PRODUCTS)) or len(node.args) != 2:
             return False
@@ -310,9 +313,10 @@ class _Group:
                 plan = self.plans[part]
                 part = part if part.plan is plan else made.setdefault(part, Segment(plan, part.tokens))
             parts += [part] if part else []
-            sources = tuple(numbers[source] for source in node.args)  # type: ignore[index]
+            factors = [node.args[0]] * 2 if is_square(node) else node.args
+            sources = tuple(numbers[source] for source in factors)  # type: ignore[index]
             at = len(parts) - 1 if part else None
-            steps.append(Step(numbers[node], sources, at, product=calls(node, PRODUCTS)))
+            steps.append(Step(numbers[node], sources, at, product=calls(node, PRODUCTS) or is_square(node)))
         read = [node for node in self.members if any(user not in self.members for user in node.users)]
         widths = [self.values.shapes[source][-1] for source in given]
         self.module = JoinedTokens(parts, steps, widths, [numbers[node] for node in read], [])

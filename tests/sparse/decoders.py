@@ -59,9 +59,10 @@ def halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Shared(nn.Module):
     """A block as Llama has it: RMS norms, rotary positions, queries that share keys, gated units."""
 
-    def __init__(self, width: int, heads: int, shared: int, hidden: int) -> None:
+    def __init__(self, width: int, heads: int, shared: int, hidden: int, normed: bool = False) -> None:
         super().__init__()
         self.heads, self.shared, self.head = heads, shared, width // heads
+        self.of_q, self.of_k = (nn.RMSNorm(self.head) if normed else nn.Identity() for _ in range(2))
         self.first, self.second = (nn.RMSNorm(width, eps=1e-6) for _ in range(2))
         self.q, self.out = (nn.Linear(width, width, bias=False) for _ in range(2))
         self.k, self.v = (nn.Linear(width, shared * self.head, bias=False) for _ in range(2))
@@ -73,7 +74,7 @@ class Shared(nn.Module):
         y = self.first(x)
         q = self.q(y).view(b, t, self.heads, self.head).transpose(1, 2)
         k, v = (f(y).view(b, t, self.shared, self.head).transpose(1, 2) for f in (self.k, self.v))
-        q, k = rotate(q, *positions), rotate(k, *positions)
+        q, k = rotate(self.of_q(q), *positions), rotate(self.of_k(k), *positions)
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
         times = self.heads // self.shared
@@ -96,10 +97,11 @@ class Llama(nn.Module):
         shared: int,
         hidden: int,
         rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = halves,
+        normed: bool = False,
     ) -> None:
         super().__init__()
         self.words, self.rotate = nn.Embedding(words, width), rotate
-        self.blocks = nn.ModuleList(Shared(width, heads, shared, hidden) for _ in range(depth))
+        self.blocks = nn.ModuleList(Shared(width, heads, shared, hidden, normed) for _ in range(depth))
         self.norm, self.head = nn.RMSNorm(width, eps=1e-6), nn.Linear(width, words, bias=False)
         d = width // heads
         turns = 10000 ** (-torch.arange(0, d, 2) / d)

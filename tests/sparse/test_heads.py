@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from conversions import close, double, joins, leaves, random_masks, timing
+from conversions import close, double, joins, leaves, random_masks, times, timing
 from decoders import Llama, halves, past
 from sparselth import sparse
-from sparselth.sparse.blocks import Attention, JoinedBlocks, Rotary
+from sparselth.sparse.blocks import Attention, HeadNorm, JoinedBlocks, Rotary
 from sparselth.sparse.heads import Layout, Place, count, place, place_of
 from sparselth.sparse.reference import Given
-from sparselth.sparse.tokens import Values
+from sparselth.sparse.tokens import JoinedTokens, Values
 from sparselth.sparse.tracing import trace
 
 WORDS, WIDTH, HEADS, HIDDEN = 50, 48, 6, 40
@@ -72,6 +72,12 @@ def by_its_own(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return halves(x, angles.cos(), angles.sin())
 
 
+def by_positions(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each sequence of a batch with others, as [B, 1, T, D]."""
+    more = torch.arange(1.0, x.shape[0] + 1)[:, None, None, None]
+    return halves(x, (cos * more).cos(), (sin * more).sin())
+
+
 def by_number(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Of heads that are not turned alike: no rotary positions."""
     return x * torch.arange(1.0, x.shape[1] + 1)[:, None, None] + x.flip(-1) * sin
@@ -85,7 +91,18 @@ def by_itself(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + x * x
 
 
-WORDINGS = (halves, sliced, each_half, backwards, neighbours, every_second, in_part, tokens_first, by_its_own)
+WORDINGS = (
+    halves,
+    sliced,
+    each_half,
+    backwards,
+    neighbours,
+    every_second,
+    in_part,
+    tokens_first,
+    by_its_own,
+    by_positions,
+)
 OTHERS = (by_number, thrice, by_itself)
 
 
@@ -160,6 +177,28 @@ def test_sequences(rotate: Any, batch: int, monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(fast(ids), again(ids))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sequences_in_parts(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with its own angles, and the bits of one alone."""
+
+    def seconds(calls: Any, sample: Any) -> Any:
+        return times({n: 1e-9 if n.endswith("in parts") else s for n, s in joins(calls, sample).items()})
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model, ids = llama(by_positions).eval().requires_grad_(False), torch.randint(WORDS, (3, 9))
+        monkeypatch.setattr(timing, "seconds", seconds)
+        fast = sparse.convert(model, None, ids)
+        assert fast.report.chosen == "joined blocks in parts"
+        assert len(steps(fast, Rotary)) == 4
+        exact = copy.deepcopy(model).double()
+        for _ in range(2):
+            right(fast, exact, torch.randint(WORDS, (3, 9)))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_angles_of_all_layers_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for rotate in (halves, each_half, backwards, sliced, tokens_first):
         fast, _ = made(monkeypatch, llama(rotate), behind())
@@ -173,6 +212,90 @@ def test_any_number_of_heads_share(shared: int, monkeypatch: pytest.MonkeyPatch)
     assert [step.shared for step in steps(fast, Attention)] == [shared, shared]
     for length in (0, 5, 140):
         right(fast, exact, *behind(length, shared))
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_norms_of_heads(sequence: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Qwen3 has them, of queries and keys by themselves."""
+    torch.manual_seed(0)
+    model = Llama(WORDS, WIDTH, 2, HEADS, 2, HIDDEN, normed=True)
+    inputs = (torch.randint(WORDS, (2, 9)),) if sequence else behind()
+    fast, exact = made(monkeypatch, model, inputs[0] if sequence else inputs)
+    assert len(steps(fast, Attention)) == 2
+    assert len(steps(fast, Rotary)) == len(steps(fast, HeadNorm)) == 4
+    again = pickle.loads(pickle.dumps(copy.deepcopy(fast)))
+    for shape in ((2, 9), (2, 9), (1, 4)) if sequence else (5, 0, 130):
+        given = (torch.randint(WORDS, shape),) if sequence else behind(shape)
+        right(fast, exact, *given)
+        assert all(map(torch.equal, leaves(fast(*given)), leaves(again(*given))))
+    state = {name: t.clone() for name, t in fast.state_dict().items()}
+    changed = next(name for name, t in state.items() if t.shape == (8,))
+    before = leaves(fast(*inputs))[0]
+    fast.load_state_dict(state | {changed: 2 * state[changed] + torch.rand(8)})
+    assert not torch.equal(leaves(fast(*inputs))[0], before)
+
+
+class Normed(nn.Module):
+    """Heads that are normed in some way, in an attention among tokens."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.norm, self.of_q, self.of_v = way, nn.RMSNorm(WIDTH), nn.LayerNorm(8), nn.RMSNorm(8)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.crossed = nn.LayerNorm(9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 6, 8)).unbind(2)  # [B, T, H, D]
+            if self.way == "tokens first":
+                q, v = self.of_q(q), self.of_v(v)
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+            if self.way == "heads first":
+                q, v = self.of_q(q), self.of_v(v)
+            elif self.way == "twice":
+                q = self.of_q(self.of_v(q))
+            elif self.way == "features":
+                q = self.crossed(q.mT).mT
+            elif self.way == "read":
+                x = x + self.of_v(k).transpose(1, 2).flatten(2)
+            y = F.scaled_dot_product_attention(q, k, v)
+            x = x + self.out(y.transpose(1, 2).flatten(2))
+        return self.norm(x)
+
+
+@pytest.mark.parametrize(
+    ("way", "normed", "joined"),
+    [("tokens first", 4, 2), ("heads first", 4, 2), ("twice", 4, 2), ("features", 0, 0), ("read", 0, 0)],
+)
+def test_ways_to_norm_heads(way: str, normed: int, joined: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    fast, exact = made(monkeypatch, Normed(way), torch.randn(2, 9, WIDTH))
+    for batch, t in ((2, 9), (2, 9), (1, 9)) if way == "features" else ((2, 9), (2, 9), (1, 9), (3, 4)):
+        right(fast, exact, torch.randn(batch, t, WIDTH))
+    assert len(steps(fast, HeadNorm)) == normed
+    assert len(steps(fast, Attention)) == joined
+
+
+class Squared(nn.Module):
+    """Units whose activation is the square of a ReLU's, as Primer has them."""
+
+    def __init__(self, does: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.does, self.up, self.down = does, nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.does(F.relu(self.up(x))))
+
+
+@pytest.mark.parametrize(
+    "does",
+    [lambda x: x.square(), torch.square, lambda x: x**2, lambda x: x.pow(2.0), lambda x: torch.pow(x, 2)],
+)
+def test_squares_are_products(does: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, exact = made(monkeypatch, Squared(does), torch.randn(2, 9, WIDTH))
+    (one,) = (m for m in fast.modules() if isinstance(m, JoinedTokens))
+    assert [step.product for step in one.steps].count(True) == 1
+    right(fast, exact, torch.randn(2, 9, WIDTH))
 
 
 class Sharing(nn.Module):
@@ -269,10 +392,10 @@ def layout(does: Callable[..., Tensor]) -> tuple[Layout, fx.Node, list[Tensor]]:
     cos, sin, root, *_, output = traced.graph.nodes  # inputs by name
     last = output.args[0]
     cos.name, sin.name = "cos", "sin"
-    return Layout(values, lambda node: count(1, 3, 8) if node is root else None), last, inputs
+    return Layout(values, lambda node: count(1, 3, 8) if node is root else None, tokens=3), last, inputs
 
 
-@pytest.mark.parametrize("does", WORDINGS[:-1])
+@pytest.mark.parametrize("does", WORDINGS[:-2])
 def test_terms_are_what_the_graph_computes(does: Callable[..., Tensor]) -> None:
     found, last, (x, cos, sin) = layout(does)
     terms = found.terms(last)
