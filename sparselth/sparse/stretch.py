@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from sparselth.sparse.attentions import Read, read_attention
 from sparselth.sparse.blocks import Attention, HeadNorm, JoinedBlocks, Result, Rotary
 from sparselth.sparse.compaction import is_hooked
 from sparselth.sparse.grouping import calls
 from sparselth.sparse.heads import Factor, Layout, Place, Turned, count, in_order, place
+from sparselth.sparse.sdpa import Read, read_attention
 from sparselth.sparse.tokens import NORMS, VIEWS, JoinedTokens, Part, Step, Values, asks_shape
 
 # What may be computed earlier or again: it depends on what it is given alone, and changes nothing.

@@ -52,6 +52,7 @@ class _Tracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """What is unpacked where torch.fx does not see into how many, as in `view(*x.shape[:-1], -1)`."""
+        asked = obj.node  # of an attribute it is made now
         if self.lengths is None:
             self.lengths = fx.Interpreter(self.root, graph=self.graph)
             self.lengths.args_iter = iter(self.tensors)
@@ -64,7 +65,7 @@ class _Tracer(fx.Tracer):
         finally:
             self.computes = False
         every: Any = obj
-        return iter([every[i] for i in range(len(env[obj.node]))])
+        return iter([every[i] for i in range(len(env[asked]))])
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return attr_val if self.computes else super().getattr(attr, attr_val, parameter_proxy_cache)
