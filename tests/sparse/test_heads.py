@@ -78,6 +78,12 @@ def by_positions(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return halves(x, (cos * more).cos(), (sin * more).sin())
 
 
+def by_head(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Angles that are others for each head."""
+    more = torch.arange(1.0, x.shape[1] + 1)[:, None, None]
+    return halves(x, cos * more, sin * more)
+
+
 def by_number(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Of heads that are not turned alike: no rotary positions."""
     return x * torch.arange(1.0, x.shape[1] + 1)[:, None, None] + x.flip(-1) * sin
@@ -103,7 +109,7 @@ WORDINGS = (
     by_its_own,
     by_positions,
 )
-OTHERS = (by_number, thrice, by_itself)
+OTHERS = (by_head, by_number, thrice, by_itself)
 
 
 def made(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> tuple[Any, nn.Module]:
@@ -256,6 +262,8 @@ class Normed(nn.Module):
                 q = self.of_q(self.of_v(q))
             elif self.way == "features":
                 q = self.crossed(q.mT).mT
+            elif self.way == "negative":
+                v = -v
             elif self.way == "read":
                 x = x + self.of_v(k).transpose(1, 2).flatten(2)
             y = F.scaled_dot_product_attention(q, k, v)
@@ -265,7 +273,14 @@ class Normed(nn.Module):
 
 @pytest.mark.parametrize(
     ("way", "normed", "joined"),
-    [("tokens first", 4, 2), ("heads first", 4, 2), ("twice", 4, 2), ("features", 0, 0), ("read", 0, 0)],
+    [
+        ("tokens first", 4, 2),
+        ("heads first", 4, 2),
+        ("twice", 4, 2),
+        ("features", 0, 0),
+        ("read", 0, 0),
+        ("negative", 0, 0),
+    ],
 )
 def test_ways_to_norm_heads(way: str, normed: int, joined: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -417,6 +432,7 @@ def test_terms_are_what_the_graph_computes(does: Callable[..., Tensor]) -> None:
 @pytest.mark.parametrize(
     "does",
     [
+        by_head,
         by_number,
         thrice,
         by_itself,
@@ -426,6 +442,8 @@ def test_terms_are_what_the_graph_computes(does: Callable[..., Tensor]) -> None:
         lambda x, cos, sin: x * cos + x.transpose(1, 2).reshape(1, 2, 3, 4) * sin,  # of other tokens
         lambda x, cos, sin: x * cos + x,  # a term without one
         lambda x, cos, sin: torch.cat((x * cos, x * sin), 1),  # heads of two kinds
+        lambda x, cos, sin: x[:, :1] * cos + x[:, 1:] * sin,  # of another head
+        lambda x, cos, sin: torch.cat((x[..., :2] * cos[:, :2] + x[..., 2:] * cos[:, :2], x[..., 2:]), -1),
     ],
 )
 def test_what_are_no_rotary_positions(does: Callable[..., Tensor]) -> None:
