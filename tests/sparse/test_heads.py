@@ -210,6 +210,9 @@ def test_angles_of_all_layers_are_made_once(monkeypatch: pytest.MonkeyPatch) -> 
         fast, _ = made(monkeypatch, llama(rotate), behind())
         (one,) = (m for m in fast.modules() if isinstance(m, JoinedBlocks))
         assert len(one.given) == 3  # tokens, cosines, sines with their signs
+    fast, _ = made(monkeypatch, llama(by_its_own), torch.randint(WORDS, (2, 9)))
+    (one,) = (m for m in fast.modules() if isinstance(m, JoinedBlocks))
+    assert len(one.given) == 3
 
 
 @pytest.mark.parametrize("shared", [1, 2, 3, 6])
@@ -262,6 +265,8 @@ class Normed(nn.Module):
                 q = self.of_q(self.of_v(q))
             elif self.way == "features":
                 q = self.crossed(q.mT).mT
+            elif self.way == "repeated":
+                v = self.of_v(v[:, :3].repeat_interleave(2, 1))
             elif self.way == "negative":
                 v = -v
             elif self.way == "read":
@@ -291,6 +296,15 @@ def test_ways_to_norm_heads(way: str, normed: int, joined: int, monkeypatch: pyt
     assert len(steps(fast, Attention)) == joined
 
 
+def test_norms_that_are_hooked_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Normed("heads first")
+    model.of_q.register_forward_hook(lambda module, args, y: y * 1.5)
+    fast, exact = made(monkeypatch, model, torch.randn(2, 9, WIDTH))
+    assert not steps(fast, HeadNorm)
+    right(fast, exact, torch.randn(2, 9, WIDTH))
+
+
 class Squared(nn.Module):
     """Units whose activation is the square of a ReLU's, as Primer has them."""
 
@@ -311,6 +325,48 @@ def test_squares_are_products(does: Callable[[Tensor], Tensor], monkeypatch: pyt
     (one,) = (m for m in fast.modules() if isinstance(m, JoinedTokens))
     assert [step.product for step in one.steps].count(True) == 1
     right(fast, exact, torch.randn(2, 9, WIDTH))
+
+
+class Crossed(nn.Module):
+    """Queries of two layers, in one of the ways to make them, behind a past."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.norm, self.head = way, nn.RMSNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.q, self.p, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor]) -> Any:
+        b, t, _ = x.shape
+        angles = torch.arange(past[0].shape[2], past[0].shape[2] + t)[:, None] * torch.linspace(1, 0.1, 8)
+        cos, sin, y = angles.cos(), angles.sin(), self.norm(x)
+        q, k, v = (f(y).view(b, t, 6, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+        p = self.p(y).view(b, t, 6, 8).transpose(1, 2) if self.way in ("sum", "halves") else q
+        k, v = torch.cat((past[0], halves(k, cos, sin)), 2), torch.cat((past[1], v), 2)
+        if self.way == "sum":
+            q = q * cos + p * sin
+        elif self.way == "halves":
+            q = torch.cat((q[..., :4] * cos[:, :4], p[..., 4:] * cos[:, 4:]), -1)
+        elif self.way == "keys":  # positions by the number of keys, which the past makes
+            at = torch.arange(k.shape[2] - t, k.shape[2])[:, None] * torch.linspace(1, 0.1, 8)
+            q = halves(q, at.cos(), at.sin())
+        else:
+            assert self.way == "rotary"
+            q = halves(q, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(self.norm(x + y)), (k, v)
+
+
+@pytest.mark.parametrize("way", ["sum", "halves", "keys", "rotary"])
+def test_heads_of_two_layers_and_positions_of_keys(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+
+    def given(length: int) -> Any:
+        return torch.randn(1, 1, WIDTH), past(1, 6, length, WIDTH, 1)[0]
+
+    fast, exact = made(monkeypatch, Crossed(way), given(5))
+    assert len(steps(fast, Attention)) == (way == "rotary")
+    for length in (5, 6, 0, 77):
+        right(fast, exact, *given(length))
 
 
 class Sharing(nn.Module):
@@ -374,6 +430,44 @@ def test_ways_to_share_keys(way: str, joined: int, monkeypatch: pytest.MonkeyPat
     assert [(step.heads, step.shared) for step in found] == [(6, 2)] * joined
     for length in (5, 0, 40):
         right(fast, exact, *given(length))
+
+
+class Repeated(nn.Module):
+    """Attention among tokens whose queries, keys and values come in so many heads each, and are repeated."""
+
+    def __init__(self, heads: tuple[int, ...], times: tuple[int, ...]) -> None:
+        super().__init__()
+        self.heads, self.times, self.norm = heads, times, nn.RMSNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 8 * sum(heads)), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            heads = self.qkv(self.norm(x)).unflatten(-1, (-1, 8)).transpose(1, 2).split(self.heads, 1)
+            q, k, v = (y.repeat_interleave(n, 1) for y, n in zip(heads, self.times, strict=True))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            x = x + self.out(y.transpose(1, 2).flatten(2))
+        return self.norm(x)
+
+
+@pytest.mark.parametrize(
+    ("heads", "times", "shared"),
+    [
+        ((6, 2, 2), (1, 3, 3), 2),
+        ((6, 2, 2), (1, 1, 1), 2),
+        ((6, 1, 1), (1, 6, 6), 1),
+        ((6, 3, 2), (1, 2, 3), 0),  # keys by two, values by three
+        ((2, 6, 6), (3, 1, 1), 0),  # queries
+        ((6, 1, 1), (1, 3, 3), 0),  # by three, and each of those by two
+    ],
+)
+def test_heads_that_are_repeated(
+    heads: tuple[int, ...], times: tuple[int, ...], shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    fast, exact = made(monkeypatch, Repeated(heads, times), torch.randn(2, 9, WIDTH))
+    assert [step.shared for step in steps(fast, Attention)] == [shared] * 2 * (shared > 0)
+    for shape in ((2, 9), (2, 9), (3, 4)):
+        right(fast, exact, torch.randn(*shape, WIDTH))
 
 
 def test_other_angles_are_other_results(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,6 +537,7 @@ def test_terms_are_what_the_graph_computes(does: Callable[..., Tensor]) -> None:
         lambda x, cos, sin: x * cos + x,  # a term without one
         lambda x, cos, sin: torch.cat((x * cos, x * sin), 1),  # heads of two kinds
         lambda x, cos, sin: x[:, :1] * cos + x[:, 1:] * sin,  # of another head
+        lambda x, cos, sin: x * cos + x[..., :1] * sin,  # one feature for all
         lambda x, cos, sin: torch.cat((x[..., :2] * cos[:, :2] + x[..., 2:] * cos[:, :2], x[..., 2:]), -1),
     ],
 )
