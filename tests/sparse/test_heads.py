@@ -123,7 +123,10 @@ def made(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> tupl
     exact = copy.deepcopy(model).double()
     for n, mask in masks.items():
         exact.get_parameter(n).mul_(mask)
-    return sparse.convert(model, masks, inputs), exact
+    fast = sparse.convert(model, masks, inputs)
+    blocks = [m for m in fast.modules() if isinstance(m, JoinedBlocks)]
+    assert ("joined blocks" in fast.report.networks) == bool(blocks)  # nor was there one that is wrong
+    return fast, exact
 
 
 def steps(network: nn.Module, kind: type) -> list[Any]:
@@ -285,6 +288,7 @@ class Normed(nn.Module):
         ("features", 0, 0),
         ("read", 0, 0),
         ("negative", 0, 0),
+        ("repeated", 0, 0),
     ],
 )
 def test_ways_to_norm_heads(way: str, normed: int, joined: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,25 @@ def test_what_is_no_such_norm_stays(name: str) -> None:
     same(graph(x), before(x))
 
 
+def test_a_weight_for_each_token_stays_apart() -> None:
+    class Each(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(5, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3) * self.weight
+
+    graph, x = fx.symbolic_trace(Each()), torch.randn(2, 5, WIDTH)
+    right, values = graph(x), Values(graph)
+    values.run(x)
+    name_norms(graph, values)
+    graph.recompile()
+    (norm,) = (m for m in graph.modules() if isinstance(m, nn.RMSNorm))
+    assert norm.weight is None
+    same(graph(x), right)
+
+
 def test_weights_of_another_shape_stay_apart() -> None:
     graph, before, x = named(
         lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3) * w[None, None]

@@ -54,7 +54,12 @@ def twice(m: Any, x: Tensor) -> Tensor:
 
 def tokens(m: Any, x: Tensor) -> Tensor:
     gate, up = m.both(x).chunk(2, dim=1)
-    return m.down(up[..., :HIDDEN] * F.relu(gate[..., :HIDDEN]))
+    return m.down((up * F.relu(gate))[..., :HIDDEN])
+
+
+def tokens_by_default(m: Any, x: Tensor) -> Tensor:
+    up, gate = m.both(x.transpose(0, 1)).chunk(2)
+    return m.down((up * F.relu(gate))[..., :HIDDEN])
 
 
 def read_whole(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +78,7 @@ def iterated(m: Any, x: Tensor) -> Tensor:
 
 
 SPLIT = {chunked: [20, 20], split: [8, 32], evenly: [20, 20], one_of_two: [20], twice: [20] * 4}
-WHOLE = tokens, read_whole, heads, iterated
+WHOLE = tokens, tokens_by_default, read_whole, heads, iterated
 
 
 @pytest.mark.parametrize("does", [*SPLIT, *WHOLE])
