@@ -78,6 +78,12 @@ def by_positions(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return halves(x, (cos * more).cos(), (sin * more).sin())
 
 
+def each_half_but(x: Tensor, cos: Tensor, sin: Tensor, first: Callable[..., Tensor]) -> Tensor:
+    a, b = x.chunk(2, -1)
+    cos, sin = cos[:, : a.shape[-1]], sin[:, : a.shape[-1]]
+    return torch.cat((first(a, b, cos, sin), a * sin + b * cos), -1)
+
+
 def by_head(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Angles that are others for each head."""
     more = torch.arange(1.0, x.shape[1] + 1)[:, None, None]
@@ -344,12 +350,15 @@ class Crossed(nn.Module):
         angles = torch.arange(past[0].shape[2], past[0].shape[2] + t)[:, None] * torch.linspace(1, 0.1, 8)
         cos, sin, y = angles.cos(), angles.sin(), self.norm(x)
         q, k, v = (f(y).view(b, t, 6, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
-        p = self.p(y).view(b, t, 6, 8).transpose(1, 2) if self.way in ("sum", "halves") else q
+        p = self.p(y).view(b, t, 6, 8).transpose(1, 2) if self.way in ("sum", "halves", "pairs") else q
         k, v = torch.cat((past[0], halves(k, cos, sin)), 2), torch.cat((past[1], v), 2)
         if self.way == "sum":
             q = q * cos + p * sin
         elif self.way == "halves":
             q = torch.cat((q[..., :4] * cos[:, :4], p[..., 4:] * cos[:, 4:]), -1)
+        elif self.way == "pairs":
+            cos, sin = cos[:, :4], sin[:, :4]
+            q = torch.cat((q[..., :4] * cos - p[..., 4:] * sin, q[..., 4:] * cos + p[..., :4] * sin), -1)
         elif self.way == "keys":  # positions by the number of keys, which the past makes
             at = torch.arange(k.shape[2] - t, k.shape[2])[:, None] * torch.linspace(1, 0.1, 8)
             q = halves(q, at.cos(), at.sin())
@@ -360,7 +369,7 @@ class Crossed(nn.Module):
         return self.head(self.norm(x + y)), (k, v)
 
 
-@pytest.mark.parametrize("way", ["sum", "halves", "keys", "rotary"])
+@pytest.mark.parametrize("way", ["sum", "halves", "pairs", "keys", "rotary"])
 def test_heads_of_two_layers_and_positions_of_keys(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
 
@@ -542,6 +551,8 @@ def test_terms_are_what_the_graph_computes(does: Callable[..., Tensor]) -> None:
         lambda x, cos, sin: torch.cat((x * cos, x * sin), 1),  # heads of two kinds
         lambda x, cos, sin: x[:, :1] * cos + x[:, 1:] * sin,  # of another head
         lambda x, cos, sin: x * cos + x[..., :1] * sin,  # one feature for all
+        lambda x, cos, sin: each_half_but(x, cos, sin, lambda a, b, c, s: a * c + b * c),
+        lambda x, cos, sin: each_half_but(x, cos, sin, lambda a, b, c, s: a * c + b * s + a),
         lambda x, cos, sin: torch.cat((x[..., :2] * cos[:, :2] + x[..., 2:] * cos[:, :2], x[..., 2:]), -1),
     ],
 )
