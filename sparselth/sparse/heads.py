@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from sparselth.sparse.grouping import PRODUCTS, SUMS, calls
+from sparselth.sparse.grouping import IN_PLACE, PRODUCTS, SUMS, calls
 from sparselth.sparse.norms import CASTS
 from sparselth.sparse.tokens import VIEWS, Values
 
@@ -131,6 +131,7 @@ class Layout:
         self.values, self.roots, self.same, self.tokens = values, roots, same, tokens
         self.found: dict[fx.Node, Laid | list[Laid] | None] = {}
         self.outer: dict[fx.Node, Laid | None] = {}
+        self.texts: dict[bytes, bytes] = {}  # of factors, each held once
 
     def terms(self, node: Any) -> Laid | None:
         """Of a tensor; None: unknown."""
@@ -177,6 +178,7 @@ class Layout:
             if term.factor is None or not torch.equal(at, term.at) or not torch.equal(sign, term.sign):
                 return None
             rows = [x[:, 0].reshape(b * t, d).contiguous().numpy().tobytes() for x in (at, sign)]
+            rows = [self.texts.setdefault(text, text) for text in rows]
             factors.append(Factor(term.factor, rows[0], rows[1], (b * t, d)))
         first, second = (tuple(order.tolist()) for order in orders)
         return Turned(root, Turn(place, h // place.group, first, second), (factors[0], factors[1]))
@@ -188,7 +190,7 @@ class Layout:
         return self.found[node]
 
     def _made(self, node: fx.Node) -> Laid | list[Laid] | None:
-        if node.op not in ("call_function", "call_method") or not node.args:
+        if node.op not in ("call_function", "call_method") or not node.args or calls(node, IN_PLACE):
             return None
         if prod(self.values.shapes.get(node, ())) > MOST:
             return None

@@ -61,7 +61,7 @@ def read_attention(node: fx.Node, values: Values) -> Read | None:
     alike = past == values.shapes.get(second.past) and one == values.shapes.get(second.new)
     if not alike or not len(past) == len(one) == 4 or one[::2] != (1, 1) or new[::2] != (1, 1):
         return None
-    if past[1] != one[1] or new[1] != one[1] * first.times * group:
+    if past[1] != one[1]:
         return None
     return Read(
         (parts[0], first.new, second.new),

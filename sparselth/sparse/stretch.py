@@ -114,9 +114,12 @@ class Stretch:
     def understood(self) -> bool:
         """Whether all of it can be steps, which it finds."""
         for node in [*self.inside]:  # what needs nothing of it may come before it
-            if _is_quiet(node, self.values) and not any(n in self.inside for n in node.all_input_nodes):
-                next(iter(self.inside)).prepend(node)
-                del self.inside[node]
+            if any(n in self.inside for n in node.all_input_nodes) or _is_joined(self.graph, node):
+                continue
+            if not _is_quiet(node, self.values):  # it could change what is behind it
+                return False
+            next(iter(self.inside)).prepend(node)
+            del self.inside[node]
         numbers = self.values.numbers
         for node in self.inside:
             inner = [n for n in node.all_input_nodes if n in self.inside and n not in numbers]
@@ -221,11 +224,17 @@ class Stretch:
 
     def _is_static(self, node: fx.Node, changing: set[fx.Node]) -> bool:
         """Whether it can be computed outside: no shape that it asks for is another one with another past."""
-        if node not in self.inside:
-            return True
-        if asks_shape(node):
-            return not any(source in changing for source in node.all_input_nodes)
-        return all(self._is_static(source, changing) for source in node.all_input_nodes)
+        left, seen = [node], {node}
+        while left:
+            one = left.pop()
+            sources = [n for n in one.all_input_nodes if n in self.inside]
+            if asks_shape(one):
+                if any(source in changing for source in sources):
+                    return False
+            else:
+                left += [n for n in sources if n not in seen]
+                seen |= {*sources}
+        return True
 
     def _copied(self, node: fx.Node, copies: dict[fx.Node, Any]) -> Any:
         """It outside, and what it is made of; a shape is that of the example."""

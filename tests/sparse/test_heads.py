@@ -95,6 +95,13 @@ def by_number(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * torch.arange(1.0, x.shape[1] + 1)[:, None, None] + x.flip(-1) * sin
 
 
+def in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Of numbers that change below a view of them."""
+    a, b = x.chunk(2, -1)
+    x = x.mul_(2 * cos)
+    return x + torch.cat((-b, a), -1) * sin
+
+
 def thrice(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return halves(x, cos, sin) + x * cos.square()
 
@@ -115,7 +122,7 @@ WORDINGS = (
     by_its_own,
     by_positions,
 )
-OTHERS = (by_head, by_number, thrice, by_itself)
+OTHERS = (in_place, by_head, by_number, thrice, by_itself)
 
 
 def made(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> tuple[Any, nn.Module]:
@@ -359,6 +366,10 @@ class Crossed(nn.Module):
         elif self.way == "pairs":
             cos, sin = cos[:, :4], sin[:, :4]
             q = torch.cat((q[..., :4] * cos - p[..., 4:] * sin, q[..., 4:] * cos + p[..., :4] * sin), -1)
+        elif self.way == "changed":
+            angles = angles.clone()
+            angles.mul_(2)
+            q = halves(q, angles.cos(), angles.sin())
         elif self.way == "keys":  # positions by the number of keys, which the past makes
             at = torch.arange(k.shape[2] - t, k.shape[2])[:, None] * torch.linspace(1, 0.1, 8)
             q = halves(q, at.cos(), at.sin())
@@ -369,7 +380,7 @@ class Crossed(nn.Module):
         return self.head(self.norm(x + y)), (k, v)
 
 
-@pytest.mark.parametrize("way", ["sum", "halves", "pairs", "keys", "rotary"])
+@pytest.mark.parametrize("way", ["sum", "halves", "pairs", "changed", "keys", "rotary"])
 def test_heads_of_two_layers_and_positions_of_keys(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
 
@@ -539,6 +550,7 @@ def test_terms_are_what_the_graph_computes(does: Callable[..., Tensor]) -> None:
 @pytest.mark.parametrize(
     "does",
     [
+        in_place,
         by_head,
         by_number,
         thrice,
