@@ -161,9 +161,10 @@ def _constant(graph: fx.GraphModule, node: Any) -> Tensor | None:
         return found if isinstance(found, Tensor) and found.dtype == torch.float32 else None
     if calls(node, CASTS):
         return _constant(graph, node.args[0])
-    if calls(node, SUMS) and len(node.args) == 2 and any(isinstance(arg, int | float) for arg in node.args):
-        a, b = (arg if isinstance(arg, int | float) else _constant(graph, arg) for arg in node.args)
-        return None if a is None or b is None else torch.as_tensor(a + b).detach()
+    if calls(node, SUMS) and len(node.args) == 2:
+        number = next((arg for arg in node.args if isinstance(arg, int | float)), None)
+        weights = [found for arg in node.args if (found := _constant(graph, arg)) is not None]
+        return None if number is None or not weights else weights[0].detach() + number
     return None
 
 
