@@ -573,6 +573,19 @@ def test_what_are_no_rotary_positions(does: Callable[..., Tensor]) -> None:
     assert found.turned(last) is None
 
 
+def test_numbers_that_are_in_tensors_are_not_known() -> None:
+    class Cut(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[: x.shape[0] * 2 - 1] * x.sum().item()
+
+    traced = fx.symbolic_trace(Cut())
+    values = Values(traced)
+    values.run(torch.ones(2, 3))
+    known = {node.name for node in values.numbers}
+    assert {"mul", "sub"} <= known
+    assert "item" not in known
+
+
 def test_places() -> None:
     assert place(count(2, 3, 4, 5).transpose(1, 2), 20) == Place(0, 5)
     assert place(count(2, 3, 8, 5)[:, :, 4:].transpose(1, 2), 40) == Place(20, 5)

@@ -122,6 +122,8 @@ def test_gated_units_are_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = sparse.convert(model, masks, torch.randn(3, 6, K))
     (program,) = (m for m in fast.modules() if type(m).__name__ == "JoinedTokens")
     assert [step.product for step in program.steps] == [False, False, True, False]
+    x = torch.randn(3, 6, K)
+    torch.testing.assert_close(program._apart((x,)), program(x), rtol=1e-5, atol=1e-6)
 
 
 def test_hooks_keep_a_product_whole() -> None:
