@@ -34,7 +34,7 @@ def name_norms(graph: fx.GraphModule, values: Values) -> None:
             continue
         x, weight, eps, last = found
         width = values.shapes[x][-1] if x in values.shapes else 0
-        if not width or last not in values.shapes or (weight is not None and weight.shape != (width,)):
+        if not width or last not in values.shapes:
             continue
         norm = nn.RMSNorm(width, eps, elementwise_affine=False)
         norm.elementwise_affine = weight is not None

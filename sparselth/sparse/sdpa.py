@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import fx
 
 from sparselth.sparse.grouping import calls
-from sparselth.sparse.heads import JOINS, REPEATS, Layout, count
+from sparselth.sparse.heads import JOINS, MOST, REPEATS, Layout, count
 from sparselth.sparse.tokens import VIEWS, Values
 
 NAMES = "query", "key", "value", "attn_mask", "dropout_p", "is_causal"  # arguments of torch's attention
 NOTHING: dict[str, Any] = {"attn_mask": None, "dropout_p": 0}
-LARGEST = 1 << 24  # numbers of a past that is followed
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def _behind(node: fx.Node, values: Values) -> _Behind | None:
         return None
     if not chain:
         return _Behind(halves[0], halves[1], at, [], 1)
-    if prod(shape) > LARGEST:
+    if prod(shape) > MOST:
         return None
     own = count(*shape)
     found = Layout(values, lambda n: own if n is at else None).plain(node)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparselth.sparse.blocks import Attention, HeadNorm, JoinedBlocks, Result, Rotary
@@ -125,8 +126,12 @@ class Stretch:
             inner = [n for n in node.all_input_nodes if n in self.inside and n not in numbers]
             if node not in numbers and _is_quiet(node, self.values) and all(n in self.free for n in inner):
                 self.free[node] = None
-        found = {node: read_attention(node, self.values) for node in self.inside}
-        self.attentions = {node: read for node, read in found.items() if read}
+        for node in self.inside:
+            if node.target is F.scaled_dot_product_attention:
+                read = read_attention(node, self.values)
+                if read is None:
+                    return False
+                self.attentions[node] = read
         for node in self.inside:
             for source in node.args if _is_joined(self.graph, node) else ():
                 laid = self.layout.plain(source)
@@ -135,8 +140,11 @@ class Stretch:
         self.layout = Layout(
             self.values, lambda node: self._lie(node, node in self.given), self._same, prod(self.lead)
         )
-        turned = {part: self.layout.turned(part) for read in self.attentions.values() for part in read.parts}
-        for of in turned.values():
+        turned = dict[fx.Node, Turned | None]()
+        for one in (one for read in self.attentions.values() for one in read.parts):
+            of = turned[one] = self.layout.turned(one)
+            if of is None and self.layout.plain(one) is None:
+                return False  # before others are looked into: each is as many numbers as it has
             for factor in of.factors if of else ():
                 self.given.setdefault(factor, len(self.given))
         self.at |= {node: number for node, number in self.given.items() if isinstance(node, fx.Node)}
